@@ -1,0 +1,304 @@
+"""The configuration: what every key may be, and the names that follow from it.
+
+Hydra composes `conf/` and the command line; `check` then turns the result into the dataclasses below, refusing
+an unknown key, a wrong type and a value out of range by the key's name, before anything heavy is imported.
+Defaults stand in `conf/`, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from drrn import Refusal
+
+T = TypeVar("T")
+
+
+@dataclass
+class ModelConfig:
+    """`drrn.model.DRRN`'s arguments."""
+
+    B: int = MISSING
+    U: int = MISSING
+    features: int = MISSING
+    norm: str = MISSING
+    bias: bool = MISSING
+    weight_sharing: bool = MISSING
+    multi_path: bool = MISSING
+
+
+@dataclass
+class DataConfig:
+    """Training patches and evaluation sets."""
+
+    name: str = MISSING
+    train: list[str] = MISSING
+    val: list[str] = MISSING
+    root: str = MISSING
+    patches: str = MISSING
+    scales: list[int] = MISSING
+    val_scales: list[int] = MISSING
+    patch_size: int = MISSING
+    stride: int = MISSING
+    augment: str = MISSING
+    batch_size: int = MISSING
+    num_workers: int = MISSING
+
+
+@dataclass
+class OptimConfig:
+    """Sec. 4.2 and its alternatives."""
+
+    algorithm: str = MISSING
+    lr: float = MISSING
+    momentum: float = MISSING
+    weight_decay: float = MISSING
+    bias_lr_mult: float = MISSING
+    theta: float = MISSING
+    clip: str = MISSING
+    schedule: str = MISSING
+    halve_every_epochs: float | None = MISSING
+    halve_every_steps: int | None = MISSING
+    residual_scale: float = MISSING
+    bn_average: float = MISSING
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's Trainer; the keys listed here are checked at once, others (`+trainer.x=…`) by Lightning."""
+
+    accelerator: str = MISSING
+    devices: Any = MISSING
+    num_nodes: int = MISSING
+    strategy: str = MISSING
+    precision: str = MISSING
+    max_steps: int = MISSING
+    max_epochs: float | None = MISSING
+    max_time: str | None = MISSING
+    accumulate_grad_batches: int = MISSING
+    val_check_interval: int = MISSING
+    checkpoint_every: int = MISSING
+    log_every_n_steps: int = MISSING
+    deterministic: bool = MISSING
+    sync_batchnorm: bool = MISSING
+    channels_last: bool = MISSING
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides the run record."""
+
+    kind: str = MISSING
+    project: str = MISSING
+    mode: str = MISSING
+
+
+@dataclass
+class Config:
+    """A whole training configuration."""
+
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    optim: OptimConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    logger: LoggerConfig = MISSING
+    seed: int = MISSING
+    name: str | None = MISSING
+    study: str = MISSING
+    output: str = MISSING
+    ckpt_path: str | None = MISSING
+    trainer_extra: dict[str, Any] | None = None
+
+
+CHOICES = {
+    "model.norm": ("batch", "none"),
+    "data.augment": ("offline", "online"),
+    "optim.algorithm": ("sgd", "adam"),
+    "optim.clip": ("value", "norm", "none"),
+    "optim.schedule": ("halve", "cosine"),
+    "logger.kind": ("wandb", "csv", "none"),
+    "logger.mode": ("offline", "online", "disabled"),
+}
+AT_LEAST = {
+    "model.B": 1,
+    "model.U": 0,
+    "model.features": 1,
+    "data.patch_size": 3,
+    "data.stride": 1,
+    "data.batch_size": 1,
+    "data.num_workers": 0,
+    "optim.momentum": 0,
+    "optim.weight_decay": 0,
+    "optim.bias_lr_mult": 0,
+    "optim.residual_scale": 0,
+    "trainer.num_nodes": 1,
+    "trainer.max_steps": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.val_check_interval": 1,
+    "trainer.checkpoint_every": 1,
+    "trainer.log_every_n_steps": 1,
+    "seed": 0,
+}
+ABOVE = {
+    "optim.lr": 0,
+    "optim.theta": 0,
+    "optim.halve_every_epochs": 0,
+    "optim.halve_every_steps": 0,
+    "trainer.max_epochs": 0,
+}
+BELOW = {"optim.momentum": 1, "optim.bn_average": 1, "seed": 2**32}
+
+
+def typed(schema: type[T], cfg: DictConfig) -> T:
+    """A composed configuration as an instance of the dataclass `schema`.
+
+    Raises:
+        Refusal: an unknown key, or a value of the wrong type, by the key's name.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
+    except OmegaConfBaseException as error:
+        reason = str(error).split("\n")[0]
+        raise Refusal(f"{getattr(error, 'full_key', None) or 'configuration'}: {reason}") from error
+
+
+def check(cfg: DictConfig) -> Config:
+    """A composed configuration as typed dataclasses.
+
+    Raises:
+        Refusal: unknown key, wrong type, value out of range, or keys that contradict each other; the text
+            names the key, its value and what is allowed.
+    """
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    known = {field.name for field in fields(TrainerConfig)}
+    extra = {}
+    if OmegaConf.is_dict(cfg.get("trainer")):
+        extra = {key: cfg.trainer.pop(key) for key in list(cfg.trainer) if key not in known}
+    config = typed(Config, cfg)
+    config.trainer_extra = extra or None
+    for key, allowed in CHOICES.items():
+        if _get(config, key) not in allowed:
+            raise Refusal(f"{key} = {_get(config, key)!r}: allowed are {', '.join(allowed)}")
+    for limits, words, good in (
+        (AT_LEAST, "at least", lambda value, limit: value >= limit),
+        (ABOVE, "above", lambda value, limit: value > limit),
+        (BELOW, "below", lambda value, limit: value < limit),
+    ):
+        for key, limit in limits.items():
+            value = _get(config, key)
+            if value is not None and not good(value, limit):
+                raise Refusal(f"{key} = {value}: must be {words} {limit}")
+    _check_together(config)
+    return config
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check_together(config: Config) -> None:
+    """What one key alone does not show."""
+    data, optim, trainer = config.data, config.optim, config.trainer
+    for key in ("scales", "val_scales"):
+        scales = getattr(data, key)
+        if not scales or min(scales) < 2 or len(set(scales)) != len(scales):
+            raise Refusal(f"data.{key} = {scales}: one or more different whole numbers, each at least 2")
+    for key in ("train", "val"):
+        if not getattr(data, key):
+            raise Refusal(f"data.{key} is empty: name at least one image set")
+        names = [Path(name).name for name in getattr(data, key)]
+        if len(set(names)) != len(names):
+            raise Refusal(f"data.{key} = {getattr(data, key)}: two sets of one name cannot be told apart")
+    if optim.bn_average < 0:
+        raise Refusal(f"optim.bn_average = {optim.bn_average}: must be at least 0")
+    if optim.schedule == "halve" and (optim.halve_every_epochs is None) == (optim.halve_every_steps is None):
+        raise Refusal(
+            "optim.halve_every_epochs and optim.halve_every_steps: give one of the two and set the other to null "
+            f"(now {optim.halve_every_epochs} and {optim.halve_every_steps})"
+        )
+    if optim.algorithm == "adam" and optim.bias_lr_mult != 1:
+        raise Refusal(
+            f"optim.bias_lr_mult = {optim.bias_lr_mult}: it is the release's, for optim.algorithm=sgd"
+        )
+    if data.batch_size % trainer.accumulate_grad_batches:
+        raise Refusal(
+            f"data.batch_size = {data.batch_size} is the whole batch of a step: it must be a multiple of "
+            f"trainer.accumulate_grad_batches = {trainer.accumulate_grad_batches}"
+        )
+    for key in ("val", "train"):
+        for name in getattr(data, key):
+            if os.sep in name and not Path(name).is_dir():
+                raise Refusal(f"data.{key}: the folder {name!r} does not exist")
+    if config.ckpt_path not in (None, "last") and not Path(config.ckpt_path).is_file():
+        raise Refusal(f"ckpt_path = {config.ckpt_path!r}: no such file; give a checkpoint, `last` or null")
+
+
+def structure_name(model: ModelConfig) -> str:
+    """The paper's name of a structure: DRRN_B1U9, DRRN_NS_B3U4, DRRN_C_B3U2, VDSR_d20; departures follow."""
+    if model.U == 0:
+        name = f"VDSR_d{model.B + 1}"
+    else:
+        ns, c = "" if model.weight_sharing else "_NS", "" if model.multi_path else "_C"
+        name = f"DRRN{ns}{c}_B{model.B}U{model.U}"
+    if model.features != 128:
+        name += f"_{model.features}f"
+    if model.norm == "none":
+        name += "_noBN"
+    return name if model.bias else f"{name}_nobias"
+
+
+# What does not change the result of a run, or only its rounding: left out of a run's identity, so that it
+# can go on with other workers, another logger or on another machine.
+NOT_IDENTITY = {
+    "data": ("root", "patches", "num_workers", "val_scales"),
+    "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "checkpoint_every"),
+}
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of a configuration that makes two runs the same experiment."""
+    whole = asdict(config)
+    kept = {key: whole[key] for key in ("model", "data", "optim", "trainer", "trainer_extra", "seed")}
+    for group, keys in NOT_IDENTITY.items():
+        for key in keys:
+            del kept[group][key]
+    return kept
+
+
+def run_name(config: Config) -> str:
+    """For people and W&B: `DRRN_B1U9 s1`."""
+    return config.name or f"{structure_name(config.model)} s{config.seed}"
+
+
+def run_dir(config: Config) -> Path:
+    """Where a run lives, named by what it is and never by the clock: `runs/main/DRRN_B1U9_s1-3f2a9c01`."""
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    stem = run_name(config).replace(" ", "_").replace("/", "_")
+    return Path(config.output) / config.study / f"{stem}-{digest}"
+
+
+def launch(main: Callable[[], Any]) -> None:
+    """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises to us instead of printing for itself
+    from hydra.errors import HydraException
+
+    try:
+        main()
+    except (Refusal, HydraException, OmegaConfBaseException) as error:
+        cause = f"\n{error.__cause__}" if isinstance(error, HydraException) and error.__cause__ else ""
+        print(f"{Path(sys.argv[0]).name}: {error}{cause}", file=sys.stderr)
+        sys.exit(2)

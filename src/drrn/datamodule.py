@@ -1,0 +1,120 @@
+"""The data of a run: shuffled training patches, and the evaluation sets image by image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from drrn import Refusal
+from drrn.config import Config
+from drrn.images import image_files, read_luminance
+from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, prepare_patches
+from drrn.protocol import prepare
+
+
+class Task(NamedTuple):
+    """One cell of a results table: a set at a scale."""
+
+    set_name: str
+    scale: int
+
+    def __str__(self) -> str:
+        return f"{Path(self.set_name).name}_x{self.scale}"
+
+
+class EvaluationImages:
+    """One set at one scale: item i is (x, truth, file name), [1, 1, H, W] float32 each, by the protocol."""
+
+    def __init__(self, files: list[Path], scale: int) -> None:
+        self.files, self.scale = files, scale
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
+        path = self.files[index]
+        y = read_luminance(path)
+        if min(y.shape) < 3 * self.scale + 11:  # after shaving, SSIM needs its 11×11 window
+            raise Refusal(f"{path} ({y.shape[1]}×{y.shape[0]}) is too small to be scored at ×{self.scale}")
+        x, truth = (torch.from_numpy(z.astype(np.float32))[None, None] for z in prepare(y, self.scale))
+        return x, truth, path.name
+
+
+class SuperResolutionData(LightningDataModule):
+    """Training patches and evaluation sets of a run.
+
+    To Lightning the whole run is one epoch: `ShuffledBatches` counts the data's own epochs, so that a run can
+    stop and go on at any step. `prepare_data` may be called in every process: they wait for one another.
+
+    Args:
+        config: a checked configuration; `data`, `seed` and `trainer` are used.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.data, self.seed, self.micro = config.data, config.seed, config.trainer.accumulate_grad_batches
+        self.max_steps, self.max_epochs = config.trainer.max_steps, config.trainer.max_epochs
+
+    def prepare_data(self) -> None:
+        """Fetch what is missing, build the patch file if it is not there, and settle the run's length."""
+        data, root = self.data, Path(self.data.root)
+        path = prepare_patches(data.name, Recipe.of(data), root, Path(data.patches), max(1, data.num_workers))
+        for name in data.val:
+            image_files(name, root, complete=False)
+        self.patches = Patches(path, turns=8 if self.data.augment == "online" else 1)
+        self.steps_per_epoch = self._batches().steps_per_epoch
+        if self.max_epochs is not None:  # epochs of the data
+            self.max_steps = max(1, round(self.max_epochs * self.steps_per_epoch))
+
+    def _batches(self, **process: int) -> ShuffledBatches:
+        return ShuffledBatches(
+            len(self.patches), self.data.batch_size, self.seed, self.max_steps, micro=self.micro, **process
+        )
+
+    def evaluation_tasks(self, stage: str) -> list[Task]:
+        """Sets × scales: `data.val_scales` while training, every trained scale at the end."""
+        scales = self.data.scales if stage == "test" else self.data.val_scales
+        return [Task(name, scale) for name in self.data.val for scale in scales]
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of stored integers; `on_after_batch_transfer` makes them floats on the device."""
+        trainer = self.trainer
+        sampler = self._batches(start=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size)
+        return DataLoader(
+            self.patches,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=4 if self.data.num_workers else None,
+        )
+
+    def _evaluation_dataloaders(self, stage: str) -> list[DataLoader]:
+        loaders = []
+        for task in self.evaluation_tasks(stage):
+            files = image_files(task.set_name, Path(self.data.root), complete=False)
+            # Each process takes every world-size-th image: nothing is padded, nothing counted twice.
+            mine = files[self.trainer.global_rank :: self.trainer.world_size]
+            loaders.append(DataLoader(EvaluationImages(mine, task.scale), batch_size=None, shuffle=False))
+        return loaders
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """A loader for each set and scale, in the order of `evaluation_tasks`."""
+        return self._evaluation_dataloaders("validate")
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """The same at every trained scale."""
+        return self._evaluation_dataloaders("test")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Stored integers → (x, x̃) [N, 1, p, p] float32 in 0…1 (x a little beyond), on the device."""
+        if not self.trainer.training:
+            return batch
+        data, label = batch
+        return data.float().mul_(STEP).add_(LOW)[:, None], label.float().div_(255)[:, None]

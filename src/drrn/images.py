@@ -1,0 +1,183 @@
+"""Where images come from: folders, the benchmark sets, scikit-image's photographs; and how they are read.
+
+A *set* is a folder of images. `T91`, `BSD200` (together the 291 training images), `Set5`, `Set14`, `BSD100`
+and `Urban100` are folders of that name under the data root, listed with SHA-256 and URL in
+`data/registry.txt` and fetched from there when absent. `demo_train` and `demo_test` are photographs inside
+scikit-image's wheel. Any other name is taken as the path of a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from drrn import Refusal
+from drrn.matlab import rgb2ycbcr
+
+log = logging.getLogger(__name__)
+
+REGISTRY = Path(__file__).resolve().parents[2] / "data" / "registry.txt"
+FETCHED_SETS = ("T91", "BSD200", "Set5", "Set14", "BSD100", "Urban100")
+
+# Photographs only (no text pages, drawings, microscopy), and no scene on both sides of the split.
+DEMO_SETS = {
+    "demo_train": (
+        "astronaut.png",
+        "brick.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+        "moon.png",
+        "motorcycle_left.png",
+        "rocket.jpg",
+    ),
+    "demo_test": ("camera.png", "chelsea.png", "coffee.png"),
+}
+SUFFIXES = {".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def registered(set_name: str, registry: Path = REGISTRY) -> dict[str, tuple[str, str]]:
+    """The files of one set in the registry: "Set5/baby.bmp" → ("sha256:…", URL).
+
+    Raises:
+        Refusal: if the registry is absent or a line of it is not `name sha256:digest URL`.
+    """
+    if not registry.is_file():
+        raise Refusal(f"{registry} is missing: it lists what to download; restore it from the repository")
+    files = {}
+    for number, line in enumerate(registry.read_text().splitlines(), start=1):
+        fields = line.split()
+        if not fields or fields[0].startswith("#"):
+            continue
+        if len(fields) != 3 or not fields[1].startswith("sha256:"):
+            raise Refusal(f"{registry}, line {number}: expected `name sha256:digest URL`, found {line!r}")
+        if fields[0].startswith(f"{set_name}/"):
+            files[fields[0]] = (fields[1], fields[2])
+    return files
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(set_name: str, root: Path, registry: Path = REGISTRY) -> list[Path]:
+    """Make every registered file of a set present under `root`, each verified by its SHA-256.
+
+    Present files are verified and left alone; absent ones are downloaded by pooch, which writes to a
+    temporary name, verifies, and renames.
+
+    Raises:
+        Refusal: a present file has another digest, or a download failed (naming the file and URL).
+    """
+    files = registered(set_name, registry)
+    missing = []
+    for name, (digest, _) in files.items():
+        path = root / name
+        if not path.is_file():
+            missing.append(name)
+        elif f"sha256:{sha256(path)}" != digest:
+            raise Refusal(
+                f"{path} is not the file that {registry.name} lists ({digest}): its SHA-256 is {sha256(path)}. "
+                "Delete it to have it fetched again, or point data.root (DRRN_DATA) elsewhere."
+            )
+    if missing:
+        _download(missing, files, root)
+    return [root / name for name in files]
+
+
+def _download(missing: list[str], files: dict[str, tuple[str, str]], root: Path) -> None:
+    import pooch
+    from rich.progress import track
+
+    pooch.get_logger().setLevel(logging.WARNING)
+    fetcher = pooch.create(
+        path=root,
+        base_url="",
+        registry={name: files[name][0] for name in missing},
+        urls={name: files[name][1] for name in missing},
+        retry_if_failed=2,
+    )
+    for name in track(missing, description=f"Fetching {missing[0].split('/')[0]} ({len(missing)} files)"):
+        try:
+            fetcher.fetch(name)
+        except Exception as error:  # pooch raises its own, requests' and OS errors alike
+            raise Refusal(
+                f"{name} could not be fetched from {files[name][1]}: {error}. Try again, or put the file at "
+                f"{root / name} yourself (expected {files[name][0]})."
+            ) from error
+
+
+def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
+    """The image files of a set, by name.
+
+    Args:
+        set_name: a known set, or the path of a folder of images.
+        root: the data root, under which the known sets are folders.
+        complete: fetch what is absent; False takes the files of a known set that are there (Urban100 is
+            often incomplete) and fetches only when there is none.
+
+    Raises:
+        Refusal: the folder does not exist or holds no image, or a file cannot be fetched.
+    """
+    if set_name in DEMO_SETS:
+        package = importlib.util.find_spec("skimage")
+        if package is None or package.submodule_search_locations is None:
+            raise Refusal(f"the set {set_name} is inside scikit-image: pip install scikit-image")
+        folder = Path(package.submodule_search_locations[0]) / "data"
+        absent = [name for name in DEMO_SETS[set_name] if not (folder / name).is_file()]
+        if absent:
+            raise Refusal(f"this scikit-image does not ship {', '.join(absent)}: install the locked version")
+        return [folder / name for name in DEMO_SETS[set_name]]
+    if set_name in FETCHED_SETS:
+        present = [root / name for name in registered(set_name) if (root / name).is_file()]
+        return sorted(present if present and not complete else fetch(set_name, root))
+    folder = Path(set_name)
+    if not folder.is_dir():
+        raise Refusal(
+            f"no set and no folder named {set_name!r}: give a folder of images, or one of "
+            f"{', '.join((*FETCHED_SETS, *DEMO_SETS))}"
+        )
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise Refusal(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
+    return files
+
+
+def read_luminance(path: Path) -> NDArray[np.uint8]:
+    """Y of an image as the protocol takes it [H, W], uint8.
+
+    Colour goes through MATLAB's `rgb2ycbcr` on uint8 (Y in 16…235); a one-channel image is used as it is.
+
+    Raises:
+        Refusal: the file is missing or cannot be decoded, or it is not 8-bit grey or RGB.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode == "P":  # some copies of the sets hold palettes
+                image = image.convert("RGB")
+            if image.mode not in ("L", "RGB"):
+                raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one is {image.mode}")
+            pixels = np.asarray(image)
+    except FileNotFoundError as error:
+        raise Refusal(f"{path} does not exist") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise Refusal(f"{path} cannot be read as an image: {error}") from error
+    return pixels if pixels.ndim == 2 else rgb2ycbcr(pixels)[..., 0]
+
+
+def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArray]:
+    """The paper's eight versions of an image (Sec. 4.2) [H, W] → each [H, W] or [W, H].
+
+    Orientation o is a rotation by 90° × (o mod 4), mirrored left–right if o ≥ 4; 0 is the image itself.
+    Exact: pixels are moved, never interpolated.
+    """
+    return [np.fliplr(np.rot90(image, o % 4)) if o >= 4 else np.rot90(image, o) for o in which]

@@ -1,0 +1,157 @@
+"""DRRN, the Deep Recursive Residual Network.
+
+Y. Tai, J. Yang, X. Liu, "Image Super-Resolution via Deep Recursive Residual Network", CVPR 2017.
+Equation and section numbers are that paper's. What it leaves out (where BatchNorm stands, what is
+shared) follows the authors' Caffe release, tyshiwo/DRRN_CVPR17.
+
+One class serves the whole family of the paper's experiments:
+
+    DRRN(B=1, U=25)                                   the paper's best model, Sec. 4.4
+    DRRN(B, U, weight_sharing=False)                  DRRN_NS,   Sec. 4.5
+    DRRN(B, U, multi_path=False)                      DRRN_C,    Sec. 4.5
+    DRRN(B, U, weight_sharing=False, multi_path=False)  DRRN_NS_C, Tab. 4
+    DRRN(B=19, U=0, features=64)                      VDSR,      Sec. 3.3
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORMS = ("batch", "none")
+
+
+def conv3x3(in_channels: int, out_channels: int, bias: bool) -> nn.Conv2d:
+    """A 3×3 convolution with the initialisation of Sec. 4.2: He normal over the fan-in, biases 0."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def normalisation(norm: str, channels: int) -> nn.Module:
+    """BatchNorm with its own affine (Caffe's BatchNorm + Scale), or nothing."""
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
+
+
+class RecursiveBlock(nn.Module):
+    """R_b of Eq. 8: one convolution f_b, then U residual units G (Sec. 3.2, Fig. 4).
+
+    Pre-activation throughout (Sec. 3.1): every convolution is preceded by BatchNorm and ReLU. With
+    `weight_sharing` the two convolutions of a unit exist once and serve all U units, while the
+    BatchNorm of every unit is its own, as in the release.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        features: int,
+        U: int,
+        norm: str,
+        bias: bool,
+        weight_sharing: bool,
+        multi_path: bool,
+    ) -> None:
+        super().__init__()
+        self.U, self.weight_sharing, self.multi_path = U, weight_sharing, multi_path
+        sets = min(U, 1) if weight_sharing else U  # weight sets W of the residual function (Eq. 4)
+        self.norm = normalisation(norm, in_channels)
+        self.conv = conv3x3(in_channels, features, bias)
+        self.norm_a = nn.ModuleList(normalisation(norm, features) for _ in range(U))
+        self.norm_b = nn.ModuleList(normalisation(norm, features) for _ in range(U))
+        self.conv_a = nn.ModuleList(conv3x3(features, features, bias) for _ in range(sets))
+        self.conv_b = nn.ModuleList(conv3x3(features, features, bias) for _ in range(sets))
+
+    def residual(self, H: Tensor, u: int) -> Tensor:
+        """F(H^{u-1}, W) of Eq. 4, for u counted from 0: BN-ReLU-conv twice (Fig. 3)."""
+        w = 0 if self.weight_sharing else u
+        H = self.conv_a[w](F.relu(self.norm_a[u](H)))
+        return self.conv_b[w](F.relu(self.norm_b[u](H)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_{b-1} [N, in_channels, H, W] → x_b [N, features, H, W]."""
+        H0 = self.conv(F.relu(self.norm(x)))  # [N, C, H, W]  H⁰_b = f_b(x_{b-1}); no ReLU on H⁰ itself
+        H = H0
+        for u in range(self.U):
+            identity = H0 if self.multi_path else H  # Eq. 5; the chain of DRRN_C is Eq. 3
+            H = self.residual(H, u) + identity  # [N, C, H, W]
+        return H
+
+
+class DRRN(nn.Module):
+    """y = D(x) = f_Rec(R_B(… R_1(x) …)) + x (Eq. 9), on the luminance of an interpolated image.
+
+    Args:
+        B: recursive blocks, ≥ 1.
+        U: residual units in each block, ≥ 0. U = 0 is VDSR: plain convolutions, d = B + 1.
+        features: filters of every convolution but the last.
+        norm: "batch" (the paper and the release) or "none".
+        bias: biases on the convolutions (the release has them).
+        weight_sharing: share the convolutions over a block's units; False is DRRN_NS.
+        multi_path: identity from H⁰ (Eq. 5); False is the chain of DRRN_C (Eq. 3).
+
+    Raises:
+        ValueError: for a value outside the above.
+    """
+
+    def __init__(
+        self,
+        B: int,
+        U: int,
+        features: int = 128,
+        norm: str = "batch",
+        bias: bool = True,
+        weight_sharing: bool = True,
+        multi_path: bool = True,
+    ) -> None:
+        super().__init__()
+        if B < 1:
+            raise ValueError(f"B = {B}: a DRRN has at least one recursive block")
+        if U < 0:
+            raise ValueError(f"U = {U}: the number of residual units is 0 (VDSR) or more")
+        if features < 1:
+            raise ValueError(f"features = {features}: a convolution needs at least one filter")
+        if norm not in NORMS:
+            raise ValueError(f"norm = {norm!r}: allowed are {', '.join(NORMS)}")
+        self.B, self.U, self.features = B, U, features
+        self.blocks = nn.ModuleList(
+            RecursiveBlock(1 if b == 0 else features, features, U, norm, bias, weight_sharing, multi_path)
+            for b in range(B)
+        )
+        self.norm_rec = normalisation(norm, features)
+        self.conv_rec = conv3x3(features, 1, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Super-resolve.
+
+        Args:
+            x: interpolated low-resolution luminance [N, 1, H, W], float, 0…1; any H, W ≥ 1.
+
+        Returns:
+            The estimate of the high-resolution luminance, same shape, not clamped.
+        """
+        xb = x  # [N, 1, H, W]  x_0 = x
+        for block in self.blocks:
+            xb = block(xb)  # [N, C, H, W]  x_b = R_b(x_{b-1}), Eq. 8
+        residual = self.conv_rec(F.relu(self.norm_rec(xb)))  # [N, 1, H, W]  f_Rec
+        return residual + x  # the global residual (GRL)
+
+    @property
+    def depth(self) -> int:
+        """d, the number of convolutional layers on the longest path (Eq. 7)."""
+        return (1 + 2 * self.U) * self.B + 1
+
+    @property
+    def receptive_radius(self) -> int:
+        """Pixels to each side that one output pixel depends on: every layer is 3×3, so d."""
+        return self.depth
+
+    @property
+    def conv_weight_count(self) -> int:
+        """k of the paper: convolution weights, each shared one once; no biases, no BatchNorm.
+
+        Eq. 9 at B2U3 gives 739,584; the 784K that Sec. 4.3 prints there is a misprint (every other
+        count in the paper follows this rule).
+        """
+        return sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Conv2d))

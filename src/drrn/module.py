@@ -1,0 +1,196 @@
+"""Training as in Sec. 4.2: the loss of Eq. 10, SGD with a halving rate γ, gradients clipped to θ/γ."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
+
+from drrn import Refusal
+from drrn.config import ModelConfig, OptimConfig
+from drrn.model import DRRN
+from drrn.torch_metrics import SetPSNR, SetSSIM
+
+
+class Diverged(Refusal):
+    """The loss or a gradient is no longer a finite number."""
+
+
+def euclidean_loss(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Eq. 10 over a mini-batch: 1/(2N) Σ ‖x̃ − D(x)‖², summed over pixels, N patches [N, 1, p, p] → scalar.
+
+    A mean over pixels would be p² times smaller, and θ and γ would mean something else. In float32
+    whatever the precision of the prediction.
+    """
+    return (prediction.float() - truth.float()).square().sum() / (2 * len(prediction))
+
+
+def learning_rate_factor(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
+    """γ / optim.lr after `step` optimiser steps: halved every so often (Sec. 4.2), or a cosine to 0."""
+    if optim.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(step / max_steps, 1)))
+    every = optim.halve_every_steps or max(1, round(optim.halve_every_epochs * steps_per_epoch))
+    return 0.5 ** (step // every)
+
+
+class SuperResolution(LightningModule):
+    """A network of the DRRN family in training.
+
+    Args:
+        model: fields of `drrn.config.ModelConfig`.
+        optim: fields of `drrn.config.OptimConfig`.
+        steps_per_epoch: optimiser steps that see every training pair once.
+        max_steps: optimiser steps of the whole run.
+
+    All are plain scalars, so checkpoints load with `weights_only=True`.
+    """
+
+    def __init__(
+        self, model: dict[str, Any], optim: dict[str, Any], steps_per_epoch: int = 1, max_steps: int = 1
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.optim = OptimConfig(**optim)
+        self.network = DRRN(**asdict(ModelConfig(**model)))
+        with torch.no_grad():  # `optim.residual_scale` 0 starts at bicubic itself; 1 is the paper's start
+            self.network.conv_rec.weight.mul_(self.optim.residual_scale)
+        self.batch_norms = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.metrics = nn.ModuleDict()
+        self.scores: list[dict[str, Any]] = []  # rows of the evaluation that ran last, an image each
+
+    def setup(self, stage: str) -> None:
+        """Metrics for every set and scale that the data module evaluates on."""
+        for index in range(len(self.trainer.datamodule.evaluation_tasks(stage))):
+            self.metrics[f"psnr_{index}"], self.metrics[f"ssim_{index}"] = SetPSNR(), SetSSIM()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Interpolated luminance [N, 1, H, W] in 0…1 → super-resolved, same shape."""
+        return self.network(x)
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Pairs (x, x̃) [N, 1, p, p] → the loss of Eq. 10."""
+        x, truth = batch
+        loss = euclidean_loss(self.network(x), truth)
+        self.loss = loss.detach()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Average BatchNorm's statistics as Caffe does.
+
+        Caffe keeps Σ λᵏ · statistic and divides by Σ λᵏ, so its average is right from the first batch; with
+        PyTorch's constant momentum 1 − λ = 0.001 thousands of steps still evaluate with the starting values
+        0 and 1. The same average in PyTorch's form is the momentum (1 − λ) / (1 − λⁿ) at the n-th batch.
+        """
+        decay, n = self.optim.bn_average, self.trainer.fit_loop.epoch_loop.total_batch_idx + 2
+        for layer in self.batch_norms:
+            layer.momentum = (1 - decay) / (1 - decay**n)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Adjustable gradient clipping (Sec. 4.2): the bound is θ/γ with the current rate γ.
+
+        `optim.clip=value` clips each gradient to [−θ/γ, θ/γ], the paper's words; `norm` scales the whole
+        gradient to a norm of at most θ/γ, what the authors' Caffe does. Lightning calls this on the averaged,
+        accumulated and unscaled gradients of every optimiser step, whatever the Trainer's own clip value.
+
+        Raises:
+            Diverged: the loss or a gradient is NaN or infinite; the step is not taken.
+        """
+        gamma = optimizer.param_groups[0]["lr"]
+        bound = self.optim.theta / gamma if gamma > 0 else math.inf
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        # A loss scaler expects infinite gradients now and then, skips the step and lowers its scale.
+        if not torch.isfinite(self.loss if scaled else self.loss + norm):
+            raise Diverged(
+                f"training diverged at step {self.trainer.global_step}: loss {self.loss.item():.4g}, gradient norm "
+                f"{norm.item():.4g}, γ = {gamma:.4g}, clip = {self.optim.clip} with θ = {self.optim.theta:g}. "
+                "Try optim.clip=norm, a smaller optim.theta or optim.lr, or model.norm=batch. The step was not "
+                "taken; the last good checkpoint is kept."
+            )
+        touched = torch.zeros_like(norm)
+        if self.optim.clip == "value":
+            count = sum(g.numel() for g in gradients)
+            touched = sum((g.abs() > bound).sum() for g in gradients) / count
+            clip_grad_value_(self.network.parameters(), bound)
+        elif self.optim.clip == "norm":
+            touched = (norm > bound).float()
+            clip_grad_norm_(self.network.parameters(), bound)
+        self.log_dict({"train/gamma": gamma, "train/gradient_norm": norm, "train/clipped": touched})
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """SGD with weight decay on everything, biases of convolutions at `bias_lr_mult` times the rate."""
+        optim = self.optim
+        biases = [m.bias for m in self.network.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
+        if optim.bias_lr_mult == 1:
+            biases = []
+        apart = {id(bias) for bias in biases}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.network.parameters() if id(p) not in apart]}
+        ]
+        if biases:
+            groups.append({"params": biases, "lr": optim.lr * optim.bias_lr_mult})
+        if optim.algorithm == "sgd":
+            optimizer = torch.optim.SGD(
+                groups, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+            )
+        else:
+            optimizer = torch.optim.Adam(
+                groups, optim.lr, betas=(optim.momentum, 0.999), weight_decay=optim.weight_decay
+            )
+        per_epoch, max_steps = self.hparams["steps_per_epoch"], self.hparams["max_steps"]
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(optim, step, per_epoch, max_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ------------------------------------------------------------------ evaluation (drrn.protocol)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor, str], dataloader_idx: int, stage: str) -> None:
+        x, truth, image = batch  # [1, 1, H, W] each
+        task = self.trainer.datamodule.evaluation_tasks(stage)[dataloader_idx]
+        prediction = self.network(x)
+        row: dict[str, Any] = {"set": task.set_name, "scale": task.scale, "image": image}
+        for name in ("psnr", "ssim"):
+            metric = self.metrics[f"{name}_{dataloader_idx}"]
+            row[name] = metric(prediction, truth, shave=task.scale).item()  # this image's value
+            if stage == "test":
+                row[f"bicubic_{name}"] = type(metric)()(x, truth, shave=task.scale).item()
+            self.log(
+                f"{stage}/{task}/{name}",
+                metric,
+                on_step=False,
+                on_epoch=True,
+                add_dataloader_idx=False,
+                batch_size=1,
+            )
+        self.scores.append(row)
+
+    def on_validation_epoch_start(self) -> None:
+        """A fresh list of rows."""
+        self.scores = []
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """PSNR and SSIM of one image with the protocol."""
+        self._evaluate(batch, dataloader_idx, "validate")
+
+    def on_test_epoch_start(self) -> None:
+        """A fresh list of rows."""
+        self.scores = []
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """PSNR and SSIM of one image with the protocol."""
+        self._evaluate(batch, dataloader_idx, "test")

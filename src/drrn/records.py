@@ -1,0 +1,151 @@
+"""The run record: one JSON a run, enough to check a result by hand and to make it again.
+
+Tables and figures read nothing but these files, so they need no account and no network.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from drrn import Refusal, protocol
+from drrn.config import Config, run_name, structure_name
+
+FORMAT = 1
+FILE = "record.json"
+PACKAGES = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "torchmetrics",
+    "wandb",
+    "h5py",
+    "numpy",
+    "scipy",
+    "pillow",
+)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all: to a temporary name, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise Refusal(f"{path} could not be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A run record.
+
+    Raises:
+        Refusal: it is missing, not JSON, or of a format that this version does not read.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path} is not a readable run record: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise Refusal(f"{path} is not a run record of format {FORMAT}")
+    return record
+
+
+def find_records(folder: Path) -> list[dict[str, Any]]:
+    """All run records below a folder, by path; each gains `path`.
+
+    Raises:
+        Refusal: there is none.
+    """
+    paths = sorted(folder.rglob(FILE))
+    if not paths:
+        raise Refusal(f"no run record ({FILE}) below {folder}: train something first, or name another folder")
+    return [{**read_record(path), "path": str(path)} for path in paths]
+
+
+def git_commit() -> dict[str, Any] | None:
+    """Commit of the source tree and whether it has uncommitted changes; None outside a clone."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *args: (
+            subprocess.run(
+                ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
+            ).stdout
+        )
+        return {
+            "commit": run("rev-parse", "HEAD").strip(),
+            "changed": bool(run("status", "--porcelain", "-uno")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit."""
+    import torch
+
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "git": git_commit(),
+    }
+
+
+def means(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of images → the plain mean of every metric for each set and scale (protocol, step 7)."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in scores:
+        groups[row["set"], row["scale"]].append(row)
+    result = []
+    for (set_name, scale), rows in groups.items():
+        metrics = [key for key in rows[0] if key not in ("set", "scale", "image")]
+        mean = {key: sum(row[key] for row in rows) / len(rows) for key in metrics}
+        result.append({"set": set_name, "scale": scale, "images": len(rows), **mean})
+    return result
+
+
+def run_record(config: Config, network: Any) -> dict[str, Any]:
+    """The record of a run that is about to start; `status`, `budget` and `scores` are filled in as it goes.
+
+    Args:
+        config: the whole checked configuration.
+        network: a `drrn.model.DRRN`.
+    """
+    return {
+        "format": FORMAT,
+        "name": run_name(config),
+        "study": config.study,
+        "status": "running",
+        "seed": config.seed,
+        "structure": {
+            "name": structure_name(config.model),
+            "depth": network.depth,
+            "conv_weights": network.conv_weight_count,
+            "parameters": sum(p.numel() for p in network.parameters()),
+        },
+        "protocol": {"name": protocol.NAME, "version": protocol.VERSION},
+        "config": asdict(config),
+        **environment(),
+    }

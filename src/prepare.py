@@ -1,0 +1,39 @@
+"""Fetch and verify the images of a run and build its patch file; training does the same by itself.
+
+python src/prepare.py
+python src/prepare.py data.augment=online
+python src/prepare.py 'data.val=[Set5,Set14,BSD100,Urban100]'
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from drrn.config import check, launch
+
+os.environ.setdefault("DRRN_HOME", str(Path(__file__).resolve().parents[1]))  # conf/config.yaml's searchpath
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    """The training configuration decides what is needed; only `data.*` matters here."""
+    data = check(cfg).data
+    from drrn.images import image_files
+    from drrn.patches import Patches, Recipe, prepare_patches
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    path = prepare_patches(
+        data.name, Recipe.of(data), Path(data.root), Path(data.patches), max(1, data.num_workers)
+    )
+    print(f"{path}: {Patches(path).stored:,} pairs, {path.stat().st_size / 1e9:.2f} GB")
+    for name in data.val:
+        print(f"{name}: {len(image_files(name, Path(data.root)))} images")
+
+
+if __name__ == "__main__":
+    launch(main)

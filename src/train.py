@@ -1,0 +1,224 @@
+"""Train one network, or a grid of them.
+
+    python src/train.py model.B=1 model.U=9
+    python src/train.py -m model.B=1,3 model.U=9,25
+
+Each run has its own folder, named by what it is, with its log, its checkpoints, its weights
+(`weights.safetensors`) and its record (`record.json`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from drrn import Refusal
+from drrn.config import Config, check, launch, run_dir, run_name, structure_name
+
+os.environ.setdefault("DRRN_HOME", str(Path(__file__).resolve().parents[1]))  # conf/config.yaml's searchpath
+log = logging.getLogger("drrn.train")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    """Check the configuration before anything heavy is imported, then train."""
+    train(check(cfg))
+
+
+def train(config: Config) -> None:
+    """Train, evaluate and record one network.
+
+    Raises:
+        Refusal: what the user can mend; the record says "failed" and why.
+    """
+    from drrn.records import FILE, means, read_record, run_record, write_json
+
+    folder = run_dir(config)
+    if (folder / FILE).is_file() and read_record(folder / FILE)["status"] == "finished":
+        print(f"{run_name(config)} is finished: {folder / FILE}. Delete the folder to train it again.")
+        return
+
+    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.callbacks import RichProgressBar
+
+    from drrn.callbacks import PlainProgress, checkpoints, newest_checkpoint
+    from drrn.datamodule import SuperResolutionData
+    from drrn.module import SuperResolution
+    from drrn.weights import save_weights
+
+    quiet_lightning()
+    folder.mkdir(parents=True, exist_ok=True)
+    with log_to(folder / "train.log"):
+        # 1. images → patches
+        seed_everything(config.seed, workers=True, verbose=False)
+        data = SuperResolutionData(config)
+        data.prepare_data()
+
+        # 2. patches → module
+        module = SuperResolution(
+            asdict(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps
+        )
+        resume = newest_checkpoint(folder / "checkpoints") if config.ckpt_path == "last" else config.ckpt_path
+        record = run_record(config, module.network)
+        structure = record["structure"]
+        log.info(
+            "%s: depth %d, %s convolution weights; %d steps of %d pairs, %d steps an epoch; writing to %s",
+            structure["name"], structure["depth"], f"{structure['conv_weights']:,}", data.max_steps,
+            config.data.batch_size, data.steps_per_epoch, folder,
+        )  # fmt: skip
+
+        # 3. module → weights
+        every = config.trainer.log_every_n_steps
+        logger = make_logger(config, folder, record)
+        trainer = Trainer(
+            **trainer_arguments(config),
+            max_steps=data.max_steps,
+            logger=logger,
+            default_root_dir=folder,
+            callbacks=[
+                checkpoints(folder / "checkpoints", config.trainer.checkpoint_every),
+                RichProgressBar() if sys.stderr.isatty() else PlainProgress(every),
+            ],
+            enable_progress_bar=sys.stderr.isatty(),
+        )
+        record["status"], start = "failed", time.monotonic()
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+            record["budget"] = {
+                "steps": trainer.global_step,
+                "patches": trainer.global_step * config.data.batch_size,
+                "epochs": trainer.global_step / data.steps_per_epoch,
+                "seconds": round(time.monotonic() - start, 1),
+            }
+            record["status"] = "finished" if trainer.global_step >= data.max_steps else "stopped"
+            final = folder / "checkpoints" / f"step{trainer.global_step:08d}.ckpt"
+            if not final.is_file():
+                trainer.save_checkpoint(final)
+            save_weights(
+                folder / "weights.safetensors",
+                module.network,
+                config.model,
+                {"scales": config.data.scales, "origin": run_name(config), "steps": trainer.global_step},
+            )
+
+            # 4. weights → scores
+            trainer.test(module, datamodule=data, verbose=False)
+            record["scores"], record["means"] = module.scores, means(module.scores)
+        except BaseException as error:
+            record["status"], record["error"] = "failed", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            if trainer.is_global_zero:
+                write_json(folder / FILE, record)
+            finish(logger, failed=record["status"] == "failed")
+        for row in record["means"]:
+            log.info(
+                "%s ×%d: PSNR %.2f dB (bicubic %.2f), SSIM %.4f (bicubic %.4f), %d images",
+                row["set"], row["scale"], row["psnr"], row["bicubic_psnr"], row["ssim"], row["bicubic_ssim"],
+                row["images"],
+            )  # fmt: skip
+        log.info("%s: %s", record["status"], folder / FILE)
+
+
+def trainer_arguments(config: Config) -> dict[str, object]:
+    """`trainer.*` as Lightning's Trainer takes it.
+
+    Raises:
+        Refusal: an argument that Lightning does not have.
+    """
+    import inspect
+
+    from lightning.pytorch import Trainer
+
+    ours = ("max_steps", "max_epochs", "checkpoint_every", "channels_last")
+    extra = config.trainer_extra or {}
+    unknown = set(extra) - set(inspect.signature(Trainer).parameters)
+    if unknown:
+        raise Refusal(f"trainer.{unknown.pop()}: neither ours nor an argument of Lightning's Trainer")
+    arguments = {key: value for key, value in asdict(config.trainer).items() if key not in ours}
+    return {
+        **arguments,
+        "max_epochs": 1,  # to Lightning the whole run is one epoch, see ShuffledBatches
+        "check_val_every_n_epoch": None,  # so validation counts batches
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the data module shares batches and images out itself
+        "enable_model_summary": False,
+        **extra,
+    }
+
+
+def make_logger(config: Config, folder: Path, record: dict) -> object:
+    """The logger that `logger.kind` names, or False."""
+    if config.logger.kind == "none":
+        return False
+    if config.logger.kind == "csv":
+        from lightning.pytorch.loggers import CSVLogger
+
+        return CSVLogger(folder, name="csv", version="")
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    model = config.model
+    log.info(
+        "W&B is %s; `wandb sync %s` uploads what stayed here",
+        config.logger.mode,
+        folder / "wandb/offline-run-*",
+    )
+    return WandbLogger(
+        project=config.logger.project,
+        name=run_name(config),
+        group=config.study,
+        tags=[structure_name(model), f"B{model.B}", f"U{model.U}", f"d{record['structure']['depth']}"],
+        save_dir=folder,
+        mode=config.logger.mode,
+        settings=wandb.Settings(silent=True),
+        config={**asdict(config), "structure": record["structure"], "git": record["git"]},
+    )
+
+
+def quiet_lightning() -> None:
+    """Drop Lightning's tips and notices; warnings that a user can act on stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in (".*LeafSpec.*deprecated", ".*does not have many workers", ".*`weights_only` was not set"):
+        warnings.filterwarnings("ignore", text)
+
+
+def finish(logger: object, failed: bool) -> None:
+    """End the W&B run, so that the next job of a multirun starts its own."""
+    if type(logger).__name__ == "WandbLogger":
+        import wandb
+
+        wandb.finish(exit_code=int(failed))
+
+
+class log_to:  # noqa: N801 — used as a function, `with log_to(path):`
+    """Log to the console and to a run's file for as long as the run lasts."""
+
+    def __init__(self, path: Path) -> None:
+        form = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+        self.handlers = [logging.StreamHandler(sys.stderr), logging.FileHandler(path)]
+        for handler in self.handlers:
+            handler.setFormatter(form)
+
+    def __enter__(self) -> None:
+        root = logging.getLogger("drrn")
+        root.setLevel(logging.INFO)
+        for handler in self.handlers:
+            root.addHandler(handler)
+
+    def __exit__(self, *_: object) -> None:
+        for handler in self.handlers:
+            logging.getLogger("drrn").removeHandler(handler)
+            handler.close()
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,503 @@
+"""`drrn.metrics` against published and MATLAB-exact values, scikit-image, pyrtools and slow loops;
+`drrn.torch_metrics` against those functions.
+
+The benchmark images come from the folder that the environment variable DRRN_DATA names.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import pickle
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import skimage.metrics
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchmetrics import MetricCollection
+
+from drrn.matlab import imresize, rgb2ycbcr, to_uint8
+from drrn.metrics import ifc, psnr, ssim
+from drrn.torch_metrics import SetPSNR, SetSSIM
+
+
+def benchmark(name: str) -> list[Path]:
+    root = os.environ.get("DRRN_DATA")
+    if not root:
+        pytest.skip("set DRRN_DATA to the folder that holds Set5/, Set14/ and BSD100/")
+    files = sorted(path for path in (Path(root) / name).glob("*") if path.suffix in (".bmp", ".jpg", ".png"))
+    if not files:
+        pytest.skip(f"{name} is not in DRRN_DATA")
+    return files
+
+
+def bicubic_pair(pixels: NDArray[np.uint8], scale: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Bicubic's result and the ground truth as the protocol measures them: 8-bit Y, shaved."""
+    y = pixels if pixels.ndim == 2 else rgb2ycbcr(pixels)[..., 0]
+    truth = y[: y.shape[0] // scale * scale, : y.shape[1] // scale * scale] / 255.0
+    result = imresize(imresize(truth, 1 / scale), scale)
+    inside = (slice(scale, -scale),) * 2
+    return to_uint8(result)[inside], to_uint8(truth)[inside]
+
+
+@cache
+def benchmark_pairs(name: str, scale: int) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    return {path.stem: bicubic_pair(np.asarray(Image.open(path)), scale) for path in benchmark(name)}
+
+
+@cache
+def photograph_pair(height: int = 96, width: int = 120, scale: int = 3) -> tuple[NDArray, NDArray]:
+    """(degraded, original) crop of a photograph in scikit-image's wheel: no benchmark needed."""
+    result, truth = bicubic_pair(skimage.data.camera()[80:320, 150:400], scale)
+    return result[:height, :width], truth[:height, :width]
+
+
+# The benchmarks: bicubic, measured once by an independent double-precision implementation of the protocol
+# (PSNR, SSIM) and by the original IFC under GNU Octave.
+
+SET5 = {
+    # (image, scale): PSNR in dB, SSIM, IFC
+    ("baby", 2): (37.0660, 0.95196, 6.435880),
+    ("bird", 2): (36.8058, 0.97213, 6.398343),
+    ("butterfly", 2): (27.4332, 0.91536, 5.966910),
+    ("head", 2): (34.8580, 0.86233, 5.665360),
+    ("woman", 2): (32.1440, 0.94763, 5.947705),
+    ("baby", 3): (33.9101, 0.90392, 3.799202),
+    ("bird", 3): (32.5723, 0.92564, 3.875713),
+    ("butterfly", 3): (24.0365, 0.82163, 3.527084),
+    ("head", 3): (32.8793, 0.80026, 3.213576),
+    ("woman", 3): (28.5628, 0.88959, 3.480145),
+    ("baby", 4): (31.7764, 0.85668, 2.508529),
+    ("bird", 4): (30.1773, 0.87294, 2.510689),
+    ("butterfly", 4): (22.0975, 0.73689, 2.331542),
+    ("head", 4): (31.5899, 0.75357, 2.022762),
+    ("woman", 4): (26.4623, 0.83180, 2.271057),
+}
+SET14 = {2: (30.2318, 0.86865, 6.10456), 3: (27.5405, 0.77361, 3.47303), 4: (26.0001, 0.70186, 2.23692)}
+BSD100 = {2: (29.5579, 0.84310), 3: (27.2072, 0.73844), 4: (25.9606, 0.66738)}
+
+
+@pytest.mark.parametrize(("image", "scale"), list(SET5))
+def test_bicubic_on_set5_image_by_image(image: str, scale: int) -> None:
+    result, truth = benchmark_pairs("Set5", scale)[image]
+    expected_psnr, expected_ssim, expected_ifc = SET5[image, scale]
+    assert psnr(result, truth) == pytest.approx(expected_psnr, abs=5e-4)
+    assert ssim(result, truth) == pytest.approx(expected_ssim, abs=5e-5)
+    assert ifc(truth, result) == pytest.approx(expected_ifc, abs=1e-5)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_bicubic_mean_on_set14(scale: int) -> None:
+    pairs = benchmark_pairs("Set14", scale)
+    assert len(pairs) == 14
+    scores = [(psnr(a, b), ssim(a, b), ifc(b, a)) for a, b in pairs.values()]
+    expected_psnr, expected_ssim, expected_ifc = SET14[scale]
+    mean_psnr, mean_ssim, mean_ifc = np.mean(scores, axis=0)
+    assert mean_psnr == pytest.approx(expected_psnr, abs=1e-3)
+    assert mean_ssim == pytest.approx(expected_ssim, abs=1e-4)
+    assert mean_ifc == pytest.approx(expected_ifc, abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_bicubic_mean_on_bsd100(scale: int) -> None:
+    pairs = benchmark_pairs("BSD100", scale)
+    assert len(pairs) == 100
+    scores = [(psnr(a, b), ssim(a, b)) for a, b in pairs.values()]
+    mean_psnr, mean_ssim = np.mean(scores, axis=0)
+    assert mean_psnr == pytest.approx(BSD100[scale][0], abs=1e-3)
+    assert mean_ssim == pytest.approx(BSD100[scale][1], abs=1e-4)
+
+
+# PSNR
+
+
+def test_psnr_of_known_errors() -> None:
+    black = np.zeros((5, 7), np.uint8)
+    assert psnr(black, black + 255) == 0.0  # in uint8 arithmetic the difference would wrap around
+    assert psnr(black, black + 1) == pytest.approx(20 * math.log10(255))
+    one_of_35 = black.copy()
+    one_of_35[2, 3] = 10
+    assert psnr(black, one_of_35) == pytest.approx(10 * math.log10(255**2 * 35 / 100))
+    assert psnr(black, black) == math.inf
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_psnr_equals_scikit_image(scale: int) -> None:
+    result, truth = photograph_pair(scale=scale)
+    expected = skimage.metrics.peak_signal_noise_ratio(truth, result, data_range=255)
+    assert psnr(result, truth) == pytest.approx(expected, abs=1e-12)
+    assert psnr(truth, result) == psnr(result, truth)
+
+
+def test_psnr_of_colour_and_of_floating_images() -> None:
+    truth = skimage.data.astronaut()[100:180, 150:260]
+    noisy = truth + np.random.default_rng(0).normal(0, 5, truth.shape)
+    expected = skimage.metrics.peak_signal_noise_ratio(truth.astype(float), noisy, data_range=255)
+    assert psnr(noisy, truth) == pytest.approx(expected, abs=1e-12)
+    assert psnr(noisy.astype(np.float32), truth) == pytest.approx(expected, abs=1e-5)
+
+
+# SSIM
+
+
+def skimage_ssim(a: NDArray, b: NDArray) -> float:
+    _, index = skimage.metrics.structural_similarity(
+        a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, full=True
+    )
+    return index[5:-5, 5:-5].mean()
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_ssim_equals_scikit_image_on_valid_windows(scale: int) -> None:
+    result, truth = photograph_pair(scale=scale)
+    expected = skimage_ssim(result.astype(float), truth.astype(float))
+    assert expected < 0.99
+    assert ssim(result, truth) == pytest.approx(expected, abs=1e-10)
+    assert ssim(truth, result) == pytest.approx(expected, abs=1e-10)
+    shifted = result + 0.25
+    assert ssim(shifted, truth) == pytest.approx(skimage_ssim(shifted, truth.astype(float)), abs=1e-10)
+
+
+def slow_ssim(a: NDArray, b: NDArray) -> float:
+    """Wang et al. 2004, Eq. 13 to 16, window by window."""
+    grid = np.arange(11) - 5
+    window = np.exp(-(grid[:, None] ** 2 + grid[None, :] ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    values = []
+    for r in range(a.shape[0] - 10):
+        for c in range(a.shape[1] - 10):
+            x, y = a[r : r + 11, c : c + 11].astype(float), b[r : r + 11, c : c + 11].astype(float)
+            mx, my = (window * x).sum(), (window * y).sum()
+            vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
+            cov = (window * (x - mx) * (y - my)).sum()
+            values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize(("height", "width"), [(11, 11), (11, 30), (25, 18)])
+def test_ssim_equals_the_window_by_window_version(height: int, width: int) -> None:
+    result, truth = photograph_pair(height, width)
+    assert ssim(result, truth) == pytest.approx(slow_ssim(result, truth), abs=1e-10)
+
+
+def test_ssim_of_equal_images_is_one() -> None:
+    _, truth = photograph_pair()
+    assert ssim(truth, truth) == pytest.approx(1.0, abs=1e-12)
+    flat = np.full((20, 20), 200, np.uint8)
+    assert ssim(flat, flat) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_ssim_needs_a_whole_window() -> None:
+    with pytest.raises(ValueError, match="at least 11 pixels, got 40×10"):
+        ssim(np.zeros((40, 10), np.uint8), np.zeros((40, 10), np.uint8))
+
+
+# IFC
+
+
+def slow_ifc(reference: NDArray, distorted: NDArray) -> float:
+    """The IFC with pyrtools' own pyramid and one block at a time."""
+    from pyrtools.pyramids import SteerablePyramidSpace
+
+    pyramids = [
+        SteerablePyramidSpace(image.astype(float), height=4, order=5, edge_type="reflect1").pyr_coeffs
+        for image in (reference, distorted)
+    ]
+    total = 0.0
+    for level in range(4):
+        w = 2 ** (4 - level) + 1
+        skip = math.ceil((w - 1) / 2 / 3)
+        for orientation in (0, 3):
+            x, y = (coefficients[level, orientation] for coefficients in pyramids)
+            rows, columns = x.shape[0] // 3, x.shape[1] // 3
+            x, y = x[: 3 * rows, : 3 * columns], y[: 3 * rows, : 3 * columns]
+            vectors = np.array(
+                [x[i : i + 3, j : j + 3].ravel() for i in range(3 * rows - 2) for j in range(3 * columns - 2)]
+            )
+            centred = vectors - vectors.mean(axis=0)
+            c = centred.T @ centred / len(vectors)
+            c_inverse, eigenvalues = np.linalg.inv(c), np.linalg.eigvalsh(c)
+            for i in range(skip, rows - skip):
+                for j in range(skip, columns - skip):
+                    u = x[3 * i : 3 * i + 3, 3 * j : 3 * j + 3].ravel()
+                    s2 = u @ c_inverse @ u / 9
+                    box = (
+                        slice(3 * i + 1 - w // 2, 3 * i + 2 + w // 2),
+                        slice(3 * j + 1 - w // 2, 3 * j + 2 + w // 2),
+                    )
+                    bx, by = x[box], y[box]
+                    assert bx.shape == (w, w)
+                    s_xy = ((bx - bx.mean()) * (by - by.mean())).sum()
+                    s_xx, s_yy = ((bx - bx.mean()) ** 2).sum(), ((by - by.mean()) ** 2).sum()
+                    g = s_xy / (s_xx + 1e-15)
+                    v = max((s_yy - g * s_xy) / w**2, 1e-15)
+                    if g < 0 or s_xx < 1e-15 or s_yy < 1e-15:
+                        g = 0.0
+                    total += sum(math.log2(1 + g**2 * s2 * value / (v + 1e-10)) for value in eigenvalues)
+    return total / reference.size
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 120), (73, 91), (72, 72)])
+def test_ifc_equals_the_block_by_block_version_on_pyrtools_pyramid(height: int, width: int) -> None:
+    result, truth = photograph_pair(height, width)
+    assert ifc(truth, result) == pytest.approx(slow_ifc(truth, result), abs=1e-9)
+    # Noise makes some gains negative, which a blurred image hardly ever does.
+    noise = np.random.default_rng(1).integers(0, 256, truth.shape).astype(np.uint8)
+    assert ifc(truth, noise) == pytest.approx(slow_ifc(truth, noise), abs=1e-9)
+
+
+def test_ifc_falls_with_the_scale_and_depends_on_the_order() -> None:
+    values = []
+    for scale in (2, 3, 4):
+        result, truth = photograph_pair(scale=scale)
+        values.append(ifc(truth, result))
+        assert abs(ifc(result, truth) - ifc(truth, result)) > 0.02
+    assert values[0] > values[1] > values[2] > 0
+    assert ifc(truth, truth) > 5 * values[0]
+
+
+def test_ifc_of_an_inverted_image_is_zero() -> None:
+    _, truth = photograph_pair()
+    assert ifc(truth, 255 - truth) == 0.0  # every gain is negative
+
+
+def test_ifc_of_a_flat_image_is_zero_either_way() -> None:
+    _, truth = photograph_pair()
+    for level in (0, 77, 255):
+        flat = np.full_like(truth, level)
+        assert ifc(flat, truth) == 0.0
+        assert ifc(truth, flat) == 0.0
+        assert ifc(flat, flat) == 0.0
+
+
+def test_ifc_of_a_flat_reference_is_the_limit_of_weak_contrast() -> None:
+    result, truth = photograph_pair()
+    values = [ifc(100 + contrast * (truth - 100.0), result) for contrast in (1, 1e-4, 1e-8, 1e-12)]
+    assert values[0] > 0.1
+    assert values[-1] == 0.0
+
+
+def test_ifc_of_a_singular_covariance_does_not_amplify_rounding() -> None:
+    # Stripes vary along one direction only, so the covariance of their blocks has rank 3 of 9.
+    stripes = np.tile(skimage.data.camera()[200, :120], (96, 1))
+    dimmed = np.round(0.8 * stripes).astype(np.uint8)
+    value = ifc(stripes, dimmed)
+    assert 0 < value < 20
+    jitter = np.random.default_rng(2).normal(0, 1e-13, stripes.shape)
+    assert ifc(stripes + jitter, dimmed) == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(71, 200), (200, 71)])
+def test_ifc_needs_72_pixels_a_side(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"at least 72 pixels, got {shape[0]}×{shape[1]}"):
+        ifc(np.zeros(shape, np.uint8), np.zeros(shape, np.uint8))
+
+
+# All three
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim, ifc])
+def test_metrics_say_what_is_wrong(measure) -> None:
+    image = np.zeros((80, 90), np.uint8)
+    with pytest.raises(ValueError, match=r"different shapes: \(80, 90\) and \(80, 89\)"):
+        measure(image, image[:, :-1])
+    with pytest.raises(ValueError, match=r"\[H, W\].*, got \(80, 90, 4\)"):
+        measure(np.zeros((80, 90, 4), np.uint8), np.zeros((80, 90, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"got \(0, 90\)"):
+        measure(image[:0], image[:0])
+    with pytest.raises(TypeError, match="not int16"):
+        measure(image, image.astype(np.int16))
+    broken = image.astype(np.float64)
+    broken[3, 4] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        measure(image, broken)
+
+
+def test_only_psnr_takes_colour() -> None:
+    colour = skimage.data.astronaut()[:80, :90]
+    assert psnr(colour, colour) == math.inf
+    for measure in (ssim, ifc):
+        with pytest.raises(ValueError, match=r"must be \[H, W\] with pixels, got \(80, 90, 3\)"):
+            measure(colour, colour)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim, ifc])
+def test_metrics_leave_their_arguments_alone(measure) -> None:
+    result, truth = (image.astype(np.float64) for image in photograph_pair())
+    before = result.copy(), truth.copy()
+    assert isinstance(measure(truth, result), float)
+    np.testing.assert_array_equal(result, before[0])
+    np.testing.assert_array_equal(truth, before[1])
+
+
+def test_metrics_import_without_torch_and_pyrtools() -> None:
+    code = (
+        "import sys, drrn.matlab, drrn.metrics; sys.exit({'torch', 'pyrtools'} & set(sys.modules) != set())"
+    )
+    source = Path(__file__).resolve().parents[1] / "src"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(source)}).returncode
+        == 0
+    )
+
+
+# torchmetrics
+
+SHAVE = 3
+BOTH = pytest.mark.parametrize(("metric_class", "measure"), [(SetPSNR, psnr), (SetSSIM, ssim)])
+EACH = pytest.mark.parametrize("metric_class", [SetPSNR, SetSSIM])
+
+
+def tensor(image: NDArray[np.uint8]) -> torch.Tensor:
+    """8-bit [H, W] → floating [1, 1, H, W] in 0…1."""
+    return torch.from_numpy(image / 255.0).float()[None, None]
+
+
+@cache
+def batches() -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """(prediction, target) of four crops of different sizes and scales, predictions not rounded."""
+    photo = skimage.data.camera() / 255.0
+    out = []
+    for index, (height, width, scale) in enumerate([(60, 72, 2), (48, 96, 3), (84, 36, 4), (36, 36, 2)]):
+        truth = photo[60 * index : 60 * index + height, 90 * index : 90 * index + width]
+        blurred = imresize(imresize(truth, 1 / scale), scale)
+        out.append(tuple(torch.from_numpy(image).float()[None, None] for image in (blurred, truth)))
+    return tuple(out)
+
+
+def scores(measure) -> list[float]:
+    """What the protocol gives for `batches`, in NumPy."""
+    inside = (slice(SHAVE, -SHAVE),) * 2
+    return [measure(*(to_uint8(image[0, 0].numpy())[inside] for image in pair)) for pair in batches()]
+
+
+@BOTH
+def test_metric_is_the_plain_mean_of_the_images_scores(metric_class, measure) -> None:
+    metric = metric_class()
+    for prediction, target in batches():
+        metric.update(prediction, target, SHAVE)
+    expected = scores(measure)
+    assert len(set(expected)) == 4
+    assert metric.compute().item() == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_metric_does_not_pool_the_squared_errors() -> None:
+    metric = SetPSNR()
+    errors = [float(torch.mean((p - t)[..., SHAVE:-SHAVE, SHAVE:-SHAVE] ** 2)) for p, t in batches()]
+    for prediction, target in batches():
+        metric.update(prediction, target, shave=SHAVE)
+    assert abs(metric.compute().item() + 10 * math.log10(np.mean(errors))) > 0.1
+
+
+@BOTH
+def test_forward_returns_the_images_own_score_and_accumulates(metric_class, measure) -> None:
+    metric = metric_class()
+    expected = scores(measure)
+    for (prediction, target), score in zip(batches(), expected, strict=True):
+        assert metric(prediction, target, shave=SHAVE).item() == pytest.approx(score, abs=1e-5)
+    assert metric.compute().item() == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+@EACH
+def test_metric_rounds_as_the_protocol(metric_class) -> None:
+    prediction, target = batches()[0]
+    as_bytes = torch.from_numpy(to_uint8(prediction.numpy()))
+    floating, integer = metric_class(), metric_class()
+    floating.update(prediction, target, SHAVE)
+    integer.update(as_bytes, torch.from_numpy(to_uint8(target.numpy())), SHAVE)
+    assert floating.compute() == integer.compute()
+    # bfloat16, as in mixed precision; a gradient; values outside the range
+    metric_class().update(prediction.bfloat16(), target, SHAVE)
+    metric_class().update(prediction.clone().requires_grad_(), target, SHAVE)
+    overshoot = metric_class()
+    overshoot.update(target * 4 - 1.5, (target * 4 - 1.5).clamp(0, 1), SHAVE)
+    assert overshoot.compute().item() == (math.inf if metric_class is SetPSNR else pytest.approx(1.0))
+
+
+@BOTH
+def test_states_of_two_processes_merge(metric_class, measure) -> None:
+    first, second = metric_class(), metric_class()
+    first.update(*batches()[0], SHAVE)  # one image here and three there: a mean of means would be wrong
+    for pair in batches()[1:]:
+        second.update(*pair, SHAVE)
+    first.merge_state(second)
+    assert first.compute().item() == pytest.approx(np.mean(scores(measure)), abs=1e-5)
+
+
+@BOTH
+def test_metric_synchronises_over_a_process_group(metric_class, measure) -> None:
+    other = metric_class()
+    for pair in batches()[1:]:
+        other.update(*pair, SHAVE)
+    theirs = iter([other.total, other.images])  # torchmetrics gathers the states in the order they were added
+    metric = metric_class(
+        dist_sync_fn=lambda state, group: [state, next(theirs)], distributed_available_fn=lambda: True
+    )
+    metric.update(*batches()[0], SHAVE)
+    assert metric.compute().item() == pytest.approx(np.mean(scores(measure)), abs=1e-5)
+    assert metric.images == 1  # un-synchronised again
+
+
+@BOTH
+def test_reset_clone_and_pickle(metric_class, measure) -> None:
+    metric = metric_class()
+    metric.update(*batches()[0], SHAVE)
+    for twin in (metric.clone(), copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        twin.update(*batches()[1], SHAVE)
+        assert twin.compute().item() == pytest.approx(np.mean(scores(measure)[:2]), abs=1e-5)
+    metric.reset()
+    assert metric.images == 0
+    metric.update(*batches()[2], SHAVE)
+    assert metric.compute().item() == pytest.approx(scores(measure)[2], abs=1e-5)
+
+
+def test_metrics_work_in_a_collection() -> None:
+    collection = MetricCollection({"psnr": SetPSNR(), "ssim": SetSSIM()})
+    for prediction, target in batches():
+        collection.update(prediction, target, shave=SHAVE)
+    result = collection.compute()
+    assert result["psnr"].item() == pytest.approx(np.mean(scores(psnr)), abs=1e-5)
+    assert result["ssim"].item() == pytest.approx(np.mean(scores(ssim)), abs=1e-5)
+
+
+def test_the_mean_over_a_hundred_images_is_kept_well_enough() -> None:
+    metric = SetPSNR()
+    expected = []
+    target = np.full((12, 12), 128, np.uint8)
+    for index in range(100):
+        prediction = target.copy()
+        prediction.ravel()[:index] += 3
+        prediction[5, 5] += 1
+        metric.update(tensor(prediction), tensor(target), shave=0)
+        expected.append(psnr(prediction, target))
+    assert metric.compute().item() == pytest.approx(np.mean(expected), abs=2e-4)
+
+
+@EACH
+def test_metric_says_what_is_wrong(metric_class) -> None:
+    metric = metric_class()
+    image = torch.zeros(1, 1, 20, 20)
+    for prediction, target in [
+        (image.expand(2, 1, 20, 20), image.expand(2, 1, 20, 20)),
+        (image.expand(1, 3, 20, 20), image.expand(1, 3, 20, 20)),
+        (image[0], image[0]),
+        (image, image[..., :-1]),
+    ]:
+        with pytest.raises(ValueError, match=r"one image a call: .*\[1, 1, H, W\]"):
+            metric.update(prediction, target, 0)
+    with pytest.raises(ValueError, match="got -1"):
+        metric.update(image, image, -1)
+    with pytest.raises(ValueError, match="pixels"):
+        metric.update(image, image, 10)  # nothing is left
+    with pytest.raises(TypeError, match=r"not torch\.int64"):
+        metric.update(image.long(), image.long(), 0)
+    assert metric.images == 0
