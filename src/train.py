@@ -63,9 +63,7 @@ def train(config: Config) -> None:
         data.prepare_data()
 
         # 2. patches → module
-        module = SuperResolution(
-            asdict(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps
-        )
+        module = SuperResolution(asdict(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)
         resume = newest_checkpoint(folder / "checkpoints") if config.ckpt_path == "last" else config.ckpt_path
         record = run_record(config, module.network)
         structure = record["structure"]

@@ -29,11 +29,7 @@ class PlainProgress(Callback):
     ) -> None:
         """Step, loss, γ, the share of gradients clipped, speed and the time that remains."""
         step = trainer.global_step
-        if (
-            step % self.every
-            or (batch_idx + 1) % trainer.accumulate_grad_batches
-            or not trainer.is_global_zero
-        ):
+        if step % self.every or (batch_idx + 1) % trainer.accumulate_grad_batches or not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
         rate = (step - self.first) / (time.monotonic() - self.started)

@@ -231,9 +231,7 @@ def _check_together(config: Config) -> None:
             f"(now {optim.halve_every_epochs} and {optim.halve_every_steps})"
         )
     if optim.algorithm == "adam" and optim.bias_lr_mult != 1:
-        raise Refusal(
-            f"optim.bias_lr_mult = {optim.bias_lr_mult}: it is the release's, for optim.algorithm=sgd"
-        )
+        raise Refusal(f"optim.bias_lr_mult = {optim.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
     if data.batch_size % trainer.accumulate_grad_batches:
         raise Refusal(
             f"data.batch_size = {data.batch_size} is the whole batch of a step: it must be a multiple of "

@@ -56,9 +56,7 @@ def imresize(
             "array / 255.0 (MATLAB's integer imresize rounds its result, which the protocol does not)"
         )
     if array.ndim not in (2, 3) or array.size == 0:
-        raise ValueError(
-            f"imresize needs [H, W] or [H, W, C] with at least one pixel, got shape {array.shape}"
-        )
+        raise ValueError(f"imresize needs [H, W] or [H, W, C] with at least one pixel, got shape {array.shape}")
     if (scale is None) == (size is None):
         raise ValueError(f"give either scale or size, got scale={scale} and size={size}")
 

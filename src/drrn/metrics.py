@@ -110,9 +110,7 @@ def _pair(a: Image, b: Image, color: bool = False) -> tuple[FloatArray, FloatArr
     if a.shape != b.shape:
         raise ValueError(f"the images have different shapes: {a.shape} and {b.shape}")
     if not (a.ndim == 2 or (color and a.ndim == 3 and a.shape[2] == 3)) or a.size == 0:
-        raise ValueError(
-            f"images must be [H, W]{' or [H, W, 3]' if color else ''} with pixels, got {a.shape}"
-        )
+        raise ValueError(f"images must be [H, W]{' or [H, W, 3]' if color else ''} with pixels, got {a.shape}")
     for image in (a, b):
         if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
             raise TypeError(f"images must be uint8 or floating on the scale 0…255, not {image.dtype}")

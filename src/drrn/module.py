@@ -138,15 +138,11 @@ class SuperResolution(LightningModule):
         if optim.bias_lr_mult == 1:
             biases = []
         apart = {id(bias) for bias in biases}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self.network.parameters() if id(p) not in apart]}
-        ]
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.network.parameters() if id(p) not in apart]}]
         if biases:
             groups.append({"params": biases, "lr": optim.lr * optim.bias_lr_mult})
         if optim.algorithm == "sgd":
-            optimizer = torch.optim.SGD(
-                groups, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-            )
+            optimizer = torch.optim.SGD(groups, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
         else:
             optimizer = torch.optim.Adam(
                 groups, optim.lr, betas=(optim.momentum, 0.999), weight_decay=optim.weight_decay

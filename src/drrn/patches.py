@@ -235,9 +235,7 @@ def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str |
         context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started its threads
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             jobs = [
-                pool.submit(
-                    _write_pairs, t, recipe, rows[t.first : t.first + t.count], partial, data_at, label_at
-                )
+                pool.submit(_write_pairs, t, recipe, rows[t.first : t.first + t.count], partial, data_at, label_at)
                 for t in tasks
             ]
             try:
@@ -267,9 +265,7 @@ def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int]) -> tu
             layout.set_layout(h5py.h5d.CONTIGUOUS)
             layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # every row is written below
-            dataset = h5py.h5d.create(
-                file.id, key.encode(), dtype, h5py.h5s.create_simple((total, p, p)), layout
-            )
+            dataset = h5py.h5d.create(file.id, key.encode(), dtype, h5py.h5s.create_simple((total, p, p)), layout)
             offsets.append(dataset.get_offset())
     with path.open("r+b") as file:
         file.truncate(max(file.seek(0, os.SEEK_END), offsets[0] + 2 * size, offsets[1] + size))

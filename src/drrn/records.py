@@ -80,17 +80,13 @@ def find_records(folder: Path) -> list[dict[str, Any]]:
 
 def git_commit() -> dict[str, Any] | None:
     """Commit of the source tree and whether it has uncommitted changes; None outside a clone."""
-    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        run = lambda *args: (
-            subprocess.run(
-                ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
-            ).stdout
-        )
-        return {
-            "commit": run("rev-parse", "HEAD").strip(),
-            "changed": bool(run("status", "--porcelain", "-uno")),
-        }
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
 
