@@ -46,6 +46,7 @@ def train(config: Config) -> None:
         print(f"{run_name(config)} is finished: {folder / FILE}. Delete the folder to train it again.")
         return
 
+    import torch
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.callbacks import RichProgressBar
 
@@ -64,6 +65,8 @@ def train(config: Config) -> None:
 
         # 2. patches → module
         module = SuperResolution(asdict(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)
+        if config.trainer.channels_last:
+            module.network.to(memory_format=torch.channels_last)
         resume = newest_checkpoint(folder / "checkpoints") if config.ckpt_path == "last" else config.ckpt_path
         record = run_record(config, module.network)
         structure = record["structure"]
@@ -112,6 +115,8 @@ def train(config: Config) -> None:
             record["scores"], record["means"] = module.scores, means(module.scores)
         except BaseException as error:
             record["status"], record["error"] = "failed", f"{type(error).__name__}: {error}"
+            if not isinstance(error, Refusal | SystemExit):
+                log.exception("%s failed", record["name"])  # into the run's log too
             raise
         finally:
             if trainer.is_global_zero:

@@ -59,9 +59,7 @@ def test_every_row_is_whole_and_says_where_it_stands(name: str) -> None:
         ("fig9", "psnr", 2, 29, 34.1),
     ],
 )
-def test_values_are_printed_as_in_the_paper(
-    name: str, column: str, decimals: int, low: float, high: float
-) -> None:
+def test_values_are_printed_as_in_the_paper(name: str, column: str, decimals: int, low: float, high: float) -> None:
     values = [row[column] for row in rows(name) if row[column]]
     assert values
     for value in values:
@@ -79,9 +77,7 @@ def test_values_are_printed_as_in_the_paper(
         ("table3", ("Set5", "Set14", "Urban100"), TABLE3_METHODS),
     ],
 )
-def test_tables_2_and_3_have_every_cell_once(
-    name: str, sets: tuple[str, ...], methods: tuple[str, ...]
-) -> None:
+def test_tables_2_and_3_have_every_cell_once(name: str, sets: tuple[str, ...], methods: tuple[str, ...]) -> None:
     keys = [(row["dataset"], row["scale"], row["method"]) for row in rows(name)]
     assert len(keys) == len(set(keys))
     assert set(keys) == set(product(sets, SCALES, methods))
@@ -121,9 +117,7 @@ def test_the_bicubic_column_is_what_the_protocol_measures(key: tuple[str, str]) 
         ("table3", "ifc", TABLE3_METHODS),
     ],
 )
-def test_scores_fall_with_the_scale_and_bicubic_is_last(
-    name: str, column: str, methods: tuple[str, ...]
-) -> None:
+def test_scores_fall_with_the_scale_and_bicubic_is_last(name: str, column: str, methods: tuple[str, ...]) -> None:
     score = cells(name, column)
     for dataset in {key[0] for key in score}:
         for method in methods:
@@ -274,9 +268,7 @@ def test_fig8_is_complete_and_agrees_with_table_4_and_fig6() -> None:
         ),
     ],
 )
-def test_figs_1_and_9_are_complete_and_agree_with_table_2(
-    name: str, methods: str, sets: tuple[str, ...]
-) -> None:
+def test_figs_1_and_9_are_complete_and_agree_with_table_2(name: str, methods: str, sets: tuple[str, ...]) -> None:
     keys = [(row["dataset"], row["method"]) for row in rows(name)]
     assert len(keys) == len(set(keys))
     assert set(keys) == set(product(sets, methods.split()))

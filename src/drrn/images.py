@@ -152,10 +152,8 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
     return files
 
 
-def read_luminance(path: Path) -> NDArray[np.uint8]:
-    """Y of an image as the protocol takes it [H, W], uint8.
-
-    Colour goes through MATLAB's `rgb2ycbcr` on uint8 (Y in 16…235); a one-channel image is used as it is.
+def read_pixels(path: Path) -> NDArray[np.uint8]:
+    """An 8-bit image, [H, W] if it is grey and [H, W, 3] if it is colour.
 
     Raises:
         Refusal: the file is missing or cannot be decoded, or it is not 8-bit grey or RGB.
@@ -166,11 +164,22 @@ def read_luminance(path: Path) -> NDArray[np.uint8]:
                 image = image.convert("RGB")
             if image.mode not in ("L", "RGB"):
                 raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one is {image.mode}")
-            pixels = np.asarray(image)
+            return np.asarray(image)
     except FileNotFoundError as error:
         raise Refusal(f"{path} does not exist") from error
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise Refusal(f"{path} cannot be read as an image: {error}") from error
+
+
+def read_luminance(path: Path) -> NDArray[np.uint8]:
+    """Y of an image as the protocol takes it [H, W].
+
+    Colour goes through MATLAB's `rgb2ycbcr` on uint8 (Y in 16…235); a one-channel image is used as it is.
+
+    Raises:
+        Refusal: as `read_pixels`.
+    """
+    pixels = read_pixels(path)
     return pixels if pixels.ndim == 2 else rgb2ycbcr(pixels)[..., 0]
 
 

@@ -8,38 +8,65 @@ and 0.001.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from drrn.matlab import imresize, to_uint8
-from drrn.metrics import psnr, ssim
+from drrn.metrics import ifc, psnr, ssim
 
-NAME, VERSION = "paper", 1
+METRICS = ("psnr", "ssim", "ifc")
 
 
-def modcrop(y: NDArray, scale: int) -> NDArray:
-    """Crop bottom and right to a multiple of the scale [H, W] → [H − H mod s, W − W mod s]."""
-    height, width = y.shape[0] - y.shape[0] % scale, y.shape[1] - y.shape[1] % scale
+@dataclass(frozen=True)
+class Protocol:
+    """How images are scored; two scores compare only if their protocols are equal.
+
+    Attributes:
+        name, version: "paper", 1 for the protocol above; a departure below is a protocol of its own.
+        crop: pixels removed on every side; None is the scale, as the paper does.
+        color: "y" scores the luminance; "rgb" takes the PSNR over the three channels (SSIM and IFC stay on Y).
+        rounding: "uint8" scores 8-bit values; "float" the unrounded ones, clamped to 0…255.
+    """
+
+    name: str = "paper"
+    version: int = 1
+    crop: int | None = None
+    color: str = "y"
+    rounding: str = "uint8"
+
+
+PAPER = Protocol()
+
+
+def modcrop(image: NDArray, scale: int) -> NDArray:
+    """Crop bottom and right to a multiple of the scale [H, W, …] → [H − H mod s, W − W mod s, …].
+
+    Raises:
+        ValueError: a side is smaller than the scale.
+    """
+    height, width = image.shape[0] - image.shape[0] % scale, image.shape[1] - image.shape[1] % scale
     if height == 0 or width == 0:
-        raise ValueError(f"an image of {y.shape[0]}×{y.shape[1]} pixels is smaller than the scale {scale}")
-    return y[:height, :width]
+        raise ValueError(f"an image of {image.shape[0]}×{image.shape[1]} pixels is smaller than the scale {scale}")
+    return image[:height, :width]
 
 
-def degrade(y: NDArray[np.floating], scale: int) -> NDArray[np.float64]:
+def degrade(image: NDArray[np.floating], scale: int) -> NDArray[np.float64]:
     """ILR, the interpolated low-resolution image: bicubic to 1/s and back to size, never rounded.
 
     Args:
-        y: ground truth [H, W], 0…1, H and W multiples of the scale.
+        image: ground truth [H, W] or [H, W, C], 0…1, H and W multiples of the scale.
         scale: s ≥ 2.
 
     Returns:
-        [H, W] float64; overshoots 0…1 a little at edges, as bicubic does.
+        float64 of the same shape; overshoots 0…1 a little at edges, as bicubic does.
     """
-    return imresize(imresize(y, 1 / scale), scale)
+    return imresize(imresize(image, 1 / scale), scale)
 
 
 def shave(image: NDArray, border: int) -> NDArray:
-    """Remove `border` pixels on every side [H, W] → [H − 2b, W − 2b]."""
+    """Remove `border` pixels on every side [H, W, …] → [H − 2b, W − 2b, …]."""
     return image[border : image.shape[0] - border, border : image.shape[1] - border]
 
 
@@ -49,7 +76,29 @@ def prepare(y: NDArray[np.uint8], scale: int) -> tuple[NDArray[np.float64], NDAr
     return degrade(truth, scale), truth
 
 
-def score(prediction: NDArray[np.floating], truth: NDArray[np.floating], scale: int) -> dict[str, float]:
-    """Steps 4 to 6: PSNR (dB) and SSIM of one image [H, W] against its ground truth, both in 0…1."""
-    a, b = (shave(to_uint8(image), scale) for image in (prediction, truth))
-    return {"psnr": psnr(a, b), "ssim": ssim(a, b)}
+def score(
+    prediction: NDArray[np.floating],
+    truth: NDArray[np.floating],
+    scale: int,
+    metrics: tuple[str, ...] = ("psnr", "ssim"),
+    protocol: Protocol = PAPER,
+) -> dict[str, float]:
+    """Steps 4 to 6: one image against its ground truth.
+
+    Args:
+        prediction, truth: [H, W] (or [H, W, 3] for PSNR alone), 0…1.
+        scale: s, which is also the border that is left out unless the protocol says otherwise.
+        metrics: any of "psnr" (dB), "ssim", "ifc".
+        protocol: what departs from the paper.
+
+    Returns:
+        metric → value.
+    """
+    border = scale if protocol.crop is None else protocol.crop
+    a, b = (shave(_levels(image, protocol.rounding), border) for image in (prediction, truth))
+    # IFC takes the reference first; PSNR and SSIM are symmetric.
+    return {name: {"psnr": psnr, "ssim": ssim, "ifc": ifc}[name](b, a) for name in metrics}
+
+
+def _levels(image: NDArray[np.floating], rounding: str) -> NDArray:
+    return to_uint8(image) if rounding == "uint8" else np.clip(image * 255.0, 0, 255)

@@ -15,8 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from drrn import Refusal, protocol
+from drrn import Refusal
 from drrn.config import Config, run_name, structure_name
+from drrn.protocol import PAPER
 
 FORMAT = 1
 FILE = "record.json"
@@ -141,7 +142,7 @@ def run_record(config: Config, network: Any) -> dict[str, Any]:
             "conv_weights": network.conv_weight_count,
             "parameters": sum(p.numel() for p in network.parameters()),
         },
-        "protocol": {"name": protocol.NAME, "version": protocol.VERSION},
+        "protocol": asdict(PAPER),
         "config": asdict(config),
         **environment(),
     }

@@ -1,0 +1,333 @@
+"""Score bicubic and networks on benchmark sets.
+
+    python src/evaluate.py method=bicubic sets=[Set5] scales=[3] output=scores.json
+    python src/evaluate.py method=network checkpoint=weights.safetensors
+
+Prints a table and writes every image's values; a second call with the same output goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+from omegaconf import MISSING, DictConfig
+
+from drrn import Refusal
+from drrn.config import launch, typed
+
+FORMAT = 1
+CHOICES = {
+    "method": ("network", "bicubic"),
+    "protocol": ("paper",),
+    "color": ("y", "rgb"),
+    "rounding": ("uint8", "float"),
+}
+
+
+@dataclass
+class EvaluateConfig:
+    """What conf/evaluate.yaml documents."""
+
+    method: str = MISSING
+    checkpoint: Any = MISSING
+    sets: list[str] = MISSING
+    scales: list[int] = MISSING
+    metrics: list[str] = MISSING
+    output: str = MISSING
+    images: str | None = MISSING
+    root: str = MISSING
+    workers: int = MISSING
+    check_protocol: bool = MISSING
+    protocol: str = MISSING
+    crop: int | None = MISSING
+    color: str = MISSING
+    rounding: str = MISSING
+
+
+class Method(NamedTuple):
+    """What is scored: bicubic, or the network in a file."""
+
+    name: str
+    checkpoint: Path | None
+    digest: str | None  # SHA-256 of the file
+
+
+class Job(NamedTuple):
+    """One image at one scale by one method: what a worker computes."""
+
+    method: Method
+    set_name: str
+    scale: int
+    path: Path
+    digest: str  # SHA-256 of the image file
+
+    def key(self) -> tuple:
+        """What makes a score the same score."""
+        return (self.method.name, self.method.digest, self.set_name, self.scale, self.path.name, self.digest)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Check, score, print."""
+    config = check(cfg)
+    evaluate(config)
+
+
+def check(cfg: DictConfig) -> EvaluateConfig:
+    """The configuration, refused by key before anything heavy is imported.
+
+    Raises:
+        Refusal: a wrong key, type or value.
+    """
+    config = typed(EvaluateConfig, cfg)
+    for key, allowed in CHOICES.items():
+        if getattr(config, key) not in allowed:
+            raise Refusal(f"{key} = {getattr(config, key)!r}: allowed are {', '.join(allowed)}")
+    for metric in config.metrics:
+        if metric not in ("psnr", "ssim", "ifc"):
+            raise Refusal(f"metrics: {metric!r} is not one of psnr, ssim, ifc")
+    if not config.scales or min(config.scales) < 2:
+        raise Refusal(f"scales = {config.scales}: whole numbers of at least 2")
+    for key in ("sets", "metrics"):
+        if not getattr(config, key):
+            raise Refusal(f"{key} is empty")
+    if config.workers < 1:
+        raise Refusal(f"workers = {config.workers}: must be at least 1")
+    if config.crop is not None and config.crop < 0:
+        raise Refusal(f"crop = {config.crop}: must be at least 0 pixels")
+    if config.checkpoint is None:
+        config.checkpoint = []
+    elif isinstance(config.checkpoint, str):
+        config.checkpoint = [config.checkpoint]
+    if config.method == "network" and not config.checkpoint:
+        raise Refusal("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic")
+    for path in config.checkpoint:
+        if not Path(path).is_file():
+            raise Refusal(f"checkpoint {path} does not exist")
+    return config
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score every image once, write `config.output` as it goes, print the means."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from drrn.images import image_files, sha256
+    from drrn.protocol import Protocol
+    from drrn.records import environment, means, write_json
+
+    protocol = Protocol(config.protocol, 1, config.crop, config.color, config.rounding)
+    if config.check_protocol:
+        check_bicubic(Path(config.root))
+    output = Path(config.output)
+    result = {"format": FORMAT, "protocol": asdict(protocol), **environment(), "scores": []}
+    done = {}
+    if output.is_file():
+        done = previous_scores(output, asdict(protocol))
+        result["scores"] = list(done.values())
+    methods = [Method("bicubic", None, None)] if config.method == "bicubic" else []
+    methods += [Method(method_name(Path(path)), Path(path), sha256(Path(path))) for path in config.checkpoint]
+    if len({m.name for m in methods}) < len(methods):  # two files of one network: name them by their path
+        methods = [m._replace(name=str(m.checkpoint)) for m in methods]
+    jobs = [
+        Job(method, Path(name).name, scale, path, sha256(path))
+        for name in config.sets
+        for path in image_files(name, Path(config.root), complete=False)
+        for scale in config.scales
+        for method in methods
+    ]
+    missing = [job for job in jobs if not set(config.metrics) <= set(done.get(job.key(), ()))]
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool,
+    ):
+        task = progress.add_task("scoring", total=len(jobs), completed=len(jobs) - len(missing))
+        settings = (tuple(config.metrics), protocol, config.images, config.workers)
+        futures = {pool.submit(score_image, job, *settings): job for job in missing}
+        written = time.monotonic()
+        try:
+            for future in as_completed(futures):
+                job, row = futures[future], future.result()
+                done[job.key()] = {**done.get(job.key(), {}), **row}
+                progress.update(task, advance=1, description=f"{job.set_name} ×{job.scale} {job.path.name}")
+                if time.monotonic() - written > 5:
+                    write_json(output, {**result, "scores": list(done.values())})
+                    written = time.monotonic()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            write_json(output, {**result, "scores": list(done.values())})
+            raise
+    result["scores"] = list(done.values())
+    result["means"] = means(result["scores"])
+    write_json(output, result)
+    asked = {job.key() for job in jobs}
+    print_table(means([row for key, row in done.items() if key in asked]), config.metrics, protocol)
+    print(f"{len(missing)} of {len(jobs)} scores computed, {len(jobs) - len(missing)} were there already: {output}")
+    return result
+
+
+def method_name(path: Path) -> str:
+    """What a file's network is called in tables: its origin ("DRRN_B1U9 s1"), else the file's name."""
+    from drrn.weights import load_network
+
+    _, about = load_network(path)
+    return about.get("origin") or path.stem
+
+
+def previous_scores(path: Path, protocol: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
+    """Scores that a file holds already, by `Job.key`.
+
+    Raises:
+        Refusal: not a file of scores, or scores of another protocol.
+    """
+    import json
+
+    try:
+        content = json.loads(path.read_text())
+        rows = {
+            (r["method"], r["weights"], r["set"], r["scale"], r["image"], r["image_sha256"]): r
+            for r in content["scores"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{path} exists and is not a file of scores ({error}): choose another output") from error
+    if content["protocol"] != protocol:
+        raise Refusal(
+            f"{path} holds scores of the protocol {content['protocol']}, which do not compare with {protocol}: "
+            "choose another output"
+        )
+    return rows
+
+
+_networks: dict[Path, Any] = {}  # a worker process loads each network once
+
+
+def score_image(
+    job: Job, metrics: tuple[str, ...], protocol: Any, images: str | None, workers: int
+) -> dict[str, Any]:
+    """Score one image (in a worker process)."""
+    import numpy as np
+
+    from drrn.images import read_luminance, read_pixels
+    from drrn.matlab import rgb2ycbcr, to_uint8, ycbcr2rgb
+    from drrn.protocol import degrade, modcrop, prepare, score
+
+    started = time.monotonic()
+    x, truth = prepare(read_luminance(job.path), job.scale)
+    prediction = x if job.method.checkpoint is None else run_network(job.method.checkpoint, x, workers)
+    try:
+        row = score(prediction, truth, job.scale, metrics, protocol)
+        if protocol.color == "rgb" and "psnr" in metrics:
+            rgb = modcrop(read_pixels(job.path), job.scale)
+            if rgb.ndim == 2:
+                raise Refusal(f"{job.path} is grey: color=rgb has no channels to measure")
+            ycbcr = degrade(rgb2ycbcr(rgb) / 255.0, job.scale)
+            ycbcr[..., 0] = prediction
+            row["psnr"] = score(ycbcr2rgb(ycbcr), rgb / 255.0, job.scale, ("psnr",), protocol)["psnr"]
+    except ValueError as error:
+        raise Refusal(f"{job.path} at ×{job.scale}: {error}") from error
+    if images is not None:
+        from PIL import Image
+
+        name = f"{job.path.stem}_x{job.scale}_{job.method.name.replace(' ', '_').replace('/', '_')}.png"
+        target = Path(images) / job.set_name / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(to_uint8(np.asarray(prediction))).save(target)
+    return {
+        "method": job.method.name,
+        "weights": job.method.digest,
+        "set": job.set_name,
+        "scale": job.scale,
+        "image": job.path.name,
+        "image_sha256": job.digest,
+        "seconds": round(time.monotonic() - started, 3),
+        **row,
+    }
+
+
+def run_network(checkpoint: Path, x: Any, workers: int) -> Any:
+    """Super-resolve x [H, W] by the network in a file, on this worker's device."""
+    import multiprocessing
+
+    import torch
+
+    from drrn.inference import super_resolve
+    from drrn.weights import load_network
+
+    if checkpoint not in _networks:
+        network, _ = load_network(checkpoint)
+        if torch.cuda.is_available():
+            identity = multiprocessing.current_process()._identity  # (1,), (2,), … in a pool
+            network.to(f"cuda:{(identity[0] - 1) % torch.cuda.device_count()}")
+        else:
+            torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        _networks[checkpoint] = network
+    return super_resolve(_networks[checkpoint], x)
+
+
+def check_bicubic(root: Path) -> None:
+    """Make sure that bicubic on Set5 gives the numbers that the paper prints (Tab. 2).
+
+    Raises:
+        Refusal: it does not: the images or the installed libraries are not what the protocol needs.
+    """
+    from drrn.images import fetch, read_luminance
+    from drrn.protocol import prepare, score
+    from drrn.tables import paper_numbers
+
+    files = fetch("Set5", root)
+    for row in paper_numbers("table2"):
+        if (row["dataset"], row["method"]) != ("Set5", "Bicubic"):
+            continue
+        scale = int(row["scale"])
+        scores = [score(*prepare(read_luminance(path), scale), scale) for path in files]
+        for metric, tolerance in (("psnr", 0.01), ("ssim", 0.001)):
+            measured = sum(s[metric] for s in scores) / len(scores)
+            if abs(measured - float(row[metric])) > tolerance:
+                raise Refusal(
+                    f"the protocol is broken here: bicubic on Set5 ×{scale} has {metric.upper()} {measured:.4f}, the "
+                    f"paper {row[metric]}. Check the images under {root}/Set5 and the installed versions."
+                )
+    print("protocol checked: bicubic on Set5 agrees with Table 2", file=sys.stderr)
+
+
+def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: Any) -> None:
+    """Means as a table: a row for each set and scale, a column for each method."""
+    from rich.console import Console
+    from rich.table import Table
+
+    digits = {"psnr": 2, "ssim": 4, "ifc": 3}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    table = Table(title=" / ".join(m.upper() for m in metrics), caption=f"protocol {describe(protocol)}")
+    for column in ("set", "scale", "images", *methods):
+        table.add_column(column, justify="left" if column == "set" else "right")
+    for set_name, scale in dict.fromkeys((row["set"], row["scale"]) for row in rows):
+        cells = {row["method"]: row for row in rows if (row["set"], row["scale"]) == (set_name, scale)}
+        images = max(cell["images"] for cell in cells.values())
+        table.add_row(
+            set_name,
+            f"×{scale}",
+            str(images),
+            *(" / ".join(f"{cells[m][k]:.{digits[k]}f}" for k in metrics) if m in cells else "" for m in methods),
+        )
+    Console().print(table)
+
+
+def describe(protocol: Any) -> str:
+    """A protocol in words, its departures from the paper named."""
+    departures = [f"{key}={getattr(protocol, key)}" for key in ("crop", "color", "rounding")]
+    usual = ("crop=None", "color=y", "rounding=uint8")
+    extra = [d for d in departures if d not in usual]
+    return f"{protocol.name} v{protocol.version}" + (f", but {', '.join(extra)}" if extra else "")
+
+
+if __name__ == "__main__":
+    launch(main)
