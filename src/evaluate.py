@@ -57,6 +57,9 @@ class Method(NamedTuple):
     name: str
     checkpoint: Path | None
     digest: str | None  # SHA-256 of the file
+    structure: str  # "Bicubic", "DRRN_B1U9"
+    seed: int | None  # of its training, where the file says
+    steps: int | None
 
 
 class Job(NamedTuple):
@@ -132,9 +135,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if output.is_file():
         done = previous_scores(output, asdict(protocol))
         result["scores"] = list(done.values())
-    methods = [Method("bicubic", None, None)] if config.method == "bicubic" else []
-    methods += [Method(method_name(Path(path)), Path(path), sha256(Path(path))) for path in config.checkpoint]
-    if len({m.name for m in methods}) < len(methods):  # two files of one network: name them by their path
+    methods = [Method("bicubic", None, None, "Bicubic", None, None)] if config.method == "bicubic" else []
+    methods += [network_in(Path(path)) for path in config.checkpoint]
+    if len({m.name for m in methods}) < len(methods):  # two networks of one name: call them by their path
         methods = [m._replace(name=str(m.checkpoint)) for m in methods]
     jobs = [
         Job(method, Path(name).name, scale, path, sha256(path))
@@ -142,6 +145,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for path in image_files(name, Path(config.root), complete=False)
         for scale in config.scales
         for method in methods
+    ]
+    result["methods"] = [
+        {"name": m.name, "weights": m.digest, "structure": m.structure, "seed": m.seed, "steps": m.steps}
+        for m in methods
     ]
     missing = [job for job in jobs if not set(config.metrics) <= set(done.get(job.key(), ()))]
 
@@ -175,12 +182,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def method_name(path: Path) -> str:
-    """What a file's network is called in tables: its origin ("DRRN_B1U9 s1"), else the file's name."""
+def network_in(path: Path) -> Method:
+    """The network of a file, called by its origin ("DRRN_B1U9 s1"), else by the file's name."""
+    from drrn.config import ModelConfig, structure_name
+    from drrn.images import sha256
     from drrn.weights import load_network
 
     _, about = load_network(path)
-    return about.get("origin") or path.stem
+    structure = structure_name(ModelConfig(**about["model"]))
+    name = about.get("origin") or path.stem
+    return Method(name, path, sha256(path), structure, about.get("seed"), about.get("steps"))
 
 
 def previous_scores(path: Path, protocol: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
@@ -293,8 +304,8 @@ def check_bicubic(root: Path) -> None:
             measured = sum(s[metric] for s in scores) / len(scores)
             if abs(measured - float(row[metric])) > tolerance:
                 raise Refusal(
-                    f"the protocol is broken here: bicubic on Set5 ×{scale} has {metric.upper()} {measured:.4f}, the "
-                    f"paper {row[metric]}. Check the images under {root}/Set5 and the installed versions."
+                    f"the protocol is broken here: bicubic on Set5 ×{scale} has {metric.upper()} {measured:.4f}, "
+                    f"the paper {row[metric]}. Check the images under {root}/Set5 and the installed versions."
                 )
     print("protocol checked: bicubic on Set5 agrees with Table 2", file=sys.stderr)
 

@@ -53,7 +53,7 @@ def train(config: Config) -> None:
     from drrn.callbacks import PlainProgress, checkpoints, newest_checkpoint
     from drrn.datamodule import SuperResolutionData
     from drrn.module import SuperResolution
-    from drrn.weights import save_weights
+    from drrn.weights import save_weights, start_from
 
     quiet_lightning()
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +65,8 @@ def train(config: Config) -> None:
 
         # 2. patches → module
         module = SuperResolution(asdict(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)
+        if config.init_from is not None:
+            start_from(Path(config.init_from), module.network, config.model)
         if config.trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
         resume = newest_checkpoint(folder / "checkpoints") if config.ckpt_path == "last" else config.ckpt_path
@@ -107,7 +109,12 @@ def train(config: Config) -> None:
                 folder / "weights.safetensors",
                 module.network,
                 config.model,
-                {"scales": config.data.scales, "origin": run_name(config), "steps": trainer.global_step},
+                {
+                    "scales": config.data.scales,
+                    "origin": run_name(config),
+                    "seed": config.seed,
+                    "steps": trainer.global_step,
+                },
             )
 
             # 4. weights → scores

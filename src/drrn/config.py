@@ -35,6 +35,8 @@ class ModelConfig:
     bias: bool = MISSING
     weight_sharing: bool = MISSING
     multi_path: bool = MISSING
+    rectified_identity: bool = False  # these two came later: weights written before do not name them
+    input_relu: bool = True
 
 
 @dataclass
@@ -117,6 +119,7 @@ class Config:
     study: str = MISSING
     output: str = MISSING
     ckpt_path: str | None = MISSING
+    init_from: str | None = None
     trainer_extra: dict[str, Any] | None = None
 
 
@@ -243,6 +246,13 @@ def _check_together(config: Config) -> None:
                 raise Refusal(f"data.{key}: the folder {name!r} does not exist")
     if config.ckpt_path not in (None, "last") and not Path(config.ckpt_path).is_file():
         raise Refusal(f"ckpt_path = {config.ckpt_path!r}: no such file; give a checkpoint, `last` or null")
+    if config.init_from is not None and not Path(config.init_from).is_file():
+        raise Refusal(f"init_from = {config.init_from!r}: no such file; give weights.safetensors, a .ckpt or null")
+    if config.init_from is not None and config.ckpt_path not in (None, "last"):
+        raise Refusal(
+            "init_from and ckpt_path: init_from starts a new run from weights, ckpt_path goes on with a run; give "
+            "one (`ckpt_path=last` may stand beside init_from: it goes on with this fine-tuning)"
+        )
 
 
 def structure_name(model: ModelConfig) -> str:
@@ -256,6 +266,10 @@ def structure_name(model: ModelConfig) -> str:
         name += f"_{model.features}f"
     if model.norm == "none":
         name += "_noBN"
+    if model.rectified_identity:
+        name += "_rectified"
+    if not model.input_relu:
+        name += "_noinputReLU"
     return name if model.bias else f"{name}_nobias"
 
 
@@ -274,6 +288,12 @@ def identity(config: Config) -> dict[str, Any]:
     for group, keys in NOT_IDENTITY.items():
         for key in keys:
             del kept[group][key]
+    # Keys that came later count only where they are used, so that earlier runs keep their folders.
+    for key, default in (("rectified_identity", False), ("input_relu", True)):
+        if kept["model"][key] == default:
+            del kept["model"][key]
+    if config.init_from is not None:
+        kept["init_from"] = config.init_from
     return kept
 
 

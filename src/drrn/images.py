@@ -146,7 +146,7 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
             f"no set and no folder named {set_name!r}: give a folder of images, or one of "
             f"{', '.join((*FETCHED_SETS, *DEMO_SETS))}"
         )
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise Refusal(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
     return files

@@ -52,9 +52,12 @@ class RecursiveBlock(nn.Module):
         bias: bool,
         weight_sharing: bool,
         multi_path: bool,
+        rectified_identity: bool,
+        input_relu: bool,
     ) -> None:
         super().__init__()
         self.U, self.weight_sharing, self.multi_path = U, weight_sharing, multi_path
+        self.rectified_identity, self.input_relu = rectified_identity, input_relu
         sets = min(U, 1) if weight_sharing else U  # weight sets W of the residual function (Eq. 4)
         self.norm = normalisation(norm, in_channels)
         self.conv = conv3x3(in_channels, features, bias)
@@ -71,10 +74,13 @@ class RecursiveBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x_{b-1} [N, in_channels, H, W] → x_b [N, features, H, W]."""
-        H0 = self.conv(F.relu(self.norm(x)))  # [N, C, H, W]  H⁰_b = f_b(x_{b-1}); no ReLU on H⁰ itself
+        x = self.norm(x)
+        H0 = self.conv(F.relu(x) if self.input_relu else x)  # [N, C, H, W]  H⁰_b = f_b(x_{b-1}), itself no ReLU
         H = H0
         for u in range(self.U):
             identity = H0 if self.multi_path else H  # Eq. 5; the chain of DRRN_C is Eq. 3
+            if self.rectified_identity:
+                identity = F.relu(identity)
             H = self.residual(H, u) + identity  # [N, C, H, W]
         return H
 
@@ -90,6 +96,12 @@ class DRRN(nn.Module):
         bias: biases on the convolutions (the release has them).
         weight_sharing: share the convolutions over a block's units; False is DRRN_NS.
         multi_path: identity from H⁰ (Eq. 5); False is the chain of DRRN_C (Eq. 3).
+        rectified_identity: every identity passes a ReLU: x̂ = F + ReLU(x) in Eq. 9, H^u = F + ReLU(H⁰) in Eq. 5.
+            Not the paper's: it is what the weights of jt827859032/DRRN-pytorch and yjn870/DRRN-pytorch mean,
+            whose in-place ReLUs overwrite the tensors that their identities use.
+        input_relu: a ReLU before the first convolution. False is the VDSR of huangzehao/caffe-vdsr and
+            twtygqyy/pytorch-vdsr, which convolves its input as it is; they differ where bicubic
+            interpolation overshoots below 0.
 
     Raises:
         ValueError: for a value outside the above.
@@ -104,6 +116,8 @@ class DRRN(nn.Module):
         bias: bool = True,
         weight_sharing: bool = True,
         multi_path: bool = True,
+        rectified_identity: bool = False,
+        input_relu: bool = True,
     ) -> None:
         super().__init__()
         if B < 1:
@@ -114,9 +128,19 @@ class DRRN(nn.Module):
             raise ValueError(f"features = {features}: a convolution needs at least one filter")
         if norm not in NORMS:
             raise ValueError(f"norm = {norm!r}: allowed are {', '.join(NORMS)}")
-        self.B, self.U, self.features = B, U, features
+        self.B, self.U, self.features, self.rectified_identity = B, U, features, rectified_identity
         self.blocks = nn.ModuleList(
-            RecursiveBlock(1 if b == 0 else features, features, U, norm, bias, weight_sharing, multi_path)
+            RecursiveBlock(
+                1 if b == 0 else features,
+                features,
+                U,
+                norm,
+                bias,
+                weight_sharing,
+                multi_path,
+                rectified_identity,
+                input_relu=input_relu or b > 0,
+            )
             for b in range(B)
         )
         self.norm_rec = normalisation(norm, features)
@@ -135,7 +159,7 @@ class DRRN(nn.Module):
         for block in self.blocks:
             xb = block(xb)  # [N, C, H, W]  x_b = R_b(x_{b-1}), Eq. 8
         residual = self.conv_rec(F.relu(self.norm_rec(xb)))  # [N, 1, H, W]  f_Rec
-        return residual + x  # the global residual (GRL)
+        return residual + (F.relu(x) if self.rectified_identity else x)  # the global residual (GRL)
 
     @property
     def depth(self) -> int:

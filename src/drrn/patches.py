@@ -99,7 +99,7 @@ def cut(image: NDArray, recipe: Recipe) -> NDArray:
 
 def quantise(x: NDArray[np.float64]) -> NDArray[np.uint16]:
     """x in LOW…HIGH → 16 bits, nearest (error at most STEP / 2 = 1.91e-5)."""
-    if x.min() < LOW or x.max() > HIGH:
+    if not (x.min() >= LOW and x.max() <= HIGH):  # NaN too
         raise ValueError(f"bicubic values {x.min():.3f}…{x.max():.3f} are outside {LOW}…{HIGH}")
     return np.rint((x - LOW) / STEP).astype(np.uint16)
 
@@ -216,7 +216,7 @@ def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str |
         try:
             with Image.open(file) as image:
                 width, height = image.size
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise Refusal(f"{file} cannot be read as an image: {error}") from error
         count = pair_count(height, width, recipe)
         tasks.append(Task(file, total, count))
@@ -263,6 +263,7 @@ def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int]) -> tu
         for key, dtype in (("data", h5py.h5t.STD_U16LE), ("label", h5py.h5t.STD_U8LE)):
             layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             layout.set_layout(h5py.h5d.CONTIGUOUS)
+            layout.set_obj_track_times(False)  # no clock in the file: equal builds are equal bytes
             layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # every row is written below
             dataset = h5py.h5d.create(file.id, key.encode(), dtype, h5py.h5s.create_simple((total, p, p)), layout)
@@ -295,7 +296,7 @@ def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
             if path.stat().st_size < end:
                 raise Refusal(f"{path} is {path.stat().st_size:,} bytes long instead of {end:,}. {advice}")
             return len(data)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise Refusal(f"{path} is damaged or not a patch file ({error}). {advice}") from error
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from drrn import Refusal
 from drrn.config import Config, run_name, structure_name
-from drrn.protocol import PAPER
+from drrn.protocol import METRICS, PAPER
 
 FORMAT = 1
 FILE = "record.json"
@@ -111,15 +111,15 @@ def environment() -> dict[str, Any]:
 
 
 def means(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Scores of images → the plain mean of every metric for each set and scale (protocol, step 7)."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    """Scores of images → the plain mean of every metric for each method, set and scale (protocol, step 7)."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in scores:
-        groups[row["set"], row["scale"]].append(row)
+        groups[tuple((key, row[key]) for key in ("method", "set", "scale") if key in row)].append(row)
     result = []
-    for (set_name, scale), rows in groups.items():
-        metrics = [key for key in rows[0] if key not in ("set", "scale", "image")]
+    for place, rows in groups.items():
+        metrics = [key for key in rows[0] if key.split("_")[-1] in METRICS]
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in metrics}
-        result.append({"set": set_name, "scale": scale, "images": len(rows), **mean})
+        result.append({**dict(place), "images": len(rows), **mean})
     return result
 
 

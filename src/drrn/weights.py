@@ -76,3 +76,18 @@ def load_network(path: Path) -> tuple[DRRN, dict[str, Any]]:
             "of this project"
         ) from error
     return network.eval(), about
+
+
+def start_from(path: Path, network: DRRN, model: ModelConfig) -> None:
+    """Fine-tuning: give `network`, built from `model`, the parameters and statistics of a file of ours.
+
+    Raises:
+        Refusal: the file cannot be read, or holds another structure; the text says what to type.
+    """
+    loaded, about = load_network(path)
+    held, asked = asdict(ModelConfig(**about["model"])), asdict(model)
+    differing = [key for key in asked if held[key] != asked[key]]
+    if differing:
+        words = " ".join(f"model.{key}={str(held[key]).lower()}" for key in differing)
+        raise Refusal(f"init_from = {str(path)!r} holds another network than model.* describes; add {words}")
+    network.load_state_dict(loaded.state_dict())

@@ -1,0 +1,37 @@
+# `make` or `make help` lists the targets. Everything runs in .venv, made from requirements.lock.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint data lock
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed  ## the virtual environment, from requirements.lock
+
+$(VENV)/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+demo: install  ## train two small networks on scikit-image's photographs, print a table, draw a picture (5 min)
+	$(RUN) src/train.py sweeps=demo
+	$(RUN) src/report.py runs=runs/demo output=report/demo
+
+test: install  ## the whole test suite (DRRN_DATA=folder of benchmark images runs the tests that need them)
+	$(RUN) -m pytest
+
+lint: install  ## ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+data: install  ## fetch the 291 training images and Set5, and build the patch file (5 GB)
+	$(RUN) src/prepare.py
+
+lock: install  ## renew requirements.lock from pyproject.toml
+	$(VENV)/bin/pip-compile --quiet --strip-extras --extra dev --no-emit-index-url --no-emit-find-links \
+		--no-emit-trusted-host --output-file requirements.lock pyproject.toml
+	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock  # without the name of this machine's build

@@ -1,0 +1,131 @@
+"""Draw tables and pictures from run records and evaluation files.
+
+    python src/report.py runs=runs/demo
+    python src/report.py 'scores=[scores.json]'
+
+Prints what it makes and writes it below `output`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import MISSING, DictConfig
+
+from drrn import Refusal
+from drrn.config import launch, typed
+
+
+@dataclass
+class ReportConfig:
+    """What conf/report.yaml documents."""
+
+    runs: Any = MISSING
+    scores: list[str] = MISSING
+    output: str = MISSING
+    compare: str | None = MISSING
+    scale: int | None = MISSING
+    box: list[int] | None = MISSING
+    checkpoint: list[str] = MISSING
+    root: str = MISSING
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="report")
+def main(cfg: DictConfig) -> None:
+    """Read, tabulate, draw."""
+    config = typed(ReportConfig, cfg)
+    config.runs = [config.runs] if isinstance(config.runs, str) else config.runs or []
+    if config.scale is not None and config.scale < 2:
+        raise Refusal(f"scale = {config.scale}: must be at least 2")
+    if config.box is not None and (len(config.box) != 4 or min(config.box) < 0):
+        raise Refusal(f"box = {config.box}: four whole numbers, left, top, width, height")
+    if not (config.runs or config.scores or config.compare):
+        raise Refusal("nothing to report: give runs=FOLDER, scores=[FILE] or compare=IMAGE")
+    for path in (*config.scores, *config.checkpoint):
+        if not Path(path).is_file():
+            raise Refusal(f"{path} does not exist")
+    report(config)
+
+
+def report(config: ReportConfig) -> None:
+    """Write everything that the given records and files allow."""
+    from drrn.records import find_records
+    from drrn.tables import ablation_table, benchmark_table, from_record, from_scores, runs_table
+
+    output = Path(config.output)
+    records = [record for folder in config.runs for record in find_records(Path(folder))]
+    measured = [m for record in records for m in from_record(record)]
+    measured += [m for path in config.scores for m in from_scores(Path(path))]
+    if records:
+        write_table(runs_table(records), output / "runs")
+    benchmarks = [m for m in measured if m.set_name in ("Set5", "Set14", "BSD100", "Urban100")]
+    if benchmarks:
+        write_table(benchmark_table(benchmarks, "table2", ("psnr", "ssim")), output / "table2")
+    if any("ifc" in m.values for m in benchmarks):
+        with_ifc = [m for m in benchmarks if "ifc" in m.values]
+        write_table(benchmark_table(with_ifc, "table3", ("ifc",)), output / "table3")
+    if any("_B3U4" in m.method or m.method.startswith("VDSR_d28") for m in measured):
+        write_table(ablation_table(measured), output / "table4")
+    if records or config.compare:
+        draw_comparison(config, records, output)
+
+
+def write_table(table: Any, stem: Path) -> None:
+    """Print a table and write it as Markdown, CSV and LaTeX."""
+    from rich.console import Console
+    from rich.table import Table
+
+    printed = Table(title=table.title, caption=" ".join(table.notes) or None)
+    for index, column in enumerate(table.columns):
+        printed.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in table.rows:
+        printed.add_row(*row)
+    Console().print(printed)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".md", table.markdown()), (".csv", table.csv()), (".tex", table.latex())):
+        partial = stem.with_name(f".{stem.name}{suffix}.partial")
+        try:
+            partial.write_text(text)
+            partial.replace(stem.with_suffix(suffix))
+        except OSError as error:
+            raise Refusal(f"{stem.with_suffix(suffix)} could not be written: {error}") from error
+    print(f"written: {stem}.md, .csv, .tex\n")
+
+
+def draw_comparison(config: ReportConfig, records: list[dict[str, Any]], output: Path) -> None:
+    """Crops side by side: of the image asked for, or of the last one that the runs were tested on."""
+    from drrn.inference import super_resolve
+
+    from drrn.figures import FIG7, Box, save, side_by_side
+    from drrn.images import image_files
+    from drrn.weights import load_network
+
+    weights = {Path(path).stem: Path(path) for path in config.checkpoint}
+    if not weights:
+        weights = {r["name"]: Path(r["path"]).with_name("weights.safetensors") for r in records if r.get("means")}
+    box = Box(*config.box) if config.box else None
+    if config.compare in FIG7:
+        set_name, file, preset_scale, preset_box = FIG7[config.compare]
+        found = [p for p in image_files(set_name, Path(config.root), complete=False) if p.name == file]
+        if not found:
+            raise Refusal(
+                f"{file} of {set_name} is not under {config.root}: python src/prepare.py 'data.val=[{set_name}]'"
+            )
+        path, scale, box = found[0], config.scale or preset_scale, box or preset_box
+    elif config.compare:
+        path, scale = Path(config.compare), config.scale or 3
+    else:
+        last = records[-1]["scores"][-1]
+        files = image_files(records[-1]["config"]["data"]["val"][-1], Path(config.root), complete=False)
+        path, scale = next(p for p in files if p.name == last["image"]), config.scale or 3
+    networks = {name: load_network(file)[0] for name, file in weights.items()}
+    runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
+    written = save(side_by_side(path, scale, runs, box), output / f"{path.stem}_x{scale}")
+    print(f"written: {', '.join(map(str, written))}")
+
+
+if __name__ == "__main__":
+    launch(main)

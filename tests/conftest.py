@@ -1,0 +1,142 @@
+"""What the tests share: an environment without a network, small real photographs, a patch file, an entry point.
+
+`DRRN_DATA` names the folder with T91/, BSD200/, Set5/ …; the tests that need those files say that they are
+skipped without it. Everything else runs on the photographs in scikit-image's wheel.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Before NumPy and torch start their threads: the tests compute little and often.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ["DRRN_HOME"] = str(ROOT)
+os.environ["WANDB_MODE"] = "offline"  # no account, no network
+os.environ["WANDB_SILENT"] = "true"
+os.environ["WANDB_ERROR_REPORTING"] = "false"
+os.environ.pop("WANDB_DIR", None)  # a run's own folder is where its W&B files belong
+os.environ["NO_PROXY"] = "127.0.0.1,localhost"  # for the local test server
+os.environ.pop("HYDRA_FULL_ERROR", None)
+
+# Every key that makes a run tiny but for its data; the data is a folder of crops (fixture `tiny_images`).
+TINY = (
+    "model.features=2",
+    "data.batch_size=2",
+    "data.num_workers=0",
+    "data.scales=[2]",
+    "data.val_scales=[2]",
+    "trainer.max_steps=1",
+    "trainer.accelerator=cpu",
+    "logger=none",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Patch files and W&B's caches go to a temporary folder, never into the clone or the home."""
+    keys = {
+        "DRRN_PATCHES": "patches",
+        "WANDB_CACHE_DIR": "wandb_cache",
+        "WANDB_CONFIG_DIR": "wandb_config",
+        "WANDB_DATA_DIR": "wandb_data",
+    }
+    patch = pytest.MonkeyPatch()
+    for key, name in keys.items():
+        patch.setenv(key, str(tmp_path_factory.mktemp(name)))
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def drrn_data() -> Path:
+    """The folder of the training images and benchmark sets."""
+    root = os.environ.get("DRRN_DATA")
+    if not root:
+        pytest.skip("set DRRN_DATA to the folder that holds T91/, BSD200/ and Set5/")
+    if not (Path(root) / "T91").is_dir():
+        pytest.skip(f"DRRN_DATA = {root} holds no T91/: `python src/prepare.py` fetches it")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two crops of photographs, one in colour and one grey, of sides that no scale divides."""
+    import skimage.data
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("sets") / "tiny"
+    folder.mkdir()
+    Image.fromarray(skimage.data.chelsea()[90:165, 120:211]).save(folder / "chelsea.png")  # 75×91, RGB
+    Image.fromarray(skimage.data.camera()[100:164, 200:255]).save(folder / "camera.png")  # 64×55, L
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_patches(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A patch file of the tiny images, ×2 and ×3, built once with two processes."""
+    from drrn.patches import Recipe, prepare_patches
+
+    recipe = Recipe((str(tiny_images),), scales=(2, 3))
+    return prepare_patches("tiny", recipe, Path("unused"), tmp_path_factory.mktemp("tiny_patches"), workers=2)
+
+
+@pytest.fixture
+def inline_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patch files are built in this process: no start of workers to wait for, and what a test patches counts."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import drrn.patches
+
+    def pool(workers: int, mp_context: object) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(workers)
+
+    monkeypatch.setattr(drrn.patches, "ProcessPoolExecutor", pool)
+
+
+@pytest.fixture(scope="session")
+def configure(tiny_images: Path) -> Callable:
+    """`configure("model.B=2", …)` → the checked `Config` of a tiny run, composed by Hydra from conf/."""
+    from hydra import compose, initialize_config_dir
+
+    from drrn.config import Config, check
+
+    def configure(*overrides: str, tiny: bool = True) -> Config:
+        base = (*TINY, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]") if tiny else ()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return check(compose("config", [*base, *overrides]))
+
+    return configure
+
+
+@pytest.fixture
+def entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
+    """`entry_point("train", "model.B=0")` → (exit code, stdout, stderr) of `python src/train.py model.B=0`.
+
+    In this process, so that Lightning is imported once for all tests.
+    """
+    import importlib
+
+    from drrn.config import launch
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / f"{name}.py"), *arguments])
+        capsys.readouterr()
+        try:
+            launch(module.main)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        else:
+            code = 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

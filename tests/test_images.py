@@ -1,0 +1,337 @@
+"""`drrn.images`: the registry and what is fetched from it (from a server of the test's own), sets, and reading."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+from numpy.typing import NDArray
+from PIL import Image
+
+import drrn.images
+from drrn import Refusal
+from drrn.images import (
+    DEMO_SETS,
+    FETCHED_SETS,
+    fetch,
+    image_files,
+    orientations,
+    read_luminance,
+    read_pixels,
+    registered,
+)
+
+# ---------------------------------------------------------------------- a server, and a registry that points at it
+
+
+class Server:
+    """Files by path on 127.0.0.1; remembers what was asked for. A body of None drops the connection half-way."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes | None] = {}
+        self.asked: list[str] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked.append(self.path)
+                if self.path not in outer.files:
+                    self.send_error(404)
+                    return
+                body = outer.files[self.path]
+                self.send_response(200)
+                self.send_header("Content-Length", "1000" if body is None else str(len(body)))
+                self.end_headers()
+                self.wfile.write(b"only the start" if body is None else body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)  # its pauses between retries
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def png(image: NDArray[np.uint8], path: Path) -> bytes:
+    Image.fromarray(image).save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def registry(server: Server, tmp_path: Path) -> Path:
+    """Set5 of two photographs, T91 of one; all on the server."""
+    lines = ["# a comment", ""]
+    crops = {"Set5/a.png": (0, 0), "Set5/b.png": (40, 60), "T91/c.png": (80, 20)}
+    for name, (row, column) in crops.items():
+        content = png(skimage.data.coffee()[row : row + 32, column : column + 40], tmp_path / "crop.png")
+        server.files[f"/{name}"] = content
+        lines.append(f"{name} {digest(content)} {server.url}/{name}")
+    path = tmp_path / "registry.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def everything_under(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+
+
+# ---------------------------------------------------------------------- fetching
+
+
+def test_absent_files_are_downloaded_and_verified(registry: Path, server: Server, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    files = fetch("Set5", root, registry)
+    assert files == [root / "Set5/a.png", root / "Set5/b.png"]
+    assert [path.read_bytes() for path in files] == [server.files["/Set5/a.png"], server.files["/Set5/b.png"]]
+    assert sorted(server.asked) == ["/Set5/a.png", "/Set5/b.png"]
+    assert sorted(everything_under(root)) == sorted(files)  # nothing of T91, nothing temporary
+
+
+def test_what_is_present_is_not_downloaded(registry: Path, server: Server, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    (root / "Set5").mkdir(parents=True)
+    (root / "Set5/a.png").write_bytes(server.files["/Set5/a.png"])
+    fetch("Set5", root, registry)
+    assert server.asked == ["/Set5/b.png"]
+    server.asked.clear()
+    fetch("Set5", root, registry)
+    assert server.asked == []
+
+
+def test_a_present_file_of_another_digest_is_refused_and_kept(
+    registry: Path, server: Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "data/Set5/a.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"another image")
+    with pytest.raises(Refusal, match="Delete it") as refusal:
+        fetch("Set5", tmp_path / "data", registry)
+    assert str(path) in str(refusal.value)
+    assert hashlib.sha256(b"another image").hexdigest() in str(refusal.value)
+    assert path.read_bytes() == b"another image"
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    "served",
+    [pytest.param(b"not what the registry lists", id="digest"), pytest.param(None, id="connection"), "absent"],
+)
+def test_a_failed_download_names_file_and_url_and_leaves_nothing(
+    served: bytes | str | None, registry: Path, server: Server, tmp_path: Path
+) -> None:
+    if served == "absent":
+        del server.files["/Set5/b.png"]
+    else:
+        server.files["/Set5/b.png"] = served
+    root = tmp_path / "data"
+    with pytest.raises(Refusal) as refusal:
+        fetch("Set5", root, registry)
+    text = str(refusal.value)
+    assert "Set5/b.png" in text
+    assert f"{server.url}/Set5/b.png" in text
+    assert str(root / "Set5/b.png") in text  # where to put it by hand
+    assert everything_under(root) == [root / "Set5/a.png"]
+    if served != "absent":
+        assert server.asked.count("/Set5/b.png") > 1  # tried again
+
+
+@pytest.mark.parametrize(
+    "line", ["Set5/a.png", "Set5/a.png md5:00 http://x/a", "Set5/a.png sha256:00 http://x/a b"]
+)
+def test_a_registry_line_of_another_form_is_refused(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "registry.txt"
+    path.write_text(f"# first\n{line}\n")
+    with pytest.raises(Refusal, match="line 2"):
+        registered("Set5", path)
+
+
+def test_a_missing_registry_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"nowhere\.txt is missing"):
+        registered("Set5", tmp_path / "nowhere.txt")
+
+
+def test_the_registry_of_the_project() -> None:
+    """291 training images and the four benchmarks, each with a digest and an address of its own."""
+    files = {name: registered(name) for name in FETCHED_SETS}
+    counts = {name: len(listed) for name, listed in files.items()}
+    assert counts == {"T91": 91, "BSD200": 200, "Set5": 5, "Set14": 14, "BSD100": 100, "Urban100": 100}
+    entries = [entry for listed in files.values() for entry in listed.values()]
+    assert all(len(sha) == len("sha256:") + 64 and url.startswith("https://") for sha, url in entries)
+    assert len({url for _, url in entries}) == len(entries) == 510
+    training, held_out = (
+        {sha for name in names for sha, _ in files[name].values()}
+        for names in (("T91", "BSD200"), ("Set5", "Set14", "BSD100", "Urban100"))
+    )
+    assert not training & held_out  # nothing is measured on what it was trained on
+
+
+@pytest.mark.parametrize("name", ["T91", "BSD200", "Set5", "Set14", "BSD100"])
+def test_the_images_in_drrn_data_are_the_registered_ones(
+    name: str, drrn_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drrn.images, "_download", lambda *_: pytest.fail("nothing has to be downloaded"))
+    if not (drrn_data / name).is_dir():
+        pytest.skip(f"{name} is not in DRRN_DATA")
+    assert len(image_files(name, drrn_data)) == len(registered(name))
+
+
+# ---------------------------------------------------------------------- sets
+
+
+def test_the_demo_sets_are_photographs_of_scikit_image(tmp_path: Path) -> None:
+    train, test = (image_files(name, tmp_path) for name in ("demo_train", "demo_test"))
+    assert not {path.name for path in train} & {path.name for path in test}
+    assert not {"page.png", "text.png", "logo.png", "color.png", "horse.png", "phantom.png"} & {
+        path.name for path in (*train, *test)
+    }
+    for path in (*train, *test):
+        y = read_luminance(path)
+        assert min(y.shape) >= 300
+        assert y.std() > 10
+    assert everything_under(tmp_path) == []  # the wheel ships them
+
+
+def test_a_demo_set_that_is_not_shipped_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(DEMO_SETS, "demo_test", ("camera.png", "holiday.png"))
+    with pytest.raises(Refusal, match=r"does not ship holiday\.png"):
+        image_files("demo_test", tmp_path)
+
+
+def test_a_folder_is_a_set(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpg", "c.bmp", "notes.txt", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in image_files(str(tmp_path), Path("unused"))] == ["a.jpg", "b.PNG", "c.bmp"]
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(Refusal, match="holds no image") as refusal:
+        image_files(str(tmp_path), Path("unused"))
+    assert str(tmp_path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["Set6", "no/such/folder"])
+def test_an_unknown_set_is_refused_with_those_that_there_are(name: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=f"'{name}'.*Set5.*Urban100.*demo_test"):
+        image_files(name, tmp_path)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def luma(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Y of MATLAB's rgb2ycbcr in exact fractions, pixel by pixel."""
+    result = np.empty(pixels.shape[:2], np.uint8)
+    for i, j in np.ndindex(result.shape):
+        r, g, b = (int(v) for v in pixels[i, j])
+        exact = 16 + Fraction(65_481 * r + 128_553 * g + 24_966 * b, 255_000)
+        result[i, j] = int(exact + Fraction(1, 2))
+    return result
+
+
+def test_colour_becomes_matlabs_luminance_and_grey_stays(tmp_path: Path) -> None:
+    colour, grey = skimage.data.chelsea()[100:124, 150:181], skimage.data.camera()[60:90, 200:219]
+    png(colour, tmp_path / "colour.png")
+    png(grey, tmp_path / "grey.png")
+    np.testing.assert_array_equal(read_luminance(tmp_path / "colour.png"), luma(colour))
+    np.testing.assert_array_equal(read_luminance(tmp_path / "grey.png"), grey)
+
+
+def test_a_palette_is_read_as_its_colours(tmp_path: Path) -> None:
+    image = Image.fromarray(skimage.data.coffee()[:40, :50]).quantize(16)
+    image.save(tmp_path / "palette.png")
+    assert Image.open(tmp_path / "palette.png").mode == "P"
+    np.testing.assert_array_equal(read_pixels(tmp_path / "palette.png"), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK", "I;16", "LA", "F"])
+def test_an_image_of_another_kind_is_refused(mode: str, tmp_path: Path) -> None:
+    grey = Image.fromarray(skimage.data.camera()[:20, :20])
+    path = tmp_path / "image.tif"
+    if mode == "I;16":
+        Image.fromarray(np.asarray(grey, np.uint16) * 257).save(path)
+    else:
+        grey.convert("RGB" if mode == "CMYK" else mode).convert(mode).save(path)
+    with pytest.raises(Refusal, match=f"this one is {mode}") as refusal:
+        read_pixels(path)
+    assert str(path) in str(refusal.value)
+
+
+def broken(kind: str, folder: Path) -> Path:
+    whole = png(skimage.data.camera()[:64, :64], folder / "whole.png")
+    path = folder / "broken.png"
+    if kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "damaged":
+        path.write_bytes(whole[:100] + b"\0" * 200 + whole[300:])
+    elif kind == "text":
+        path.write_text("no image at all")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["truncated", "damaged", "text", "empty", "missing"])
+def test_an_unreadable_image_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    path = broken(kind, tmp_path)
+    with pytest.raises(Refusal) as refusal:
+        read_luminance(path)
+    assert str(path) in str(refusal.value)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.png"
+    png(skimage.data.camera()[:64, :64], path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(Refusal, match=r"bomb\.png"):
+        read_luminance(path)
+
+
+# ---------------------------------------------------------------------- orientations
+
+
+def turned(image: NDArray, o: int) -> NDArray:
+    """Orientation o by moving one pixel after the other."""
+    for _ in range(o % 4):  # a quarter turn anticlockwise: what was right goes to the top
+        height, width = image.shape
+        result = np.empty((width, height), image.dtype)
+        for i, j in np.ndindex(width, height):
+            result[i, j] = image[j, width - 1 - i]
+        image = result
+    if o >= 4:  # left–right
+        result = np.empty_like(image)
+        for i, j in np.ndindex(image.shape):
+            result[i, j] = image[i, image.shape[1] - 1 - j]
+        image = result
+    return image
+
+
+def test_orientations_are_the_four_rotations_and_their_mirror_images() -> None:
+    photograph = skimage.data.camera()[90:103, 220:229]
+    versions = orientations(photograph)
+    assert len(versions) == 8
+    assert len({version.tobytes() + bytes(version.shape) for version in versions}) == 8
+    for o, version in enumerate(versions):
+        np.testing.assert_array_equal(version, turned(photograph, o))
+    np.testing.assert_array_equal(orientations(photograph, [5])[0], turned(photograph, 5))
