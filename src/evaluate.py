@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -20,7 +21,7 @@ import hydra
 from omegaconf import MISSING, DictConfig
 
 from drrn import Refusal
-from drrn.config import launch, typed
+from drrn.config import CONF, launch, typed
 
 FORMAT = 1
 CHOICES = {
@@ -76,7 +77,7 @@ class Job(NamedTuple):
         return (self.method.name, self.method.digest, self.set_name, self.scale, self.path.name, self.digest)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Check, score, print."""
     config = check(cfg)
@@ -153,24 +154,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     missing = [job for job in jobs if not set(config.metrics) <= set(done.get(job.key(), ()))]
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        Progress(*columns, console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool,
-    ):
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("scoring", total=len(jobs), completed=len(jobs) - len(missing))
-        settings = (tuple(config.metrics), protocol, config.images, config.workers)
-        futures = {pool.submit(score_image, job, *settings): job for job in missing}
         written = time.monotonic()
         try:
-            for future in as_completed(futures):
-                job, row = futures[future], future.result()
+            for job, row in score_all(missing, config, protocol):
                 done[job.key()] = {**done.get(job.key(), {}), **row}
                 progress.update(task, advance=1, description=f"{job.set_name} ×{job.scale} {job.path.name}")
                 if time.monotonic() - written > 5:
                     write_json(output, {**result, "scores": list(done.values())})
                     written = time.monotonic()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
             write_json(output, {**result, "scores": list(done.values())})
             raise
     result["scores"] = list(done.values())
@@ -216,6 +210,20 @@ def previous_scores(path: Path, protocol: dict[str, Any]) -> dict[tuple, dict[st
             "choose another output"
         )
     return rows
+
+
+def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Every job's scores as they come: in this process, or in `workers` processes, each job in one of them."""
+    settings = (tuple(config.metrics), protocol, config.images, config.workers)
+    if config.workers == 1:
+        yield from ((job, score_image(job, *settings)) for job in jobs)
+        return
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(score_image, job, *settings): job for job in jobs}
+        try:
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _networks: dict[Path, Any] = {}  # a worker process loads each network once
@@ -276,8 +284,8 @@ def run_network(checkpoint: Path, x: Any, workers: int) -> Any:
     if checkpoint not in _networks:
         network, _ = load_network(checkpoint)
         if torch.cuda.is_available():
-            identity = multiprocessing.current_process()._identity  # (1,), (2,), … in a pool
-            network.to(f"cuda:{(identity[0] - 1) % torch.cuda.device_count()}")
+            worker = (*multiprocessing.current_process()._identity, 1)[0]  # 1, 2, … in a pool
+            network.to(f"cuda:{(worker - 1) % torch.cuda.device_count()}")
         else:
             torch.set_num_threads(max(1, torch.get_num_threads() // workers))
         _networks[checkpoint] = network

@@ -8,18 +8,15 @@ python src/prepare.py 'data.val=[Set5,Set14,BSD100,Urban100]'
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from drrn.config import check, launch
-
-os.environ.setdefault("DRRN_HOME", str(Path(__file__).resolve().parents[1]))  # conf/config.yaml's searchpath
+from drrn.config import CONF, check, launch
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
     """The training configuration decides what is needed; only `data.*` matters here."""
     data = check(cfg).data

@@ -16,7 +16,7 @@ import hydra
 from omegaconf import MISSING, DictConfig
 
 from drrn import Refusal
-from drrn.config import launch, typed
+from drrn.config import CONF, launch, typed
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ReportConfig:
     root: str = MISSING
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="report")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="report")
 def main(cfg: DictConfig) -> None:
     """Read, tabulate, draw."""
     config = typed(ReportConfig, cfg)
@@ -61,11 +61,10 @@ def report(config: ReportConfig) -> None:
     measured += [m for path in config.scores for m in from_scores(Path(path))]
     if records:
         write_table(runs_table(records), output / "runs")
-    benchmarks = [m for m in measured if m.set_name in ("Set5", "Set14", "BSD100", "Urban100")]
-    if benchmarks:
-        write_table(benchmark_table(benchmarks, "table2", ("psnr", "ssim")), output / "table2")
-    if any("ifc" in m.values for m in benchmarks):
-        with_ifc = [m for m in benchmarks if "ifc" in m.values]
+    if measured:
+        write_table(benchmark_table(measured, "table2", ("psnr", "ssim")), output / "table2")
+    with_ifc = [m for m in measured if "ifc" in m.values]
+    if with_ifc:
         write_table(benchmark_table(with_ifc, "table3", ("ifc",)), output / "table3")
     if any("_B3U4" in m.method or m.method.startswith("VDSR_d28") for m in measured):
         write_table(ablation_table(measured), output / "table4")
@@ -97,10 +96,9 @@ def write_table(table: Any, stem: Path) -> None:
 
 def draw_comparison(config: ReportConfig, records: list[dict[str, Any]], output: Path) -> None:
     """Crops side by side: of the image asked for, or of the last one that the runs were tested on."""
-    from drrn.inference import super_resolve
-
     from drrn.figures import FIG7, Box, save, side_by_side
     from drrn.images import image_files
+    from drrn.inference import super_resolve
     from drrn.weights import load_network
 
     weights = {Path(path).stem: Path(path) for path in config.checkpoint}

@@ -10,7 +10,6 @@ Each run has its own folder, named by what it is, with its log, its checkpoints,
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 import warnings
@@ -21,13 +20,12 @@ import hydra
 from omegaconf import DictConfig
 
 from drrn import Refusal
-from drrn.config import Config, check, launch, run_dir, run_name, structure_name
+from drrn.config import CONF, Config, check, launch, run_dir, run_name, structure_name
 
-os.environ.setdefault("DRRN_HOME", str(Path(__file__).resolve().parents[1]))  # conf/config.yaml's searchpath
 log = logging.getLogger("drrn.train")
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
     """Check the configuration before anything heavy is imported, then train."""
     train(check(cfg))
@@ -53,8 +51,9 @@ def train(config: Config) -> None:
     from drrn.callbacks import PlainProgress, checkpoints, newest_checkpoint
     from drrn.datamodule import SuperResolutionData
     from drrn.module import SuperResolution
-    from drrn.weights import save_weights, start_from
+    from drrn.weights import initial_state, save_weights
 
+    initial = initial_state(Path(config.init_from), config.model) if config.init_from is not None else None
     quiet_lightning()
     folder.mkdir(parents=True, exist_ok=True)
     with log_to(folder / "train.log"):
@@ -65,8 +64,8 @@ def train(config: Config) -> None:
 
         # 2. patches → module
         module = SuperResolution(asdict(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)
-        if config.init_from is not None:
-            start_from(Path(config.init_from), module.network, config.model)
+        if initial is not None:
+            module.network.load_state_dict(initial)
         if config.trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
         resume = newest_checkpoint(folder / "checkpoints") if config.ckpt_path == "last" else config.ckpt_path

@@ -38,6 +38,12 @@ FAMILY = [
         [(1, 3), (2, 2)], [True, False], [True, False], ["batch", "none"], [True, False]
     )
 ] + [dict(B=4, U=0, norm=norm, bias=bias) for norm, bias in product(["batch", "none"], [True, False])]
+PORTS = [  # what weights from elsewhere mean, see release.md
+    dict(B=1, U=3, norm="none", bias=False, rectified_identity=True),
+    dict(B=2, U=2, norm="none", rectified_identity=True, multi_path=False),
+    dict(B=4, U=0, norm="none", input_relu=False),
+    dict(B=2, U=2, norm="batch", input_relu=False),
+]
 
 
 def ids(arguments: object) -> str | None:
@@ -193,42 +199,58 @@ def normalised(H: Tensor, state: dict[str, Tensor], name: str, training: bool) -
     return (H - mean.view(shape)) * scale.view(shape) + state[f"{name}.bias"].view(shape)
 
 
-def layer(H: Tensor, state: dict[str, Tensor], norm: str, conv: str, training: bool) -> Tensor:
+def layer(H: Tensor, state: dict[str, Tensor], norm: str, conv: str, training: bool, relu: bool = True) -> Tensor:
     """BN-ReLU-conv, the weight layer of Fig. 3."""
-    active = normalised(H, state, norm, training).clamp(min=0)
+    active = normalised(H, state, norm, training)
+    if relu:
+        active = active.clamp(min=0)
     return F.conv2d(F.pad(active, (1, 1, 1, 1)), state[f"{conv}.weight"], state.get(f"{conv}.bias"))
 
 
 def equations(
-    x: Tensor, state: dict[str, Tensor], B: int, U: int, sharing: bool, multi_path: bool, training: bool
+    x: Tensor,
+    state: dict[str, Tensor],
+    B: int,
+    U: int,
+    weight_sharing: bool = True,
+    multi_path: bool = True,
+    rectified_identity: bool = False,
+    input_relu: bool = True,
+    training: bool = False,
+    **_: object,
 ) -> Tensor:
     """Eq. 9 from a state dict, without a module."""
+
+    def identity(z: Tensor) -> Tensor:
+        return z.clamp(min=0) if rectified_identity else z
+
     x_b = x  # x_0 = x
     for b in range(B):
         block = f"blocks.{b}"
-        H0 = layer(x_b, state, f"{block}.norm", f"{block}.conv", training)  # f_b
+        H0 = layer(x_b, state, f"{block}.norm", f"{block}.conv", training, relu=input_relu or b > 0)  # f_b
         H = H0.clone()
         for u in range(U):
-            w = 0 if sharing else u
+            w = 0 if weight_sharing else u
             F_u = layer(H, state, f"{block}.norm_a.{u}", f"{block}.conv_a.{w}", training)
             F_u = layer(F_u, state, f"{block}.norm_b.{u}", f"{block}.conv_b.{w}", training)
-            H = F_u + (H0 if multi_path else H)  # Eq. 4 (5); Eq. 3 for the chain
+            H = F_u + identity(H0 if multi_path else H)  # Eq. 4 (5); Eq. 3 for the chain
         x_b = H  # Eq. 6
-    return layer(x_b, state, "norm_rec", "conv_rec", training) + x
+    return layer(x_b, state, "norm_rec", "conv_rec", training) + identity(x)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("arguments", FAMILY, ids=ids)
+@pytest.mark.parametrize("arguments", [*FAMILY, *PORTS], ids=ids)
 def test_forward_is_equations_4_to_9(arguments: dict, training: bool) -> None:
     network = lively(DRRN(**arguments, features=3)).train(training)
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    x = torch.rand(2, 1, 7, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = equations(
-        x, state, arguments["B"], arguments["U"],
-        arguments.get("weight_sharing", True), arguments.get("multi_path", True), training,
-    )  # fmt: skip
+    x = torch.rand(2, 1, 7, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
     with torch.no_grad():
-        torch.testing.assert_close(network(x), expected, rtol=1e-9, atol=1e-9)
+        y = network(x)
+    torch.testing.assert_close(y, equations(x, state, **arguments, training=training), rtol=1e-9, atol=1e-9)
+    for departure in ("rectified_identity", "input_relu"):  # the paper's network is neither port's
+        if departure in arguments:
+            paper = {key: value for key, value in arguments.items() if key != departure}
+            assert not torch.allclose(y, equations(x, state, **paper, training=training), atol=1e-6)
 
 
 def test_chain_and_multi_path_are_different_networks_from_the_second_unit_on() -> None:
@@ -316,7 +338,7 @@ def test_any_size_comes_out_as_it_went_in(size: tuple[int, int], norm: str) -> N
     assert torch.isfinite(y).all()
     torch.testing.assert_close(y, each)
     state = network.state_dict()
-    torch.testing.assert_close(y, equations(x, state, 1, 2, True, True, False))
+    torch.testing.assert_close(y, equations(x, state, 1, 2))
 
 
 @pytest.mark.parametrize("features", [1, 5, 16])

@@ -23,6 +23,10 @@ from drrn import Refusal
 
 T = TypeVar("T")
 
+HOME = Path(__file__).resolve().parents[2]  # the clone
+CONF = str(HOME / "conf")
+os.environ.setdefault("DRRN_HOME", str(HOME))  # where conf/config.yaml looks for sweeps/
+
 
 @dataclass
 class ModelConfig:

@@ -23,6 +23,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,10 @@ def recognise(path: Path) -> str:
         if kind == "safetensors":
             return "drrn"
         if kind == "protobuf":
-            caffe_layers(data)
+            try:
+                caffe_layers(data)
+            except ValueError as error:
+                raise ValueError(f"neither torch's nor safetensors, and as Caffe's protobuf: {error}") from error
             return "caffe"
         root = read_torch(data)
         if is_lightning(root):
@@ -90,13 +94,15 @@ def read_foreign(path: Path, form: str, U: int | None = None) -> Foreign:
     try:
         if form == "caffe":
             return read_caffe(data, U)
-        tensors = {name: stored.tensor() for name, stored in named_tensors(read_torch(data)).items()}
-        wrong = [name for name in tensors if not re.fullmatch(NAMES[form], name)]
-        if wrong or not tensors:
-            raise ValueError(f"tensors {wrong[:4]} are not of the form {form}" if wrong else "it holds no tensor")
-        return FORMS[form](tensors, U, path.stem)
+        tensors = read_tensors(named_tensors(read_torch(data)))
+        for name in tensors:
+            if not re.fullmatch(NAMES[form], name):
+                raise ValueError(f"its tensor {name[:80]!r} is not one of that form")
+        return READERS[form](tensors, U, path.stem)
     except Refusal:
         raise
+    except KeyError as error:
+        raise Refusal(f"{path} cannot be read as {form}: {error} is missing") from error
     except Exception as error:
         raise Refusal(f"{path} cannot be read as {form}: {error}") from error
 
@@ -117,7 +123,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def container(data: bytes) -> str:
-    """"zip" and "legacy" (torch's two), "safetensors", else "protobuf", by the first bytes."""
+    """By the first bytes: "zip" and "legacy" (torch's two), "safetensors", else "protobuf"."""
     if data[:4] == b"PK\x03\x04":
         return "zip"
     if data[:1] == b"\x80" and LEGACY_MAGIC in data[:32]:
@@ -215,6 +221,7 @@ class Layer(NamedTuple):
     blobs: list[Tensor]
 
 
+UNIT = r"conv(\d{1,4})_(\d{1,4})([ab])"
 V1_TYPES = {4: "Convolution", 18: "ReLU", 25: "Eltwise"}  # V1LayerParameter.LayerType
 # Type → the field of its parameters in (LayerParameter, V1LayerParameter), and what they must be where they are
 # given: 3×3, padding 1, no stride, groups or dilation; eps 1e-5; no leak; a sum.
@@ -222,7 +229,7 @@ SETTINGS: dict[str, tuple[tuple[int, int], dict[int, float]]] = {
     "Convolution": ((106, 10), {3: 1, 4: 3, 5: 1, 6: 1, 9: 1, 10: 1, 11: 3, 12: 3, 13: 1, 14: 1, 18: 1}),
     "BatchNorm": ((139, 139), {3: 1e-5}),
     "ReLU": ((123, 30), {1: 0}),
-    "Eltwise": ((110, 24), {1: 1, 2: 1}),
+    "Eltwise": ((110, 24), {1: 1}),
 }
 
 
@@ -236,7 +243,7 @@ def caffe_layers(data: bytes) -> tuple[str, list[Layer]]:
     new = bool(net[100])
     layers = [_layer(layer, new) for layer in (net[100] if new else net[2])]
     if not any(layer.type == "Convolution" for layer in layers):
-        raise ValueError("it is neither torch's nor safetensors, and no Caffe network with convolutions")
+        raise ValueError("no network with convolutions")
     return _text(net[1]), layers
 
 
@@ -251,8 +258,8 @@ def _layer(data: int | memoryview, new: bool) -> Layer:
     else:
         type_ = _text(fields[kind])
     if blobs and not type_:  # the old list knows no BatchNorm and no Scale
-        squeezed = blobs[0].dim() == 4 and blobs[0].shape[-2:] == (3, 3)
-        type_ = "Convolution" if squeezed else "BatchNorm" if len(blobs) == 3 else "Scale"
+        kernels = blobs[0].dim() == 4 and blobs[0].shape[-2:] == (3, 3)
+        type_ = "Convolution" if kernels else "BatchNorm" if len(blobs) == 3 else "Scale"
     if blobs and type_ not in ("Convolution", "BatchNorm", "Scale"):
         raise ValueError(f"layer {title!r} is a {type_} with weights: no network of this family has one")
     if type_ in SETTINGS:
@@ -313,38 +320,11 @@ def read_caffe(data: bytes, U: int | None = None) -> Foreign:
     """
     name, layers = caffe_layers(data)
     convolutions = _convolutions(layers)
-    names = [c.name for c in convolutions]
-    units = [m for n in names if (m := re.fullmatch(r"conv(\d{1,4})_(\d{1,4})[ab]", n))]
-    notes = []
-    if units:
-        B, found_U = max(int(m[1]) for m in units), max(int(m[2]) for m in units)
-        expected = []
-        if (1 + 2 * found_U) * B + 1 <= len(names):
-            for b in range(1, B + 1):
-                expected += [f"conv{b}", *(f"conv{b}_{u}{ab}" for u in range(1, found_U + 1) for ab in "ab")]
-            expected.append("conv_end")
-        if names != expected:
-            raise ValueError(
-                f"its {len(names)} convolutions ({', '.join(names[:5])}, …) are not those of a whole B{B}U{found_U}"
-            )
-    else:
-        B, found_U = len(names) - 1, 0
+    B, found_U = _structure([c.name for c in convolutions])
     if U is not None and found_U != U:
         raise ValueError(f"it has U = {found_U}, not {U}")
-
-    by_name = {c.name: c for c in convolutions}
-    shared = True
-    for m in units:
-        c, first = by_name[m[0]], by_name[f"conv{m[1]}_1{m[0][-1]}"]
-        if not torch.equal(c.weight, first.weight) or not _same(c.bias, first.bias):
-            if shared:
-                apart = (c.weight - first.weight).abs().max() if c.weight.shape == first.weight.shape else math.nan
-                notes.append(
-                    f"the copies of shared convolutions differ ({c.name} from {first.name} by up to {apart:.3g}): "
-                    "read as a network without weight sharing"
-                )
-            shared = False
-
+    notes = _differing_copies(convolutions)
+    shared = not notes
     if all(not c.relu for c in convolutions):  # only layers with weights were kept in the file
         first_relu = convolutions[0].norm is not None
         notes.append("the file lists no ReLU: one is taken to stand before every convolution")
@@ -381,8 +361,41 @@ def read_caffe(data: bytes, U: int | None = None) -> Foreign:
     return Foreign("caffe", model, state, f"{name or 'network'} (Caffe)", [2, 3, 4], notes)
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+def _structure(names: list[str]) -> tuple[int, int]:
+    """Convolutions by name, in order → (B, U).
+
+    Raises:
+        ValueError: a DRRN of which some are missing, or are in another order.
+    """
+    units = [m for name in names if (m := re.fullmatch(UNIT, name))]
+    if not units:
+        return len(names) - 1, 0
+    B, U = max(int(m[1]) for m in units), max(int(m[2]) for m in units)
+    expected = []
+    if len(names) == (1 + 2 * U) * B + 1:
+        for b in range(1, B + 1):
+            expected += [f"conv{b}", *(f"conv{b}_{u}{ab}" for u in range(1, U + 1) for ab in "ab")]
+        expected.append("conv_end")
+    if names != expected:
+        raise ValueError(f"its {len(names)} convolutions ({', '.join(names[:5])}, …) are not all of a B{B}U{U}")
+    return B, U
+
+
+def _differing_copies(convolutions: list[Convolution]) -> list[str]:
+    """What to say if the convolutions of a block's units are not the same; empty if they are."""
+    by_name = {c.name: c for c in convolutions}
+    for c in convolutions:
+        if (m := re.fullmatch(UNIT, c.name)) is None:
+            continue
+        first = by_name[f"conv{m[1]}_1{m[3]}"]
+        for kind in ("weight", "bias"):
+            a, b = getattr(c, kind), getattr(first, kind)
+            if (a is None) != (b is None) or (a is not None and (a.shape != b.shape or not torch.equal(a, b))):
+                return [
+                    f"the copies of shared convolutions are not the same (the {kind} of {c.name} differs from that "
+                    f"of {first.name}): read as a network without weight sharing"
+                ]
+    return []
 
 
 def _convolutions(layers: list[Layer]) -> list[Convolution]:
@@ -427,7 +440,7 @@ def _convolutions(layers: list[Layer]) -> list[Convolution]:
 # ---------------------------------------------------------------------------------------- torch's containers
 # pytorch/pytorch: torch/serialization.py; opcodes: Python's pickletools.
 
-LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to(10, "little") if False else bytes.fromhex("6cfc9c46f9206aa85019")
+LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 
 
 @dataclass(eq=False)
@@ -454,9 +467,9 @@ class Stored(NamedTuple):
             ValueError: it reaches beyond its storage, or the storage beyond the file.
         """
         storage, offset = self.storage, _count(self.offset)
+        if not isinstance(self.size, tuple) or len(self.size) > 4 or len(self.size) != len(self.stride):
+            raise ValueError("a tensor of an impossible size")
         size, stride = [_count(n) for n in self.size], [_count(n) for n in self.stride]
-        if len(size) != len(stride) or len(size) > 4:
-            raise ValueError(f"a tensor of size {size[:8]} and stride {stride[:8]}")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if 0 in size or math.prod(size) > storage.numel or last >= storage.numel:
             raise ValueError(f"a tensor of size {size} in a storage of {storage.numel:,} numbers")
@@ -522,6 +535,7 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.nn.parameter", "Parameter"): lambda data, *_: data,
     ("torch.nn.backends.thnn", "_get_thnn_function_backend"): lambda: None,  # Module._backend until torch 1.4
     ("torch", "Size"): tuple,
+    ("torch", "device"): lambda *_: None,
     ("__builtin__", "set"): list,
     ("builtins", "set"): list,
 }
@@ -646,18 +660,22 @@ def unpickle(file: io.BytesIO, persistent: Callable[[Any], Any] | None = None) -
                     stack.append(_known(Global(*arg.split(" ", 1))))
                 case "STACK_GLOBAL":
                     name, module = stack.pop(), stack.pop()
-                    stack.append(_known(Global(str(module), str(name))))
+                    if not isinstance(name, str) or not isinstance(module, str):
+                        raise TypeError("a name that is no text")
+                    stack.append(_known(Global(module, name)))
                 case "REDUCE":
                     arguments, function = stack.pop(), stack.pop()
+                    if not isinstance(function, Global) or function not in CALLS:
+                        raise TypeError("a call of what is no function")
                     stack.append(CALLS[function](*arguments))
                 case "NEWOBJ":
                     arguments, function = stack.pop(), stack.pop()
-                    if arguments != () or not _is_module(function):
+                    if arguments != () or not isinstance(function, Global) or not _is_module(function):
                         raise TypeError("an object that is no module")
                     stack.append(Module({}))
                 case "BUILD":
                     attributes = stack.pop()
-                    if isinstance(stack[-1], Module):
+                    if isinstance(stack[-1], Module) and isinstance(attributes, dict):
                         stack[-1].attributes.update(attributes)
                     elif not isinstance(stack[-1], dict | Stored):  # a state dict's _metadata, a parameter's hooks
                         raise TypeError("attributes for what has none")
@@ -679,9 +697,9 @@ def _persistent(identity: Any, storages: dict[str, Storage]) -> Any:
     kind, name, *rest = identity
     if kind == "module":
         return name
-    if kind != "storage":
+    if kind != "storage" or not isinstance(rest[0], str):
         raise TypeError("a persistent id that is not torch's")
-    key, numel = str(rest[0]), _count(rest[2])
+    key, numel = rest[0], _count(rest[2])
     dtype = STORAGES[name.name]
     storage = storages.setdefault(key, Storage(dtype, numel))
     if (storage.dtype, storage.numel) != (dtype, numel):
@@ -718,7 +736,7 @@ def read_torch(data: bytes) -> Any:
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError) as error:
         raise ValueError(f"a damaged zip file ({error})") from error
     for key, storage in storages.items():
-        storage.read = lambda key=key: record(f"data/{key}")
+        storage.read = partial(record, f"data/{key}")
     return root
 
 
@@ -744,7 +762,7 @@ def _read_legacy(file: io.BytesIO, storages: dict[str, Storage]) -> Any:
         left -= 8 + size
         if left < 0:
             raise ValueError(f"a storage of {storage.numel:,} numbers where fewer are left: truncated")
-        storage.read = lambda raw=file.read(size): raw
+        storage.read = partial(bytes, file.read(size))
     return root
 
 
@@ -755,9 +773,9 @@ def is_lightning(root: Any) -> bool:
 
 
 def named_tensors(root: Any) -> dict[str, Stored]:
-    """The parameters and buffers of an unpickled module, state dict, or dict with either as `model` or `state_dict`.
+    """The parameters and buffers of an unpickled module or state dict.
 
-    DataParallel's `module.` is dropped.
+    Either may stand under `model` or `state_dict` in a dict; DataParallel's `module.` is dropped.
     """
     if isinstance(root, dict):
         root = root.get("model", root.get("state_dict", root))
@@ -780,6 +798,17 @@ def named_tensors(root: Any) -> dict[str, Stored]:
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
+
+
+def read_tensors(stored: dict[str, Stored]) -> dict[str, Tensor]:
+    """Their values.
+
+    Raises:
+        ValueError: one reaches beyond its storage, or together they are larger than any network.
+    """
+    if sum(s.storage.numel * s.storage.dtype.itemsize for s in stored.values()) > LIMIT:
+        raise ValueError(f"its tensors ask for more than {LIMIT:,} bytes")
+    return {name: s.tensor() for name, s in stored.items()}
 
 
 # ---------------------------------------------------------------------------------------- the networks of ports
@@ -873,9 +902,5 @@ def _read_twtygqyy(tensors: dict[str, Tensor], U: int | None, stem: str) -> Fore
     return Foreign("twtygqyy", model, state, "twtygqyy/pytorch-vdsr", [2, 3, 4], notes)
 
 
-FORMS: dict[str, Callable[..., Foreign]] = {
-    "caffe": read_caffe,
-    "jt827859032": _read_jt,
-    "yjn870": _read_yjn870,
-    "twtygqyy": _read_twtygqyy,
-}
+READERS = {"jt827859032": _read_jt, "yjn870": _read_yjn870, "twtygqyy": _read_twtygqyy}
+FORMS = ("caffe", *READERS)

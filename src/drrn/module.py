@@ -89,7 +89,7 @@ class SuperResolution(LightningModule):
         PyTorch's constant momentum 1 − λ = 0.001 thousands of steps still evaluate with the starting values
         0 and 1. The same average in PyTorch's form is the momentum (1 − λ) / (1 − λⁿ) at the n-th batch.
         """
-        decay, n = self.optim.bn_average, self.trainer.fit_loop.epoch_loop.total_batch_idx + 2
+        decay, n = self.optim.bn_average, self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
         for layer in self.batch_norms:
             layer.momentum = (1 - decay) / (1 - decay**n)
 

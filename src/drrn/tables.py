@@ -201,7 +201,8 @@ def benchmark_table(measurements: list[Measurement], name: str, metrics: tuple[s
     protocol = one_protocol(measurements)
     groups = _group(measurements)
     paper = {(r["method"], r["dataset"], int(r["scale"])): r for r in paper_numbers(name)}
-    places = list(dict.fromkeys((d, s) for _, d, s in paper))
+    known = any(m.set_name in IMAGES for m in measurements)
+    places = list(dict.fromkeys((d, s) for _, d, s in paper)) if known else []
     places += [p for cells in groups.values() for p in cells if p not in places]
     columns = ["set", "scale"]
     for method, steps in groups:

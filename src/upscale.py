@@ -1,0 +1,273 @@
+"""Enlarge photographs: one file, several, or a folder with its structure.
+
+python src/upscale.py input=photo.jpg scale=3 checkpoint=weights.safetensors output=big.png
+python src/upscale.py input=holidays scale=2 checkpoint=weights.safetensors output=holidays_x2
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import MISSING, DictConfig
+
+from drrn import Refusal
+from drrn.config import CONF, launch, typed
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress
+
+    from drrn.model import DRRN
+
+METHODS = ("network", "bicubic")
+MEMORY = 2_000_000_000  # bytes beside the loaded image, everything included
+WORKING = 600_000_000  # of these, what strips, decoders, encoders and the weights take
+PAPER_SCALES = [2, 3, 4]
+
+
+@dataclass
+class Options:
+    """What `conf/upscale.yaml` may hold."""
+
+    input: Any = MISSING  # file, folder, or a list of them
+    output: str | None = MISSING  # file, or folder
+    scale: float | None = MISSING  # above 1
+    checkpoint: str | None = MISSING  # weights; needed by method=network
+    method: str = MISSING  # one of METHODS
+    overwrite: bool = MISSING  # replace existing outputs
+    suffix: str | None = MISSING  # format of outputs in a folder; None: the input's own
+    quality: int = MISSING  # JPEG, WebP: 1…100
+    self_ensemble: bool = MISSING  # average over 8 orientations
+    tile: int | None = MISSING  # side of a tile, pixels; None: by memory
+    device: str = MISSING  # auto, or torch's name of one
+    max_pixels: int = MISSING  # largest input; results at most 16 times as many
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="upscale")
+def main(cfg: DictConfig) -> None:
+    """Check everything that can be checked at once, then enlarge file by file."""
+    options = typed(Options, cfg)
+    check(options)
+    jobs = plan(options)
+    failed = upscale(options, jobs)
+    if failed:
+        if len(jobs) > 1:
+            print(f"upscale.py: {failed} of {len(jobs)} files failed", file=sys.stderr)
+        sys.exit(1)
+
+
+def check(options: Options) -> None:
+    """Values of keys.
+
+    Raises:
+        Refusal: by the key's name.
+    """
+    example = "python src/upscale.py input=photo.jpg scale=3 checkpoint=weights.safetensors output=big.png"
+    for key in ("input", "output", "scale"):
+        if getattr(options, key) in (None, "", []):
+            raise Refusal(f"{key} is missing: {example}")
+    if not (math.isfinite(options.scale) and options.scale > 1):
+        raise Refusal(f"scale = {options.scale}: must be a number above 1")
+    if options.method not in METHODS:
+        raise Refusal(f"method = {options.method!r}: allowed are {', '.join(METHODS)}")
+    if options.method == "network" and not options.checkpoint:
+        raise Refusal("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic")
+    if options.method == "bicubic" and options.checkpoint:
+        raise Refusal("checkpoint: method=bicubic uses none; leave out one of the two")
+    if options.tile is not None and options.tile < 1:
+        raise Refusal(f"tile = {options.tile}: must be at least 1, or null")
+    if not 1 <= options.quality <= 100:
+        raise Refusal(f"quality = {options.quality}: must be 1…100")
+    if options.max_pixels < 1:
+        raise Refusal(f"max_pixels = {options.max_pixels}: must be at least 1")
+
+
+def plan(options: Options) -> list[tuple[Path, Path]]:
+    """Which file becomes which: (input, output) in the order of the inputs, each input once.
+
+    Raises:
+        Refusal: a folder without images, one file for several, two inputs for one output, or an output that is
+            an input.
+    """
+    from drrn.photos import FORMATS
+
+    given = options.input if isinstance(options.input, list) else [options.input]
+    if not all(isinstance(name, str | int | float) and str(name) for name in given):
+        raise Refusal(f"input = {options.input}: a file, a folder, or a list of them")
+    if options.suffix is not None and options.suffix.lower() not in FORMATS:
+        raise Refusal(f"suffix = {options.suffix!r}: allowed are {', '.join(FORMATS)}")
+    output = Path(options.output)
+    found: dict[Path, tuple[Path, Path]] = {}  # real path → (input, its place in an output folder)
+    for source in (Path(str(name)) for name in given):
+        if not source.is_dir():
+            found.setdefault(source.resolve(), (source, Path(source.name)))
+            continue
+        images = [
+            path
+            for path in sorted(source.rglob("*"))
+            if path.suffix.lower() in FORMATS
+            and not path.is_dir()
+            and not (output.is_dir() and path.resolve().is_relative_to(output.resolve()) and output != source)
+        ]
+        if not images:
+            raise Refusal(f"input: the folder {source} holds no image ({', '.join(FORMATS)})")
+        for path in images:
+            found.setdefault(path.resolve(), (path, path.relative_to(source)))
+
+    if output.suffix.lower() in FORMATS and not output.is_dir():
+        if len(found) > 1 or any(Path(str(name)).is_dir() for name in given):
+            raise Refusal(f"output = {output}: {len(found)} images need a folder, this is the name of one file")
+        if options.suffix is not None:
+            raise Refusal(f"suffix = {options.suffix!r}: output = {output} has its own; leave out one of the two")
+        jobs = [(source, output) for source, _ in found.values()]
+    else:
+        if output.exists() and not output.is_dir():
+            raise Refusal(f"output = {output}: neither a folder nor a name that ends in {', '.join(FORMATS)}")
+        jobs = [
+            (source, output / (place.with_suffix(options.suffix) if options.suffix else place))
+            for source, place in found.values()
+        ]
+
+    taken: dict[Path, Path] = {}
+    for source, target in jobs:
+        real = target.resolve()
+        if real in found or (target.exists() and any(s.exists() and target.samefile(s) for s, _ in jobs)):
+            raise Refusal(f"output: {target} is an input, and inputs are never overwritten; name another folder")
+        if real in taken:
+            raise Refusal(f"output: {taken[real]} and {source} would both become {target}; enlarge them apart")
+        taken[real] = source
+    return jobs
+
+
+def upscale(options: Options, jobs: list[tuple[Path, Path]]) -> int:
+    """Enlarge every file; what fails is said on stderr and the others go on.
+
+    Returns:
+        The number of files that failed.
+
+    Raises:
+        Refusal: the checkpoint or the device cannot be used.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    network = None
+    if options.method == "network":
+        from drrn.weights import load_network
+
+        device = choose_device(options.device)
+        network, about = load_network(Path(options.checkpoint))
+        network = network.to(device)
+        scales = about.get("scales") or PAPER_SCALES
+        if options.scale not in scales:
+            print(
+                f"scale {options.scale:g} is outside the scales that these weights were trained for "
+                f"({', '.join(map(str, scales))}): expect less of them",
+                file=sys.stderr,
+            )
+    console, failed = Console(stderr=True), 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        files = bars.add_task("files", total=len(jobs), visible=len(jobs) > 1)
+        for number, (source, target) in enumerate(jobs, start=1):
+            start = time.monotonic()
+            try:
+                text, notes = enlarge_file(source, target, options, network, bars)
+            except (Refusal, OSError, MemoryError, RuntimeError) as error:  # torch's "out of memory" is the last
+                failed += 1
+                reason = str(error) or type(error).__name__
+                reason = reason if str(source) in reason or str(target) in reason else f"{source}: {reason}"
+                print(f"upscale.py: {reason}", file=sys.stderr)
+            else:
+                count = f"[{number}/{len(jobs)}] " if len(jobs) > 1 else ""
+                print(f"{count}{text} in {time.monotonic() - start:.1f} s", flush=True)
+                for note in notes:
+                    print(f"  {source.name}: {note}", flush=True)
+            bars.advance(files)
+    return failed
+
+
+def enlarge_file(
+    source: Path, target: Path, options: Options, network: DRRN | None, bars: Progress
+) -> tuple[str, list[str]]:
+    """Enlarge one file.
+
+    Returns:
+        What was done, in a line, and notes for the user.
+
+    Raises:
+        Refusal: naming the file and what is wrong.
+    """
+    from drrn.photos import RESULT_FACTOR, enlarge, read_photo, result_size, stored_dtype, write_photo
+
+    if target.exists() and not options.overwrite:
+        raise Refusal(f"{target} exists: overwrite=true replaces it")
+    photo = read_photo(source, options.max_pixels)
+    height, width, channels = photo.pixels.shape
+    size = result_size(height, width, options.scale)
+    if size[0] * size[1] > RESULT_FACTOR * options.max_pixels:
+        raise Refusal(
+            f"{source}: {size[1]:,}×{size[0]:,} pixels at scale {options.scale:g} are more than {RESULT_FACTOR} × "
+            f"max_pixels = {options.max_pixels:,}; if that is meant, raise max_pixels"
+        )
+    dtype = stored_dtype(target, photo.pixels.dtype, channels, size)
+    tile = options.tile
+    if tile is None and network is not None and target.suffix.lower() not in (".png", ".tif", ".tiff"):
+        tile = tile_beside(4 * size[0] * size[1], network)
+
+    task = bars.add_task(source.name, total=None)
+    said = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        bars.update(task, completed=done, total=total)
+        if bars.disable and done and time.monotonic() - said > 30:
+            said = time.monotonic()
+            print(f"{source}: {done} of {total} tiles", file=sys.stderr, flush=True)
+
+    try:
+        strips = enlarge(photo.pixels, size, network, tile, options.self_ensemble, progress)
+        notes = write_photo(target, strips, (*size, channels), dtype, photo, options.quality)
+    finally:
+        bars.remove_task(task)
+    return f"{source} {width}×{height} → {target} {size[1]}×{size[0]}", photo.notes + notes
+
+
+def tile_beside(canvas: int, network: DRRN) -> int | None:
+    """The side of a tile when a result of so many bytes is in memory too; None where it makes no difference."""
+    from drrn.inference import MAPS, TILE_BYTES
+
+    room = MEMORY - WORKING - canvas
+    if room >= TILE_BYTES:
+        return None
+    side = math.isqrt(max(room, TILE_BYTES // 8) // (MAPS * 4 * network.features))
+    return max(side - 2 * network.receptive_radius, network.receptive_radius)
+
+
+def choose_device(name: str) -> torch.device:
+    """`device` as torch's.
+
+    Raises:
+        Refusal: torch has no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a CPU build asserts
+        reason = str(error).split("\n")[0]
+        raise Refusal(f"device = {name!r} cannot be used here: {reason}") from error
+    return device
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,201 @@
+"""`drrn.datamodule`: the batches that training gets, and every image of a set counted once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+from drrn import Refusal
+from drrn.datamodule import EvaluationImages, SuperResolutionData, Task
+from drrn.images import orientations, read_luminance
+from drrn.matlab import imresize
+from drrn.patches import Patches, ShuffledBatches
+from drrn.protocol import prepare
+
+
+def prepared(config: object, step: int = 0, rank: int = 0, world: int = 1) -> SuperResolutionData:
+    """A data module in one process of a run that is at `step`."""
+    data = SuperResolutionData(config)
+    data.prepare_data()
+    data.trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=world, training=True)
+    return data
+
+
+def patch_file(data: SuperResolutionData) -> Path:
+    return data.patches.path
+
+
+# ---------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_read_in_the_order_of_the_seed(workers: int, configure: Callable, inline_pool: None) -> None:
+    config = configure("trainer.max_steps=40", "data.batch_size=12", f"data.num_workers={workers}", "seed=3")
+    data = prepared(config)
+    patches = Patches(patch_file(data))
+    order = ShuffledBatches(len(patches), 12, seed=3, steps=40)
+    loader = data.train_dataloader()
+    assert len(loader) == 40
+    count = 0
+    for (x, y), indices in zip(loader, order, strict=True):
+        expected_x, expected_y = patches[indices]
+        np.testing.assert_array_equal(x.numpy(), expected_x)
+        np.testing.assert_array_equal(y.numpy(), expected_y)
+        count += 1
+    assert count == 40
+
+
+def test_a_resumed_run_reads_on_where_it_was(configure: Callable, inline_pool: None) -> None:
+    overrides = ("trainer.max_steps=12", "data.batch_size=12", "trainer.accumulate_grad_batches=3")
+    whole = [y for _, y in prepared(configure(*overrides)).train_dataloader()]
+    rest = [y for _, y in prepared(configure(*overrides), step=5).train_dataloader()]
+    assert (len(whole), len(rest)) == (36, 21)
+    for a, b in zip(rest, whole[15:], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_processes_share_a_batch_and_their_micro_batches_are_of_equal_size(
+    configure: Callable, inline_pool: None
+) -> None:
+    config = configure("trainer.max_steps=6", "data.batch_size=12", "trainer.accumulate_grad_batches=2")
+    whole = [y for _, y in prepared(configure("trainer.max_steps=6", "data.batch_size=12")).train_dataloader()]
+    shares = [[y for _, y in prepared(config, rank=rank, world=3).train_dataloader()] for rank in range(3)]
+    for step, batch in enumerate(whole):
+        parts = [y for share in shares for y in share[2 * step : 2 * step + 2]]
+        assert [len(part) for part in parts] == [2] * 6
+        assert sorted(y.numpy().tobytes() for y in torch.cat(parts)) == sorted(y.numpy().tobytes() for y in batch)
+
+
+@pytest.mark.parametrize("augment", ["offline", "online"])
+def test_what_the_network_gets_is_a_degraded_patch_and_its_truth(
+    augment: str, configure: Callable, tiny_images: Path, inline_pool: None
+) -> None:
+    """x within 2e-5 of the bicubic image around the very place where x̃ stands, x̃ exact, both in 0…1."""
+    data = prepared(
+        configure("trainer.max_steps=10", "data.batch_size=12", "data.scales=[3]", f"data.augment={augment}")
+    )
+    if augment == "offline":  # orientations are made before degradation; online turns the degraded patch
+        images = [turn for path in tiny_images.iterdir() for turn in orientations(read_luminance(path))]
+    else:
+        images = [read_luminance(path) for path in tiny_images.iterdir()]
+    known = {}
+    for y in images:
+        truth = y[: y.shape[0] // 3 * 3, : y.shape[1] // 3 * 3] / 255
+        bicubic = imresize(imresize(truth, 1 / 3), 3)
+        for top in range(0, truth.shape[0] - 30, 21):
+            for left in range(0, truth.shape[1] - 30, 21):
+                window = slice(top, top + 31), slice(left, left + 31)
+                for o in range(8 if augment == "online" else 1):
+                    label, x = (orientations(z[window], [o])[0] for z in (truth, bicubic))
+                    known.setdefault(label.astype(np.float32).tobytes(), []).append(x)
+    seen = 0
+    for batch in data.train_dataloader():
+        x, truth = data.on_after_batch_transfer(batch, 0)
+        assert x.dtype == truth.dtype == torch.float32
+        assert x.shape == truth.shape == (12, 1, 31, 31)
+        for a, b in zip(x[:, 0].numpy(), truth[:, 0].numpy(), strict=True):
+            candidates = known[(np.round(b * 255) / 255).astype(np.float32).tobytes()]
+            assert np.abs(b * 255 - np.round(b * 255)).max() < 1e-4
+            assert min(np.abs(a - candidate).max() for candidate in candidates) <= 2e-5
+            seen += 1
+    assert seen == 120
+
+
+def test_evaluation_batches_are_left_as_they_are(configure: Callable, inline_pool: None) -> None:
+    data = prepared(configure())
+    data.trainer.training = False
+    batch = (torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4), "name")
+    assert data.on_after_batch_transfer(batch, 0) is batch
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [("1", 3), ("2.4", 7), ("0.01", 1), ("null", 5)])
+def test_epochs_are_those_of_the_data(epochs: str, steps: int, configure: Callable, inline_pool: None) -> None:
+    """288 pairs in batches of 96: an epoch is three steps."""
+    config = configure(
+        "data.scales=[2,3,4]", "data.batch_size=96", f"trainer.max_epochs={epochs}", "trainer.max_steps=5"
+    )
+    data = prepared(config)
+    assert data.steps_per_epoch == 3
+    assert data.max_steps == steps
+    assert len(list(data.train_dataloader())) == steps
+
+
+def test_online_has_as_many_steps_an_epoch_as_offline_and_an_eighth_of_the_file(
+    configure: Callable, inline_pool: None
+) -> None:
+    offline, online = (prepared(configure("data.batch_size=4", f"data.augment={a}")) for a in ("offline", "online"))
+    assert offline.steps_per_epoch == online.steps_per_epoch > 8
+    assert Patches(patch_file(offline)).stored == 8 * Patches(patch_file(online)).stored
+
+
+def test_a_batch_larger_than_the_data_is_refused(configure: Callable, inline_pool: None) -> None:
+    with pytest.raises(Refusal, match=r"data\.batch_size = 100000"):
+        prepared(configure("data.batch_size=100000"))
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def test_tasks_are_sets_times_scales(configure: Callable, tiny_images: Path, inline_pool: None) -> None:
+    data = prepared(configure("data.scales=[2,3,4]", "data.val_scales=[3]", f"data.val=[{tiny_images},demo_test]"))
+    sets = (str(tiny_images), "demo_test")
+    for stage in ("fit", "validate"):
+        assert data.evaluation_tasks(stage) == [(name, 3) for name in sets]
+    assert data.evaluation_tasks("test") == [(name, scale) for name in sets for scale in (2, 3, 4)]
+    assert [str(task) for task in data.evaluation_tasks("test")[:2]] == ["tiny_x2", "tiny_x3"]
+    assert str(Task("demo_test", 4)) == "demo_test_x4"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_image_is_measured_by_one_process(
+    world: int, configure: Callable, tiny_images: Path, tmp_path: Path, inline_pool: None
+) -> None:
+    folder = tmp_path / "five"
+    shutil.copytree(tiny_images, folder)
+    for k in range(3):
+        shutil.copy(tiny_images / "camera.png", folder / f"more{k}.png")
+    config = configure(f"data.val=[{folder}]", "data.scales=[2,3]", "data.val_scales=[2]")
+    for stage, scales in (("val", [2]), ("test", [2, 3])):
+        names = []
+        for rank in range(world):
+            loaders = getattr(prepared(config, rank=rank, world=world), f"{stage}_dataloader")()
+            assert len(loaders) == len(scales)
+            names += [name for *_, name in loaders[-1]]
+        assert sorted(names) == sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_an_evaluation_image_is_the_protocols(scale: int, tiny_images: Path) -> None:
+    files = sorted(tiny_images.iterdir())
+    for (x, truth, name), path in zip(EvaluationImages(files, scale), files, strict=False):
+        expected_x, expected = prepare(read_luminance(path), scale)
+        assert name == path.name
+        assert x.shape == truth.shape == (1, 1, *expected.shape)
+        np.testing.assert_array_equal(x[0, 0].numpy(), expected_x.astype(np.float32))
+        np.testing.assert_array_equal(truth[0, 0].numpy(), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_an_image_too_small_to_score_is_refused(scale: int, tmp_path: Path) -> None:
+    """The smallest that is accepted can be scored by the protocol; one pixel less may not."""
+    from drrn.protocol import score
+
+    for side, fits in ((3 * scale + 11, True), (2 * scale + 10, False)):
+        path = tmp_path / f"{side}.png"
+        Image.fromarray(skimage.data.camera()[100 : 100 + side, 200:260]).save(path)
+        images = EvaluationImages([path], scale)
+        if fits:
+            x, truth, _ = images[0]
+            assert score(x[0, 0].numpy(), truth[0, 0].numpy(), scale)["ssim"] > 0
+        else:
+            with pytest.raises(Refusal, match=f"too small to be scored at ×{scale}") as refusal:
+                images[0]
+            assert str(path) in str(refusal.value)

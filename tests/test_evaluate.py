@@ -1,0 +1,191 @@
+"""src/evaluate.py: every image once, resumed, stamped with its protocol; scores equal to the parts used by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from drrn.config import ModelConfig
+from drrn.matlab import imresize
+from drrn.model import DRRN
+from drrn.weights import save_weights
+
+MODEL = ModelConfig(1, 1, 4, "batch", True, True, True)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network with statistics of its own, as a file."""
+    torch.manual_seed(0)
+    network = DRRN(1, 1, 4)
+    network.train()
+    network(torch.rand(4, 1, 12, 12))
+    with torch.no_grad():
+        network.conv_rec.weight.mul_(0.05)
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_weights(path, network, MODEL, {"scales": [2, 3, 4], "origin": "small s3", "seed": 3, "steps": 7})
+    return path
+
+
+def test_bicubic_by_hand(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
+    """The grey crop's PSNR from imresize, NumPy's rounding and scikit-image alone."""
+    output = tmp_path / "scores.json"
+    code, out, err = entry_point(
+        "evaluate", "method=bicubic", f"sets=[{tiny_images}]", "scales=[3]", f"output={output}"
+    )
+    assert code == 0, err
+    assert "tiny" in out
+    content = json.loads(output.read_text())
+    rows = {row["image"]: row for row in content["scores"]}
+    assert set(rows) == {"camera.png", "chelsea.png"}
+    y = np.asarray(Image.open(tiny_images / "camera.png"))[:63, :54] / 255.0
+    bicubic = np.floor(np.clip(imresize(imresize(y, 1 / 3), 3), 0, 1) * 255 + 0.5)
+    truth = np.round(y * 255)
+    expected = peak_signal_noise_ratio(truth[3:-3, 3:-3], bicubic[3:-3, 3:-3], data_range=255)
+    assert rows["camera.png"]["psnr"] == pytest.approx(expected, abs=1e-9)
+    assert content["protocol"] == {"name": "paper", "version": 1, "crop": None, "color": "y", "rounding": "uint8"}
+    (mean,) = content["means"]
+    assert mean["images"] == 2
+    assert mean["psnr"] == pytest.approx(sum(row["psnr"] for row in rows.values()) / 2)
+
+
+def test_network_and_resume(entry_point: Callable, tiny_images: Path, weights: Path, tmp_path: Path) -> None:
+    """A network's score is its plain forward's; a second call computes only what is new."""
+    output = tmp_path / "scores.json"
+    arguments = ("evaluate", f"checkpoint={weights}", f"sets=[{tiny_images}]", f"output={output}")
+    code, out, err = entry_point(*arguments, "scales=[2]")
+    assert code == 0, err
+    assert "2 of 2 scores computed" in out
+    content = json.loads(output.read_text())
+    assert content["methods"][0]["structure"] == "DRRN_B1U1_4f"
+    assert (content["methods"][0]["seed"], content["methods"][0]["steps"]) == (3, 7)
+
+    from drrn.images import read_luminance
+    from drrn.protocol import prepare, score
+    from drrn.weights import load_network
+
+    network, _ = load_network(weights)
+    for row in content["scores"]:
+        x, truth = prepare(read_luminance(tiny_images / row["image"]), 2)
+        with torch.inference_mode():
+            prediction = network(torch.from_numpy(x).float()[None, None])[0, 0].numpy()
+        assert row["psnr"] == pytest.approx(score(prediction, truth, 2)["psnr"], abs=2e-3)
+        assert row["psnr"] != pytest.approx(score(x, truth, 2)["psnr"], abs=0.05)  # it did something
+
+    # The first scores are marked: they must come back untouched, next to the new scale's.
+    for row in content["scores"]:
+        row["seconds"] = 12345
+    output.write_text(json.dumps(content))
+    code, out, err = entry_point(*arguments, "scales=[2,3]", "workers=2")
+    assert code == 0, err
+    assert "2 of 4 scores computed, 2 were there already" in out
+    rows = json.loads(output.read_text())["scores"]
+    assert sorted((r["image"], r["scale"], r["seconds"] == 12345) for r in rows) == [
+        ("camera.png", 2, True),
+        ("camera.png", 3, False),
+        ("chelsea.png", 2, True),
+        ("chelsea.png", 3, False),
+    ]
+
+    # Another metric for scores that are there: computed, and the old values stay equal.
+    before = {(r["image"], r["scale"]): r["psnr"] for r in rows}
+    code, out, _ = entry_point(*arguments, "scales=[2]", "metrics=[psnr]", "workers=1")
+    assert code == 0
+    assert "0 of 2 scores computed" in out
+    assert {(r["image"], r["scale"]): r["psnr"] for r in json.loads(output.read_text())["scores"]} == before
+
+
+def test_protocols_do_not_mix(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
+    """Another protocol is stamped, and neither resumes into another's file nor shares a table with it."""
+    paper, other = tmp_path / "paper.json", tmp_path / "float.json"
+    common = ("evaluate", "method=bicubic", f"sets=[{tiny_images}]", "scales=[2]", "metrics=[psnr]")
+    assert entry_point(*common, f"output={paper}")[0] == 0
+    code, out, err = entry_point(*common, f"output={other}", "rounding=float", "color=y", "crop=5")
+    assert code == 0, err
+    assert "rounding=float" in out
+    assert "crop=5" in out
+    code, _, err = entry_point(*common, f"output={paper}", "rounding=float")
+    assert code == 2
+    assert "do not compare" in err
+    a, b = (json.loads(p.read_text())["scores"] for p in (paper, other))
+    assert all(x["psnr"] != y["psnr"] for x, y in zip(a, b, strict=True))
+    code, _, err = entry_point("report", f"scores=[{paper},{other}]", f"output={tmp_path / 'report'}")
+    assert code == 2
+    assert str(paper) in err
+    assert str(other) in err
+
+
+def test_rgb_psnr(entry_point: Callable, tmp_path: Path) -> None:
+    """color=rgb of a grey picture stored as RGB is the Y error scaled by what ycbcr2rgb does to it."""
+    folder = tmp_path / "colour"
+    folder.mkdir()
+    import skimage.data
+
+    rgb = skimage.data.coffee()[100:160, 200:260]
+    Image.fromarray(rgb).save(folder / "coffee.png")
+    output = tmp_path / "rgb.json"
+    code, _, err = entry_point(
+        "evaluate", "method=bicubic", f"sets=[{folder}]", "scales=[2]", "color=rgb", f"output={output}"
+    )
+    assert code == 0, err
+    (row,) = json.loads(output.read_text())["scores"]
+    # Bicubic of each channel by itself is nearly the same picture: linear transforms commute with resizing.
+    z = rgb / 255.0
+    direct = np.floor(np.clip(imresize(imresize(z, 0.5), 2), 0, 1) * 255 + 0.5)
+    expected = peak_signal_noise_ratio(rgb[2:-2, 2:-2].astype(float), direct[2:-2, 2:-2], data_range=255)
+    assert row["psnr"] == pytest.approx(expected, abs=0.1)
+
+
+def test_refusals(entry_point: Callable, tiny_images: Path, weights: Path, tmp_path: Path) -> None:
+    """Wrong values are named, exit code 2."""
+    for arguments, named in (
+        (("method=magic",), "method"),
+        (("method=network",), "checkpoint"),
+        (("checkpoint=nowhere.ckpt",), "nowhere.ckpt"),
+        (("method=bicubic", "scales=[1]"), "scales"),
+        (("method=bicubic", "metrics=[lpips]"), "lpips"),
+        (("method=bicubic", "workers=0"), "workers"),
+        (("method=bicubic", "nonsense=1"), "nonsense"),
+        (("method=bicubic", "sets=[Nowhere]", f"output={tmp_path / 'x.json'}"), "Nowhere"),
+    ):
+        code, _, err = entry_point("evaluate", *arguments)
+        assert code == 2, arguments
+        assert named in err
+        assert "Traceback" not in err
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    code, _, err = entry_point("evaluate", "method=bicubic", f"sets=[{tiny_images}]", f"output={broken}")
+    assert code == 2
+    assert str(broken) in err
+    assert broken.read_text() == "{"
+
+
+def test_check_protocol(entry_point: Callable, drrn_data: Path, tiny_images: Path, tmp_path: Path) -> None:
+    """The self-check passes on the real Set5, and stops when the images are not what they should be."""
+    arguments = ("evaluate", "method=bicubic", f"sets=[{tiny_images}]", "scales=[2]", "check_protocol=true")
+    code, _, err = entry_point(*arguments, f"output={tmp_path / 'a.json'}", f"root={drrn_data}")
+    assert code == 0, err
+    assert "agrees with Table 2" in err
+    import drrn.protocol
+
+    def other_bicubic(image: np.ndarray, scale: float) -> np.ndarray:
+        """Pillow's bicubic, which the common ports use: another kernel width and rounding of sizes."""
+        size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+        return np.asarray(Image.fromarray(np.float32(image * 255).round().astype(np.uint8)).resize(size, 3)) / 255
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(drrn.protocol, "imresize", other_bicubic)
+    try:
+        code, _, err = entry_point(*arguments, f"output={tmp_path / 'b.json'}", f"root={drrn_data}")
+    finally:
+        patch.undo()
+    assert code == 2
+    assert "the protocol is broken here" in err
+    assert not (tmp_path / "b.json").exists()
