@@ -12,7 +12,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import uuid
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,13 +43,15 @@ def train(config: Config) -> None:
     from drrn.records import FILE, means, read_record, run_record, write_json
 
     folder = run_dir(config)
-    if (folder / FILE).is_file() and read_record(folder / FILE)["status"] == "finished":
+    earlier = read_record(folder / FILE) if (folder / FILE).is_file() else {}
+    if earlier.get("status") == "finished":
         print(f"{run_name(config)} is finished: {folder / FILE}. Delete the folder to train it again.")
         return
 
     import torch
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.callbacks import RichProgressBar
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from drrn.callbacks import PlainProgress, checkpoints, newest_checkpoint
     from drrn.datamodule import SuperResolutionData
@@ -54,6 +59,7 @@ def train(config: Config) -> None:
     from drrn.weights import initial_state, save_weights
 
     initial = initial_state(Path(config.init_from), config.model) if config.init_from is not None else None
+    arguments = trainer_arguments(config)
     quiet_lightning()
     folder.mkdir(parents=True, exist_ok=True)
     with log_to(folder / "train.log"):
@@ -69,8 +75,10 @@ def train(config: Config) -> None:
         if config.trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
         resume = newest_checkpoint(folder / "checkpoints") if config.ckpt_path == "last" else config.ckpt_path
-        record = run_record(config, module.network)
+        record = run_record(config, module.network) | {"wandb_id": earlier.get("wandb_id") or uuid.uuid4().hex[:8]}
         structure = record["structure"]
+        if resume is not None:
+            log.info("going on from %s", resume)
         log.info(
             "%s: depth %d, %s convolution weights; %d steps of %d pairs, %d steps an epoch; writing to %s",
             structure["name"], structure["depth"], f"{structure['conv_weights']:,}", data.max_steps,
@@ -80,25 +88,30 @@ def train(config: Config) -> None:
         # 3. module → weights
         every = config.trainer.log_every_n_steps
         logger = make_logger(config, folder, record)
-        trainer = Trainer(
-            **trainer_arguments(config),
-            max_steps=data.max_steps,
-            logger=logger,
-            default_root_dir=folder,
-            callbacks=[
-                checkpoints(folder / "checkpoints", config.trainer.checkpoint_every),
-                RichProgressBar() if sys.stderr.isatty() else PlainProgress(every),
-            ],
-            enable_progress_bar=sys.stderr.isatty(),
-        )
-        record["status"], start = "failed", time.monotonic()
         try:
+            trainer = Trainer(
+                **arguments,
+                max_steps=data.max_steps,
+                logger=logger,
+                default_root_dir=folder,
+                callbacks=[
+                    checkpoints(folder / "checkpoints", config.trainer.checkpoint_every),
+                    RichProgressBar() if sys.stderr.isatty() else PlainProgress(every),
+                ],
+                enable_progress_bar=sys.stderr.isatty(),
+            )
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise Refusal(f"trainer.*: Lightning's Trainer does not take this: {error}") from error
+        spent, start = earlier.get("budget", {}).get("seconds", 0) if resume else 0, time.monotonic()
+        try:
+            if trainer.is_global_zero:
+                write_json(folder / FILE, record)  # "running": a killed run leaves its configuration and W&B run
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
             record["budget"] = {
                 "steps": trainer.global_step,
                 "patches": trainer.global_step * config.data.batch_size,
                 "epochs": trainer.global_step / data.steps_per_epoch,
-                "seconds": round(time.monotonic() - start, 1),
+                "seconds": round(spent + time.monotonic() - start, 1),
             }
             record["status"] = "finished" if trainer.global_step >= data.max_steps else "stopped"
             final = folder / "checkpoints" / f"step{trainer.global_step:08d}.ckpt"
@@ -141,7 +154,7 @@ def trainer_arguments(config: Config) -> dict[str, object]:
     """`trainer.*` as Lightning's Trainer takes it.
 
     Raises:
-        Refusal: an argument that Lightning does not have.
+        Refusal: an argument that Lightning does not have, or that is settled here.
     """
     import inspect
 
@@ -152,6 +165,10 @@ def trainer_arguments(config: Config) -> dict[str, object]:
     unknown = set(extra) - set(inspect.signature(Trainer).parameters)
     if unknown:
         raise Refusal(f"trainer.{unknown.pop()}: neither ours nor an argument of Lightning's Trainer")
+    settled = {"logger": "logger.kind", "gradient_clip_val": "optim.clip", "gradient_clip_algorithm": "optim.clip"}
+    for key in ("callbacks", "default_root_dir", "enable_progress_bar", *settled):
+        if key in extra:
+            raise Refusal(f"trainer.{key} is settled by src/train.py; see {settled.get(key, 'there')}")
     arguments = {key: value for key, value in asdict(config.trainer).items() if key not in ours}
     return {
         **arguments,
@@ -186,6 +203,8 @@ def make_logger(config: Config, folder: Path, record: dict) -> object:
         name=run_name(config),
         group=config.study,
         tags=[structure_name(model), f"B{model.B}", f"U{model.U}", f"d{record['structure']['depth']}"],
+        id=record["wandb_id"],  # an interrupted run goes on in the same W&B run
+        resume="allow",
         save_dir=folder,
         mode=config.logger.mode,
         settings=wandb.Settings(silent=True),
@@ -208,24 +227,20 @@ def finish(logger: object, failed: bool) -> None:
         wandb.finish(exit_code=int(failed))
 
 
-class log_to:  # noqa: N801 — used as a function, `with log_to(path):`
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
     """Log to the console and to a run's file for as long as the run lasts."""
-
-    def __init__(self, path: Path) -> None:
-        form = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-        self.handlers = [logging.StreamHandler(sys.stderr), logging.FileHandler(path)]
-        for handler in self.handlers:
-            handler.setFormatter(form)
-
-    def __enter__(self) -> None:
-        root = logging.getLogger("drrn")
-        root.setLevel(logging.INFO)
-        for handler in self.handlers:
-            root.addHandler(handler)
-
-    def __exit__(self, *_: object) -> None:
-        for handler in self.handlers:
-            logging.getLogger("drrn").removeHandler(handler)
+    form = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    root, handlers = logging.getLogger("drrn"), [logging.StreamHandler(sys.stderr), logging.FileHandler(path)]
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(form)
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
             handler.close()
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from drrn import Refusal
 from drrn.config import (
     AT_LEAST,
     CHOICES,
@@ -41,7 +40,7 @@ WRONG = {
     "unknown schedule": (["optim.schedule=step"], ["optim.schedule = 'step'", "halve, cosine"]),
     "rate 0": (["optim.lr=0"], ["optim.lr = 0", "above 0"]),
     "rate no number": (["optim.lr=nan"], ["optim.lr = nan", "above 0"]),
-    "rate infinite": (["optim.lr=.inf"], ["optim.lr = inf"]),
+    "rate infinite": (["optim.lr=inf"], ["optim.lr = inf", "finite"]),
     "theta 0": (["optim.theta=0"], ["optim.theta = 0", "above 0"]),
     "momentum 1": (["optim.momentum=1"], ["optim.momentum = 1", "below 1"]),
     "bn_average 1": (["optim.bn_average=1"], ["optim.bn_average = 1", "below 1"]),
@@ -100,7 +99,7 @@ def test_a_wrong_value_is_refused_by_the_entry_point(case: str, entry_point: Cal
     code, out, err = entry_point("train", *arguments, f"output={tmp_path / 'runs'}")
     assert code == 2, err
     assert "Traceback" not in out + err
-    assert err.startswith("train.py: ")
+    assert "\ntrain.py: " in f"\n{err}"
     for text in said:
         assert text in err
     assert not (tmp_path / "runs").exists()
@@ -186,7 +185,8 @@ def test_the_real_process_exits_with_2_and_imports_nothing_heavy(tmp_path: Path)
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
     )
     assert done.returncode == 2
-    assert done.stderr == "train.py: model.B = 0: must be at least 1\n"
+    assert done.stderr.endswith("\ntrain.py: model.B = 0: must be at least 1\n")
+    assert "Traceback" not in done.stderr
     assert done.stdout == "heavy: []\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -194,7 +194,7 @@ def test_the_real_process_exits_with_2_and_imports_nothing_heavy(tmp_path: Path)
 def test_prepare_refuses_likewise(entry_point: Callable, tmp_path: Path) -> None:
     code, out, err = entry_point("prepare", "data.scales=[1]", f"output={tmp_path / 'runs'}")
     assert code == 2
-    assert err.startswith("prepare.py: data.scales = [1]")
+    assert "\nprepare.py: data.scales = [1]" in err
     assert "Traceback" not in out + err
 
 
@@ -342,12 +342,10 @@ def test_check_leaves_its_argument_alone() -> None:
 def test_a_refusal_in_a_multirun_comes_before_any_job(
     entry_point: Callable, tiny_images: Path, tmp_path: Path
 ) -> None:
-    code, out, err = entry_point(
+    code, _, err = entry_point(
         "train", "-m", "model.B=1,0", f"data.train=[{tiny_images}]", f"output={tmp_path / 'runs'}", "logger=none"
     )
     assert code == 2
     assert "model.B = 0" in err
     assert "nothing has been started" in err
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(Refusal, match="nothing has been started"):
-        raise Refusal(err)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -204,6 +205,8 @@ def check(cfg: DictConfig) -> Config:
     ):
         for key, limit in limits.items():
             value = _get(config, key)
+            if value == math.inf:
+                raise Refusal(f"{key} = {value}: must be a finite number")
             if value is not None and not good(value, limit):
                 raise Refusal(f"{key} = {value}: must be {words} {limit}")
     _check_together(config)
@@ -292,6 +295,7 @@ def identity(config: Config) -> dict[str, Any]:
     for group, keys in NOT_IDENTITY.items():
         for key in keys:
             del kept[group][key]
+    kept["trainer"]["max_time"] = None  # a run that was stopped by it goes on in the same folder
     # Keys that came later count only where they are used, so that earlier runs keep their folders.
     for key, default in (("rectified_identity", False), ("input_relu", True)):
         if kept["model"][key] == default:
