@@ -40,7 +40,7 @@ def train(config: Config) -> None:
     Raises:
         Refusal: what the user can mend; the record says "failed" and why.
     """
-    from drrn.records import FILE, means, read_record, run_record, write_json
+    from drrn.records import FILE, means, read_record, run_record
 
     folder = run_dir(config)
     earlier = read_record(folder / FILE) if (folder / FILE).is_file() else {}
@@ -55,14 +55,18 @@ def train(config: Config) -> None:
 
     from drrn.callbacks import PlainProgress, checkpoints, newest_checkpoint
     from drrn.datamodule import SuperResolutionData
+    from drrn.model import DRRN
     from drrn.module import SuperResolution
     from drrn.weights import initial_state, save_weights
 
     initial = initial_state(Path(config.init_from), config.model) if config.init_from is not None else None
     arguments = trainer_arguments(config)
     quiet_lightning()
+    with torch.device("meta"):  # for its counts, before there is any data
+        record = run_record(config, DRRN(**asdict(config.model)))
+    record["wandb_id"] = earlier.get("wandb_id") or uuid.uuid4().hex[:8]
     folder.mkdir(parents=True, exist_ok=True)
-    with log_to(folder / "train.log"):
+    with log_to(folder / "train.log"), recorded(folder / FILE, record):
         # 1. images → patches
         seed_everything(config.seed, workers=True, verbose=False)
         data = SuperResolutionData(config)
@@ -75,7 +79,6 @@ def train(config: Config) -> None:
         if config.trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
         resume = newest_checkpoint(folder / "checkpoints") if config.ckpt_path == "last" else config.ckpt_path
-        record = run_record(config, module.network) | {"wandb_id": earlier.get("wandb_id") or uuid.uuid4().hex[:8]}
         structure = record["structure"]
         if resume is not None:
             log.info("going on from %s", resume)
@@ -103,44 +106,32 @@ def train(config: Config) -> None:
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise Refusal(f"trainer.*: Lightning's Trainer does not take this: {error}") from error
         spent, start = earlier.get("budget", {}).get("seconds", 0) if resume else 0, time.monotonic()
-        try:
-            if trainer.is_global_zero:
-                write_json(folder / FILE, record)  # "running": a killed run leaves its configuration and W&B run
-            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-            record["budget"] = {
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        record["budget"] = {
+            "steps": trainer.global_step,
+            "patches": trainer.global_step * config.data.batch_size,
+            "epochs": trainer.global_step / data.steps_per_epoch,
+            "seconds": round(spent + time.monotonic() - start, 1),
+        }
+        final = folder / "checkpoints" / f"step{trainer.global_step:08d}.ckpt"
+        if not final.is_file():
+            trainer.save_checkpoint(final)
+        save_weights(
+            folder / "weights.safetensors",
+            module.network,
+            config.model,
+            {
+                "scales": config.data.scales,
+                "origin": run_name(config),
+                "seed": config.seed,
                 "steps": trainer.global_step,
-                "patches": trainer.global_step * config.data.batch_size,
-                "epochs": trainer.global_step / data.steps_per_epoch,
-                "seconds": round(spent + time.monotonic() - start, 1),
-            }
-            record["status"] = "finished" if trainer.global_step >= data.max_steps else "stopped"
-            final = folder / "checkpoints" / f"step{trainer.global_step:08d}.ckpt"
-            if not final.is_file():
-                trainer.save_checkpoint(final)
-            save_weights(
-                folder / "weights.safetensors",
-                module.network,
-                config.model,
-                {
-                    "scales": config.data.scales,
-                    "origin": run_name(config),
-                    "seed": config.seed,
-                    "steps": trainer.global_step,
-                },
-            )
+            },
+        )
 
-            # 4. weights → scores
-            trainer.test(module, datamodule=data, verbose=False)
-            record["scores"], record["means"] = module.scores, means(module.scores)
-        except BaseException as error:
-            record["status"], record["error"] = "failed", f"{type(error).__name__}: {error}"
-            if not isinstance(error, Refusal | SystemExit):
-                log.exception("%s failed", record["name"])  # into the run's log too
-            raise
-        finally:
-            if trainer.is_global_zero:
-                write_json(folder / FILE, record)
-            finish(logger, failed=record["status"] == "failed")
+        # 4. weights → scores
+        trainer.test(module, datamodule=data, verbose=False)
+        record["scores"], record["means"] = module.scores, means(module.scores)
+        record["status"] = "finished" if trainer.global_step >= data.max_steps else "stopped"
         for row in record["means"]:
             log.info(
                 "%s ×%d: PSNR %.2f dB (bicubic %.2f), SSIM %.4f (bicubic %.4f), %d images",
@@ -172,7 +163,7 @@ def trainer_arguments(config: Config) -> dict[str, object]:
     arguments = {key: value for key, value in asdict(config.trainer).items() if key not in ours}
     return {
         **arguments,
-        "max_epochs": 1,  # to Lightning the whole run is one epoch, see ShuffledBatches
+        "max_epochs": -1,  # max_steps ends a run; an epoch that a checkpoint ends would end the next run too
         "check_val_every_n_epoch": None,  # so validation counts batches
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the data module shares batches and images out itself
@@ -188,7 +179,7 @@ def make_logger(config: Config, folder: Path, record: dict) -> object:
     if config.logger.kind == "csv":
         from lightning.pytorch.loggers import CSVLogger
 
-        return CSVLogger(folder, name="csv", version="")
+        return CSVLogger(folder, name="csv")  # a version for each time the run goes on: none is overwritten
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -219,12 +210,27 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", text)
 
 
-def finish(logger: object, failed: bool) -> None:
-    """End the W&B run, so that the next job of a multirun starts its own."""
-    if type(logger).__name__ == "WandbLogger":
-        import wandb
+@contextmanager
+def recorded(path: Path, record: dict) -> Iterator[None]:
+    """Keep a run's record: "running" while it runs, so that a killed run leaves its configuration and W&B run;
+    then what became of it. Ends the W&B run, so that the next job of a multirun starts its own."""
+    from lightning.pytorch.utilities import rank_zero_only
 
-        wandb.finish(exit_code=int(failed))
+    from drrn.records import write_json
+
+    write = rank_zero_only(write_json)
+    write(path, record)
+    try:
+        yield
+    except BaseException as error:
+        record["status"], record["error"] = "failed", f"{type(error).__name__}: {error}"
+        if not isinstance(error, Refusal | SystemExit):
+            log.exception("%s failed", record["name"])  # into the run's log too
+        raise
+    finally:
+        write(path, record)
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish(exit_code=int(record["status"] == "failed"))
 
 
 @contextmanager

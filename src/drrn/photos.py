@@ -141,6 +141,8 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
         raw = [tile.args if isinstance(tile.args, str) else tile.args[0] for tile in image.tile if tile.args]
         raw = str(raw[0]) if raw else ""
         bits = image.tag_v2.get(258, (8,)) if kind == "TIFF" else (8,)  # BitsPerSample
+        if kind == "TIFF" and image.tag_v2.get(284) == 2 and max(bits) > 8:
+            return _read_tifffile(path, max_pixels)  # planes of more than 8 bits, which Pillow muddles
         white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0
         image.load()
         info, notes = dict(image.info), []
@@ -237,7 +239,7 @@ def _cmyk_to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, by
 
 
 def _read_tifffile(path: Path, max_pixels: int) -> Photo:
-    """TIFF files that Pillow does not know: floating colour, 16-bit grey + alpha, planes."""
+    """TIFF files that Pillow does not know: floating colour, 16-bit grey + alpha, 16-bit planes."""
     import tifffile
 
     with tifffile.TiffFile(path) as file:
@@ -561,7 +563,7 @@ def _write_tiff(
     tifffile.imwrite(
         file,
         segments(),
-        shape=shape,
+        shape=shape if channels > 1 else shape[:2],
         dtype=dtype,
         photometric="rgb" if channels >= 3 else "minisblack",
         planarconfig="contig" if channels > 1 else None,
