@@ -32,6 +32,6 @@ data: install  ## fetch the 291 training images and Set5, and build the patch fi
 	$(RUN) src/prepare.py
 
 lock: install  ## renew requirements.lock from pyproject.toml
-	$(VENV)/bin/pip-compile --quiet --strip-extras --extra dev --no-emit-index-url --no-emit-find-links \
+	$(VENV)/bin/pip-compile --quiet --strip-extras --extra dev --extra export --no-emit-index-url --no-emit-find-links \
 		--no-emit-trusted-host --output-file requirements.lock pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock  # without the name of this machine's build

@@ -206,7 +206,13 @@ def make_logger(config: Config, folder: Path, record: dict) -> object:
 def quiet_lightning() -> None:
     """Drop Lightning's tips and notices; warnings that a user can act on stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in (".*LeafSpec.*deprecated", ".*does not have many workers", ".*`weights_only` was not set"):
+    for text in (
+        ".*LeafSpec.*deprecated",
+        ".*does not have many workers",
+        ".*`weights_only` was not set",
+        ".*your dataloader is not resumable",  # ShuffledBatches starts at the step
+        "Checkpoint directory .* exists and is not empty",  # it is this run's own
+    ):
         warnings.filterwarnings("ignore", text)
 
 

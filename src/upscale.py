@@ -55,7 +55,11 @@ def main(cfg: DictConfig) -> None:
     options = typed(Options, cfg)
     check(options)
     jobs = plan(options)
-    failed = upscale(options, jobs)
+    try:
+        failed = upscale(options, jobs)
+    except KeyboardInterrupt:
+        print("upscale.py: stopped; nothing is left of the file in hand, the finished ones stay", file=sys.stderr)
+        sys.exit(130)
     if failed:
         if len(jobs) > 1:
             print(f"upscale.py: {failed} of {len(jobs)} files failed", file=sys.stderr)

@@ -1,17 +1,21 @@
 """Throw damaged image files at both readers: none may crash, hang, take over 1 GB or raise anything but Refusal.
 
-    python tests/stress_images.py                 # 2,000 files, a few minutes
+    python tests/stress_images.py                 # 2,000 files, and a 24-megapixel photograph: 1 to 2 minutes
     python tests/stress_images.py 300 --seed 7
 
 Sound files of every kind that the readers know are damaged at random (seeded): cut, bytes and bits changed, runs
 zeroed or repeated, lengths and sizes set to extremes, two files spliced. Each is read in a child process, whose
 death, silence of 20 s or size counts against the file. Offending files are kept and named; exit code 1.
+
+Then a photograph of 6,000×4,000 is enlarged ×2 by `src/upscale.py`, with a narrow network (32 features: its tiles
+have the memory of those of 128): at most 2 GB more than having torch and the photograph loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import random
 import resource
 import select
@@ -24,6 +28,7 @@ from pathlib import Path
 
 SECONDS = 20
 BYTES = 1_000_000_000
+UPSCALE_BYTES = 2_000_000_000
 
 
 def sound_files() -> dict[str, bytes]:
@@ -120,7 +125,13 @@ def damaged(files: dict[str, bytes], count: int, seed: int) -> Iterator[tuple[st
                         data[place : place + length] = bytes(len(data[place : place + length]))
                     case 3:  # extremes where numbers stand
                         data[place : place + 4] = rng.choice(
-                            (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\xff\xff", b"\xff\xff\0\0", b"\0\0\0\1")
+                            (
+                                b"\xff\xff\xff\xff",
+                                b"\x7f\xff\xff\xff",
+                                b"\0\0\xff\xff",
+                                b"\xff\xff\0\0",
+                                b"\0\0\0\1",
+                            )
                         )
                     case 4:
                         data[place:place] = data[place : place + length] * rng.choice((1, 50))
@@ -205,6 +216,55 @@ def worker() -> None:
         print(said, file=real, flush=True)
 
 
+def photograph(folder: Path) -> list[str]:
+    """Enlarge a photograph of 6,000×4,000 pixels and measure the memory; the failures in words."""
+    from PIL import Image
+
+    from drrn.config import ModelConfig
+    from drrn.images import image_files
+    from drrn.model import DRRN
+    from drrn.weights import save_weights
+
+    source = Path(__file__).resolve().parents[1] / "src"
+    with Image.open(image_files("demo_test", Path())[2]) as image:
+        image.resize((6000, 4000), Image.Resampling.BICUBIC).save(folder / "large.jpg", quality=92)
+    model = ModelConfig(B=1, U=1, features=32, norm="batch", bias=True, weight_sharing=True, multi_path=True)
+    save_weights(folder / "narrow.safetensors", DRRN(1, 1, 32), model, {"scales": [2]})
+    load = f"import torch; from drrn.photos import *; photo = read_photo(Path({str(folder / 'large.jpg')!r}))"
+    loaded, _ = _peak([sys.executable, "-c", load], source)
+    failures = []
+    for suffix in (".jpg", ".png"):
+        target = folder / f"larger{suffix}"
+        peak, code = _peak(
+            [
+                sys.executable, str(source / "upscale.py"), f"input={folder / 'large.jpg'}", "scale=2",
+                f"checkpoint={folder / 'narrow.safetensors'}", f"output={target}",
+            ],
+            source,
+        )  # fmt: skip
+        print(
+            f"6,000×4,000 ×2 to {suffix}: peak {peak / 1e9:.2f} GB, {(peak - loaded) / 1e9:.2f} GB over the loaded image"
+        )
+        if code or peak - loaded > UPSCALE_BYTES:
+            failures.append(f"{target}: exit code {code}, {(peak - loaded) / 1e9:.2f} GB over the loaded image")
+            continue
+        with Image.open(target) as image:
+            if image.size != (12_000, 8_000):
+                failures.append(f"{target}: {image.size}")
+    for path in folder.glob("large*"):
+        path.unlink()
+    (folder / "narrow.safetensors").unlink()
+    return failures
+
+
+def _peak(command: list[str], source: Path) -> tuple[int, int]:
+    """Run a command: its peak resident memory in bytes, as Linux counts, and its exit code."""
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(source)})
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return 1024 * usage.ru_maxrss, child.returncode
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -221,6 +281,8 @@ def main() -> int:
     for failure in failures:
         print(failure)
     print(f"{options.count} damaged files, seed {options.seed}: {len(failures)} failures")
+    failures += (large := photograph(keep))
+    print("\n".join(large) or "the large photograph: as promised")
     if not failures:
         keep.rmdir()
     return 1 if failures else 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from conftest import TINY
 from drrn.config import (
     AT_LEAST,
     CHOICES,
@@ -46,10 +47,13 @@ WRONG = {
     "bn_average 1": (["optim.bn_average=1"], ["optim.bn_average = 1", "below 1"]),
     "bn_average below 0": (["optim.bn_average=-0.1"], ["optim.bn_average = -0.1", "at least 0"]),
     "two schedules": (
-        ["optim.halve_every_steps=5"],
+        ["optim=paper", "optim.halve_every_steps=5"],
         ["optim.halve_every_epochs", "optim.halve_every_steps", "give one of the two"],
     ),
-    "no schedule": (["optim.halve_every_epochs=null"], ["optim.halve_every_epochs", "give one of the two"]),
+    "no schedule": (
+        ["optim=paper", "optim.halve_every_epochs=null"],
+        ["optim.halve_every_epochs", "give one of the two"],
+    ),
     "bias rate with adam": (
         ["optim.algorithm=adam", "optim.bias_lr_mult=0.1"],
         ["optim.bias_lr_mult = 0.1", "optim.algorithm=sgd"],
@@ -94,9 +98,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_value_is_refused_by_the_entry_point(case: str, entry_point: Callable, tmp_path: Path) -> None:
+def test_a_wrong_value_is_refused_by_the_entry_point(
+    case: str, entry_point: Callable, tiny_images: Path, tmp_path: Path
+) -> None:
     arguments, said = WRONG[case]
-    code, out, err = entry_point("train", *arguments, f"output={tmp_path / 'runs'}")
+    harmless = (*TINY, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]")  # should it not be refused
+    code, out, err = entry_point("train", *harmless, *arguments, f"output={tmp_path / 'runs'}")
     assert code == 2, err
     assert "Traceback" not in out + err
     assert "\ntrain.py: " in f"\n{err}"
@@ -222,9 +229,9 @@ def test_every_limit_is_about_a_key_that_exists(configure: Callable) -> None:
             value = getattr(value, part)
 
 
-def test_the_defaults_are_the_papers(configure: Callable) -> None:
+def test_the_papers_numbers(configure: Callable) -> None:
     """Sec. 4.1 and 4.2, number by number."""
-    config = configure(tiny=False)
+    config = configure("optim=paper", tiny=False)
     assert (config.model.B, config.model.U, config.model.features) == (1, 9, 128)
     assert (config.model.weight_sharing, config.model.multi_path, config.model.norm) == (True, True, "batch")
     assert (config.data.train, config.data.scales) == (["T91", "BSD200"], [2, 3, 4])
@@ -236,7 +243,8 @@ def test_the_defaults_are_the_papers(configure: Callable) -> None:
     assert (optim.residual_scale, optim.bn_average) == (1.0, 0.999)
 
 
-def test_the_releases_solver(configure: Callable) -> None:
+def test_the_releases_solver_is_the_default(configure: Callable) -> None:
+    assert configure("optim=release", tiny=False).optim == configure(tiny=False).optim
     optim = configure("optim=release", tiny=False).optim
     assert (optim.clip, optim.bias_lr_mult, optim.halve_every_steps, optim.halve_every_epochs) == (
         "norm",
@@ -300,7 +308,7 @@ def test_a_runs_folder_is_the_same_tomorrow_and_in_another_process(configure: Ca
 DIFFERENT = [
     "model.B=2", "model.U=3", "model.features=4", "model.norm=none", "model.bias=false",
     "model.weight_sharing=false", "model.multi_path=false", "data.scales=[3]", "data.patch_size=30",
-    "data.stride=20", "data.batch_size=4", "data.augment=online", "optim.lr=0.2", "optim.clip=norm",
+    "data.stride=20", "data.batch_size=4", "data.augment=online", "optim.lr=0.2", "optim.clip=value",
     "optim.theta=0.1", "optim=quick", "trainer.max_steps=2", "trainer.precision=bf16-mixed",
     "trainer.accumulate_grad_batches=2", "seed=2", "study=other", "output=elsewhere", "name=mine",
     "+trainer.gradient_clip_val=1",

@@ -293,7 +293,7 @@ def test_caffe_vdsr_keeps_or_cuts_overshoot_as_its_layers_say(new, pre_bn, photo
     np.testing.assert_allclose(output(found, photo), truth, atol=TOLERANCE)
     if not pre_bn:  # the ReLU would matter: this test can tell
         cut = output(found._replace(model=type(found.model)(**{**asdict(found.model), "input_relu": True})), photo)
-        assert np.abs(cut - truth).max() > 1e-3
+        assert np.abs(cut - truth).max() > 10 * TOLERANCE
 
 
 def test_a_file_of_weights_alone_is_read_as_the_family_is(tmp_path) -> None:
@@ -891,13 +891,14 @@ PLAIN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("value", PLAIN, ids=lambda v: repr(v)[:20])
+# Below protocol 3 Python writes bytes as a call of _codecs.encode, which is refused; below 2 it writes no
+# OrderedDict as torch does.
+@pytest.mark.parametrize(
+    ("value", "protocol"),
+    [(v, p) for v in PLAIN for p in range({bytes: 3, OrderedDict: 2}.get(type(v), 0), 6)],
+    ids=lambda v: repr(v)[:20],
+)
 def test_plain_objects_come_out_as_python_would_read_them(value, protocol) -> None:
-    if isinstance(value, bytes) and protocol < 3:
-        pytest.skip("Python writes these as a call of _codecs.encode, which is refused")
-    if isinstance(value, OrderedDict) and protocol < 2:
-        pytest.skip("no torch writes protocol 0 or 1")
     data = pickle.dumps(value, protocol)
     ours = unpickle(io.BytesIO(data + b"rest"))
     assert ours == pickle.loads(data)

@@ -32,6 +32,10 @@ from drrn.patches import LOW, STEP, Patches
 from drrn.protocol import prepare, score
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in ("You defined a `validation_step`", "Checkpoint directory", ".*LeafSpec")
+]
 Pair = tuple[Tensor, Tensor]
 
 

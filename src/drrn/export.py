@@ -54,8 +54,13 @@ def export_onnx(network: DRRN, about: dict[str, Any], path: Path) -> float:
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.onnx.export(program(network), input_names=["x"], output_names=["y"], verbose=False)
     model = exported.model_proto
-    for part in (model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+    graph = model.graph
+    del graph.value_info[:]
+    for part in (graph, *graph.node, *graph.input, *graph.output):
         del part.metadata_props[:]  # where in torch's graph each of them was
+    for part in (graph.input[0], graph.output[0]):
+        for axis, name in ((2, "height"), (3, "width")):
+            part.type.tensor_type.shape.dim[axis].dim_param = name
     facts = {**USE, "scales": ",".join(map(str, about.get("scales") or [])), "drrn": json.dumps(about)}
     onnx.helper.set_model_props(model, facts)
     onnx.checker.check_model(model)

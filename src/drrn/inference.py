@@ -31,6 +31,7 @@ from drrn.model import DRRN
 # Bytes that the feature maps of one tile may take, when so much is there. Larger tiles waste less on their
 # overlap: B1U25 at 128 features computes 30 % more than it keeps with 1 GB, 52 % more with 0.5 GB.
 TILE_BYTES = 1_000_000_000
+TILE_PIXELS = 1 << 22  # for narrow networks; a larger tile saves nothing more, and strips of the image grow with it
 # Feature maps alive at the peak of `Folded`: identity, the unit's middle and its output.
 MAPS = 3
 
@@ -148,7 +149,7 @@ def tile_pixels(network: DRRN) -> int:
     else:
         room = min(TILE_BYTES, available_memory() / 2)
     most = int(room / (MAPS * network.features * parameter.element_size()))
-    return max(most, (4 * network.receptive_radius) ** 2)
+    return max(min(most, TILE_PIXELS), (4 * network.receptive_radius) ** 2)
 
 
 def tile_shape(shape: tuple[int, int], radius: int, pixels: int) -> tuple[int, int]:

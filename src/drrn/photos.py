@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -55,7 +56,7 @@ FORMATS = {
     ".bmp": "BMP",
 }
 LONGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels of a side that the format can hold
-MAX_PIXELS = 180_000_000  # what Pillow itself takes for an attack
+MAX_PIXELS = 100_000_000  # an 8-bit picture of this size takes 0.7 GB to read
 RESULT_FACTOR = 16  # a result has at most so many times max_pixels
 
 ORIENTATION, EXIF_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003  # EXIF tags
@@ -131,6 +132,19 @@ def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
         )
 
 
+def check_tiff(path: Path, image: Image.Image) -> None:
+    """What Pillow does not: that the tiles have a sane size, and that no part of the picture is missing."""
+    width, height = image.size
+    side = [int(image.tag_v2.get(tag, 1)) for tag in (322, 323)]  # of a tile
+    if side[0] * side[1] > max(4 * width * height, CHUNK):
+        raise Refusal(f"{path} is damaged: a picture of {width}×{height} in tiles of {side[0]}×{side[1]}")
+    parts = [tile for tile in image.tile if tile[0] != "libtiff"]  # libtiff counts for itself
+    covered = sum((right - left) * (lower - upper) for left, upper, right, lower in (part[1] for part in parts))
+    planes = len(image.getbands()) if image.tag_v2.get(284) == 2 else 1
+    if parts and covered < width * height * planes:
+        raise Refusal(f"{path} is damaged: it holds {covered / (width * height * planes):.0%} of its picture")
+
+
 def _read_pillow(path: Path, max_pixels: int) -> Photo:
     """What Pillow knows."""
     from PIL import Image
@@ -143,6 +157,8 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
         bits = image.tag_v2.get(258, (8,)) if kind == "TIFF" else (8,)  # BitsPerSample
         if kind == "TIFF" and image.tag_v2.get(284) == 2 and max(bits) > 8:
             return _read_tifffile(path, max_pixels)  # planes of more than 8 bits, which Pillow muddles
+        if kind == "TIFF":
+            check_tiff(path, image)
         white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0
         image.load()
         info, notes = dict(image.info), []
@@ -162,9 +178,10 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
                 raise Refusal(f"{path}: 16 bits with premultiplied alpha; save it with plain alpha first")
             # Pillow keeps one byte of two: the other one is what it keeps in the other byte order.
             little = raw.endswith("L") or (raw.endswith("N") and sys.byteorder == "little")
-            high = np.asarray(image)
-            low = _decode_as(path, raw.split(";")[0] + (";16B" if little else ";16L"))
-            pixels = (high.astype(np.uint16) << 8) | low
+            pixels = np.asarray(image).astype(np.uint16)
+            image.close()
+            pixels <<= 8
+            pixels |= _decode_as(path, raw.split(";")[0] + (";16B" if little else ";16L"))
         elif mode.startswith("I;16"):
             if tuple(bits) not in ((8,), (16,)):
                 raise Refusal(f"{path} has {bits[0]} bits a pixel: 8 and 16 are read")
@@ -538,7 +555,8 @@ def _write_pillow(
         options = {"quality": quality, **({"icc_profile": icc} if icc else {}), **({"exif": exif} if exif else {})}
     if kind == "JPEG":
         options["subsampling"] = 0
-    canvas.save(file, kind, **options)
+    # Without a descriptor Pillow writes through Python; by itself it overlooks a write that a full disk cut short.
+    canvas.save(SimpleNamespace(write=file.write, flush=file.flush), kind, **options)
 
 
 def _write_tiff(

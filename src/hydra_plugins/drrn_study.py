@@ -8,6 +8,7 @@ drops repetitions, checks every point before the first one starts, and says at t
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class StudySweeper(BasicSweeper):
         combinations = self.split_arguments(parser.parse_overrides([*self._parse_config(), *arguments]), None)[0]
         named = {override.partition("=")[0] for override in itertools.chain(*combinations)}
         return [
-            [*(f"{key}={value}" for key, value in point.items() if key not in named), *combination]
+            [*(f"{key}={literal(value)}" for key, value in point.items() if key not in named), *combination]
             for point in self.points
             for combination in combinations
         ]
@@ -92,6 +93,20 @@ class StudySweeper(BasicSweeper):
             return check(composed)
         except Refusal as error:
             raise Refusal(f"{error} (in the point {' '.join(job)}; nothing has been started)") from error
+
+
+def literal(value: Any) -> str:
+    """A point's value in the grammar of Hydra's command line, where None is null and a comma starts a choice."""
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{literal(key)}:{literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(literal, value)) + "]"
+    words = ("null", "true", "false", "inf", "nan")  # which are no strings there
+    if isinstance(value, str) and (value.lower() in words or not re.fullmatch(r"[A-Za-z_][\w./-]*", value)):
+        return "'" + value.replace("'", "\\'") + "'"
+    return str(value)
 
 
 def unique(pairs: Any) -> list[tuple[Any, Any]]:
