@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from drrn import Refusal
@@ -31,7 +32,7 @@ log = logging.getLogger("drrn.train")
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
     """Check the configuration before anything heavy is imported, then train."""
-    train(check(cfg))
+    train(check(cfg, HydraConfig.get().overrides.task))
 
 
 def train(config: Config) -> None:

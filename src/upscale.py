@@ -176,8 +176,12 @@ def upscale(options: Options, jobs: list[tuple[Path, Path]]) -> int:
                 file=sys.stderr,
             )
     console, failed = Console(stderr=True), 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+    name = TextColumn("{task.description}", markup=False)  # brackets in a file's name are no markup
+    bars = Progress(
+        name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal, transient=True, redirect_stdout=sys.stdout.isatty(),
+    )  # fmt: skip
+    with bars:
         files = bars.add_task("files", total=len(jobs), visible=len(jobs) > 1)
         for number, (source, target) in enumerate(jobs, start=1):
             start = time.monotonic()

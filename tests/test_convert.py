@@ -450,13 +450,13 @@ def test_training_starts_from_the_file(tmp_path) -> None:
     save_weights(path, network, model, {})
     arguments = [
         f"init_from={path}", f"output={tmp_path / 'runs'}", "data=demo", "optim=quick", "optim.lr=1e-12",
-        "model.U=1", "model.features=3", "trainer.max_steps=1", "trainer.accelerator=cpu", "logger=none",
+        "trainer.max_steps=1", "trainer.accelerator=cpu", "logger=none",
         "data.num_workers=0", "data.batch_size=2", "data.scales=[4]", "data.val_scales=[4]",
     ]  # fmt: skip
 
     def config(*more: str):
         with initialize_config_dir(CONF, version_base="1.3"):
-            return check(compose("config", [*arguments, *more]))
+            return check(compose("config", [*arguments, *more]), more)
 
     with pytest.raises(Refusal, match=r"model\.U=1"):
         train.train(config("model.U=2"))
@@ -465,6 +465,7 @@ def test_training_starts_from_the_file(tmp_path) -> None:
     with pytest.raises(Refusal, match=r"nowhere\.ckpt"):
         config("init_from=nowhere.ckpt")
     assert config("ckpt_path=last").init_from == str(path)  # goes on with this fine-tuning
+    assert config().model == model  # nothing else about the network has to be typed
     assert not (tmp_path / "runs").exists()
 
     environment = {**os.environ, "DRRN_PATCHES": str(tmp_path / "patches"), "OMP_NUM_THREADS": "1"}

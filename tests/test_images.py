@@ -195,6 +195,22 @@ def test_the_images_in_drrn_data_are_the_registered_ones(
     assert len(image_files(name, drrn_data)) == len(registered(name))
 
 
+def test_of_a_set_that_is_partly_there_the_present_images_are_taken(
+    registry: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Urban100 is often incomplete: measuring takes what there is, and fetches only when there is none."""
+    monkeypatch.setattr(registered, "__defaults__", (registry,))
+    monkeypatch.setattr(fetch, "__defaults__", (registry,))
+    root = tmp_path / "data"
+    assert len(image_files("Set5", root, complete=False)) == 2
+    (root / "Set5/b.png").unlink()
+    server.asked.clear()
+    assert image_files("Set5", root, complete=False) == [root / "Set5/a.png"]
+    assert server.asked == []
+    assert len(image_files("Set5", root)) == 2  # training takes nothing less than all
+    assert server.asked == ["/Set5/b.png"]
+
+
 # ---------------------------------------------------------------------- sets
 
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -231,6 +232,20 @@ def test_a_file_that_is_there_is_used(tiny_images: Path, tmp_path: Path, inline_
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_processes_that_ask_at_once_build_once(
+    tiny_images: Path, tmp_path: Path, inline_pool: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builds: list[Path] = []
+    build = drrn.patches._build
+    monkeypatch.setattr(drrn.patches, "_build", lambda path, *rest: (builds.append(path), build(path, *rest)))
+    recipe = Recipe((str(tiny_images),), scales=(2,))
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda _: prepare_patches("tiny", recipe, ANYWHERE, tmp_path), range(3)))
+    assert len(builds) == 1
+    assert len(set(paths)) == 1
+    check_patch_file(paths[0], attributes(recipe, sorted(tiny_images.iterdir())))
+
+
 def test_recipes_live_side_by_side(tiny_images: Path, tmp_path: Path, inline_pool: None) -> None:
     sets = (str(tiny_images),)
     recipes = [
@@ -378,8 +393,6 @@ def test_a_disk_that_fills_up_while_building(
         if mounted:  # the build believes that there is room, and writes from processes of its own
             monkeypatch.setattr(os, "statvfs", lambda path: type("Room", (), {"f_bavail": 2**40, "f_frsize": 1}))
         else:
-            from concurrent.futures import ThreadPoolExecutor
-
             written = itertools.count()
             pwrite = os.pwrite
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -180,8 +180,13 @@ def typed(schema: type[T], cfg: DictConfig) -> T:
         raise Refusal(f"{getattr(error, 'full_key', None) or 'configuration'}: {reason}") from error
 
 
-def check(cfg: DictConfig) -> Config:
+def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """A composed configuration as typed dataclasses.
+
+    Args:
+        cfg: as Hydra composed it.
+        overrides: what the command line says. With `init_from` the network is the file's, unless `model` or a
+            key of it is among them.
 
     Raises:
         Refusal: unknown key, wrong type, value out of range, or keys that contradict each other; the text
@@ -210,6 +215,10 @@ def check(cfg: DictConfig) -> Config:
             if value is not None and not good(value, limit):
                 raise Refusal(f"{key} = {value}: must be {words} {limit}")
     _check_together(config)
+    if config.init_from is not None and not any(o.lstrip("+~").startswith("model") for o in overrides):
+        from drrn.weights import load_network  # torch: only fine-tuning waits for it here
+
+        config.model = ModelConfig(**load_network(Path(config.init_from))[1]["model"])
     return config
 
 

@@ -62,7 +62,6 @@ class SuperResolution(LightningModule):
         self.batch_norms = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)]
         self.metrics = nn.ModuleDict()
         self.scores: list[dict[str, Any]] = []  # rows of the evaluation that ran last, an image each
-        self.stopping = False
 
     def setup(self, stage: str) -> None:
         """Metrics for every set and scale that the data module evaluates on."""
@@ -93,6 +92,10 @@ class SuperResolution(LightningModule):
         decay, n = self.optim.bn_average, self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
         for layer in self.batch_norms:
             layer.momentum = (1 - decay) / (1 - decay**n)
+
+    def on_train_start(self) -> None:
+        """No stop has been asked for."""
+        self.stopping = False
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Put a stop (`trainer.max_time`) off to the end of an optimiser step: half of one cannot be resumed."""

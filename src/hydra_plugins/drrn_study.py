@@ -90,7 +90,7 @@ class StudySweeper(BasicSweeper):
         OmegaConf.set_struct(composed, False)
         composed.pop("hydra")
         try:
-            return check(composed)
+            return check(composed, job)
         except Refusal as error:
             raise Refusal(f"{error} (in the point {' '.join(job)}; nothing has been started)") from error
 
