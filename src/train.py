@@ -132,6 +132,7 @@ def train(config: Config) -> None:
         # 4. weights → scores
         trainer.test(module, datamodule=data, verbose=False)
         record["scores"], record["means"] = module.scores, means(module.scores)
+        record["validation"] = module.validation
         record["status"] = "finished" if trainer.global_step >= data.max_steps else "stopped"
         for row in record["means"]:
             log.info(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from drrn import Refusal
-from drrn.datamodule import EvaluationImages, SuperResolutionData, Task
+from drrn.datamodule import EvaluationImages, SuperResolutionData, Task, check_size
 from drrn.images import orientations, read_luminance
 from drrn.matlab import imresize
 from drrn.patches import Patches, ShuffledBatches
@@ -185,17 +185,22 @@ def test_an_evaluation_image_is_the_protocols(scale: int, tiny_images: Path) -> 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_an_image_too_small_to_score_is_refused(scale: int, tmp_path: Path) -> None:
-    """The smallest that is accepted can be scored by the protocol; one pixel less may not."""
+    """Refused before any training exactly when the protocol cannot score it."""
     from drrn.protocol import score
 
-    for side, fits in ((3 * scale + 11, True), (2 * scale + 10, False)):
+    outcomes = set()
+    for side in range(2 * scale + 8, 3 * scale + 12):
         path = tmp_path / f"{side}.png"
         Image.fromarray(skimage.data.camera()[100 : 100 + side, 200:260]).save(path)
-        images = EvaluationImages([path], scale)
-        if fits:
-            x, truth, _ = images[0]
-            assert score(x[0, 0].numpy(), truth[0, 0].numpy(), scale)["ssim"] > 0
-        else:
+        x, truth, _ = EvaluationImages([path], scale)[0]
+        try:
+            score(x[0, 0].numpy(), truth[0, 0].numpy(), scale)
+        except ValueError:
             with pytest.raises(Refusal, match=f"too small to be scored at ×{scale}") as refusal:
-                images[0]
+                check_size(path, scale)
             assert str(path) in str(refusal.value)
+            outcomes.add("refused")
+        else:
+            check_size(path, scale)
+            outcomes.add("scored")
+    assert outcomes == {"refused", "scored"}

@@ -200,7 +200,7 @@ def test_of_a_set_that_is_partly_there_the_present_images_are_taken(
 ) -> None:
     """Urban100 is often incomplete: measuring takes what there is, and fetches only when there is none."""
     monkeypatch.setattr(registered, "__defaults__", (registry,))
-    monkeypatch.setattr(fetch, "__defaults__", (registry,))
+    monkeypatch.setattr(fetch, "__defaults__", (registry, True))
     root = tmp_path / "data"
     assert len(image_files("Set5", root, complete=False)) == 2
     (root / "Set5/b.png").unlink()

@@ -311,6 +311,8 @@ def identity(config: Config) -> dict[str, Any]:
             del kept["model"][key]
     if config.init_from is not None:
         kept["init_from"] = config.init_from
+    if config.ckpt_path not in (None, "last"):  # going on from another run's file is a run of its own
+        kept["ckpt_path"] = config.ckpt_path
     return kept
 
 

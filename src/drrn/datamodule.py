@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from drrn import Refusal
 from drrn.config import Config
 from drrn.images import image_files, read_luminance
+from drrn.metrics import SSIM_WINDOW
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, prepare_patches
 from drrn.protocol import prepare
 
@@ -28,6 +30,21 @@ class Task(NamedTuple):
         return f"{Path(self.set_name).name}_x{self.scale}"
 
 
+def check_size(file: Path, scale: int) -> None:
+    """Make sure, before hours of training, that an image can be scored at a scale.
+
+    Raises:
+        Refusal: cropped to the scale and shaved by it on every side, it holds no 11×11 window for the SSIM.
+    """
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+    except OSError as error:
+        raise Refusal(f"{file} cannot be read as an image: {error}") from error
+    if min(side - side % scale for side in (width, height)) - 2 * scale < SSIM_WINDOW:
+        raise Refusal(f"{file} ({width}×{height}) is too small to be scored at ×{scale}: take it out of data.val")
+
+
 class EvaluationImages:
     """One set at one scale: item i is (x, truth, file name), [1, 1, H, W] float32 each, by the protocol."""
 
@@ -39,10 +56,9 @@ class EvaluationImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
         path = self.files[index]
-        y = read_luminance(path)
-        if min(y.shape) < 3 * self.scale + 11:  # after shaving, SSIM needs its 11×11 window
-            raise Refusal(f"{path} ({y.shape[1]}×{y.shape[0]}) is too small to be scored at ×{self.scale}")
-        x, truth = (torch.from_numpy(z.astype(np.float32))[None, None] for z in prepare(y, self.scale))
+        x, truth = (
+            torch.from_numpy(z.astype(np.float32))[None, None] for z in prepare(read_luminance(path), self.scale)
+        )
         return x, truth, path.name
 
 
@@ -66,7 +82,8 @@ class SuperResolutionData(LightningDataModule):
         data, root = self.data, Path(self.data.root)
         path = prepare_patches(data.name, Recipe.of(data), root, Path(data.patches), max(1, data.num_workers))
         for name in data.val:
-            image_files(name, root, complete=False)
+            for file in image_files(name, root, complete=False):
+                check_size(file, max(*data.scales, *data.val_scales))
         self.patches = Patches(path, turns=8 if self.data.augment == "online" else 1)
         self.steps_per_epoch = self._batches().steps_per_epoch
         if self.max_epochs is not None:  # epochs of the data

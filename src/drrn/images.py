@@ -69,28 +69,33 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(set_name: str, root: Path, registry: Path = REGISTRY) -> list[Path]:
-    """Make every registered file of a set present under `root`, each verified by its SHA-256.
+def fetch(set_name: str, root: Path, registry: Path = REGISTRY, complete: bool = True) -> list[Path]:
+    """The registered files of a set under `root`, each verified by its SHA-256.
 
-    Present files are verified and left alone; absent ones are downloaded by pooch, which writes to a
-    temporary name, verifies, and renames.
+    Present files are left alone; absent ones are downloaded by pooch, which writes to a temporary name,
+    verifies, and renames.
+
+    Args:
+        set_name: "Set5", …
+        root: the data root.
+        registry: the list of files.
+        complete: False downloads only when no file of the set is there, and otherwise takes those that are.
 
     Raises:
         Refusal: a present file has another digest, or a download failed (naming the file and URL).
     """
     files = registered(set_name, registry)
-    missing = []
-    for name, (digest, _) in files.items():
-        path = root / name
-        if not path.is_file():
-            missing.append(name)
-        elif f"sha256:{sha256(path)}" != digest:
+    present = [name for name in files if (root / name).is_file()]
+    for name in present:
+        if (found := f"sha256:{sha256(root / name)}") != files[name][0]:
             raise Refusal(
-                f"{path} is not the file that {registry.name} lists ({digest}): its SHA-256 is {sha256(path)}. "
+                f"{root / name} is not the file that {registry.name} lists ({files[name][0]}): it is {found}. "
                 "Delete it to have it fetched again, or point data.root (DRRN_DATA) elsewhere."
             )
-    if missing:
-        _download(missing, files, root)
+    if present and not complete:
+        return [root / name for name in present]
+    if len(present) < len(files):
+        _download([name for name in files if name not in present], files, root)
     return [root / name for name in files]
 
 
@@ -138,8 +143,7 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
             raise Refusal(f"this scikit-image does not ship {', '.join(absent)}: install the locked version")
         return [folder / name for name in DEMO_SETS[set_name]]
     if set_name in FETCHED_SETS:
-        present = [root / name for name in registered(set_name) if (root / name).is_file()]
-        return sorted(present if present and not complete else fetch(set_name, root))
+        return sorted(fetch(set_name, root, complete=complete))
     folder = Path(set_name)
     if not folder.is_dir():
         raise Refusal(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from drrn import Refusal
 from drrn.config import ModelConfig, OptimConfig
 from drrn.model import DRRN
+from drrn.protocol import score
 from drrn.torch_metrics import SetPSNR, SetSSIM
 
 
@@ -62,6 +64,7 @@ class SuperResolution(LightningModule):
         self.batch_norms = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)]
         self.metrics = nn.ModuleDict()
         self.scores: list[dict[str, Any]] = []  # rows of the evaluation that ran last, an image each
+        self.validation: list[dict[str, Any]] = []  # rows of all validations, with their step: the learning curve
 
     def setup(self, stage: str) -> None:
         """Metrics for every set and scale that the data module evaluates on."""
@@ -104,8 +107,16 @@ class SuperResolution(LightningModule):
         self.trainer.should_stop = self.stopping and whole
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """`trainer.max_time` is a limit for each start; Lightning's own sum would stop a resumed run at once."""
+        """Go on with the learning curve.
+
+        `trainer.max_time` is a limit for each start; Lightning's own sum would stop a resumed run at once.
+        """
+        self.validation = checkpoint.get("validation", [])
         checkpoint.get("callbacks", {}).pop("Timer", None)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the learning curve with the weights that it led to."""
+        checkpoint["validation"] = self.validation
 
     def configure_gradient_clipping(
         self,
@@ -142,7 +153,7 @@ class SuperResolution(LightningModule):
             clip_grad_value_(self.network.parameters(), bound)
         elif self.optim.clip == "norm":
             touched = (norm > bound).float()
-            clip_grad_norm_(self.network.parameters(), bound)
+            clip_grads_with_norm_(self.network.parameters(), bound, norm)
         self.log_dict({"train/gamma": gamma, "train/gradient_norm": norm, "train/clipped": touched})
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -173,12 +184,10 @@ class SuperResolution(LightningModule):
         x, truth, image = batch  # [1, 1, H, W] each
         task = self.trainer.datamodule.evaluation_tasks(stage)[dataloader_idx]
         prediction = self.network(x)
-        row: dict[str, Any] = {"set": task.set_name, "scale": task.scale, "image": image}
+        row: dict[str, Any] = {"set": Path(task.set_name).name, "scale": task.scale, "image": image}
         for name in ("psnr", "ssim"):
             metric = self.metrics[f"{name}_{dataloader_idx}"]
             row[name] = metric(prediction, truth, shave=task.scale).item()  # this image's value
-            if stage == "test":
-                row[f"bicubic_{name}"] = type(metric)()(x, truth, shave=task.scale).item()
             self.log(
                 f"{stage}/{task}/{name}",
                 metric,
@@ -187,6 +196,9 @@ class SuperResolution(LightningModule):
                 add_dataloader_idx=False,
                 batch_size=1,
             )
+        if stage == "test":
+            bicubic = score(x[0, 0].float().cpu().numpy(), truth[0, 0].float().cpu().numpy(), task.scale)
+            row |= {f"bicubic_{name}": value for name, value in bicubic.items()}
         self.scores.append(row)
 
     def on_validation_epoch_start(self) -> None:
@@ -196,6 +208,10 @@ class SuperResolution(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """PSNR and SSIM of one image with the protocol."""
         self._evaluate(batch, dataloader_idx, "validate")
+
+    def on_validation_epoch_end(self) -> None:
+        """Onto the learning curve, image by image."""
+        self.validation += [{"step": self.trainer.global_step, **row} for row in self.scores]
 
     def on_test_epoch_start(self) -> None:
         """A fresh list of rows."""
