@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from drrn import Refusal
 from drrn.matlab import rgb2ycbcr
+from drrn.photos import check_tiff
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ DEMO_SETS = {
     ),
     "demo_test": ("camera.png", "chelsea.png", "coffee.png"),
 }
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+MAX_PIXELS = 50_000_000  # far above any benchmark image
 SUFFIXES = {".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -163,15 +166,23 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
         Refusal: the file is missing or cannot be decoded, or it is not 8-bit grey or RGB.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Refusal(
+                    f"{path}: {image.width}×{image.height} pixels; an image of a set has at most {MAX_PIXELS:,}"
+                )
+            if image.format == "TIFF":
+                check_tiff(path, image)
             if image.mode == "P":  # some copies of the sets hold palettes
                 image = image.convert("RGB")
             if image.mode not in ("L", "RGB"):
                 raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one is {image.mode}")
             return np.asarray(image)
+    except Refusal:
+        raise
     except FileNotFoundError as error:
         raise Refusal(f"{path} does not exist") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
         raise Refusal(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -184,7 +195,10 @@ def read_luminance(path: Path) -> NDArray[np.uint8]:
         Refusal: as `read_pixels`.
     """
     pixels = read_pixels(path)
-    return pixels if pixels.ndim == 2 else rgb2ycbcr(pixels)[..., 0]
+    if pixels.ndim == 2:
+        return pixels
+    strips = (pixels[top : top + 256] for top in range(0, len(pixels), 256))  # float64 takes 100 bytes a pixel
+    return np.concatenate([rgb2ycbcr(strip)[..., 0] for strip in strips])
 
 
 def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArray]:
