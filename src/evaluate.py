@@ -8,6 +8,7 @@ Prints a table and writes every image's values; a second call with the same outp
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -61,10 +62,11 @@ class Method(NamedTuple):
     structure: str  # "Bicubic", "DRRN_B1U9"
     seed: int | None  # of its training, where the file says
     steps: int | None
+    experiment: str | None  # `drrn.config.experiment`: equal for runs that differ by their seed alone
 
 
 class Job(NamedTuple):
-    """One image at one scale by one method: what a worker computes."""
+    """One image at one scale by one network: what a worker computes."""
 
     method: Method
     set_name: str
@@ -73,8 +75,8 @@ class Job(NamedTuple):
     digest: str  # SHA-256 of the image file
 
     def key(self) -> tuple:
-        """What makes a score the same score."""
-        return (self.method.name, self.method.digest, self.set_name, self.scale, self.path.name, self.digest)
+        """A score's place; it holds for the image file of this digest alone."""
+        return (self.method.digest, self.set_name, self.scale, self.path.name)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
@@ -102,6 +104,8 @@ def check(cfg: DictConfig) -> EvaluateConfig:
     for key in ("sets", "metrics"):
         if not getattr(config, key):
             raise Refusal(f"{key} is empty")
+    if len({Path(name).name for name in config.sets}) < len(config.sets):
+        raise Refusal(f"sets = {config.sets}: two sets of one name cannot be told apart")
     if config.workers < 1:
         raise Refusal(f"workers = {config.workers}: must be at least 1")
     if config.crop is not None and config.crop < 0:
@@ -132,11 +136,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         check_bicubic(Path(config.root))
     output = Path(config.output)
     result = {"format": FORMAT, "protocol": asdict(protocol), **environment(), "scores": []}
-    done = {}
-    if output.is_file():
-        done = previous_scores(output, asdict(protocol))
-        result["scores"] = list(done.values())
-    methods = [Method("bicubic", None, None, "Bicubic", None, None)] if config.method == "bicubic" else []
+    done, known = previous_scores(output, asdict(protocol)) if output.is_file() else ({}, [])
+    methods = [Method("bicubic", None, None, "Bicubic", None, None, None)] if config.method == "bicubic" else []
     methods += [network_in(Path(path)) for path in config.checkpoint]
     if len({m.name for m in methods}) < len(methods):  # two networks of one name: call them by their path
         methods = [m._replace(name=str(m.checkpoint)) for m in methods]
@@ -147,10 +148,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for scale in config.scales
         for method in methods
     ]
-    result["methods"] = [
-        {"name": m.name, "weights": m.digest, "structure": m.structure, "seed": m.seed, "steps": m.steps}
+    now = [
+        {
+            "name": m.name,
+            "weights": m.digest,
+            "structure": m.structure,
+            "seed": m.seed,
+            "steps": m.steps,
+            "experiment": m.experiment,
+        }
         for m in methods
     ]
+    result["methods"] = [m for m in known if m["weights"] not in [n["weights"] for n in now]] + now
+    for job in jobs:
+        if done.get(job.key(), {}).get("image_sha256", job.digest) != job.digest:
+            del done[job.key()]  # the image has changed since
     missing = [job for job in jobs if not set(config.metrics) <= set(done.get(job.key(), ()))]
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -185,11 +197,15 @@ def network_in(path: Path) -> Method:
     _, about = load_network(path)
     structure = structure_name(ModelConfig(**about["model"]))
     name = about.get("origin") or path.stem
-    return Method(name, path, sha256(path), structure, about.get("seed"), about.get("steps"))
+    digest = sha256(path)
+    experiment = about.get("experiment") or digest[:8]
+    return Method(name, path, digest, structure, about.get("seed"), about.get("steps"), experiment)
 
 
-def previous_scores(path: Path, protocol: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
-    """Scores that a file holds already, by `Job.key`.
+def previous_scores(
+    path: Path, protocol: dict[str, Any]
+) -> tuple[dict[tuple, dict[str, Any]], list[dict[str, Any]]]:
+    """Scores that a file holds already, by `Job.key`, and the methods that it knows.
 
     Raises:
         Refusal: not a file of scores, or scores of another protocol.
@@ -198,18 +214,16 @@ def previous_scores(path: Path, protocol: dict[str, Any]) -> dict[tuple, dict[st
 
     try:
         content = json.loads(path.read_text())
-        rows = {
-            (r["method"], r["weights"], r["set"], r["scale"], r["image"], r["image_sha256"]): r
-            for r in content["scores"]
-        }
+        rows = {(r["weights"], r["set"], r["scale"], r["image"]): r for r in content["scores"]}
+        stamped, methods = content["protocol"], content["methods"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refusal(f"{path} exists and is not a file of scores ({error}): choose another output") from error
-    if content["protocol"] != protocol:
+    if stamped != protocol:
         raise Refusal(
-            f"{path} holds scores of the protocol {content['protocol']}, which do not compare with {protocol}: "
+            f"{path} holds scores of the protocol {stamped}, which do not compare with {protocol}: "
             "choose another output"
         )
-    return rows
+    return rows, methods
 
 
 def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterator[tuple[Job, dict[str, Any]]]:
@@ -244,10 +258,8 @@ def score_image(
     prediction = x if job.method.checkpoint is None else run_network(job.method.checkpoint, x, workers)
     try:
         row = score(prediction, truth, job.scale, metrics, protocol)
-        if protocol.color == "rgb" and "psnr" in metrics:
-            rgb = modcrop(read_pixels(job.path), job.scale)
-            if rgb.ndim == 2:
-                raise Refusal(f"{job.path} is grey: color=rgb has no channels to measure")
+        rgb = modcrop(read_pixels(job.path), job.scale) if protocol.color == "rgb" else np.empty(())
+        if rgb.ndim == 3 and "psnr" in metrics:  # a grey image's only channel is Y
             ycbcr = degrade(rgb2ycbcr(rgb) / 255.0, job.scale)
             ycbcr[..., 0] = prediction
             row["psnr"] = score(ycbcr2rgb(ycbcr), rgb / 255.0, job.scale, ("psnr",), protocol)["psnr"]
@@ -287,7 +299,9 @@ def run_network(checkpoint: Path, x: Any, workers: int) -> Any:
             worker = (*multiprocessing.current_process()._identity, 1)[0]  # 1, 2, … in a pool
             network.to(f"cuda:{(worker - 1) % torch.cuda.device_count()}")
         else:
-            torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+            torch.set_num_threads(
+                max(1, (os.cpu_count() or 1) // workers) if workers > 1 else torch.get_num_threads()
+            )
         _networks[checkpoint] = network
     return super_resolve(_networks[checkpoint], x)
 

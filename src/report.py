@@ -53,7 +53,7 @@ def main(cfg: DictConfig) -> None:
 def report(config: ReportConfig) -> None:
     """Write everything that the given records and files allow."""
     from drrn.records import find_records
-    from drrn.tables import ablation_table, benchmark_table, from_record, from_scores, runs_table
+    from drrn.tables import IMAGES, ablation_table, benchmark_table, from_record, from_scores, runs_table
 
     output = Path(config.output)
     records = [record for folder in config.runs for record in find_records(Path(folder))]
@@ -61,7 +61,7 @@ def report(config: ReportConfig) -> None:
     measured += [m for path in config.scores for m in from_scores(Path(path))]
     if records:
         write_table(runs_table(records), output / "runs")
-    if measured:
+    if any(m.set_name in IMAGES for m in measured) or config.scores:
         write_table(benchmark_table(measured, "table2", ("psnr", "ssim")), output / "table2")
     with_ifc = [m for m in measured if "ifc" in m.values]
     if with_ifc:
@@ -101,9 +101,14 @@ def draw_comparison(config: ReportConfig, records: list[dict[str, Any]], output:
     from drrn.inference import super_resolve
     from drrn.weights import load_network
 
-    weights = {Path(path).stem: Path(path) for path in config.checkpoint}
-    if not weights:
-        weights = {r["name"]: Path(r["path"]).with_name("weights.safetensors") for r in records if r.get("means")}
+    tested = [record for record in records if record.get("scores")]
+    files = [Path(path) for path in config.checkpoint]
+    files = files or [Path(record["path"]).with_name("weights.safetensors") for record in tested]
+    loaded = {file: load_network(file) for file in files}
+    names = {file: about.get("origin") or file.stem for file, (_, about) in loaded.items()}
+    if len(set(names.values())) < len(names):  # two networks of one name: call them by their folders
+        names = {file: f"{file.parent.name}/{file.stem}" for file in files}
+    networks = {names[file]: network for file, (network, _) in loaded.items()}
     box = Box(*config.box) if config.box else None
     if config.compare in FIG7:
         set_name, file, preset_scale, preset_box = FIG7[config.compare]
@@ -115,11 +120,14 @@ def draw_comparison(config: ReportConfig, records: list[dict[str, Any]], output:
         path, scale, box = found[0], config.scale or preset_scale, box or preset_box
     elif config.compare:
         path, scale = Path(config.compare), config.scale or 3
+    elif tested:
+        last = tested[-1]["scores"][-1]
+        files = image_files(tested[-1]["config"]["data"]["val"][-1], Path(config.root), complete=False)
+        path = next(p for p in files if p.name == last["image"])
+        scales = sorted({row["scale"] for row in tested[-1]["scores"]})
+        scale = config.scale or scales[len(scales) // 2]
     else:
-        last = records[-1]["scores"][-1]
-        files = image_files(records[-1]["config"]["data"]["val"][-1], Path(config.root), complete=False)
-        path, scale = next(p for p in files if p.name == last["image"]), config.scale or 3
-    networks = {name: load_network(file)[0] for name, file in weights.items()}
+        return  # no run has got as far as its pictures
     runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
     written = save(side_by_side(path, scale, runs, box), output / f"{path.stem}_x{scale}")
     print(f"written: {', '.join(map(str, written))}")

@@ -65,6 +65,9 @@ def train(config: Config) -> None:
     quiet_lightning()
     with torch.device("meta"):  # for its counts, before there is any data
         record = run_record(config, DRRN(**asdict(config.model)))
+    for key in ("budget", "scores", "means", "validation"):  # of a stopped run: kept until there are new ones
+        if key in earlier and config.ckpt_path is not None:
+            record[key] = earlier[key]
     record["wandb_id"] = earlier.get("wandb_id") or uuid.uuid4().hex[:8]
     folder.mkdir(parents=True, exist_ok=True)
     with log_to(folder / "train.log"), recorded(folder / FILE, record):
@@ -77,9 +80,13 @@ def train(config: Config) -> None:
         module = SuperResolution(asdict(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)
         if initial is not None:
             module.network.load_state_dict(initial)
+            module.averaged_before = 1_000_000  # BatchNorm goes on from the statistics that came with the weights
         if config.trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
-        resume = newest_checkpoint(folder / "checkpoints") if config.ckpt_path == "last" else config.ckpt_path
+        if config.ckpt_path is None:
+            set_aside(folder / "checkpoints")
+        resume = newest_checkpoint(folder / "checkpoints") or config.ckpt_path
+        resume = None if resume == "last" else resume  # this run has no checkpoint yet
         structure = record["structure"]
         if resume is not None:
             log.info("going on from %s", resume)
@@ -125,6 +132,7 @@ def train(config: Config) -> None:
                 "scales": config.data.scales,
                 "origin": run_name(config),
                 "seed": config.seed,
+                "experiment": record["experiment"],
                 "steps": trainer.global_step,
             },
         )
@@ -141,6 +149,15 @@ def train(config: Config) -> None:
                 row["images"],
             )  # fmt: skip
         log.info("%s: %s", record["status"], folder / FILE)
+
+
+def set_aside(checkpoints: Path) -> None:
+    """Starting afresh (ckpt_path=null): rename what an earlier attempt left, which `last` must not find."""
+    number = 1
+    while checkpoints.with_name(f"checkpoints.{number}").exists():
+        number += 1
+    if checkpoints.is_dir():
+        checkpoints.rename(checkpoints.with_name(f"checkpoints.{number}"))
 
 
 def trainer_arguments(config: Config) -> dict[str, object]:

@@ -59,7 +59,7 @@ def checkpoints(folder: Path, every: int) -> ModelCheckpoint:
         save_top_k=2,
         every_n_train_steps=every,
         save_on_train_epoch_end=False,
-        enable_version_counter=False,  # a run started afresh replaces what an earlier attempt left
+        enable_version_counter=False,  # a file's name says its step, nothing else
     )
 
 

@@ -316,6 +316,12 @@ def identity(config: Config) -> dict[str, Any]:
     return kept
 
 
+def experiment(config: Config) -> str:
+    """A digest of what makes two runs the same experiment but for their seed: what may be averaged over seeds."""
+    kept = {key: value for key, value in identity(config).items() if key != "seed"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def run_name(config: Config) -> str:
     """For people and W&B: `DRRN_B1U9 s1`."""
     return config.name or f"{structure_name(config.model)} s{config.seed}"

@@ -64,6 +64,7 @@ class SuperResolution(LightningModule):
         self.batch_norms = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)]
         self.metrics = nn.ModuleDict()
         self.scores: list[dict[str, Any]] = []  # rows of the evaluation that ran last, an image each
+        self.averaged_before = 0  # batches whose statistics the weights came with (fine-tuning)
         self.validation: list[dict[str, Any]] = []  # rows of all validations, with their step: the learning curve
 
     def setup(self, stage: str) -> None:
@@ -92,7 +93,8 @@ class SuperResolution(LightningModule):
         PyTorch's constant momentum 1 − λ = 0.001 thousands of steps still evaluate with the starting values
         0 and 1. The same average in PyTorch's form is the momentum (1 − λ) / (1 − λⁿ) at the n-th batch.
         """
-        decay, n = self.optim.bn_average, self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        decay = self.optim.bn_average
+        n = self.averaged_before + self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
         for layer in self.batch_norms:
             layer.momentum = (1 - decay) / (1 - decay**n)
 
@@ -107,10 +109,20 @@ class SuperResolution(LightningModule):
         self.trainer.should_stop = self.stopping and whole
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the learning curve.
+        """Go on with the learning curve; the optimiser's state brings its own rate and momentum with it.
 
         `trainer.max_time` is a limit for each start; Lightning's own sum would stop a resumed run at once.
         """
+        for group in ("model", "optim"):
+            held, asked = checkpoint["hyper_parameters"][group], self.hparams[group]
+            differing = [
+                f"{group}.{key}={held.get(key)}" for key in asked if held.get(key, asked[key]) != asked[key]
+            ]
+            if differing:
+                raise Refusal(
+                    f"ckpt_path: the checkpoint was trained with {', '.join(differing)}, and going on keeps that. "
+                    "Ask for the same, or start a new training from its weights with init_from"
+                )
         self.validation = checkpoint.get("validation", [])
         checkpoint.get("callbacks", {}).pop("Timer", None)
 
@@ -183,7 +195,8 @@ class SuperResolution(LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor, str], dataloader_idx: int, stage: str) -> None:
         x, truth, image = batch  # [1, 1, H, W] each
         task = self.trainer.datamodule.evaluation_tasks(stage)[dataloader_idx]
-        prediction = self.network(x)
+        with torch.autocast(x.device.type, enabled=False):  # scores are those of float32, as src/evaluate.py's
+            prediction = self.network(x)
         row: dict[str, Any] = {"set": Path(task.set_name).name, "scale": task.scale, "image": image}
         for name in ("psnr", "ssim"):
             metric = self.metrics[f"{name}_{dataloader_idx}"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from drrn import Refusal
-from drrn.config import Config, run_name, structure_name
+from drrn.config import Config, experiment, run_name, structure_name
 from drrn.protocol import METRICS, PAPER
 
 FORMAT = 1
@@ -111,13 +111,16 @@ def environment() -> dict[str, Any]:
 
 
 def means(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Scores of images → the plain mean of every metric for each method, set and scale (protocol, step 7)."""
+    """Scores of images → the plain mean of every metric for each network, set and scale (protocol, step 7).
+
+    A metric that some image of a group lacks is left out there: a mean over a part of a set is not the set's.
+    """
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in scores:
-        groups[tuple((key, row[key]) for key in ("method", "set", "scale") if key in row)].append(row)
+        groups[tuple((key, row[key]) for key in ("method", "weights", "set", "scale") if key in row)].append(row)
     result = []
     for place, rows in groups.items():
-        metrics = [key for key in rows[0] if key.split("_")[-1] in METRICS]
+        metrics = [key for key in rows[0] if key.split("_")[-1] in METRICS and all(key in row for row in rows)]
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in metrics}
         result.append({**dict(place), "images": len(rows), **mean})
     return result
@@ -135,6 +138,7 @@ def run_record(config: Config, network: Any) -> dict[str, Any]:
         "name": run_name(config),
         "study": config.study,
         "status": "running",
+        "experiment": experiment(config),
         "seed": config.seed,
         "structure": {
             "name": structure_name(config.model),

@@ -45,6 +45,7 @@ class Measurement:
     values: dict[str, float]
     protocol: dict[str, Any]
     source: str
+    experiment: str | None = None  # what seeds may be averaged over: equal for runs that differ by their seed alone
 
 
 def from_record(record: dict[str, Any]) -> list[Measurement]:
@@ -56,7 +57,8 @@ def from_record(record: dict[str, Any]) -> list[Measurement]:
         ours = {k: row[k] for k in DIGITS if k in row}
         bicubic = {k: row[f"bicubic_{k}"] for k in DIGITS if f"bicubic_{k}" in row}
         common = (record["protocol"], record["path"])
-        result.append(Measurement(record["structure"]["name"], record["seed"], steps, *place, ours, *common))
+        name, experiment = record["structure"]["name"], record.get("experiment", record["path"])
+        result.append(Measurement(name, record["seed"], steps, *place, ours, *common, experiment))
         result.append(Measurement("Bicubic", None, None, *place, bicubic, *common))
     return result
 
@@ -69,21 +71,21 @@ def from_scores(path: Path) -> list[Measurement]:
     """
     try:
         content = json.loads(path.read_text())
-        about = {m["name"]: m for m in content["methods"]}
+        about = {m["weights"]: m for m in content["methods"]}
         return [
             Measurement(
-                about[row["method"]]["structure"],
-                about[row["method"]]["seed"],
-                about[row["method"]]["steps"],
+                about[row["weights"]]["structure"],
+                about[row["weights"]]["seed"],
+                about[row["weights"]]["steps"],
                 row["set"],
                 row["scale"],
                 row["images"],
                 {k: row[k] for k in DIGITS if k in row},
                 content["protocol"],
                 str(path),
+                about[row["weights"]]["experiment"],
             )
             for row in means(content["scores"])
-            if row["method"] in about
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refusal(f"{path} is not a file of scores that src/evaluate.py wrote ({error!r})") from error
@@ -176,20 +178,29 @@ def signed(difference: float, digits: int) -> str:
     return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
 
 
-def _group(
-    measurements: list[Measurement],
-) -> dict[tuple[str, int | None], dict[tuple[str, int], list[Measurement]]]:
-    """(method, steps) → (set, scale) → measurements, one for each seed."""
+def _group(measurements: list[Measurement]) -> dict[tuple[str, str], dict[tuple[str, int], list[Measurement]]]:
+    """(method, heading) → (set, scale) → measurements, one for each seed.
+
+    Only runs of one experiment are averaged. Where a method was trained in several ways, the headings end in
+    the digest of the experiment, which its run's folder and record name too.
+    """
+    keys = dict.fromkeys((m.method, m.steps, m.experiment) for m in measurements)
     groups: dict = defaultdict(lambda: defaultdict(list))
     for m in measurements:
-        cell = groups[m.method, m.steps][m.set_name, m.scale]
+        heading = m.method if m.steps is None else f"{m.method}, {m.steps:,} steps"
+        if sum(key[:2] == (m.method, m.steps) for key in keys) > 1:
+            heading += f" [{m.experiment}]"
+        cell = groups[m.method, heading][m.set_name, m.scale]
         if all(m.seed != other.seed for other in cell):
             cell.append(m)
     return groups
 
 
-def _heading(method: str, steps: int | None) -> str:
-    return method if steps is None else f"{method}, {steps:,} steps"
+def _part(cell: list[Measurement], set_name: str) -> str:
+    """What to say of means over a part of a set, which do not compare with means over the whole; else ""."""
+    counted = sorted({m.images for m in cell})
+    whole = IMAGES.get(set_name, counted[-1])
+    return "" if counted == [whole] else f" ({', '.join(map(str, counted))} of {whole} images)"
 
 
 def benchmark_table(measurements: list[Measurement], name: str, metrics: tuple[str, ...]) -> Table:
@@ -203,10 +214,10 @@ def benchmark_table(measurements: list[Measurement], name: str, metrics: tuple[s
     paper = {(r["method"], r["dataset"], int(r["scale"])): r for r in paper_numbers(name)}
     known = any(m.set_name in IMAGES for m in measurements)
     places = list(dict.fromkeys((d, s) for _, d, s in paper)) if known else []
-    places += [p for cells in groups.values() for p in cells if p not in places]
+    places = list(dict.fromkeys([*places, *(p for cells in groups.values() for p in cells)]))
     columns = ["set", "scale"]
-    for method, steps in groups:
-        columns += [f"{method} paper", f"{_heading(method, steps)} ours", "difference"]
+    for method, heading in groups:
+        columns += [f"{IN_PAPER.get(method, method)} paper", f"{heading} ours", "difference"]
     rows = []
     for set_name, scale in places:
         row = [set_name, f"×{scale}"]
@@ -218,9 +229,8 @@ def benchmark_table(measurements: list[Measurement], name: str, metrics: tuple[s
                 row += [MISSING, MISSING]
                 continue
             shown = " / ".join(over_seeds(ours[k], k) for k in metrics)
-            counted = {m.images for m in cells[set_name, scale]}
-            if counted != {IMAGES.get(set_name, *counted)}:  # a part of a set does not compare with the whole
-                row += [f"{shown} ({min(counted)} of {IMAGES[set_name]} images)", MISSING]
+            if part := _part(cells[set_name, scale], set_name):
+                row += [shown + part, MISSING]
                 continue
             row.append(shown)
             differences = (
@@ -228,7 +238,7 @@ def benchmark_table(measurements: list[Measurement], name: str, metrics: tuple[s
             )
             row.append(" / ".join(differences) or MISSING)
         rows.append(row)
-    title = f"Table {name[-1]}: {' / '.join(k.upper() for k in metrics)}"
+    title = f"Table {name[-1]}: " * known + " / ".join(k.upper() for k in metrics)
     notes = [f"Protocol {protocol['name']} v{protocol['version']}." + _departures(protocol), *_seed_note(groups)]
     return Table(title, columns, rows, notes)
 
@@ -247,9 +257,9 @@ def _seed_note(groups: dict) -> list[str]:
 def ablation_table(measurements: list[Measurement]) -> Table:
     """Table 4: the components turned on and off at B3U4, Set5 ×3: paper, ours, difference.
 
-    Networks of other widths stand in for the 128-feature ones under their own names.
+    Networks of other widths stand in for the 128-feature ones under their own names, and are not compared.
     """
-    one_protocol(measurements)
+    protocol = one_protocol(measurements)
     groups = _group(measurements)
     variants = ("VDSR", "DRRN_NS_C", "DRRN_NS", "DRRN_C", "DRRN")
     paper = {r["method"]: r for r in paper_numbers("table4")}
@@ -259,16 +269,19 @@ def ablation_table(measurements: list[Measurement]) -> Table:
         row = paper[variant]
         prefix = "VDSR_d28" if variant == "VDSR" else f"{variant}_B3U4"
         switches = [tick[row[k]] for k in ("local_residual", "recursive", "multi_path")]
-        ours = [(m, s, c) for (m, s), c in groups.items() if m == prefix or m.startswith(f"{prefix}_")]
+        ours = [(m, h, c) for (m, h), c in groups.items() if m == prefix or m.startswith(f"{prefix}_")]
         if not ours:
             rows.append([variant, *switches, row["psnr"], MISSING, MISSING])
-        for method, steps, cells in ours:
-            values = [m.values["psnr"] for m in cells.get(("Set5", 3), [])]
-            difference = signed(statistics.fmean(values) - float(row["psnr"]), 2) if values else MISSING
-            name = _heading(method, steps)
-            rows.append([name, *switches, row["psnr"], over_seeds(values, "psnr"), difference])
+        for method, heading, cells in ours:
+            cell = [m for m in cells.get(("Set5", 3), []) if "psnr" in m.values]
+            values = [m.values["psnr"] for m in cell]
+            part = _part(cell, "Set5") if cell else ""
+            compares = values and not part and method == prefix
+            difference = signed(statistics.fmean(values) - float(row["psnr"]), 2) if compares else MISSING
+            rows.append([heading, *switches, row["psnr"], over_seeds(values, "psnr") + part, difference])
     columns = ["method", "local residual", "recursive", "multi-path", "paper", "ours", "difference"]
-    return Table("Table 4: components at B3U4 (PSNR, Set5 ×3)", columns, rows, _seed_note(groups))
+    notes = [f"Protocol {protocol['name']} v{protocol['version']}." + _departures(protocol), *_seed_note(groups)]
+    return Table("Table 4: components at B3U4 (PSNR, Set5 ×3)", columns, rows, notes)
 
 
 def runs_table(records: list[dict[str, Any]]) -> Table:
@@ -282,13 +295,15 @@ def runs_table(records: list[dict[str, Any]]) -> Table:
     def cell(row: dict[str, Any], prefix: str) -> str:
         return f"{row[prefix + 'psnr']:.2f} / {row[prefix + 'ssim']:.4f}"
 
+    names = [record["name"] for record in finished]
     rows, bicubic = [], {}
     for record in finished:
+        name = record["name"] if names.count(record["name"]) == 1 else Path(record["path"]).parent.name
         scores = {(row["set"], row["scale"]): row for row in record["means"]}
         structure = record["structure"]
         rows.append(
             [
-                record["name"],
+                name + (" (stopped)" if record.get("status") == "stopped" else ""),
                 str(structure["depth"]),
                 f"{structure['conv_weights']:,}",
                 f"{record['budget']['steps']:,}",
