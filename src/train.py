@@ -51,10 +51,9 @@ def train(config: Config) -> None:
 
     import torch
     from lightning.pytorch import Trainer, seed_everything
-    from lightning.pytorch.callbacks import RichProgressBar
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from drrn.callbacks import PlainProgress, checkpoints, newest_checkpoint
+    from drrn.callbacks import PlainProgress, TerminalProgress, checkpoints, newest_checkpoint
     from drrn.datamodule import SuperResolutionData
     from drrn.model import DRRN
     from drrn.module import SuperResolution
@@ -107,7 +106,7 @@ def train(config: Config) -> None:
                 default_root_dir=folder,
                 callbacks=[
                     checkpoints(folder / "checkpoints", config.trainer.checkpoint_every),
-                    RichProgressBar() if sys.stderr.isatty() else PlainProgress(every),
+                    TerminalProgress() if sys.stderr.isatty() else PlainProgress(every),
                 ],
                 enable_progress_bar=sys.stderr.isatty(),
             )

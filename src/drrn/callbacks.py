@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
 log = logging.getLogger(__name__)
+
+
+class TerminalProgress(RichProgressBar):
+    """Lightning's bar, which would call the run "Epoch 0/-2": to Lightning a run is one epoch without an end."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
 
 
 class PlainProgress(Callback):
