@@ -74,6 +74,12 @@ def train(config: Config) -> None:
         seed_everything(config.seed, workers=True, verbose=False)
         data = SuperResolutionData(config)
         data.prepare_data()
+        record["patches"] = data.patches.path.name  # its digest is that of the recipe and the source images
+        if config.ckpt_path == "last" and earlier.get("patches", record["patches"]) != record["patches"]:
+            raise Refusal(
+                f"{folder} was begun with the patches {earlier['patches']} and would go on with {record['patches']}: "
+                "its source images have changed. Put them back, or start afresh with ckpt_path=null."
+            )
 
         # 2. patches → module
         module = SuperResolution(asdict(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)

@@ -555,3 +555,14 @@ def test_a_network_learns_the_photograph_it_sees(configure: Callable, tmp_path: 
     assert mean["psnr"] > mean["bicubic_psnr"] + 0.3
     assert math.isfinite(mean["ssim"])
     assert np.isfinite(mean["bicubic_ssim"])
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_images(configure: Callable, tmp_path: Path) -> None:
+    """The images of a folder may change between two starts; the run's folder is the same, its data is not."""
+    from drrn.records import write_json
+
+    config = configure(f"output={tmp_path}")
+    begun = {"format": 1, "status": "running", "patches": "tiny-0123456789.h5", "wandb_id": "abc"}
+    write_json(run_dir(config) / FILE, begun)
+    with pytest.raises(Refusal, match=r"tiny-0123456789\.h5 and would go on with"):
+        train.train(config)
