@@ -77,8 +77,8 @@ def train(config: Config) -> None:
         record["patches"] = data.patches.path.name  # its digest is that of the recipe and the source images
         if config.ckpt_path == "last" and earlier.get("patches", record["patches"]) != record["patches"]:
             raise Refusal(
-                f"{folder} was begun with the patches {earlier['patches']} and would go on with {record['patches']}: "
-                "its source images have changed. Put them back, or start afresh with ckpt_path=null."
+                f"{folder} was begun with the patches {earlier['patches']} and would go on with "
+                f"{record['patches']}: its source images have changed. Put them back, or start afresh with ckpt_path=null."
             )
 
         # 2. patches → module
