@@ -78,7 +78,8 @@ def train(config: Config) -> None:
         if config.ckpt_path == "last" and earlier.get("patches", record["patches"]) != record["patches"]:
             raise Refusal(
                 f"{folder} was begun with the patches {earlier['patches']} and would go on with "
-                f"{record['patches']}: its source images have changed. Put them back, or start afresh with ckpt_path=null."
+                f"{record['patches']}: its source images have changed. Put them back, or start afresh with "
+                "ckpt_path=null."
             )
 
         # 2. patches → module
