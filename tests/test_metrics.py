@@ -498,3 +498,15 @@ def test_metric_says_what_is_wrong(metric_class) -> None:
     with pytest.raises(TypeError, match=r"not torch\.int64"):
         metric.update(image.long(), image.long(), 0)
     assert metric.images == 0
+
+
+def test_ssim_against_kornia() -> None:
+    """kornia's windowed SSIM, told to keep to the windows inside the image; it computes in the tensor's precision."""
+    from kornia.metrics import ssim as kornia_ssim
+
+    a = skimage.data.camera()[100:180, 150:260]
+    b = np.clip(a.astype(float) + 12 * np.random.default_rng(0).standard_normal(a.shape), 0, 255).astype(np.uint8)
+    x, y = (torch.from_numpy(image.astype(np.float64))[None, None] for image in (a, b))
+    expected = kornia_ssim(x, y, window_size=11, max_val=255.0, padding="valid").mean().item()
+    assert 0.3 < expected < 0.95
+    assert ssim(a, b) == pytest.approx(expected, abs=1e-6)
