@@ -501,7 +501,7 @@ def test_metric_says_what_is_wrong(metric_class) -> None:
 
 
 def test_ssim_against_kornia() -> None:
-    """kornia's windowed SSIM, told to keep to the windows inside the image; it computes in the tensor's precision."""
+    """kornia's windowed SSIM, told to keep to the windows inside the image."""
     from kornia.metrics import ssim as kornia_ssim
 
     a = skimage.data.camera()[100:180, 150:260]
