@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -88,10 +89,18 @@ def fetch(set_name: str, root: Path, registry: Path = REGISTRY, complete: bool =
                 "Delete it to have it fetched again, or point data.root (DRRN_DATA) elsewhere."
             )
     if present and not complete:
+        if len(present) < len(files):
+            _warn_of_a_part(set_name, len(present), len(files), root)
         return [root / name for name in present]
     if len(present) < len(files):
         _download([name for name in files if name not in present], files, root)
     return [root / name for name in files]
+
+
+@cache  # once for each set, however often it is listed
+def _warn_of_a_part(set_name: str, present: int, whole: int, root: Path) -> None:
+    log.warning("only %d of the %d images of %s are under %s: a mean over them is not the set's",
+                present, whole, set_name, root)  # fmt: skip
 
 
 def _download(missing: list[str], files: dict[str, tuple[str, str]], root: Path) -> None:
