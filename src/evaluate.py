@@ -78,6 +78,11 @@ class Job(NamedTuple):
         """A score's place; it holds for the image file of this digest alone."""
         return (self.method.digest, self.set_name, self.scale, self.path.name)
 
+    def picture(self, folder: str) -> Path:
+        """Where `images` keeps the super-resolved Y."""
+        method = self.method.name.replace(" ", "_").replace("/", "_")
+        return Path(folder) / self.set_name / f"{self.path.stem}_x{self.scale}_{method}.png"
+
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 def main(cfg: DictConfig) -> None:
@@ -163,7 +168,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for job in jobs:
         if done.get(job.key(), {}).get("image_sha256", job.digest) != job.digest:
             del done[job.key()]  # the image has changed since
-    missing = [job for job in jobs if not set(config.metrics) <= set(done.get(job.key(), ()))]
+    missing = [
+        job
+        for job in jobs
+        if not set(config.metrics) <= set(done.get(job.key(), ()))
+        or (config.images is not None and not job.picture(config.images).is_file())
+    ]
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -268,10 +278,10 @@ def score_image(
     if images is not None:
         from PIL import Image
 
-        name = f"{job.path.stem}_x{job.scale}_{job.method.name.replace(' ', '_').replace('/', '_')}.png"
-        target = Path(images) / job.set_name / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(to_uint8(np.asarray(prediction))).save(target)
+        from drrn.records import write_whole
+
+        picture = Image.fromarray(to_uint8(np.asarray(prediction)))
+        write_whole(job.picture(images), lambda partial: picture.save(partial, format="PNG"))
     return {
         "method": job.method.name,
         "weights": job.method.digest,

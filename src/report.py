@@ -77,20 +77,16 @@ def write_table(table: Any, stem: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from drrn.records import write_whole
+
     printed = Table(title=table.title, caption=" ".join(table.notes) or None)
     for index, column in enumerate(table.columns):
         printed.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in table.rows:
         printed.add_row(*row)
     Console().print(printed)
-    stem.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".md", table.markdown()), (".csv", table.csv()), (".tex", table.latex())):
-        partial = stem.with_name(f".{stem.name}{suffix}.partial")
-        try:
-            partial.write_text(text)
-            partial.replace(stem.with_suffix(suffix))
-        except OSError as error:
-            raise Refusal(f"{stem.with_suffix(suffix)} could not be written: {error}") from error
+        write_whole(stem.with_suffix(suffix), lambda partial, text=text: partial.write_text(text))
     print(f"written: {stem}.md, .csv, .tex\n")
 
 

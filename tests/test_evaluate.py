@@ -189,3 +189,24 @@ def test_check_protocol(entry_point: Callable, drrn_data: Path, tiny_images: Pat
     assert code == 2
     assert "the protocol is broken here" in err
     assert not (tmp_path / "b.json").exists()
+
+
+def test_pictures_of_images_scored_before(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
+    """`images=` on a second call writes what the first did not, and the pictures are the scored ones."""
+    arguments = (
+        "evaluate",
+        "method=bicubic",
+        f"sets=[{tiny_images}]",
+        "scales=[3]",
+        f"output={tmp_path / 's.json'}",
+    )
+    assert entry_point(*arguments)[0] == 0
+    code, _, err = entry_point(*arguments, f"images={tmp_path / 'pictures'}")
+    assert code == 0, err
+    written = sorted((tmp_path / "pictures" / "tiny").iterdir())
+    assert [path.name for path in written] == ["camera_x3_bicubic.png", "chelsea_x3_bicubic.png"]
+    truth = np.asarray(Image.open(tiny_images / "camera.png"))[:63, :54]
+    shown = np.asarray(Image.open(written[0]))
+    expected = peak_signal_noise_ratio(truth[3:-3, 3:-3], shown[3:-3, 3:-3], data_range=255)
+    rows = {row["image"]: row for row in json.loads((tmp_path / "s.json").read_text())["scores"]}
+    assert rows["camera.png"]["psnr"] == pytest.approx(expected, abs=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -31,7 +32,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [FILE]
 
 
-@pytest.mark.parametrize("stage", ["dump", "fsync", "replace"])
+@pytest.mark.parametrize("stage", ["write", "fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,8 +42,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    target = {"dump": (json, "dump"), "fsync": (os, "fsync"), "replace": (Path, "replace")}[stage]
-    monkeypatch.setattr(*target, full)
+    def on_a_full_device(self: Path, mode: str) -> object:
+        return io.open("/dev/full", mode)  # noqa: UP020
+
+    target = {"write": (Path, "open"), "fsync": (os, "fsync"), "replace": (Path, "replace")}[stage]
+    monkeypatch.setattr(*target, on_a_full_device if stage == "write" else full)
     with pytest.raises(Refusal, match="No space left") as refusal:
         write_json(path, {"format": FORMAT, "old": False})
     assert str(path) in str(refusal.value)

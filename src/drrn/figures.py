@@ -17,6 +17,7 @@ from drrn import Refusal
 from drrn.images import read_pixels
 from drrn.matlab import rgb2ycbcr, to_uint8, ycbcr2rgb
 from drrn.protocol import degrade, modcrop, prepare, score
+from drrn.records import write_whole
 
 mpl.rcParams.update({"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "pdf.fonttype": 42})
 
@@ -115,14 +116,6 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     written = []
     for suffix in (".png", ".pdf"):
         path = stem.with_suffix(suffix)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(partial, format=suffix[1:])
-            partial.replace(path)
-        except OSError as error:
-            raise Refusal(f"{path} could not be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, lambda partial, form=suffix[1:]: figure.savefig(partial, format=form))
         written.append(path)
     return written

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,21 +36,36 @@ PACKAGES = (
 )
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all: to a temporary name, flushed to disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` write to a temporary name beside `path`, then rename.
+
+    Raises:
+        Refusal: it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
         partial.replace(path)
-    except OSError as error:
+    except Refusal:
+        raise
+    except Exception as error:  # libraries raise their own kinds for a full or read-only disk
         raise Refusal(f"{path} could not be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all, flushed to the disk before it takes its name."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"  # before any file: what fails here is our bug
+
+    def write(partial: Path) -> None:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_whole(path, write)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from drrn import Refusal
 from drrn.config import ModelConfig
 from drrn.foreign import container, is_lightning, named_tensors, read_bytes, read_tensors, read_torch
 from drrn.model import DRRN
+from drrn.records import write_whole
 
 FORMAT = 1
 DEEPEST = 10_000  # layers; the paper's deepest network has 52
@@ -59,25 +58,6 @@ def save_checkpoint(path: Path, network: DRRN, model: ModelConfig, about: dict[s
         "drrn": about,
     }
     write_whole(path, lambda partial: torch.save(checkpoint, partial))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write to a temporary name beside `path`, then rename.
-
-    Raises:
-        Refusal: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
-    except Refusal:
-        raise
-    except Exception as error:  # torch and safetensors raise their own kinds for a full or read-only disk
-        raise Refusal(f"{path} could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def digest(state: dict[str, Tensor]) -> str:
