@@ -45,9 +45,12 @@ def train(config: Config) -> None:
 
     folder = run_dir(config)
     earlier = read_record(folder / FILE) if (folder / FILE).is_file() else {}
-    if earlier.get("status") == "finished":
-        print(f"{run_name(config)} is finished: {folder / FILE}. Delete the folder to train it again.")
-        return
+    # Fig. 8's DRRN_B3U4 is Fig. 6's and Table 4's too: the same run in another study's folder is not trained twice.
+    others = sorted(folder.parents[1].glob(f"*/{folder.name}/{FILE}"))
+    for path, record in [(folder / FILE, earlier), *((path, read_record(path)) for path in others)]:
+        if record.get("status") == "finished":
+            print(f"{run_name(config)} is finished: {path}. Delete its folder to train it again.")
+            return
 
     import torch
     from lightning.pytorch import Trainer, seed_everything

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,16 @@ def test_a_finished_run_is_recognised(straight: tuple[Config, Path], capsys: pyt
     train.train(config)
     assert f"is finished: {folder / FILE}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_run_that_another_study_finished_is_recognised(
+    straight: tuple[Config, Path], capsys: pytest.CaptureFixture
+) -> None:
+    config, folder = straight
+    elsewhere = replace(config, study="another")
+    train.train(elsewhere)
+    assert f"is finished: {folder / FILE}" in capsys.readouterr().out
+    assert not run_dir(elsewhere).exists()
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(
