@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from drrn import Refusal
-from drrn.config import CONF, Config, check, launch, run_dir, run_name, structure_name
+from drrn.config import CONF, Config, check, launch, run_dir, run_name
 
 log = logging.getLogger("drrn.train")
 
@@ -60,6 +60,7 @@ def train(config: Config) -> None:
     from drrn.datamodule import SuperResolutionData
     from drrn.model import DRRN
     from drrn.module import SuperResolution
+    from drrn.tracking import Tracker, make_logger
     from drrn.weights import initial_state, save_weights
 
     initial = initial_state(Path(config.init_from), config.model) if config.init_from is not None else None
@@ -70,7 +71,7 @@ def train(config: Config) -> None:
     for key in ("budget", "scores", "means", "validation"):  # of a stopped run: kept until there are new ones
         if key in earlier and config.ckpt_path is not None:
             record[key] = earlier[key]
-    record["wandb_id"] = earlier.get("wandb_id") or uuid.uuid4().hex[:8]
+    record["wandb_id"] = (config.ckpt_path and earlier.get("wandb_id")) or uuid.uuid4().hex[:8]  # afresh: a new one
     folder.mkdir(parents=True, exist_ok=True)
     with log_to(folder / "train.log"), recorded(folder / FILE, record):
         # 1. images → patches
@@ -107,7 +108,7 @@ def train(config: Config) -> None:
 
         # 3. module → weights
         every = config.trainer.log_every_n_steps
-        logger = make_logger(config, folder, record)
+        logger = make_logger(config, folder, record, module)
         try:
             trainer = Trainer(
                 **arguments,
@@ -157,6 +158,8 @@ def train(config: Config) -> None:
                 row["set"], row["scale"], row["psnr"], row["bicubic_psnr"], row["ssim"], row["bicubic_ssim"],
                 row["images"],
             )  # fmt: skip
+        if isinstance(logger, Tracker):
+            logger.results()
         log.info("%s: %s", record["status"], folder / FILE)
 
 
@@ -200,37 +203,6 @@ def trainer_arguments(config: Config) -> dict[str, object]:
     }
 
 
-def make_logger(config: Config, folder: Path, record: dict) -> object:
-    """The logger that `logger.kind` names, or False."""
-    if config.logger.kind == "none":
-        return False
-    if config.logger.kind == "csv":
-        from lightning.pytorch.loggers import CSVLogger
-
-        return CSVLogger(folder, name="csv")  # a version for each time the run goes on: none is overwritten
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    model = config.model
-    log.info(
-        "W&B is %s; `wandb sync %s` uploads what stayed here",
-        config.logger.mode,
-        folder / "wandb/offline-run-*",
-    )
-    return WandbLogger(
-        project=config.logger.project,
-        name=run_name(config),
-        group=config.study,
-        tags=[structure_name(model), f"B{model.B}", f"U{model.U}", f"d{record['structure']['depth']}"],
-        id=record["wandb_id"],  # an interrupted run goes on in the same W&B run
-        resume="allow",
-        save_dir=folder,
-        mode=config.logger.mode,
-        settings=wandb.Settings(silent=True),
-        config={**asdict(config), "structure": record["structure"], "git": record["git"]},
-    )
-
-
 def quiet_lightning() -> None:
     """Drop Lightning's tips and notices; warnings that a user can act on stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -251,6 +223,7 @@ def recorded(path: Path, record: dict) -> Iterator[None]:
     from lightning.pytorch.utilities import rank_zero_only
 
     from drrn.records import write_json
+    from drrn.tracking import finish
 
     write = rank_zero_only(write_json)
     write(path, record)
@@ -263,8 +236,8 @@ def recorded(path: Path, record: dict) -> Iterator[None]:
         raise
     finally:
         write(path, record)
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish(exit_code=int(record["status"] == "failed"))
+        if finish(record):
+            write(path, record)
 
 
 @contextmanager

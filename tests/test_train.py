@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import shutil
@@ -495,23 +494,6 @@ def test_an_unexpected_error_in_a_job_does_not_stop_the_others(
     statuses = {r["structure"]["name"]: r["status"] for r in map(read_record, tmp_path.rglob(FILE))}
     assert statuses == {"VDSR_d2_2f": "failed", "VDSR_d3_2f": "finished"}
     assert "Interruption" in err  # the traceback is in the run's log and on the console
-
-
-def test_wandb_is_told_the_structure_and_the_study(
-    configure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    told: dict[str, Any] = {}
-    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", lambda **arguments: told.update(arguments))
-    config = configure("logger=wandb", "study=fig6", "model.B=3", "model.U=4", "model.features=128", "seed=5")
-    train.make_logger(config, tmp_path, {"structure": {"depth": 28}, "git": None, "wandb_id": "0a1b2c3d"})
-    assert told["group"] == "fig6"
-    assert set(told["tags"]) == {"DRRN_B3U4", "B3", "U4", "d28"}
-    assert told["name"] == "DRRN_B3U4 s5"
-    assert told["mode"] == "offline"
-    assert (told["id"], told["resume"]) == ("0a1b2c3d", "allow")  # an interrupted run goes on in its W&B run
-    assert told["save_dir"] == tmp_path
-    assert told["config"]["model"]["U"] == 4
-    json.dumps(told["config"])  # W&B stores it as JSON
 
 
 # ---------------------------------------------------------------------- prepare

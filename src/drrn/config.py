@@ -108,6 +108,7 @@ class LoggerConfig:
     kind: str = MISSING
     project: str = MISSING
     mode: str = MISSING
+    artifacts: str = MISSING
 
 
 @dataclass
@@ -136,6 +137,7 @@ CHOICES = {
     "optim.schedule": ("halve", "cosine"),
     "logger.kind": ("wandb", "csv", "none"),
     "logger.mode": ("offline", "online", "disabled"),
+    "logger.artifacts": ("none", "weights", "checkpoints"),
 }
 AT_LEAST = {
     "model.B": 1,

@@ -1,0 +1,359 @@
+"""Where a run's metrics go besides its record: Weights & Biases (offline unless asked otherwise), or CSV.
+
+Tracking never decides over a run. Whatever W&B raises (no account, no network, a full or read-only folder, a
+service that was killed) is said once in the run's log and in `record["tracking"]`; training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from drrn.config import Config, run_name, structure_name
+
+if TYPE_CHECKING:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    from drrn.module import SuperResolution
+
+log = logging.getLogger(__name__)
+
+PICTURES = 3  # test images drawn side by side: the first of the first set, so that runs can be compared
+FINISH_SECONDS = 600  # for uploading at the end (logger.mode=online); what is left stays on the disk
+ARTIFACTS = {"none": (), "weights": ("weights",), "checkpoints": ("weights", "checkpoint")}
+
+
+def make_logger(config: Config, folder: Path, record: dict[str, Any], module: SuperResolution) -> Logger | bool:
+    """The logger that `logger.kind` names, or False; `record["tracking"]` will say what became of it."""
+    if config.logger.kind == "wandb":
+        return Tracker(config, folder, record, module)
+    record["tracking"] = {"kind": config.logger.kind}
+    return CSV(config, folder, module) if config.logger.kind == "csv" else False
+
+
+def progress(module: SuperResolution, batch_size: int) -> tuple[int, dict[str, float]]:
+    """Optimiser steps done, and the same as patches and as passes over the data.
+
+    Lightning's own count is one behind while it validates, another behind after a resume, and its epoch is 0.
+    """
+    steps = module.trainer.global_step
+    return steps, {"patches_seen": steps * batch_size, "epoch": steps / module.hparams["steps_per_epoch"]}
+
+
+class CSV(CSVLogger):
+    """Metrics by steps done and patches seen; a version for each time the run goes on: none is overwritten."""
+
+    def __init__(self, config: Config, folder: Path, module: SuperResolution) -> None:
+        super().__init__(folder, name="csv")
+        self.module, self.batch_size = module, config.data.batch_size
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """A row."""
+        steps, where = progress(self.module, self.batch_size)
+        super().log_metrics({**metrics, **where}, steps)
+
+
+class Tracker(Logger):
+    """A run of ours as one W&B run, however often it is interrupted.
+
+    W&B's step is the optimiser step and its x-axis `patches_seen`. Steps that are done again after a crash are
+    not logged again: the history of all legs together holds every metric at every step at most once.
+
+    Args:
+        config: the checked configuration.
+        folder: the run's folder; W&B's files go to `wandb/` below it.
+        record: the run record. Its `wandb_id` says which W&B run to go on with; `tracking` is kept here:
+            kind, mode, folder, and `problem`, None or what went wrong first.
+        module: the module in training, which knows the steps.
+    """
+
+    current: Tracker | None = None  # the one that `finish` ends
+
+    def __init__(self, config: Config, folder: Path, record: dict[str, Any], module: SuperResolution) -> None:
+        super().__init__()
+        self.config, self.folder, self.record, self.module = config, folder, record, module
+        self.run: Any = None
+        self.logged: dict[str, int] = {}  # metric → the highest step that it was logged at, in any leg
+        self.state = {"kind": "wandb", "mode": config.logger.mode, "folder": None, "problem": None}
+        if rank_zero_only.rank == 0:
+            record["tracking"] = self.state
+            Tracker.current = self
+            self._attempt("start", self._start)
+
+    # ------------------------------------------------------------------ what Lightning calls
+
+    @property
+    def name(self) -> str:
+        """The W&B project."""
+        return self.config.logger.project
+
+    @property
+    def version(self) -> str:
+        """The W&B run."""
+        return self.record["wandb_id"]
+
+    @property
+    def save_dir(self) -> str:
+        """The run's folder."""
+        return str(self.folder)
+
+    def log_hyperparams(self, *arguments: Any, **more: Any) -> None:
+        """The W&B run was started with the whole configuration."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """A training or validation line; the test's scores come from the record (`results`)."""
+        steps, where = progress(self.module, self.config.data.batch_size)
+        new = {
+            key: value
+            for key, value in metrics.items()
+            if key != "epoch" and not key.startswith("test/") and self.logged.get(key, -1) < steps
+        }
+        if new and self._attempt("log", lambda: self.run.log({**new, **where}, step=steps)):
+            self.logged |= dict.fromkeys(new, steps)
+
+    # ------------------------------------------------------------------ from start to finish
+
+    def _attempt(self, what: str, call: Callable[[], Any]) -> bool:
+        """Call W&B; on any failure say so and leave W&B alone from then on."""
+        if self.state["problem"] is not None or (self.run is None and what != "start"):
+            return False
+        try:
+            call()
+        except Exception as error:  # every kind: W&B's own, the disk's, the socket's
+            self._give_up(f"W&B failed at {what}: {type(error).__name__}: {error}")
+            return False
+        return True
+
+    def _give_up(self, problem: str) -> None:
+        self.state["problem"] = problem
+        self.run = None
+        log.warning("%s. Tracking ends here; the run and its record go on without it.", problem)
+        _end_service()  # a dead one would print a traceback at exit, and be handed to the next run of a multirun
+
+    def _start(self) -> None:
+        import wandb
+
+        config, record, mode = self.config, self.record, self.config.logger.mode
+        for path in runs(self.folder, record["wandb_id"]):
+            for step, row in history(path):
+                self.logged |= {key: max(step, self.logged.get(key, -1)) for key in row}
+        model, structure = config.model, record["structure"]
+        arguments = {
+            "project": config.logger.project,
+            "name": run_name(config),
+            "group": config.study,
+            "tags": [structure_name(model), f"B{model.B}", f"U{model.U}", f"d{structure['depth']}"],
+            "id": record["wandb_id"],
+            "resume": "allow",
+            "dir": self.folder,
+            "config": {
+                **record["config"],
+                "d": structure["depth"],
+                "k": structure["conv_weights"],
+                **{
+                    key: record.get(key)
+                    for key in ("structure", "experiment", "patches", "protocol", "versions", "machine", "git")
+                },
+                "budget": {"steps": self.module.hparams["max_steps"],
+                           "patches": self.module.hparams["max_steps"] * config.data.batch_size},
+            },
+        }  # fmt: skip
+
+        def init(mode: str) -> Any:
+            settings = wandb.Settings(
+                silent=True,
+                console="off",  # train.log has what was said; captured output would pass through W&B's service
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
+            )
+            return wandb.init(**arguments, mode=mode, settings=settings)
+
+        if mode == "online":
+            try:
+                if not wandb.login(prompt=False, verify=False):
+                    raise RuntimeError("no account is configured (`wandb login`)")
+                self.run = init(mode)
+            except Exception as error:
+                mode = self.state["mode"] = "offline"
+                log.warning("logger.mode=online does not work: %s. Tracked offline; upload it later.", error)
+                _end_service()
+        if self.run is None:
+            self.run = init(mode)
+        if mode != "disabled":
+            record["wandb_id"] = self.run.id  # under a W&B agent, the agent's
+            self.state["folder"] = str(Path(self.run.dir).parent.relative_to(self.folder.resolve()))
+        self.run.define_metric("patches_seen")
+        self.run.define_metric("*", step_metric="patches_seen", step_sync=True)
+        if mode == "offline":
+            log.info("W&B is offline; `wandb sync %s` uploads it", self.folder / "wandb/offline-run-*")
+
+    def results(self) -> None:
+        """What a finished evaluation leaves: scores by set and by image, pictures, artifacts if asked for."""
+        self._attempt("results", self._results)
+
+    def _results(self) -> None:
+        import wandb
+
+        record = self.record
+        means = {
+            f"test/{row['set']}_x{row['scale']}/{key}": value
+            for row in record["means"]
+            for key, value in row.items()
+            if key not in ("set", "scale")
+        }
+        columns = list(dict.fromkeys(key for row in record["scores"] for key in row))
+        rows = [[row.get(key) for key in columns] for row in record["scores"]]
+        # Of the paths that W&B uploads from later, none is outside the run's folder.
+        before = os.environ.get("WANDB_DATA_DIR")
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.folder.resolve() / "wandb"))
+        try:
+            self.run.log(
+                {
+                    "patches_seen": record["budget"]["patches"],
+                    **means,
+                    "scores": wandb.Table(columns=columns, data=rows),
+                    **{key: wandb.Image(pixels) for key, pixels in self._pictures().items()},
+                },
+                step=max([record["budget"]["steps"], *self.logged.values()]) + 1,
+            )
+            self._artifacts()
+        finally:
+            if before is None:
+                os.environ.pop("WANDB_DATA_DIR", None)
+        self.run.summary.update({**means, "status": record["status"]})
+        self.run.summary.update({f"budget/{key}": value for key, value in record["budget"].items()})
+
+    def _pictures(self) -> dict[str, np.ndarray]:
+        """`pictures/Set5_x3/baby` → [H, W, 4] uint8, ground truth, bicubic and this network side by side."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        from drrn.figures import side_by_side
+        from drrn.images import image_files
+        from drrn.inference import super_resolve
+
+        if not self.record["scores"]:
+            return {}
+        scales = sorted({row["scale"] for row in self.record["scores"]})
+        scale, first = scales[len(scales) // 2], self.record["scores"][0]["set"]
+        chosen = [r["image"] for r in self.record["scores"] if (r["set"], r["scale"]) == (first, scale)][:PICTURES]
+        pictures = {}
+        try:
+            (place,) = (name for name in self.config.data.val if Path(name).name == first)
+            files = {path.name: path for path in image_files(place, Path(self.config.data.root), complete=False)}
+            network = {self.record["structure"]["name"]: lambda x: super_resolve(self.module.network, x)}
+            for image in chosen:
+                figure = side_by_side(files[image], scale, network)
+                canvas = FigureCanvasAgg(figure)
+                canvas.draw()
+                pictures[f"pictures/{first}_x{scale}/{Path(image).stem}"] = np.asarray(canvas.buffer_rgba())
+        except Exception as error:  # nothing that W&B did, and no reason to lose the scores
+            log.warning("no picture of %s for W&B: %s: %s", first, type(error).__name__, error)
+        return pictures
+
+    def _artifacts(self) -> None:
+        """The weights, or also the last checkpoint (weights and momentum), with aliases for status and step."""
+        import wandb
+
+        steps = self.record["budget"]["steps"]
+        files = {
+            "weights": self.folder / "weights.safetensors",
+            "checkpoint": self.folder / "checkpoints" / f"step{steps:08d}.ckpt",
+        }
+        for kind in ARTIFACTS[self.config.logger.artifacts]:
+            path = files[kind]
+            about = {"structure": self.record["structure"], "steps": steps, "means": self.record["means"]}
+            artifact = wandb.Artifact(f"{self.folder.name}-{kind}", "model", metadata=about)
+            artifact.add_file(str(path), policy="immutable")  # uploaded from where it is, not from a copy
+            self.run.log_artifact(artifact, aliases=[self.record["status"], f"step{steps}"])
+            log.info("W&B artifact %s: %.1f MB", artifact.name, path.stat().st_size / 1e6)
+
+    def finish(self, failed: bool) -> None:
+        """End the W&B run, and make sure that its file on the disk is whole."""
+        folder = self.state["folder"]
+        self._attempt("finish", lambda: self.run.finish(exit_code=int(failed)))
+        if self.state["problem"] is None and self.run is not None:
+            _end_service()  # which writes what is left
+            if folder is not None and not ended(self.folder / folder / f"run-{self.record['wandb_id']}.wandb"):
+                self._give_up(f"{self.folder / folder} is not whole: is the disk full?")
+        self.run = None
+
+
+def finish(record: dict[str, Any]) -> bool:
+    """End the tracking of the run that is over; True if `record["tracking"]` may have changed."""
+    tracker, Tracker.current = Tracker.current, None
+    if tracker is not None:
+        tracker.finish(failed=record["status"] == "failed")
+    return tracker is not None
+
+
+def _end_service() -> None:
+    """End W&B's service process: a run's last rows are on the disk, and the next run starts its own."""
+    import contextlib
+
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
+
+
+# ---------------------------------------------------------------------- W&B's own files
+
+
+def runs(folder: Path, wandb_id: str) -> list[Path]:
+    """The W&B files of all legs of a run, oldest first."""
+    return sorted((folder / "wandb").glob(f"*run-*-{wandb_id}/run-{wandb_id}.wandb"))
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The records of a W&B file, up to the first that is damaged or cut (what a crash or a full disk leaves).
+
+    The file is a LevelDB log: 32 KB blocks of fragments, each with CRC-32, length and type (whole, first, middle,
+    last). wandb 0.31 has its reader in Go only; the messages are those of its own `wandb_internal_pb2`.
+    """
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, message = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:  # too little is left of the block for a header
+            at += 32768 - at % 32768
+            continue
+        crc, length, kind = struct.unpack_from("<IHB", content, at)
+        part = content[at + 7 : at + 7 + length]
+        if len(part) < length or zlib.crc32(part, zlib.crc32(bytes([kind]))) != crc:
+            return
+        at += 7 + length
+        message = part if kind in (1, 2) else message + part
+        if kind in (1, 4):
+            record = Record()
+            try:
+                record.ParseFromString(message)
+            except DecodeError:
+                return
+            yield record
+
+
+def history(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a W&B file: step, {metric: value}."""
+    for record in records(path):
+        if record.WhichOneof("record_type") == "history":
+            row = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            yield record.history.step.num, {key: value for key, value in row.items() if not key.startswith("_")}
+
+
+def ended(path: Path) -> bool:
+    """Whether a W&B file holds a run up to its end."""
+    return path.is_file() and any(record.WhichOneof("record_type") == "exit" for record in records(path))
