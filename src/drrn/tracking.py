@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PICTURES = 3  # test images drawn side by side: the first of the first set, so that runs can be compared
-FINISH_SECONDS = 600  # for uploading at the end (logger.mode=online); what is left stays on the disk
+FINISH_SECONDS = 180  # for uploading at the end (logger.mode=online); what is left stays on the disk
 ARTIFACTS = {"none": (), "weights": ("weights",), "checkpoints": ("weights", "checkpoint")}
 
 
@@ -150,6 +150,7 @@ class Tracker(Logger):
         for path in runs(self.folder, record["wandb_id"]):
             for step, row in history(path):
                 self.logged |= {key: max(step, self.logged.get(key, -1)) for key in row}
+            mend(path)
         model, structure = config.model, record["structure"]
         arguments = {
             "project": config.logger.project,
@@ -314,21 +315,20 @@ def _end_service() -> None:
 
 def runs(folder: Path, wandb_id: str) -> list[Path]:
     """The W&B files of all legs of a run, oldest first."""
-    return sorted((folder / "wandb").glob(f"*run-*-{wandb_id}/run-{wandb_id}.wandb"))
+    place = folder / "wandb"
+    found = [*place.glob(f"run-*-{wandb_id}/*.wandb"), *place.glob(f"offline-run-*-{wandb_id}/*.wandb")]
+    return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-"))  # by their time
 
 
-def records(path: Path) -> Iterator[Record]:
-    """The records of a W&B file, up to the first that is damaged or cut (what a crash or a full disk leaves).
+def messages(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """The messages of a W&B file, each with the place where it ends; stops at the first that is damaged or cut.
 
-    The file is a LevelDB log: 32 KB blocks of fragments, each with CRC-32, length and type (whole, first, middle,
-    last). wandb 0.31 has its reader in Go only; the messages are those of its own `wandb_internal_pb2`.
+    The file is a LevelDB log: 32 KB blocks of fragments, each with CRC-32, length and kind (whole, first, middle,
+    last). wandb 0.31 has its reader in Go only.
     """
-    from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, at, message = path.read_bytes(), 7, b""
+    at, message = 7, b""  # after the file's own header
     while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:  # too little is left of the block for a header
+        if 32768 - at % 32768 < 7:  # too little is left of the block for a fragment's header
             at += 32768 - at % 32768
             continue
         crc, length, kind = struct.unpack_from("<IHB", content, at)
@@ -338,12 +338,30 @@ def records(path: Path) -> Iterator[Record]:
         at += 7 + length
         message = part if kind in (1, 2) else message + part
         if kind in (1, 4):
-            record = Record()
-            try:
-                record.ParseFromString(message)
-            except DecodeError:
-                return
-            yield record
+            yield at, message
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The records of a W&B file, as W&B's own `wandb_internal_pb2` defines them, up to the first damage."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for _, message in messages(path.read_bytes()):
+        try:
+            yield Record.FromString(message)
+        except DecodeError:
+            return
+
+
+def mend(path: Path) -> None:
+    """Cut off the unfinished message that a killed process or a full disk left, set a file without any aside:
+    `wandb sync` stops at such a file, and then uploads none of the later legs."""
+    content = path.read_bytes()
+    whole = max((at for at, _ in messages(content)), default=0)
+    if whole == 0:
+        path.parent.rename(path.parent.with_name(f"empty-{path.parent.name}"))
+    elif whole < len(content):
+        os.truncate(path, whole)
 
 
 def history(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
