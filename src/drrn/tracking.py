@@ -127,21 +127,21 @@ class Tracker(Logger):
     # ------------------------------------------------------------------ from start to finish
 
     def _attempt(self, what: str, call: Callable[[], Any]) -> bool:
-        """Call W&B; on any failure say so and leave W&B alone from then on."""
-        if self.state["problem"] is not None or (self.run is None and what != "start"):
+        """Call W&B; at the first failure say so, and from then on only try to end the W&B run."""
+        if (self.run is None and what != "start") or (self.state["problem"] is not None and what != "finish"):
             return False
         try:
             call()
         except Exception as error:  # every kind: W&B's own, the disk's, the socket's
-            self._give_up(f"W&B failed at {what}: {type(error).__name__}: {error}")
+            self._complain(f"W&B failed at {what}: {type(error).__name__}: {error}")
             return False
         return True
 
-    def _give_up(self, problem: str) -> None:
-        self.state["problem"] = problem
-        self.run = None
-        log.warning("%s. Tracking ends here; the run and its record go on without it.", problem)
-        _end_service()  # a dead one would print a traceback at exit, and be handed to the next run of a multirun
+    def _complain(self, problem: str) -> None:
+        if self.state["problem"] is None:
+            self.state["problem"] = problem
+            kept = "What it has is kept" if self.run is not None else "Nothing is tracked"
+            log.warning("%s. %s; the run and its record go on without it.", problem, kept)
 
     def _start(self) -> None:
         import wandb
@@ -184,8 +184,9 @@ class Tracker(Logger):
 
         if mode == "online":
             try:
+                _end_service()  # its settings may be those of an earlier run
+                wandb.setup(wandb.Settings(mode="online", silent=True))
                 if not wandb.login(prompt=False, verify=False):
-                    raise RuntimeError("no account is configured (`wandb login`)")
                 self.run = init(mode)
             except Exception as error:
                 mode = self.state["mode"] = "offline"
@@ -202,12 +203,12 @@ class Tracker(Logger):
             log.info("W&B is offline; `wandb sync %s` uploads it", self.folder / "wandb/offline-run-*")
 
     def results(self) -> None:
-        """What a finished evaluation leaves: scores by set and by image, pictures, artifacts if asked for."""
-        self._attempt("results", self._results)
+        """What a finished evaluation leaves. The scores come first: the rest may fail where they do not."""
+        for call in (self._scores, self._media, self._artifacts):
+            self._attempt("results", call)
 
-    def _results(self) -> None:
-        import wandb
-
+    def _scores(self) -> None:
+        """A row of its own, after all others, and the run's summary: means by set and scale, budget, status."""
         record = self.record
         means = {
             f"test/{row['set']}_x{row['scale']}/{key}": value
@@ -215,27 +216,27 @@ class Tracker(Logger):
             for key, value in row.items()
             if key not in ("set", "scale")
         }
-        columns = list(dict.fromkeys(key for row in record["scores"] for key in row))
-        rows = [[row.get(key) for key in columns] for row in record["scores"]]
-        # Of the paths that W&B uploads from later, none is outside the run's folder.
+        last = max([record["budget"]["steps"], *self.logged.values()]) + 1
+        self.run.log({"patches_seen": record["budget"]["patches"], **means}, step=last)
+        budget = {f"budget/{key}": value for key, value in record["budget"].items()}
+        self.run.summary.update({**means, **budget, "status": record["status"]})
+
+    def _media(self) -> None:
+        """Into the same row: the table of all images' scores, and pictures."""
+        import wandb
+
+        columns = list(dict.fromkeys(key for row in self.record["scores"] for key in row))
+        rows = [[row.get(key) for key in columns] for row in self.record["scores"]]
+        table = wandb.Table(columns=columns, data=rows)
+        pictures = {key: wandb.Image(pixels) for key, pixels in self._pictures().items()}
         before = os.environ.get("WANDB_DATA_DIR")
+        # W&B uploads the table later from a copy there: in the run's folder, not in somebody's home.
         os.environ.setdefault("WANDB_DATA_DIR", str(self.folder.resolve() / "wandb"))
         try:
-            self.run.log(
-                {
-                    "patches_seen": record["budget"]["patches"],
-                    **means,
-                    "scores": wandb.Table(columns=columns, data=rows),
-                    **{key: wandb.Image(pixels) for key, pixels in self._pictures().items()},
-                },
-                step=max([record["budget"]["steps"], *self.logged.values()]) + 1,
-            )
-            self._artifacts()
+            self.run.log({"scores": table, **pictures})
         finally:
             if before is None:
-                os.environ.pop("WANDB_DATA_DIR", None)
-        self.run.summary.update({**means, "status": record["status"]})
-        self.run.summary.update({f"budget/{key}": value for key, value in record["budget"].items()})
+                del os.environ["WANDB_DATA_DIR"]
 
     def _pictures(self) -> dict[str, np.ndarray]:
         """`pictures/Set5_x3/baby` → [H, W, 4] uint8, ground truth, bicubic and this network side by side."""
@@ -285,11 +286,13 @@ class Tracker(Logger):
         """End the W&B run, and make sure that its file on the disk is whole."""
         folder = self.state["folder"]
         self._attempt("finish", lambda: self.run.finish(exit_code=int(failed)))
-        if self.state["problem"] is None and self.run is not None:
-            _end_service()  # which writes what is left
-            if folder is not None and not ended(self.folder / folder / f"run-{self.record['wandb_id']}.wandb"):
-                self._give_up(f"{self.folder / folder} is not whole: is the disk full?")
-        self.run = None
+        _end_service()  # which writes what is left
+        if folder is not None:
+            path = self.folder / folder / f"run-{self.record['wandb_id']}.wandb"
+            if not ended(path):
+                self._complain(f"{path} is not whole: is the disk full?")
+            if self.state["mode"] == "online" and self.state["problem"] is not None:
+                log.warning("Upload what W&B does not have: wandb sync %s", path.parent)
 
 
 def finish(record: dict[str, Any]) -> bool:
