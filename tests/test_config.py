@@ -84,6 +84,7 @@ WRONG = {
     "steps no number": (["trainer.max_steps=many"], ["trainer.max_steps", "many"]),
     "unknown logger": (["logger.kind=tensorboard"], ["logger.kind = 'tensorboard'", "wandb, csv, none"]),
     "unknown mode": (["logger.mode=on"], ["logger.mode"]),
+    "unknown artifacts": (["logger.artifacts=all"], ["logger.artifacts = 'all'", "none, weights, checkpoints"]),
     "seed below 0": (["seed=-1"], ["seed = -1", "at least 0"]),
     "seed too large": (["seed=4294967296"], ["seed = 4294967296", "below"]),
     "no checkpoint": (["ckpt_path=no.ckpt"], ["ckpt_path = 'no.ckpt'", "no such file"]),

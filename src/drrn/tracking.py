@@ -151,7 +151,7 @@ class Tracker(Logger):
             for step, row in history(path):
                 self.logged |= {key: max(step, self.logged.get(key, -1)) for key in row}
             mend(path)
-        model, structure = config.model, record["structure"]
+        model, structure, steps = config.model, record["structure"], self.module.hparams["max_steps"]
         arguments = {
             "project": config.logger.project,
             "name": run_name(config),
@@ -168,10 +168,9 @@ class Tracker(Logger):
                     key: record.get(key)
                     for key in ("structure", "experiment", "patches", "protocol", "versions", "machine", "git")
                 },
-                "budget": {"steps": self.module.hparams["max_steps"],
-                           "patches": self.module.hparams["max_steps"] * config.data.batch_size},
+                "budget": {"steps": steps, "patches": steps * config.data.batch_size},
             },
-        }  # fmt: skip
+        }
 
         def init(mode: str) -> Any:
             settings = wandb.Settings(
@@ -186,7 +185,8 @@ class Tracker(Logger):
             try:
                 _end_service()  # its settings may be those of an earlier run
                 wandb.setup(wandb.Settings(mode="online", silent=True))
-                if not wandb.login(prompt=False, verify=False):
+                if not wandb.login(prompt=False, verify=False):  # `init` would ask at a terminal, and wait
+                    raise RuntimeError("no account is configured (`wandb login`)")
                 self.run = init(mode)
             except Exception as error:
                 mode = self.state["mode"] = "offline"
@@ -196,7 +196,7 @@ class Tracker(Logger):
             self.run = init(mode)
         if mode != "disabled":
             record["wandb_id"] = self.run.id  # under a W&B agent, the agent's
-            self.state["folder"] = str(Path(self.run.dir).parent.relative_to(self.folder.resolve()))
+            self.state["folder"] = f"wandb/{Path(self.run.dir).parent.name}"
         self.run.define_metric("patches_seen")
         self.run.define_metric("*", step_metric="patches_seen", step_sync=True)
         if mode == "offline":
