@@ -460,6 +460,7 @@ def test_online_uploads_while_it_runs(configure: Callable, straight: tuple, tmp_
     ]  # fmt: skip
 
 
+@pytest.mark.skipif(not os.environ.get("DRRN_SLOW"), reason="W&B waits 10 s for the server; DRRN_SLOW=1 runs it")
 def test_a_network_that_goes_away_does_not_hold_the_run_up(
     configure: Callable, straight: tuple, tmp_path: Path, listening: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
