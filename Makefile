@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint data lock
+.PHONY: help install demo report test lint data lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ $(VENV)/installed: requirements.lock
 demo: install  ## train two small networks on scikit-image's photographs, print a table, draw a picture (5 min)
 	$(RUN) src/train.py sweeps=demo
 	$(RUN) src/report.py runs=runs/demo output=report/demo
+
+report: install  ## the paper's figures beside what is below runs/, on one page, report/index.html
+	$(RUN) src/report.py 'study=[fig6,fig8,table4,fig1,fig9]'
 
 test: install  ## the whole test suite (DRRN_DATA=folder of benchmark images runs the tests that need them)
 	$(RUN) -m pytest

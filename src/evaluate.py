@@ -347,9 +347,10 @@ def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: Any) -
     from rich.console import Console
     from rich.table import Table
 
-    digits = {"psnr": 2, "ssim": 4, "ifc": 3}
+    from drrn.tables import DIGITS, describe
+
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    table = Table(title=" / ".join(m.upper() for m in metrics), caption=f"protocol {describe(protocol)}")
+    table = Table(title=" / ".join(m.upper() for m in metrics), caption=describe(asdict(protocol)))
     for column in ("set", "scale", "images", *methods):
         table.add_column(column, justify="left" if column == "set" else "right")
     for set_name, scale in dict.fromkeys((row["set"], row["scale"]) for row in rows):
@@ -359,17 +360,9 @@ def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: Any) -
             set_name,
             f"×{scale}",
             str(images),
-            *(" / ".join(f"{cells[m][k]:.{digits[k]}f}" for k in metrics) if m in cells else "" for m in methods),
+            *(" / ".join(f"{cells[m][k]:.{DIGITS[k]}f}" for k in metrics) if m in cells else "" for m in methods),
         )
     Console().print(table)
-
-
-def describe(protocol: Any) -> str:
-    """A protocol in words, its departures from the paper named."""
-    departures = [f"{key}={getattr(protocol, key)}" for key in ("crop", "color", "rounding")]
-    usual = ("crop=None", "color=y", "rounding=uint8")
-    extra = [d for d in departures if d not in usual]
-    return f"{protocol.name} v{protocol.version}" + (f", but {', '.join(extra)}" if extra else "")
 
 
 if __name__ == "__main__":

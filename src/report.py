@@ -2,8 +2,10 @@
 
     python src/report.py runs=runs/demo
     python src/report.py 'scores=[scores.json]'
+    python src/report.py study=fig6
+    python src/report.py 'study=[fig6,fig8,table4]' runs=runs
 
-Prints what it makes and writes it below `output`.
+Prints what it makes and writes it below `output`. Studies also make one page, `index.html`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig
 
 from drrn import Refusal
@@ -24,6 +27,7 @@ class ReportConfig:
     """What conf/report.yaml documents."""
 
     runs: Any = MISSING
+    study: Any = MISSING
     scores: list[str] = MISSING
     output: str = MISSING
     compare: str | None = MISSING
@@ -37,17 +41,21 @@ class ReportConfig:
 def main(cfg: DictConfig) -> None:
     """Read, tabulate, draw."""
     config = typed(ReportConfig, cfg)
-    config.runs = [config.runs] if isinstance(config.runs, str) else config.runs or []
+    config.study = [config.study] if isinstance(config.study, str) else config.study or []
+    config.runs = [config.runs] if isinstance(config.runs, str) else config.runs or ["runs"] * bool(config.study)
     if config.scale is not None and config.scale < 2:
         raise Refusal(f"scale = {config.scale}: must be at least 2")
     if config.box is not None and (len(config.box) != 4 or min(config.box) < 0):
         raise Refusal(f"box = {config.box}: four whole numbers, left, top, width, height")
     if not (config.runs or config.scores or config.compare):
-        raise Refusal("nothing to report: give runs=FOLDER, scores=[FILE] or compare=IMAGE")
+        raise Refusal("nothing to report: give runs=FOLDER, scores=[FILE], study=NAME or compare=IMAGE")
     for path in (*config.scores, *config.checkpoint):
         if not Path(path).is_file():
             raise Refusal(f"{path} does not exist")
-    report(config)
+    if config.study:
+        report_studies(config, " ".join(["python src/report.py", *HydraConfig.get().overrides.task]))
+    else:
+        report(config)
 
 
 def report(config: ReportConfig) -> None:
@@ -72,6 +80,82 @@ def report(config: ReportConfig) -> None:
         draw_comparison(config, records, output)
 
 
+def report_studies(config: ReportConfig, command: str) -> None:
+    """Draw studies from the runs that belong to them, wherever they are, and gather them on one page.
+
+    Raises:
+        Refusal: an unknown study, no run that belongs to any, or runs that do not compare.
+    """
+    from drrn.page import write_page
+    from drrn.records import find_records
+    from drrn.studies import STUDIES, budgets
+
+    for study in config.study:
+        if study not in STUDIES:
+            raise Refusal(f"study = {study!r}: allowed are {', '.join(STUDIES)}, or a list of them")
+    if config.scores:
+        raise Refusal("scores and study: studies are drawn from run records; report the files of scores apart")
+    records = [record for folder in config.runs for record in find_records(Path(folder))]
+    found = {study: budgets(study, records) for study in config.study}
+    if not any(found.values()):
+        sweeps = ", ".join(f"python src/train.py sweeps={STUDIES[study].sweep}" for study in found)
+        raise Refusal(
+            f"none of the {len(records)} runs below {', '.join(map(str, config.runs))} belongs to "
+            f"{', '.join(found)}; to run it: {sweeps}"
+        )
+    parts = [study_part(config, one) for study in found.values() for one in study]
+    page = Path(config.output) / "index.html"
+    write_page(page, parts, [study for study, those in found.items() if not those], command)
+    print(f"written: {page}")
+
+
+def study_part(config: ReportConfig, one: Any) -> Any:
+    """Figures, tables and pictures of one study under one budget: to files, and for the page."""
+    from drrn.figures import save
+    from drrn.page import Part, Picture, alt, png, svg
+    from drrn.plots import curves, draw
+    from drrn.studies import ABLATION, STUDIES, points_table
+    from drrn.tables import ablation_table, from_record, runs_table
+
+    part, output = Part(one), Path(config.output)
+    title = STUDIES[one.study].title
+    if one.study == "table4" and one.finished:
+        table = ablation_table([m for run in one.finished for m in from_record(run)])
+        table.notes[:1] = one.face()  # which names the protocol too
+        part.tables.append(table)
+    else:
+        table = points_table(one)
+    write_table(table, output / one.stem)
+    drawings = [(one.stem, title, draw)]
+    if STUDIES[one.study].varied == ABLATION and one.study != "curves":
+        drawings.append((f"{one.stem}-curves", f"{title}: learning curves", curves))
+    for stem, name, drawing in drawings:
+        if (figure := drawing(one, stacked=False)) is None:
+            continue
+        written = save(figure, output / stem)
+        print(f"written: {', '.join(map(str, written))}")
+        files = [path.name for path in written]
+        part.pictures.append(
+            Picture(name, f"{name}. {alt(one)}", svg(figure), svg(drawing(one, stacked=True)), files)
+        )
+    if not part.pictures:
+        part.notes.append("Nothing to draw yet: no finished run was scored on the whole of Set5 ×3.")
+    if one.finished:
+        part.tables.append(runs_table(one.finished))
+    shown = sorted((p for p in one.points if p.finished()), key=lambda p: -p.depth)
+    deepest = [p.finished()[0] for p in shown if p.depth == shown[0].depth][:5]  # a picture holds no more
+    try:
+        written = draw_comparison(config, deepest, output, f"{one.stem}-")
+    except Refusal as error:
+        part.notes.append(f"No pictures: {error}")
+    else:
+        if written:
+            name = f"Crops of the deepest networks of this study, {written[0].stem.removeprefix(one.stem + '-')}"
+            part.pictures.append(Picture(name, f"{name}, PSNR and SSIM under each", png(written[0]), None,
+                                         [path.name for path in written]))  # fmt: skip
+    return part
+
+
 def write_table(table: Any, stem: Path) -> None:
     """Print a table and write it as Markdown, CSV and LaTeX."""
     from rich.console import Console
@@ -90,8 +174,17 @@ def write_table(table: Any, stem: Path) -> None:
     print(f"written: {stem}.md, .csv, .tex\n")
 
 
-def draw_comparison(config: ReportConfig, records: list[dict[str, Any]], output: Path) -> None:
-    """Crops side by side: of the image asked for, or of the last one that the runs were tested on."""
+def draw_comparison(
+    config: ReportConfig, records: list[dict[str, Any]], output: Path, prefix: str = ""
+) -> list[Path]:
+    """Crops side by side: of the image asked for, or of the last one that the runs were tested on.
+
+    Returns:
+        The files written; none if no run has got as far as its pictures.
+
+    Raises:
+        Refusal: an image or the weights of a run are not there, or the box is not inside the image.
+    """
     from drrn.figures import FIG7, Box, save, side_by_side
     from drrn.images import image_files
     from drrn.inference import super_resolve
@@ -119,14 +212,17 @@ def draw_comparison(config: ReportConfig, records: list[dict[str, Any]], output:
     elif tested:
         last = tested[-1]["scores"][-1]
         files = image_files(tested[-1]["config"]["data"]["val"][-1], Path(config.root), complete=False)
-        path = next(p for p in files if p.name == last["image"])
+        path = next((p for p in files if p.name == last["image"]), None)
+        if path is None:
+            raise Refusal(f"{last['image']}, which the runs were tested on, is not under {config.root}")
         scales = sorted({row["scale"] for row in tested[-1]["scores"]})
         scale = config.scale or scales[len(scales) // 2]
     else:
-        return  # no run has got as far as its pictures
+        return []
     runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
-    written = save(side_by_side(path, scale, runs, box), output / f"{path.stem}_x{scale}")
+    written = save(side_by_side(path, scale, runs, box), output / f"{prefix}{path.stem}_x{scale}")
     print(f"written: {', '.join(map(str, written))}")
+    return written
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Defaults stand in `conf/`, once.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -301,26 +302,42 @@ NOT_IDENTITY = {
 
 def identity(config: Config) -> dict[str, Any]:
     """The part of a configuration that makes two runs the same experiment."""
-    whole = asdict(config)
-    kept = {key: whole[key] for key in ("model", "data", "optim", "trainer", "trainer_extra", "seed")}
+    return _identity(asdict(config))
+
+
+def _identity(whole: dict[str, Any]) -> dict[str, Any]:
+    """`identity` of a configuration as a record keeps it."""
+    kept = {key: copy.copy(whole[key]) for key in ("model", "data", "optim", "trainer", "trainer_extra", "seed")}
     for group, keys in NOT_IDENTITY.items():
         for key in keys:
             del kept[group][key]
     kept["trainer"]["max_time"] = None  # a run that was stopped by it goes on in the same folder
     # Keys that came later count only where they are used, so that earlier runs keep their folders.
     for key, default in (("rectified_identity", False), ("input_relu", True)):
-        if kept["model"][key] == default:
-            del kept["model"][key]
-    if config.init_from is not None:
-        kept["init_from"] = config.init_from
-    if config.ckpt_path not in (None, "last"):  # going on from another run's file is a run of its own
-        kept["ckpt_path"] = config.ckpt_path
+        if kept["model"].get(key, default) == default:
+            kept["model"].pop(key, None)
+    if whole["init_from"] is not None:
+        kept["init_from"] = whole["init_from"]
+    if whole["ckpt_path"] not in (None, "last"):  # going on from another run's file is a run of its own
+        kept["ckpt_path"] = whole["ckpt_path"]
     return kept
 
 
 def experiment(config: Config) -> str:
     """A digest of what makes two runs the same experiment but for their seed: what may be averaged over seeds."""
     kept = {key: value for key, value in identity(config).items() if key != "seed"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def budget(config: dict[str, Any], varied: Sequence[str]) -> str:
+    """A digest of what the points of a study share: a run's identity without its seed and what the study varies.
+
+    Args:
+        config: a run's configuration as its record keeps it (`asdict(Config)`).
+        varied: the keys of `model` that are the study's own: B and U for Fig. 6.
+    """
+    kept = {key: value for key, value in _identity(config).items() if key != "seed"}
+    kept["model"] = {key: value for key, value in kept["model"].items() if key not in varied}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 

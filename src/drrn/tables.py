@@ -240,14 +240,15 @@ def benchmark_table(measurements: list[Measurement], name: str, metrics: tuple[s
             row.append(" / ".join(differences) or MISSING)
         rows.append(row)
     title = f"Table {name[-1]}: " * known + " / ".join(k.upper() for k in metrics)
-    notes = [f"Protocol {protocol['name']} v{protocol['version']}." + _departures(protocol), *_seed_note(groups)]
+    notes = [f"Measured by {describe(protocol)}.", *_seed_note(groups)]
     return Table(title, columns, rows, notes)
 
 
-def _departures(protocol: dict[str, Any]) -> str:
+def describe(protocol: dict[str, Any]) -> str:
+    """A protocol in words, its departures from the paper named: "protocol paper v1, but rounding=float"."""
     usual = {"crop": None, "color": "y", "rounding": "uint8"}
     extra = [f"{key}={protocol[key]}" for key, value in usual.items() if protocol[key] != value]
-    return f" Departs from the paper: {', '.join(extra)}." if extra else ""
+    return f"protocol {protocol['name']} v{protocol['version']}" + (f", but {', '.join(extra)}" if extra else "")
 
 
 def _seed_note(groups: dict) -> list[str]:
@@ -281,7 +282,7 @@ def ablation_table(measurements: list[Measurement]) -> Table:
             difference = signed(statistics.fmean(values) - float(row["psnr"]), 2) if compares else MISSING
             rows.append([heading, *switches, row["psnr"], over_seeds(values, "psnr") + part, difference])
     columns = ["method", "local residual", "recursive", "multi-path", "paper", "ours", "difference"]
-    notes = [f"Protocol {protocol['name']} v{protocol['version']}." + _departures(protocol), *_seed_note(groups)]
+    notes = [f"Measured by {describe(protocol)}.", *_seed_note(groups)]
     return Table("Table 4: components at B3U4 (PSNR, Set5 ×3)", columns, rows, notes)
 
 
