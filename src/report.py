@@ -10,7 +10,7 @@ Prints what it makes and writes it below `output`. Studies also make one page, `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def study_part(config: ReportConfig, one: Any) -> Any:
     """Figures, tables and pictures of one study under one budget: to files, and for the page."""
     from drrn.figures import save
     from drrn.page import Part, Picture, alt, png, svg
-    from drrn.plots import curves, draw
+    from drrn.plots import draw
     from drrn.studies import ABLATION, STUDIES, points_table
     from drrn.tables import ablation_table, from_record, runs_table
 
@@ -126,24 +126,25 @@ def study_part(config: ReportConfig, one: Any) -> Any:
     else:
         table = points_table(one)
     write_table(table, output / one.stem)
-    drawings = [(one.stem, title, draw)]
+    drawings = [(one.stem, title, one)]
     if STUDIES[one.study].varied == ABLATION and one.study != "curves":
-        drawings.append((f"{one.stem}-curves", f"{title}: learning curves", curves))
-    for stem, name, drawing in drawings:
-        if (figure := drawing(one, stacked=False)) is None:
+        drawings.append((f"{one.stem}-curves", f"{title}: learning curves", replace(one, study="curves")))
+    for stem, name, shown in drawings:
+        if (figure := draw(shown)) is None:
             continue
         written = save(figure, output / stem)
         print(f"written: {', '.join(map(str, written))}")
         files = [path.name for path in written]
         part.pictures.append(
-            Picture(name, f"{name}. {alt(one)}", svg(figure), svg(drawing(one, stacked=True)), files)
+            Picture(name, f"{name}. {alt(one)}", svg(figure), svg(draw(shown, stacked=True)), files)
         )
     if not part.pictures:
         part.notes.append("Nothing to draw yet: no finished run was scored on the whole of Set5 ×3.")
     if one.finished:
         part.tables.append(runs_table(one.finished))
-    shown = sorted((p for p in one.points if p.finished()), key=lambda p: -p.depth)
-    deepest = [p.finished()[0] for p in shown if p.depth == shown[0].depth][:5]  # a picture holds no more
+    there = [point for point in one.points if point.finished()]
+    depth = max((point.depth for point in there), default=0)
+    deepest = [point.finished()[0] for point in there if point.depth == depth][:5]  # a picture holds no more
     try:
         written = draw_comparison(config, deepest, output, f"{one.stem}-")
     except Refusal as error:

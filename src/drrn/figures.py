@@ -102,7 +102,8 @@ def side_by_side(
     axes[0].add_patch(Rectangle((box.left, box.top), box.width, box.height, fill=False, color="red", linewidth=1.2))
     axes[0].set_title(f"{path.stem} ×{scale}")
     for axis, (name, _, below) in zip(axes[1:], panels, strict=True):
-        axis.set_title(name)
+        points = 72 * crop_width / (0.62 * len(name))  # in which the name fits above its panel
+        axis.set_title(name, size=min(10.8, points))
         axis.set_xlabel(below)
     return figure
 

@@ -45,12 +45,14 @@ def draw(one: Budget, stacked: bool = False) -> Figure | None:
         one: the runs (`drrn.studies.budgets`).
         stacked: panels one below the other, for a narrow screen.
     """
-    if one.study == "curves":
-        return curves(one, stacked)
-    if not any(point.values() for point in one.points):
+    if one.study != "curves" and not any(point.values() for point in one.points):
         return None
-    panels = {"fig6": fig6, "fig8": fig8, "table4": table4, "fig1": fig1, "fig9": fig9}
-    return panels[one.study](one, stacked)
+    drawings = {"fig6": fig6, "fig8": fig8, "table4": table4, "fig1": fig1, "fig9": fig9, "curves": curves}
+    figure = drawings[one.study](one, stacked)
+    if figure is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # settled: each of its files need not settle it again
+    return figure
 
 
 def canvas(
@@ -104,14 +106,19 @@ def spread(values: list[float], gap: float) -> list[float]:
     return result
 
 
-def name_points(axis: Axes, points: list[tuple[float, float, str, str]], size: float = 6.8) -> None:
+def name_points(figure: Figure, named: dict[Axes, list[tuple[float, float, str, str]]]) -> None:
     """Names beside points (x, y, text, colour) in data coordinates, moved apart where they would overlap.
 
     Points close to each other in x share a column of names, to their right or to their left, whichever hides less.
-    An empty text names nothing but keeps others' names off its point. Call it once the axis has its limits.
+    An empty text names nothing but keeps others' names off its point. Call it once the axes have their limits.
     """
-    figure = axis.get_figure()
     figure.draw_without_rendering()  # so that the layout is settled
+    for axis, points in named.items():
+        _name_points(axis, points)
+
+
+def _name_points(axis: Axes, points: list[tuple[float, float, str, str]], size: float = 6.8) -> None:
+    figure = axis.get_figure()
     box, unit = axis.get_window_extent(), figure.dpi / 72
     height, away = size * 1.25 * unit, 9 * unit
     places = [axis.transData.transform(point[:2]) for point in points]
@@ -360,8 +367,7 @@ def fig1(one: Budget, stacked: bool) -> Figure:
                   color=GREY, transform=axis.transAxes)  # fmt: skip
     by_weights.set_xlim(*_log_limits([x for x, *_ in named[by_weights]]))
     by_depth.set_xlim(0, max(x for x, *_ in named[by_depth]) * 1.12)
-    for axis, points in named.items():
-        name_points(axis, points)
+    name_points(figure, named)
     return figure
 
 
@@ -436,8 +442,7 @@ def fig9(one: Budget, stacked: bool) -> Figure:
         notes += [] if measured else ["ours: not measured on this set"]
         text = "\n".join(textwrap.fill(note, 50) for note in notes)
         axis.text(0.99, 0.012, text, size=6.2, color=GREY, ha="right", transform=axis.transAxes)
-    for axis, points in named.items():
-        name_points(axis, points)
+    name_points(figure, named)
     return figure
 
 
@@ -469,7 +474,7 @@ def curves(one: Budget, stacked: bool) -> Figure | None:
     colour_of = mpl.colormaps["viridis"]
     bicubic = {row["bicubic_psnr"] for run in one.finished for row in run["means"]
                if (row["set"], row["scale"]) == PLACE}  # fmt: skip
-    named, longest = [], max(x for _, patches, _ in lines for x in patches)
+    named, longest = {}, max(x for _, patches, _ in lines for x in patches)
     lowest, highest = limits([y for *_, values in lines for y in values] + list(bicubic), 0.06)
     for axis, name in zip(axes, shown, strict=True):
         ends = {}
@@ -490,7 +495,6 @@ def curves(one: Budget, stacked: bool) -> Figure | None:
         axis.set_ylabel("PSNR (dB)")
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.locator_params(axis="x", nbins=5)
-        named.append((axis, [(x, statistics.fmean(y), _short(point), "#333333") for x, y, point in ends.values()]))
-    for axis, points in named:
-        name_points(axis, points)
+        named[axis] = [(x, statistics.fmean(y), _short(point), "#333333") for x, y, point in ends.values()]
+    name_points(figure, named)
     return figure

@@ -12,6 +12,7 @@ import statistics
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -276,15 +277,16 @@ def _points(study: str, plan: list[dict[str, Any]], group: list[dict[str, Any]])
     # The plan says B, U and the variant; width, norm and the like are the budget's, where it has one of each.
     shared = {key: trained[0][key] for key in trained[0] if all(model[key] == trained[0][key] for model in trained)}
     shared = {key: value for key, value in shared.items() if key not in ABLATION}
+    shown = []
+    for model in plan:
+        alike = [other for other in trained if all(other[key] == model[key] for key in ABLATION)]
+        shown += [(other, True) for other in alike or [model | shared]]  # alike: of several widths in Fig. 1
+    shown += [(model, False) for model in trained if wanted(study, model)]
     points: dict[str, Point] = {}
-    for model, is_planned in [
-        *((model | shared, True) for model in plan),
-        *((model, False) for model in trained if wanted(study, model)),
-    ]:
-        with torch.device("meta"):  # for its counts
-            network = DRRN(**model)
-        point = Point(model, is_planned, network.depth, network.conv_weight_count)
-        points.setdefault(point.name, point)
+    for model, is_planned in shown:
+        name = structure_name(ModelConfig(**model))
+        if name not in points:
+            points[name] = Point(model, is_planned, *_counts(**model))
     for model, record in zip(trained, group, strict=True):
         point = points.get(structure_name(ModelConfig(**model)))
         if point is None:
@@ -293,6 +295,14 @@ def _points(study: str, plan: list[dict[str, Any]], group: list[dict[str, Any]])
         if there is None or there["status"] != "finished" == record["status"]:
             point.runs[record["seed"]] = record
     return list(points.values())
+
+
+@cache
+def _counts(**model: Any) -> tuple[int, int]:
+    """Depth and convolution weights of a structure."""
+    with torch.device("meta"):
+        network = DRRN(**model)
+    return network.depth, network.conv_weight_count
 
 
 def wanted(study: str, model: dict[str, Any]) -> bool:
