@@ -210,8 +210,9 @@ def _plane(axis: Axes, points: list[tuple[int, int, float | None]], without: str
     if known:
         B_known, U_known, psnr = zip(*known, strict=True)
         low, high = min(psnr), max(psnr)
+        room = max(0.005, (0.1 - (high - low)) / 2)  # a bar of less than 0.1 dB would print one number many times
         drawn = axis.scatter(
-            B_known, U_known, c=psnr, s=58, cmap="viridis", vmin=low - 0.005, vmax=high + 0.005,
+            B_known, U_known, c=psnr, s=58, cmap="viridis", vmin=low - room, vmax=high + room,
             edgecolors="#222222", linewidths=0.7, zorder=3,
         )  # fmt: skip
         bar = axis.get_figure().colorbar(drawn, ax=axis, pad=0.02, aspect=28)
