@@ -2,20 +2,27 @@
 
 Hydra's own sweeper makes the Cartesian product of the command line. A study of the paper is a list of chosen
 points (Fig. 6 is not a full grid), so this one multiplies `hydra.sweeper.points` by the command line's choices,
-drops repetitions, checks every point before the first one starts, and says at the end which did what.
+drops repetitions, checks every point before the first one starts, prints what they will cost, and says at the
+end what became of each, whichever launcher ran them.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 
 class StudySweeper(BasicSweeper):
@@ -36,34 +43,101 @@ class StudySweeper(BasicSweeper):
         super().__init__(max_batch_size, params)
         self.points = [dict(point) for point in points or [{}]]
 
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        """As Hydra's, but that each of joblib's jobs has its own part of the machine."""
+        if self.kind(config) == "joblib":
+            task_function = OwnPart(task_function, workers(config))
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    @staticmethod
+    def kind(config: DictConfig) -> str:
+        """Hydra's name of the launcher: basic, joblib, submitit_local, submitit_slurm, ray."""
+        return str(config.hydra.runtime.choices["hydra/launcher"])
+
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        """Run every point once.
+        """Print the plan, run every point once, say what became of each.
 
         Raises:
             Refusal: a point's configuration is wrong (nothing has started then), or points failed (all the
                 others have run).
+            KeyboardInterrupt, SystemExit: the sweep was stopped; what became of its points has been printed.
         """
         from drrn import Refusal
         from drrn.config import run_dir
+        from drrn.records import write_whole
 
         jobs = self.jobs(arguments)
         configs = [self.check(job) for job in jobs]
-        jobs = [job for _, job in unique(zip(map(run_dir, configs), jobs, strict=True))]
+        if not jobs:
+            raise Refusal("hydra.sweeper.points is empty: give at least one point, or null")
+        runs = unique((run_dir(config), (config, job)) for config, job in zip(configs, jobs, strict=True))
+        configs, jobs = [config for _, (config, _) in runs], [job for _, (_, job) in runs]
+        if len({config.plan for config in configs}) > 1:
+            raise Refusal("plan is one for the whole sweep: give it once")
+
+        from drrn.plan import look, make_plan, outcome, print_outcomes, print_plan
+
+        n = workers(self.config)
+        if configs[0].plan == "none":
+            points = [look(config) for config in configs]
+        else:
+            plan = make_plan(configs, n, threads(n), always=configs[0].plan == "only")
+            print_plan(plan)
+            points = plan.points
+        if configs[0].plan == "only":
+            return []
 
         folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
-        results: list[JobReturn] = []
-        for batch in self.split_overrides_to_chunks(jobs, self.max_batch_size):
-            results += self.launcher.launch(batch, initial_job_idx=len(results))
+        write_whole(folder / "multirun.yaml", lambda path: OmegaConf.save(self.config, path))
+        stamps = [stamp(config) for config in configs]
+        errors = [""] * len(jobs)
+        try:
+            with stoppable(patient=self.kind(self.config) == "joblib"):
+                results = self.launch(jobs, errors)
+        finally:
+            changed = [stamp(config) != before for config, before in zip(configs, stamps, strict=True)]
+            rows = [
+                (point, *outcome(point, touched, error))
+                for point, touched, error in zip(points, changed, errors, strict=True)
+            ]
+            print_outcomes(rows, folder)
+        words = [word for _, word, _ in rows]
+        if "interrupted" in words:  # a signal to a job in another process ends the sweep too
+            raise KeyboardInterrupt
+        if failed := words.count("failed"):
+            raise Refusal(f"{failed} of {len(rows)} points failed; the same command tries them again")
+        return results
 
-        failed = [result for result in results if result.status != JobStatus.COMPLETED]
-        print(f"\n{len(results) - len(failed)} of {len(results)} points done, under {folder}")
-        for result in failed:
-            print(f"  failed: {' '.join(result.overrides)}\n    {type(result._return_value).__name__}: "
-                  f"{result._return_value}")  # fmt: skip
-        if failed:
-            raise Refusal(f"{len(failed)} of {len(results)} points failed; the same command tries them again")
+    def launch(self, jobs: list[list[str]], errors: list[str]) -> list[JobReturn]:
+        """Hand the jobs to the launcher; `errors` gains what each job raised.
+
+        A job that dies (killed, out of memory) takes joblib's other jobs with it: what had not begun by then is
+        launched again, as long as something has begun.
+        """
+        results: list[JobReturn] = []
+        numbers = list(range(len(jobs)))
+        for batch in self.split_overrides_to_chunks(numbers, self.max_batch_size):
+            left = list(batch)
+            while left:
+                if self.kind(self.config) == "joblib":  # no process without a job: Ctrl-C would break it
+                    self.launcher.joblib["n_jobs"] = min(workers(self.config), len(left))
+                before = [stamp(self.check(jobs[i])) for i in left]
+                try:
+                    returned = self.launcher.launch([jobs[i] for i in left], initial_job_idx=left[0])
+                except Exception as error:
+                    after = [stamp(self.check(jobs[i])) for i in left]
+                    begun = [i for i, b, a in zip(left, before, after, strict=True) if a != b]
+                    for i in begun or left:
+                        errors[i] = f"{type(error).__name__}: {error}".split("\n")[0]
+                    if any(ended(self.check(jobs[i])) for i in begun):
+                        raise KeyboardInterrupt from error
+                    left = [i for i in left if i not in begun] if begun else []
+                    continue
+                for i, result in zip(left, returned, strict=True):
+                    if result.status != JobStatus.COMPLETED:
+                        errors[i] = f"{type(result._return_value).__name__}: {result._return_value}"
+                results += returned
+                left = []
         return results
 
     def jobs(self, arguments: list[str]) -> list[list[str]]:
@@ -93,6 +167,142 @@ class StudySweeper(BasicSweeper):
             return check(composed, job)
         except Refusal as error:
             raise Refusal(f"{error} (in the point {' '.join(job)}; nothing has been started)") from error
+
+
+def stamp(config: Any) -> int:
+    """When a run's record was last written, in nanoseconds; 0 if there is none."""
+    from drrn.config import run_dir
+    from drrn.records import FILE
+
+    try:
+        return (run_dir(config) / FILE).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def ended(config: Any) -> bool:
+    """Whether a run's record says that a signal ended it."""
+    from drrn.config import run_dir
+    from drrn.plan import record_of, stopped_by_hand
+
+    return stopped_by_hand((record_of(run_dir(config)) or {}).get("error", ""))
+
+
+@contextmanager
+def stoppable(patient: bool) -> Iterator[None]:
+    """SIGTERM ends the sweep as Ctrl-C does, with its table; a job in this process handles both for itself.
+
+    Args:
+        patient: the first Ctrl-C waits for the jobs in other processes, which the terminal has told too.
+    """
+
+    def terminate(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    def wait(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nwaiting for the points to save their checkpoints; Ctrl-C again ends them at once\n")
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, terminate)
+        if patient:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------- several points on one machine
+
+
+def workers(config: DictConfig) -> int:
+    """Points that the launcher works on at a time, where it says so; else 1."""
+    n = config.hydra.launcher.get("n_jobs", 1)
+    return n if n > 0 else max(1, len(cores()) + 1 + n)  # joblib: -1 for all cores
+
+
+def cores() -> list[int]:
+    """The CPU cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def threads(n: int) -> int | None:
+    """CPU threads of each of n jobs; None for what torch takes by itself."""
+    return None if n == 1 or "OMP_NUM_THREADS" in os.environ else max(1, len(cores()) // n)
+
+
+class Ended(Exception):
+    """Ctrl-C or a signal ended a job in another process. Hydra takes an Exception home, and joblib then lets
+    the other jobs save their checkpoints, where it would kill them for a KeyboardInterrupt."""
+
+
+class OwnPart:
+    """A task for joblib's processes: each works on its own n-th of the cores, and on its own GPU.
+
+    A process takes the first free of n lock files and keeps it: CUDA cannot change its device later. The kernel
+    gives it back when the process ends.
+
+    Args:
+        task: what Hydra calls with a job's configuration.
+        n: jobs at a time.
+    """
+
+    lock: Any = None  # of this process
+    ended = False  # in a process that was told to end, no further job starts
+
+    def __init__(self, task: Callable[[DictConfig], Any], n: int) -> None:
+        self.task, self.n = task, n
+        self.folder = tempfile.mkdtemp(prefix="drrn-sweep-")
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        """Do the task on a part of the machine.
+
+        Raises:
+            Ended: a signal ended it, or the one before it.
+        """
+        if OwnPart.ended:
+            raise Ended("before this point began")
+        if OwnPart.lock is None:
+            self.take()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return self.task(cfg)
+        except (KeyboardInterrupt, SystemExit) as error:
+            OwnPart.ended = True
+            raise Ended(f"{type(error).__name__}: {error}") from error
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C breaks a process that waits for a job
+
+    def take(self) -> None:
+        """Keep this process, before it has used torch, to the first part of the machine that is free."""
+        from filelock import FileLock, Timeout
+
+        for number in itertools.cycle(range(self.n)):
+            try:
+                OwnPart.lock = FileLock(f"{self.folder}/{number}.lock").acquire(timeout=0.05).lock
+                break
+            except Timeout:
+                continue
+        every, gpus = cores(), visible_gpus()
+        mine = every[number :: self.n] or [every[number % len(every)]]
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, mine)
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(mine)))
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES says, or the numbers of all GPUs; nothing is started on them."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None:
+        return [gpu for gpu in said.split(",") if gpu not in ("", "-1")]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def literal(value: Any) -> str:
