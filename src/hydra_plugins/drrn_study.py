@@ -12,9 +12,8 @@ import itertools
 import os
 import re
 import signal
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
+
+import drrn
+from drrn import Refusal
 
 
 class StudySweeper(BasicSweeper):
@@ -45,14 +47,13 @@ class StudySweeper(BasicSweeper):
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """As Hydra's, but that each of joblib's jobs has its own part of the machine."""
-        if self.kind(config) == "joblib":
-            task_function = OwnPart(task_function, workers(config))
-        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if is_joblib(config):
+            from drrn.machine import OwnPart
 
-    @staticmethod
-    def kind(config: DictConfig) -> str:
-        """Hydra's name of the launcher: basic, joblib, submitit_local, submitit_slurm, ray."""
-        return str(config.hydra.runtime.choices["hydra/launcher"])
+            task_function = OwnPart(task_function, workers(config))
+        source = str(Path(drrn.__file__).parents[1])  # a clone's src/ is on no other process's path
+        os.environ["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Print the plan, run every point once, say what became of each.
@@ -62,7 +63,6 @@ class StudySweeper(BasicSweeper):
                 others have run).
             KeyboardInterrupt, SystemExit: the sweep was stopped; what became of its points has been printed.
         """
-        from drrn import Refusal
         from drrn.config import run_dir
         from drrn.records import write_whole
 
@@ -75,6 +75,7 @@ class StudySweeper(BasicSweeper):
         if len({config.plan for config in configs}) > 1:
             raise Refusal("plan is one for the whole sweep: give it once")
 
+        from drrn.machine import threads
         from drrn.plan import look, make_plan, outcome, print_outcomes, print_plan
 
         n = workers(self.config)
@@ -92,7 +93,7 @@ class StudySweeper(BasicSweeper):
         stamps = [stamp(config) for config in configs]
         errors = [""] * len(jobs)
         try:
-            with stoppable(patient=self.kind(self.config) == "joblib"):
+            with stoppable(patient=is_joblib(self.config)):
                 results = self.launch(jobs, errors)
         finally:
             changed = [stamp(config) != before for config, before in zip(configs, stamps, strict=True)]
@@ -119,7 +120,7 @@ class StudySweeper(BasicSweeper):
         for batch in self.split_overrides_to_chunks(numbers, self.max_batch_size):
             left = list(batch)
             while left:
-                if self.kind(self.config) == "joblib":  # no process without a job: Ctrl-C would break it
+                if is_joblib(self.config):  # no process without a job: Ctrl-C would break it
                     self.launcher.joblib["n_jobs"] = min(workers(self.config), len(left))
                 before = [stamp(self.check(jobs[i])) for i in left]
                 try:
@@ -128,14 +129,14 @@ class StudySweeper(BasicSweeper):
                     after = [stamp(self.check(jobs[i])) for i in left]
                     begun = [i for i, b, a in zip(left, before, after, strict=True) if a != b]
                     for i in begun or left:
-                        errors[i] = f"{type(error).__name__}: {error}".split("\n")[0]
+                        errors[i] = in_a_line(error)
                     if any(ended(self.check(jobs[i])) for i in begun):
                         raise KeyboardInterrupt from error
                     left = [i for i in left if i not in begun] if begun else []
                     continue
                 for i, result in zip(left, returned, strict=True):
                     if result.status != JobStatus.COMPLETED:
-                        errors[i] = f"{type(result._return_value).__name__}: {result._return_value}"
+                        errors[i] = in_a_line(result._return_value)
                 results += returned
                 left = []
         return results
@@ -157,7 +158,6 @@ class StudySweeper(BasicSweeper):
         Raises:
             Refusal: it is wrong.
         """
-        from drrn import Refusal
         from drrn.config import check
 
         composed = self.hydra_context.config_loader.load_sweep_config(self.config, job)
@@ -178,6 +178,13 @@ def stamp(config: Any) -> int:
         return (run_dir(config) / FILE).stat().st_mtime_ns
     except OSError:
         return 0
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error's kind and text; of a trace from another process its last line, where the text is."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith(("-", "You can check"))]
+    text = lines[-1] if any("Traceback" in line for line in lines) else " ".join(lines)
+    return f"{type(error).__name__}: {text}"
 
 
 def ended(config: Any) -> bool:
@@ -215,94 +222,17 @@ def stoppable(patient: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------- several points on one machine
+def is_joblib(config: DictConfig) -> bool:
+    """Whether joblib launches the points."""
+    return "joblib" in config.hydra.launcher._target_
 
 
 def workers(config: DictConfig) -> int:
     """Points that the launcher works on at a time, where it says so; else 1."""
+    from drrn.machine import cores
+
     n = config.hydra.launcher.get("n_jobs", 1)
     return n if n > 0 else max(1, len(cores()) + 1 + n)  # joblib: -1 for all cores
-
-
-def cores() -> list[int]:
-    """The CPU cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def threads(n: int) -> int | None:
-    """CPU threads of each of n jobs; None for what torch takes by itself."""
-    return None if n == 1 or "OMP_NUM_THREADS" in os.environ else max(1, len(cores()) // n)
-
-
-class Ended(Exception):
-    """Ctrl-C or a signal ended a job in another process. Hydra takes an Exception home, and joblib then lets
-    the other jobs save their checkpoints, where it would kill them for a KeyboardInterrupt."""
-
-
-class OwnPart:
-    """A task for joblib's processes: each works on its own n-th of the cores, and on its own GPU.
-
-    A process takes the first free of n lock files and keeps it: CUDA cannot change its device later. The kernel
-    gives it back when the process ends.
-
-    Args:
-        task: what Hydra calls with a job's configuration.
-        n: jobs at a time.
-    """
-
-    lock: Any = None  # of this process
-    ended = False  # in a process that was told to end, no further job starts
-
-    def __init__(self, task: Callable[[DictConfig], Any], n: int) -> None:
-        self.task, self.n = task, n
-        self.folder = tempfile.mkdtemp(prefix="drrn-sweep-")
-
-    def __call__(self, cfg: DictConfig) -> Any:
-        """Do the task on a part of the machine.
-
-        Raises:
-            Ended: a signal ended it, or the one before it.
-        """
-        if OwnPart.ended:
-            raise Ended("before this point began")
-        if OwnPart.lock is None:
-            self.take()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            return self.task(cfg)
-        except (KeyboardInterrupt, SystemExit) as error:
-            OwnPart.ended = True
-            raise Ended(f"{type(error).__name__}: {error}") from error
-        finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C breaks a process that waits for a job
-
-    def take(self) -> None:
-        """Keep this process, before it has used torch, to the first part of the machine that is free."""
-        from filelock import FileLock, Timeout
-
-        for number in itertools.cycle(range(self.n)):
-            try:
-                OwnPart.lock = FileLock(f"{self.folder}/{number}.lock").acquire(timeout=0.05).lock
-                break
-            except Timeout:
-                continue
-        every, gpus = cores(), visible_gpus()
-        mine = every[number :: self.n] or [every[number % len(every)]]
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, mine)
-        os.environ.setdefault("OMP_NUM_THREADS", str(len(mine)))
-        if gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-
-
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES says, or the numbers of all GPUs; nothing is started on them."""
-    said = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if said is not None:
-        return [gpu for gpu in said.split(",") if gpu not in ("", "-1")]
-    import torch
-
-    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def literal(value: Any) -> str:
