@@ -8,6 +8,7 @@ end what became of each, whichever launcher ran them.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import re
@@ -46,7 +47,14 @@ class StudySweeper(BasicSweeper):
         self.points = [dict(point) for point in points or [{}]]
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        """As Hydra's, but that each of joblib's jobs has its own part of the machine."""
+        """As Hydra's, but that each of joblib's jobs has its own part of the machine.
+
+        Raises:
+            Refusal: the launcher is not installed.
+        """
+        package = config.hydra.launcher._target_.rsplit(".", 2)[0]
+        if importlib.util.find_spec(package) is None:
+            raise Refusal(f"this hydra/launcher needs {package}: pip install '.[sweep]'")
         if is_joblib(config):
             from drrn.machine import OwnPart
 
