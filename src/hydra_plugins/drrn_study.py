@@ -59,8 +59,9 @@ class StudySweeper(BasicSweeper):
             from drrn.machine import OwnPart
 
             task_function = OwnPart(task_function, workers(config))
-        source = str(Path(drrn.__file__).parents[1])  # a clone's src/ is on no other process's path
-        os.environ["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+        source, path = str(Path(drrn.__file__).parents[1]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if source not in path:  # a clone's src/ is on no other process's path
+            os.environ["PYTHONPATH"] = os.pathsep.join([source, *filter(None, path)])
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
