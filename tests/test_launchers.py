@@ -20,7 +20,7 @@ SMALL = (
 
 @pytest.fixture
 def sweep(entry_point: Callable, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """`sweep("hydra/launcher=machine", "model.B=1,2")` → exit code, output, errors, names and states of the runs."""
+    """`sweep("hydra/launcher=machine", "model.B=1,2")` → exit code, output, errors, states by name."""
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # restored afterwards
 
     def run(*overrides: str) -> tuple[int, str, str, dict[str, str]]:
@@ -41,7 +41,9 @@ def test_joblib_trains_points_at_the_same_time(sweep: Callable) -> None:
 
 def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
 
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)  # another test's processes have their parts
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.delenv("OMP_NUM_THREADS")
 
@@ -51,13 +53,13 @@ def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.Monkey
 
         time.sleep(seconds)  # so that the other process has to take a job
         affinity = tuple(sorted(os.sched_getaffinity(0)))
-        multiprocessing.get_context(None).get_start_method()
         return os.getpid(), affinity, os.environ["CUDA_VISIBLE_DEVICES"], multiprocessing.get_start_method()
 
     task = OwnPart(where, 2)
     jobs = Parallel(n_jobs=2, backend="loky", pre_dispatch="n_jobs", batch_size=1)(
         delayed(task)(seconds) for seconds in (0.3, 0.3, 0.1, 0.1, 0.1)
     )
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)
     parts = {job[0]: job[1:] for job in jobs}
     assert set(jobs) == {(pid, *part) for pid, part in parts.items()}  # a process never changes its part
     assert {gpu for _, gpu, _ in parts.values()} == {"4", "7"}

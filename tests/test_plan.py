@@ -41,16 +41,15 @@ def test_operations_are_those_that_torch_counts(configure: Callable, overrides: 
         with FlopCounterMode(display=False) as step:
             network(x).sum().backward()
     assert forward.get_total_flops() == 2 * multiplications(config.model) * x.numel()
-    # Only the gradient with respect to the image itself is never computed.
-    unneeded = 2 * 9 * config.model.features * x.numel()
-    assert step.get_total_flops() == operations(config) - unneeded
+    assert step.get_total_flops() == operations(config)
 
 
 MEASURE = """
-import dataclasses, json, resource, sys
+import json, re, sys
 import torch
-from drrn.config import ModelConfig
 from drrn.model import DRRN
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 def step(model, n, p):
     network, x = DRRN(**model).to(memory_format=torch.channels_last), torch.rand(n, 1, p, p)
     optimiser = torch.optim.SGD(network.parameters(), lr=1e-9, momentum=0.9)
@@ -62,9 +61,9 @@ def step(model, n, p):
         del prediction
 model = json.loads(sys.argv[1])
 step({**model, "U": 1, "features": 4}, 1, 8)  # what libraries need by themselves
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 step(model, int(sys.argv[2]), int(sys.argv[3]))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """
 
 
@@ -204,7 +203,7 @@ def test_plan_only_prints_and_starts_nothing(entry_point: Callable, tiny_images:
     for overrides in (("model.U=1",), ("-m", "model.U=1,2", "model.B=2")):
         code, out, err = entry_point("train", *overrides, *small, "plan=only", f"output={tmp_path}/runs")
         assert code == 0, err
-        for said in ("d", "k", "operations/step", "memory", "464,056", "days", "GB"):
+        for said in ("d", "k", "operations/step", "memory", "464,056", "GB"):
             assert said in out
     assert "In all" in out
     assert "DRRN_B2U2_2f s1" in out
