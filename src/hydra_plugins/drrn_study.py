@@ -70,7 +70,7 @@ class StudySweeper(BasicSweeper):
         Raises:
             Refusal: a point's configuration is wrong (nothing has started then), or points failed (all the
                 others have run).
-            KeyboardInterrupt, SystemExit: the sweep was stopped; what became of its points has been printed.
+            SystemExit: the sweep was stopped; what became of its points has been printed.
         """
         from drrn.config import run_dir
         from drrn.records import write_whole
@@ -104,6 +104,8 @@ class StudySweeper(BasicSweeper):
         try:
             with stoppable(patient=is_joblib(self.config)):
                 results = self.launch(jobs, errors)
+        except KeyboardInterrupt as error:
+            raise SystemExit(130) from error  # as a shell has it; no traceback
         finally:
             changed = [stamp(config) != before for config, before in zip(configs, stamps, strict=True)]
             rows = [
@@ -112,8 +114,8 @@ class StudySweeper(BasicSweeper):
             ]
             print_outcomes(rows, folder)
         words = [word for _, word, _ in rows]
-        if "interrupted" in words:  # a signal to a job in another process ends the sweep too
-            raise KeyboardInterrupt
+        if "interrupted" in words:  # by a signal to a job in another process
+            raise SystemExit(130)
         if failed := words.count("failed"):
             raise Refusal(f"{failed} of {len(rows)} points failed; the same command tries them again")
         return results
