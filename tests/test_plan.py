@@ -183,7 +183,7 @@ def test_a_points_state_is_what_its_record_says(configure: Callable, tmp_path: P
         ("new", "running", "TerminatedWorkerError: killed", True, "failed"),
         ("failed", "failed", "", False, "not started"),
         ("resume", "running", "", False, "not started"),
-        ("new", None, "Ended: before this point began", False, "interrupted"),
+        ("new", None, "Ended: before this point began", False, "not started"),
         ("resume", "running", "Refusal: it is being trained by another process", False, "elsewhere"),
     ],
 )

@@ -500,7 +500,7 @@ def outcome(point: Point, touched: bool, error: str) -> tuple[str, str]:
         return "failed", record.get("error", "")
     if error and not stopped_by_hand(error):
         return "failed", error
-    if touched or error:
+    if touched or (error and "before this point began" not in error):
         return "interrupted", "the same command goes on"
     return "not started", ""
 
