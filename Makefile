@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report test lint data lock
+.PHONY: help install demo report test lint data lock fig6 fig8 table4
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,14 @@ $(VENV)/installed: requirements.lock
 demo: install  ## train two small networks on scikit-image's photographs, print a table, draw a picture (5 min)
 	$(RUN) src/train.py sweeps=demo
 	$(RUN) src/report.py runs=runs/demo output=report/demo
+
+# BUDGET=cpu|paper; ARGS='seed=1,2 hydra/launcher=machine' and any other override
+fig6: install  ## the study of Fig. 6, then its figure (BUDGET=cpu: two cores; ARGS='seed=1,2 …': overrides)
+fig8: install  ## the study of Fig. 8, then its figure
+table4: install  ## the study of Table 4, then its table
+fig6 fig8 table4:
+	$(RUN) src/train.py sweeps=$@ $(if $(BUDGET),+budget=$(BUDGET)) $(ARGS)
+	$(RUN) src/report.py study=$@
 
 report: install  ## the paper's figures beside what is below runs/, on one page, report/index.html
 	$(RUN) src/report.py 'study=[fig6,fig8,table4,fig1,fig9]'

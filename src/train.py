@@ -10,6 +10,7 @@ Each run has its own folder, named by what it is, with its log, its checkpoints,
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import uuid
@@ -32,7 +33,13 @@ log = logging.getLogger("drrn.train")
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
     """Check the configuration before anything heavy is imported, then train."""
-    train(check(cfg, HydraConfig.get().overrides.task))
+    config = check(cfg, HydraConfig.get().overrides.task)
+    if config.plan == "only":
+        from drrn.plan import make_plan, print_plan
+
+        print_plan(make_plan([config], always=True))
+    else:
+        train(config)
 
 
 def train(config: Config) -> None:
@@ -41,16 +48,13 @@ def train(config: Config) -> None:
     Raises:
         Refusal: what the user can mend; the record says "failed" and why.
     """
-    from drrn.records import FILE, means, read_record, run_record
+    from drrn.records import FILE, finished_record, means, read_record, run_record
 
     folder = run_dir(config)
     earlier = read_record(folder / FILE) if (folder / FILE).is_file() else {}
-    # Fig. 8's DRRN_B3U4 is Fig. 6's and Table 4's too: the same run in another study's folder is not trained twice.
-    others = sorted(folder.parents[1].glob(f"*/{folder.name}/{FILE}"))
-    for path, record in [(folder / FILE, earlier), *((path, read_record(path)) for path in others)]:
-        if record.get("status") == "finished":
-            print(f"{run_name(config)} is finished: {path}. Delete its folder to train it again.")
-            return
+    if (finished := finished_record(folder)) is not None:
+        print(f"{run_name(config)} is finished: {finished}. Delete its folder to train it again.")
+        return
 
     import torch
     from lightning.pytorch import Trainer, seed_everything
@@ -71,7 +75,9 @@ def train(config: Config) -> None:
     for key in ("budget", "scores", "means", "validation"):  # of a stopped run: kept until there are new ones
         if key in earlier and config.ckpt_path is not None:
             record[key] = earlier[key]
-    record["wandb_id"] = (config.ckpt_path and earlier.get("wandb_id")) or uuid.uuid4().hex[:8]  # afresh: a new one
+    agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    before = earlier.get("wandb_id") if config.ckpt_path else None  # afresh: a new one
+    record["wandb_id"] = agents or before or uuid.uuid4().hex[:8]
     folder.mkdir(parents=True, exist_ok=True)
     with log_to(folder / "train.log"), recorded(folder / FILE, record):
         # 1. images → patches

@@ -122,7 +122,9 @@ def test_a_papers_study_holds_the_papers_points(name: str, table: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*(ROOT / "conf").glob("*/*.yaml"), *(ROOT / "sweeps").glob("*.yaml")], ids=lambda p: p.stem
+    "path",
+    [*(ROOT / "conf").glob("*/*.yaml"), *(ROOT / "conf").glob("hydra/*/*.yaml"), *(ROOT / "sweeps").glob("*.yaml")],
+    ids=lambda p: p.stem,
 )
 def test_every_file_opens_with_what_it_is_and_how_to_run_it(path: Path) -> None:
     """The commands in the headers compose: they are not prose."""
@@ -140,20 +142,60 @@ def test_every_file_opens_with_what_it_is_and_how_to_run_it(path: Path) -> None:
         as_shipped(*overrides)
 
 
-@pytest.mark.parametrize("path", AGENTS, ids=lambda p: p.stem)
-def test_a_wandb_sweep_file_calls_the_training_with_values_it_takes(path: Path) -> None:
-    """For `wandb sweep`: the program is there and each parameter's values pass the checks."""
+def agents_command(path: Path, point: int = 0) -> list[str]:
+    """The command that `wandb agent` makes of a sweep file for one of its points, by W&B's own functions."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
     sweep = yaml.safe_load(path.read_text())
-    assert (ROOT / sweep["program"]).is_file()
-    parameters = sweep["parameters"]
-    first = {key: spec.get("values", [spec.get("value", spec.get("min"))])[0] for key, spec in parameters.items()}
-    as_shipped(*(f"{key}={value}" for key, value in first.items()))
-    for key, spec in parameters.items():
-        for value in spec.get("values", []):
-            as_shipped(*(f"{k}={v}" for k, v in {**first, key: value}.items()))
-        for end in ("min", "max"):
-            if end in spec:
-                as_shipped(*(f"{k}={v}" for k, v in {**first, key: spec[end]}.items()))
+    chosen = {}
+    for key, spec in sweep["parameters"].items():
+        values = spec.get("values", [spec.get("value")])
+        chosen[key] = {"value": values[point if key == "hydra.sweeper.points" else 0]}
+    known = create_sweep_command_args({"args": chosen})
+    known |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}
+    command: list[str] = []
+    for word in create_sweep_command(sweep["command"]):
+        command += known[word[2:-1]] if word.startswith("${") else [word]
+    return command
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda p: p.stem)
+def test_a_wandb_queue_holds_the_points_of_its_study(path: Path) -> None:
+    """Read from the command line as Hydra reads it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    key = "hydra.sweeper.points="
+    points = []
+    for index in range(len(yaml.safe_load(path.read_text())["parameters"][key[:-1]]["values"])):
+        (override,) = (word for word in agents_command(path, index) if word.startswith(key))
+        parsed = OverridesParser.create().parse_override(override)
+        assert not parsed.is_sweep_override()
+        points += parsed.value()
+    study = yaml.safe_load((ROOT / "sweeps" / path.name).read_text())
+    assert points == study["hydra"]["sweeper"]["points"]
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda p: p.stem)
+def test_a_wandb_agents_command_trains_one_point(
+    path: Path,
+    entry_point: Callable,
+    small: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its last one; with the environment that the agent makes, but for the server (offline)."""
+    last = len(points_as_shipped(path.stem)) - 1
+    env, interpreter, program, *overrides = agents_command(path, last)
+    assert (env, interpreter, ROOT / program) == ("/usr/bin/env", "python", ROOT / "src" / "train.py")
+    assert "logger.mode=online" in overrides
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc12345")
+    monkeypatch.setenv("WANDB_RUN_ID", "run54321")
+    code, out, err = entry_point("train", *overrides, "logger=none", *small)
+    assert code == 0, out + err
+    (record,) = finished_runs(tmp_path)
+    assert record["structure"]["name"] == structure_name(points_as_shipped(path.stem)[last].model) + "_2f"
+    assert record["study"] == path.stem
+    assert record["wandb_id"] == "run54321"  # the run that the server knows, not one of ours
 
 
 # ---------------------------------------------------------------------- the sweeper

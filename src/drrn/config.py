@@ -127,6 +127,7 @@ class Config:
     output: str = MISSING
     ckpt_path: str | None = MISSING
     init_from: str | None = None
+    plan: str = "print"
     trainer_extra: dict[str, Any] | None = None
 
 
@@ -139,6 +140,7 @@ CHOICES = {
     "logger.kind": ("wandb", "csv", "none"),
     "logger.mode": ("offline", "online", "disabled"),
     "logger.artifacts": ("none", "weights", "checkpoints"),
+    "plan": ("print", "only", "none"),
 }
 AT_LEAST = {
     "model.B": 1,

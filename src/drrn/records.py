@@ -83,6 +83,19 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def finished_record(folder: Path) -> Path | None:
+    """The record of a run that is finished, here or in another study's folder; None if it is not.
+
+    Fig. 8's DRRN_B3U4 is Fig. 6's and Table 4's too: folders are named by what a run is, so it has one name.
+
+    Raises:
+        Refusal: a record cannot be read.
+    """
+    own, others = folder / FILE, sorted(folder.parents[1].glob(f"*/{folder.name}/{FILE}"))
+    paths = [*([own] if own.is_file() else []), *others]
+    return next((path for path in paths if read_record(path)["status"] == "finished"), None)
+
+
 def find_records(folder: Path) -> list[dict[str, Any]]:
     """All run records below a folder, by path; each gains `path`.
 
