@@ -169,15 +169,18 @@ def train(config: Config) -> None:
                     "seconds": round(module.seconds, 1),
                 }
                 record["validation"] = module.validation
+        missing = trainer.global_step % config.trainer.val_check_interval == 0
+        missing = missing and module.validated != trainer.global_step  # the last validation was interrupted
+        if missing:
+            trainer.validate(module, datamodule=data, verbose=False)
+            record["validation"] = module.validation
         final = folder / "checkpoints" / f"step{trainer.global_step:08d}.ckpt"
-        if not final.is_file():
+        if missing or not final.is_file():
             trainer.save_checkpoint(final)
         facts = {**module.about, "steps": trainer.global_step}
         save_weights(folder / "weights.safetensors", module.network, config.model, facts)
 
         # 4. weights → scores
-        if trainer.global_step % config.trainer.val_check_interval == 0 and module.validated != trainer.global_step:
-            trainer.validate(module, datamodule=data, verbose=False)  # the last one was interrupted
         trainer.fit_loop.epoch_loop._batches_that_stepped = (
             trainer.global_step
         )  # the loggers' step, if none was left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -82,10 +83,10 @@ class Stopped(SystemExit):
 class StopSignals:
     """What Ctrl-C, SIGTERM and SIGUSR1 (Slurm's usual warning) do while a run lasts: end it, and lose nothing.
 
-    While a training step is under way whose start is not on the disk (`busy`), the signal is only noted: the
-    step is finished and kept, then `Checkpoints` raises `Stopped`. At all other times there is nothing to keep
-    and `Stopped` is raised at once: before the training, in a validation or test, in a step so slow that the
-    one before it has been kept. A second Ctrl-C never waits.
+    While a training step is under way (`busy`), the signal is only noted: the step is finished and kept, then
+    `Checkpoints` raises `Stopped`. At all other times there is nothing to keep and `Stopped` is raised at once:
+    before the training, in a validation or test, in a step so slow that the one before it has been kept. A
+    second Ctrl-C never waits.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -150,7 +151,7 @@ class Checkpoints(Checkpoint):
         """What has been resumed from is kept already."""
         self._stage(trainer)
         self.kept = (trainer.global_step, pl_module.validated)
-        self.seconds = 0.0  # of the last step
+        self.seconds = math.inf  # of the last step: the first may be slow, and nothing is new before it
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing to keep in a test."""
@@ -175,7 +176,7 @@ class Checkpoints(Checkpoint):
             self.keep(trainer, pl_module)
         if asked:
             raise Stopped(self.stop.asked or signal.SIGTERM)
-        self.stop.busy = self.kept[0] != step
+        self.stop.busy = not slow
         self.started = time.monotonic()
 
     def on_train_batch_end(
