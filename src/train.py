@@ -68,7 +68,6 @@ def train(config: Config) -> None:
         PlainProgress,
         StopSignals,
         TerminalProgress,
-        WholeCheckpoints,
         damage,
         newest_checkpoint,
     )
@@ -153,7 +152,6 @@ def train(config: Config) -> None:
                     Checkpoints(folder / "checkpoints", config.trainer.checkpoint_every, stop),
                     TerminalProgress() if sys.stderr.isatty() else PlainProgress(every),
                 ],
-                plugins=[WholeCheckpoints()],
                 enable_progress_bar=sys.stderr.isatty(),
             )
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -218,6 +216,8 @@ def trainer_arguments(config: Config) -> dict[str, object]:
 
     from lightning.pytorch import Trainer
 
+    from drrn.callbacks import WholeCheckpoints
+
     ours = ("max_steps", "max_epochs", "checkpoint_every", "channels_last")
     extra = config.trainer_extra or {}
     unknown = set(extra) - set(inspect.signature(Trainer).parameters)
@@ -236,6 +236,7 @@ def trainer_arguments(config: Config) -> dict[str, object]:
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the data module shares batches and images out itself
         "enable_model_summary": False,
+        "plugins": [WholeCheckpoints()],
         **extra,
     }
 

@@ -509,7 +509,7 @@ def test_a_record_that_cannot_be_trained_is_refused(
 def test_the_same_command_twice_gives_the_same_record(
     tiny_images: Path, straight: Callable, tmp_path: Path
 ) -> None:
-    """This process and another one: time, host, folders and the W&B run's name apart, the same to the last digit."""
+    """This process and another one: but for time, host, folders and the W&B run's name, to the last digit."""
     process = start(command(tiny_images), tmp_path)
     assert process.wait(240) == 0, (tmp_path / "said.txt").read_text()
     other = run_folder(tmp_path)

@@ -85,14 +85,16 @@ class SuperResolution(LightningModule):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Pairs (x, x̃) [N, 1, p, p] → the loss of Eq. 10; logged is that of the whole batch."""
+        """Pairs (x, x̃) [N, 1, p, p] → the loss of Eq. 10 over this micro-batch."""
         x, truth = batch
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.losses = []
         loss = euclidean_loss(self.network(x), truth)
         self.losses.append(loss.detach())
-        self.loss = torch.stack(self.losses).mean()
-        self.log("train/loss", self.loss, prog_bar=True, batch_size=len(x))
+        return loss
+
+    def whole_batch_loss(self) -> Tensor:
+        """Eq. 10 over the whole batch of a step: its micro-batches are of equal size."""
+        loss = torch.stack(self.losses).mean()
+        self.losses.clear()
         return loss
 
     @property
@@ -119,6 +121,7 @@ class SuperResolution(LightningModule):
     def on_train_start(self) -> None:
         """No stop has been asked for."""
         self.stopping = False
+        self.losses.clear()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Put a stop (`trainer.max_time`) off to the end of an optimiser step: half of one cannot be resumed."""
@@ -203,12 +206,12 @@ class SuperResolution(LightningModule):
         gamma = optimizer.param_groups[0]["lr"]
         bound = self.optim.theta / gamma if gamma > 0 else math.inf
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm, loss = get_total_norm(gradients), self.whole_batch_loss()
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         # A loss scaler expects infinite gradients now and then, skips the step and lowers its scale.
-        if not torch.isfinite(self.loss if scaled else self.loss + norm):
+        if not torch.isfinite(loss if scaled else loss + norm):
             raise Diverged(
-                f"training diverged at step {self.trainer.global_step}: loss {self.loss.item():.4g}, gradient norm "
+                f"training diverged at step {self.trainer.global_step}: loss {loss.item():.4g}, gradient norm "
                 f"{norm.item():.4g}, γ = {gamma:.4g}, clip = {self.optim.clip} with θ = {self.optim.theta:g}. "
                 "Try optim.clip=norm, a smaller optim.theta or optim.lr, or model.norm=batch. The step was not "
                 "taken; the last good checkpoint is kept."
@@ -221,6 +224,7 @@ class SuperResolution(LightningModule):
         elif self.optim.clip == "norm":
             touched = (norm > bound).float()
             clip_grads_with_norm_(self.network.parameters(), bound, norm)
+        self.log("train/loss", loss, prog_bar=True)
         self.log_dict({"train/gamma": gamma, "train/gradient_norm": norm, "train/clipped": touched})
 
     def configure_optimizers(self) -> dict[str, Any]:
