@@ -169,7 +169,7 @@ def main() -> None:
         crops(images)
         number = 0
         while kills < options.kills:
-            extra = ROUNDS[number % len(ROUNDS)]
+            extra = ROUNDS[(number + options.seed) % len(ROUNDS)]
             arguments = [word.format(images=images) for word in SMALL] + [*extra, f"seed={number + 1}"]
             straight, interrupted = home / f"straight{number}", home / f"interrupted{number}"
             process, since = start(arguments, straight), time.monotonic()
