@@ -179,8 +179,6 @@ def train(config: Config) -> None:
         save_weights(folder / "weights.safetensors", module.network, config.model, facts)
 
         # 4. weights → scores
-        # The loggers' step; where no step was left to train, Lightning is one behind.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         trainer.test(module, datamodule=data, verbose=False)
         record["scores"], record["means"] = module.scores, means(module.scores)
         record["validation"] = module.validation
@@ -286,13 +284,11 @@ def recorded(path: Path, record: dict, stop: StopSignals) -> Iterator[None]:
             stopped = error if isinstance(error, Stopped) else Stopped(stop.asked)
             record["status"], record["error"] = "stopped", f"{stopped}: a signal ended it"
             step = record.get("budget", {}).get("steps", 0)
-            command = shlex.join(
-                word for word in sys.argv if word.lower() != "ckpt_path=null"
-            )  # which starts afresh
+            command = shlex.join(word for word in sys.argv if word != "ckpt_path=null")  # that starts afresh
             log.warning(
                 "stopped by %s at step %d; the same command goes on from there: python %s", stopped, step, command
             )
-            raise stopped from error
+            raise stopped from None
         record["status"], record["error"] = "failed", f"{type(error).__name__}: {error}"
         if not isinstance(error, Refusal | SystemExit):
             log.exception("%s failed", record["name"])  # into the run's log too

@@ -91,15 +91,12 @@ def run_folder(cwd: Path) -> Path:
 
 
 def logged(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
-    """What a run logged: (step, kind of row) → row, over all its starts; where they overlap they must agree.
-
-    Without Lightning's epoch: a run is one to it, and whether that is over depends on where the run was stopped.
-    """
+    """What a run logged: (step, kind of row) → row, over all its starts; where they overlap they must agree."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for path in (folder / "csv").rglob("metrics.csv"):
         with path.open() as file:
             for row in csv.DictReader(file):
-                row = {key: value for key, value in row.items() if value and key != "epoch"}
+                row = {key: value for key, value in row.items() if value}
                 place = (row["step"], min(key for key in row if "/" in key))
                 if rows.setdefault(place, row) != row:
                     raise AssertionError(f"{path}, step {row['step']}: {row} was {rows[place]} before")

@@ -375,7 +375,7 @@ def test_checkpoints_go_on_with_other_accumulation(straight: Callable, configure
     train.train(other)
     assert read_record(run_dir(other) / FILE)["budget"]["steps"] == 6
     rows = logged(run_dir(other))
-    assert [int(step) for step, kind in sorted(rows) if kind == "train/clipped"] == [3, 4, 5]
+    assert [int(step) for step, kind in sorted(rows) if kind == "train/clipped"] == [4, 5, 6]
     assert sorted({row["step"] for row in read_record(run_dir(other) / FILE)["validation"]}) == [2, 4, 6]
 
 
