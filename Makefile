@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report test lint data lock fig6 fig8 table4
+.PHONY: help install demo report test stress lint data lock fig6 fig8 table4
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ report: install  ## the paper's figures beside what is below runs/, on one page,
 
 test: install  ## the whole test suite (DRRN_DATA=folder of benchmark images runs the tests that need them)
 	$(RUN) -m pytest
+
+stress: install  ## 2,000 damaged images, 20 trainings killed at random moments (10 min on two cores)
+	$(RUN) tests/stress_images.py 2000
+	$(RUN) tests/stress_kill.py 20
 
 lint: install  ## ruff
 	$(VENV)/bin/ruff check .

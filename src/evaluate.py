@@ -88,7 +88,11 @@ class Job(NamedTuple):
 def main(cfg: DictConfig) -> None:
     """Check, score, print."""
     config = check(cfg)
-    evaluate(config)
+    from drrn.records import locked
+
+    output = Path(config.output)
+    with locked(output.with_name(f".{output.name}.lock"), f"{output} is being written"):
+        evaluate(config)
 
 
 def check(cfg: DictConfig) -> EvaluateConfig:

@@ -4,21 +4,23 @@
     python src/train.py -m model.B=1,3 model.U=9,25
 
 Each run has its own folder, named by what it is, with its log, its checkpoints, its weights
-(`weights.safetensors`) and its record (`record.json`).
+(`weights.safetensors`) and its record (`record.json`). The same command again goes on where it was interrupted;
+`from_record=FILE` trains again what a record describes.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
-import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,6 +28,9 @@ from omegaconf import DictConfig
 
 from drrn import Refusal
 from drrn.config import CONF, Config, check, launch, run_dir, run_name
+
+if TYPE_CHECKING:
+    from drrn.callbacks import StopSignals
 
 log = logging.getLogger("drrn.train")
 
@@ -47,8 +52,9 @@ def train(config: Config) -> None:
 
     Raises:
         Refusal: what the user can mend; the record says "failed" and why.
+        Stopped: Ctrl-C, SIGTERM or SIGUSR1; the record says "stopped", and the same command goes on.
     """
-    from drrn.records import FILE, finished_record, means, read_record, run_record
+    from drrn.records import FILE, finished_record, locked, means, read_record, run_record
 
     folder = run_dir(config)
     earlier = read_record(folder / FILE) if (folder / FILE).is_file() else {}
@@ -58,9 +64,17 @@ def train(config: Config) -> None:
 
     import torch
     from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.utilities import rank_zero_only
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from drrn.callbacks import PlainProgress, TerminalProgress, checkpoints, newest_checkpoint
+    from drrn.callbacks import (
+        Checkpoints,
+        PlainProgress,
+        StopSignals,
+        TerminalProgress,
+        damage,
+        newest_checkpoint,
+    )
     from drrn.datamodule import SuperResolutionData
     from drrn.model import DRRN
     from drrn.module import SuperResolution
@@ -78,8 +92,19 @@ def train(config: Config) -> None:
     agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
     before = earlier.get("wandb_id") if config.ckpt_path else None  # afresh: a new one
     record["wandb_id"] = agents or before or uuid.uuid4().hex[:8]
+    if config.from_record is not None:
+        warn_of_differences(Path(config.from_record), record)
     folder.mkdir(parents=True, exist_ok=True)
-    with log_to(folder / "train.log"), recorded(folder / FILE, record):
+    first = rank_zero_only.rank == 0  # of several processes that train together, the one that writes
+    with (
+        locked(folder / ".lock", f"{record['name']} is being trained") if first else nullcontext(),
+        log_to(folder / "train.log"),
+        StopSignals() as stop,
+        recorded(folder / FILE, record, stop),
+    ):
+        if first:
+            for left in [*folder.glob(".*.partial"), *folder.glob("checkpoints/.*.partial")]:
+                left.unlink()  # half written when a process was killed
         # 1. images → patches
         seed_everything(config.seed, workers=True, verbose=False)
         data = SuperResolutionData(config)
@@ -94,6 +119,12 @@ def train(config: Config) -> None:
 
         # 2. patches → module
         module = SuperResolution(asdict(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)
+        module.about = {
+            "scales": config.data.scales,
+            "origin": run_name(config),
+            "seed": config.seed,
+            "experiment": record["experiment"],
+        }
         if initial is not None:
             module.network.load_state_dict(initial)
             module.averaged_before = 1_000_000  # BatchNorm goes on from the statistics that came with the weights
@@ -103,6 +134,8 @@ def train(config: Config) -> None:
             set_aside(folder / "checkpoints")
         resume = newest_checkpoint(folder / "checkpoints") or config.ckpt_path
         resume = None if resume == "last" else resume  # this run has no checkpoint yet
+        if resume == config.ckpt_path and resume is not None and (reason := damage(Path(resume))) is not None:
+            raise Refusal(f"ckpt_path = {resume!r} cannot be gone on from: {reason}")
         structure = record["structure"]
         if resume is not None:
             log.info("going on from %s", resume)
@@ -122,36 +155,34 @@ def train(config: Config) -> None:
                 logger=logger,
                 default_root_dir=folder,
                 callbacks=[
-                    checkpoints(folder / "checkpoints", config.trainer.checkpoint_every),
+                    Checkpoints(folder / "checkpoints", config.trainer.checkpoint_every, stop),
                     TerminalProgress() if sys.stderr.isatty() else PlainProgress(every),
                 ],
                 enable_progress_bar=sys.stderr.isatty(),
             )
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise Refusal(f"trainer.*: Lightning's Trainer does not take this: {error}") from error
-        spent, start = earlier.get("budget", {}).get("seconds", 0) if resume else 0, time.monotonic()
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-        record["budget"] = {
-            "steps": trainer.global_step,
-            "patches": trainer.global_step * config.data.batch_size,
-            "epochs": trainer.global_step / data.steps_per_epoch,
-            "seconds": round(spent + time.monotonic() - start, 1),
-        }
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        finally:
+            if trainer.global_step:
+                record["budget"] = {
+                    "steps": trainer.global_step,
+                    "patches": trainer.global_step * config.data.batch_size,
+                    "epochs": trainer.global_step / data.steps_per_epoch,
+                    "seconds": round(module.seconds, 1),
+                }
+                record["validation"] = module.validation
+        missing = trainer.global_step % config.trainer.val_check_interval == 0
+        missing = missing and module.validated != trainer.global_step  # the last validation was interrupted
+        if missing:
+            trainer.validate(module, datamodule=data, verbose=False)
+            record["validation"] = module.validation
         final = folder / "checkpoints" / f"step{trainer.global_step:08d}.ckpt"
-        if not final.is_file():
+        if missing or not final.is_file():
             trainer.save_checkpoint(final)
-        save_weights(
-            folder / "weights.safetensors",
-            module.network,
-            config.model,
-            {
-                "scales": config.data.scales,
-                "origin": run_name(config),
-                "seed": config.seed,
-                "experiment": record["experiment"],
-                "steps": trainer.global_step,
-            },
-        )
+        facts = {**module.about, "steps": trainer.global_step}
+        save_weights(folder / "weights.safetensors", module.network, config.model, facts)
 
         # 4. weights → scores
         trainer.test(module, datamodule=data, verbose=False)
@@ -188,13 +219,15 @@ def trainer_arguments(config: Config) -> dict[str, object]:
 
     from lightning.pytorch import Trainer
 
+    from drrn.callbacks import WholeCheckpoints
+
     ours = ("max_steps", "max_epochs", "checkpoint_every", "channels_last")
     extra = config.trainer_extra or {}
     unknown = set(extra) - set(inspect.signature(Trainer).parameters)
     if unknown:
         raise Refusal(f"trainer.{unknown.pop()}: neither ours nor an argument of Lightning's Trainer")
     settled = {"logger": "logger.kind", "gradient_clip_val": "optim.clip", "gradient_clip_algorithm": "optim.clip"}
-    for key in ("callbacks", "default_root_dir", "enable_progress_bar", *settled):
+    for key in ("callbacks", "default_root_dir", "enable_progress_bar", "plugins", *settled):
         if key in extra:
             raise Refusal(f"trainer.{key} is settled by src/train.py; see {settled.get(key, 'there')}")
     arguments = {key: value for key, value in asdict(config.trainer).items() if key not in ours}
@@ -202,9 +235,11 @@ def trainer_arguments(config: Config) -> dict[str, object]:
         **arguments,
         "max_epochs": -1,  # max_steps ends a run; an epoch that a checkpoint ends would end the next run too
         "check_val_every_n_epoch": None,  # so validation counts batches
+        "val_check_interval": config.trainer.val_check_interval * config.trainer.accumulate_grad_batches,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the data module shares batches and images out itself
         "enable_model_summary": False,
+        "plugins": [WholeCheckpoints()],
         **extra,
     }
 
@@ -222,12 +257,27 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", text)
 
 
+def warn_of_differences(path: Path, record: dict) -> None:
+    """Say where the present code and machine are not those of the record that is trained again."""
+    from drrn.records import read_record
+
+    old = read_record(path)
+    then = {"commit": (old.get("git") or {}).get("commit"), **old.get("versions", {})}
+    now = {"commit": (record["git"] or {}).get("commit"), **record["versions"]}
+    differing = [f"{key} {then[key]} is now {now.get(key)}" for key in then if then[key] != now.get(key)]
+    if (old.get("git") or {}).get("changed") or (record["git"] or {}).get("changed"):
+        differing.append("not all of the code was, or is, in the commit")
+    if differing:
+        print(f"{path}: the result may differ: {'; '.join(differing)}", file=sys.stderr)
+
+
 @contextmanager
-def recorded(path: Path, record: dict) -> Iterator[None]:
+def recorded(path: Path, record: dict, stop: StopSignals) -> Iterator[None]:
     """Keep a run's record: "running" while it runs, so that a killed run leaves its configuration and W&B run;
     then what became of it. Ends the W&B run, so that the next job of a multirun starts its own."""
     from lightning.pytorch.utilities import rank_zero_only
 
+    from drrn.callbacks import Stopped
     from drrn.records import write_json
     from drrn.tracking import finish
 
@@ -236,6 +286,15 @@ def recorded(path: Path, record: dict) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if stop.asked is not None or isinstance(error, Stopped):  # a worker may have been ended before we were
+            stopped = error if isinstance(error, Stopped) else Stopped(stop.asked)
+            record["status"], record["error"] = "stopped", f"{stopped}: a signal ended it"
+            step = record.get("budget", {}).get("steps", 0)
+            command = shlex.join(word for word in sys.argv if word != "ckpt_path=null")  # that starts afresh
+            log.warning(
+                "stopped by %s at step %d; the same command goes on from there: python %s", stopped, step, command
+            )
+            raise stopped from None
         record["status"], record["error"] = "failed", f"{type(error).__name__}: {error}"
         if not isinstance(error, Refusal | SystemExit):
             log.exception("%s failed", record["name"])  # into the run's log too

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from drrn import Refusal
-from drrn.callbacks import checkpoints, newest_checkpoint
+from drrn.callbacks import Checkpoints, newest_checkpoint
 from drrn.config import OptimConfig
 from drrn.datamodule import SuperResolutionData
 from drrn.images import read_luminance
@@ -150,11 +150,13 @@ def by_hand(
     for step in range(len(batches) // micro):
         gamma = settings.lr * 0.5 ** (step // settings.halve_every_steps)
         network.zero_grad()
+        losses = []
         for x, truth in batches[step * micro : (step + 1) * micro]:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 prediction = network(x)
             loss = ((prediction.float() - truth) ** 2).sum() / (2 * len(x))
             (loss / micro).backward()
+            losses.append(loss.item())
         gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
         bound = settings.theta / gamma
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
@@ -166,7 +168,7 @@ def by_hand(
         }
         logged.append(
             {
-                "train/loss": loss.item(),
+                "train/loss": sum(losses) / micro,  # the whole batch's, not the last micro-batch's
                 "train/gamma": gamma,
                 "train/gradient_norm": norm,
                 "train/clipped": share[settings.clip],
@@ -410,7 +412,7 @@ def test_a_loss_that_is_no_number_stops_the_run(clip: str, what: str, batches: l
             trained,
             [*batches[:2], bad, batches[3]],
             enable_checkpointing=True,
-            callbacks=[checkpoints(tmp_path, 1)],
+            callbacks=[Checkpoints(tmp_path, 1)],
         )
     assert isinstance(stopped.value, Refusal)
     text = str(stopped.value)
@@ -438,7 +440,7 @@ def test_a_nan_in_a_micro_batch_that_is_not_the_last_stops_the_run_too(batches: 
 
 def test_a_checkpoint_loads_without_running_code(batches: list[Pair], tmp_path: Path) -> None:
     trained = module(norm="batch", lr=1e-3, theta=1e-3, bias_lr_mult=0.1)
-    fit(trained, batches[:2], enable_checkpointing=True, callbacks=[checkpoints(tmp_path, 2)])
+    fit(trained, batches[:2], enable_checkpointing=True, callbacks=[Checkpoints(tmp_path, 2)])
     path = newest_checkpoint(tmp_path)
     kept = torch.load(path, weights_only=True)
     assert kept["hyper_parameters"]["optim"] == optim(lr=1e-3, theta=1e-3, bias_lr_mult=0.1)
@@ -450,15 +452,15 @@ def test_a_checkpoint_loads_without_running_code(batches: list[Pair], tmp_path: 
 
 
 def test_the_newest_two_checkpoints_are_kept(batches: list[Pair], tmp_path: Path) -> None:
-    fit(module(U=0, theta=1e-4), batches[:7], enable_checkpointing=True, callbacks=[checkpoints(tmp_path, 2)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step00000004.ckpt", "step00000006.ckpt"]
+    fit(module(U=0, theta=1e-4), batches[:7], enable_checkpointing=True, callbacks=[Checkpoints(tmp_path, 2)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step00000006.ckpt", "step00000007.ckpt"]
 
 
 def test_a_newest_checkpoint_that_cannot_be_read_is_passed_over(
     batches: list[Pair], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") is None
-    fit(module(U=0, theta=1e-4), batches[:2], enable_checkpointing=True, callbacks=[checkpoints(tmp_path, 1)])
+    fit(module(U=0, theta=1e-4), batches[:2], enable_checkpointing=True, callbacks=[Checkpoints(tmp_path, 1)])
     first, second = tmp_path / "step00000001.ckpt", tmp_path / "step00000002.ckpt"
     assert newest_checkpoint(tmp_path) == second
     second.write_bytes(second.read_bytes()[: second.stat().st_size // 2])
@@ -472,7 +474,7 @@ def test_training_again_beside_old_checkpoints_replaces_them(batches: list[Pair]
     """A failed run that is started afresh must not leave a name with an old state in it."""
     for seed in (0, 1):
         trained = module(U=0, theta=1e-4, seed=seed)
-        fit(trained, batches[:2], enable_checkpointing=True, callbacks=[checkpoints(tmp_path, 1)])
+        fit(trained, batches[:2], enable_checkpointing=True, callbacks=[Checkpoints(tmp_path, 1)])
     kept = torch.load(newest_checkpoint(tmp_path), weights_only=True)["state_dict"]
     for name, tensor in trained.network.state_dict().items():
         assert torch.equal(kept[f"network.{name}"], tensor)

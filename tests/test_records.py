@@ -42,7 +42,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    def on_a_full_device(self: Path, mode: str) -> object:
+    def on_a_full_device(self: Path, mode: str, **_: object) -> object:
         return io.open("/dev/full", mode)  # noqa: UP020
 
     target = {"write": (Path, "open"), "fsync": (os, "fsync"), "replace": (Path, "replace")}[stage]

@@ -1,17 +1,31 @@
-"""What a training run says while it runs, and how its checkpoints are kept."""
+"""What a training run says while it runs, how its checkpoints are kept, and how it is stopped."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+import os
+import signal
+import threading
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+
+from drrn.records import write_whole
 
 log = logging.getLogger(__name__)
+
+SLOW = 5.0  # seconds of a step from which on every step is kept: clusters kill 30 s after they ask
+NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "hyper_parameters")
 
 
 class TerminalProgress(RichProgressBar):
@@ -55,31 +69,191 @@ class PlainProgress(Callback):
         log.info("step %d  %s", trainer.global_step, "  ".join(f"{k[9:]} {v:.4f}" for k, v in shown.items()))
 
 
-def checkpoints(folder: Path, every: int) -> ModelCheckpoint:
-    """Keep the newest two checkpoints, one every `every` steps: nothing is selected by a benchmark's score."""
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="step{step:08d}",
-        auto_insert_metric_name=False,
-        monitor="step",
-        mode="max",
-        save_top_k=2,
-        every_n_train_steps=every,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,  # a file's name says its step, nothing else
-    )
+class Stopped(SystemExit):
+    """A signal ended the run; the exit code is what a shell gives for it (130 for Ctrl-C, 143 for SIGTERM)."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(128 + number)
+        self.signal = number
+
+    def __str__(self) -> str:
+        return self.signal.name
+
+
+class StopSignals:
+    """What Ctrl-C, SIGTERM and SIGUSR1 (Slurm's usual warning) do while a run lasts: end it, and lose nothing.
+
+    While a training step is under way (`busy`), the signal is only noted: the step is finished and kept, then
+    `Checkpoints` raises `Stopped`. At all other times there is nothing to keep and `Stopped` is raised at once:
+    before the training, in a validation or test, in a step so slow that the one before it has been kept. A
+    second Ctrl-C never waits.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self.busy = False
+        self.before: dict[signal.Signals, Any] = {}
+        self.forward: Callable[[signal.Signals], None] | None = None  # to the processes that Lightning started
+
+    def __enter__(self) -> StopSignals:
+        self.process, self.before = os.getpid(), {s: signal.getsignal(s) for s in self.SIGNALS}
+        self.take()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    def take(self) -> None:
+        """Handle the signals, but for those that the shell has had ignored (nohup, jobs in the background).
+
+        Again in every stage: Lightning's own SIGTERM handler ends a training wherever it is and saves nothing.
+        """
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self.before.items():
+                if handler is not signal.SIG_IGN:
+                    signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: object) -> None:
+        """Note it, or raise `Stopped`."""
+        if os.getpid() != self.process or (self.asked and number != signal.SIGINT):
+            return  # in a worker just forked, or said already
+        again, self.asked = self.asked is not None, self.asked or signal.Signals(number)
+        if self.forward is not None:
+            self.forward(signal.SIGTERM)
+        if again or not self.busy:
+            raise Stopped(self.asked)
+        with contextlib.suppress(OSError):  # no print: it may be what was interrupted
+            os.write(2, f"\n{self.asked.name}: finishing this step; Ctrl-C ends at once\n".encode())
+
+
+class Checkpoints(Checkpoint):
+    """Keep the newest two checkpoints of a run, `step00001000.ckpt`: nothing is selected by a benchmark's score.
+
+    One is written every `every` steps, before and after a validation, after every step that took long, when a
+    signal asks the run to stop, and at the end. It is written when its step is over with all that belongs to
+    it (logged, validated), that is as the next one starts; one from before a validation knows that the
+    validation is still to come. An older file is deleted only once the newer one is safe on the disk.
+
+    Args:
+        folder: of the checkpoints.
+        every: steps.
+        stop: the signals that end the run.
+    """
+
+    def __init__(self, folder: Path, every: int, stop: StopSignals | None = None) -> None:
+        self.folder, self.every, self.stop = folder, every, stop or StopSignals()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What has been resumed from is kept already."""
+        self._stage(trainer)
+        self.kept = (trainer.global_step, pl_module.validated)
+        self.seconds = math.inf  # of the last step: the first may be slow, and nothing is new before it
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing to keep in a test."""
+        self._stage(trainer)
+
+    def _stage(self, trainer: Trainer) -> None:
+        self.stop.forward = getattr(trainer.strategy.launcher, "kill", None)
+        self.stop.take()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Between two steps: keep the one that is over if it is due, and stop if that was asked."""
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        asked, slow = (  # all processes do the same
+            trainer.strategy.reduce_boolean_decision(mine, all=False)
+            for mine in (self.stop.asked is not None, self.seconds > SLOW)
+        )
+        step = trainer.global_step
+        if asked or slow or step % self.every == 0 or pl_module.validated == step:
+            self.keep(trainer, pl_module)
+        if asked:
+            raise Stopped(self.stop.asked or signal.SIGTERM)
+        self.stop.busy = not slow
+        self.started = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The time of a whole step."""
+        self.seconds = time.monotonic() - self.started
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A validation can be long: keep the step before it, so that a stop need not wait for its end."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.keep(trainer, pl_module)
+        else:
+            self._stage(trainer)
+        self._now()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last step."""
+        self.keep(trainer, pl_module)
+        self._now()
+
+    def _now(self) -> None:
+        self.stop.busy = False
+        if self.stop.asked is not None:
+            raise Stopped(self.stop.asked)
+
+    def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the checkpoint of this step if it has changed, then delete all but the newest two."""
+        state = (trainer.global_step, pl_module.validated)
+        if state == self.kept:
+            return
+        trainer.save_checkpoint(self.folder / f"step{trainer.global_step:08d}.ckpt")
+        self.kept = state
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step*.ckpt"))[:-2]:
+                old.unlink()
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning writes its checkpoints through this: whole and flushed to the disk, or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint` under `path`.
+
+        Raises:
+            Refusal: it cannot be written.
+        """
+        write_whole(Path(path), lambda partial: torch.save(checkpoint, partial))
+
+
+def damage(path: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint file; None if it can.
+
+    The zip's own checksums are compared: after a power failure a file may have its length and not its content.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+        if broken is not None:
+            return f"{broken} in it is damaged"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        missing = [key for key in NEEDED if key not in content]
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+        return f"{type(error).__name__}: {error}".split("\n")[0]
+    return f"it holds no {', '.join(missing)}: no checkpoint of a training" if missing else None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step that can be read whole; None if there is none.
+    """The checkpoint of the highest step that a run can go on from; None if there is none.
 
-    A newer one that cannot be read (power failed, the disk filled) is named in a warning and passed over.
+    A newer one that is damaged (power failed, the disk filled) is named in a warning, renamed and passed over.
     """
     for path in sorted(folder.glob("step*.ckpt"), reverse=True):
-        try:
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            log.warning("%s cannot be read (%s): using the one before it", path, error)
-        else:
+        reason = damage(path)
+        if reason is None:
             return path
+        log.warning("%s cannot be read (%s): using the one before it", path, reason)
+        with contextlib.suppress(FileNotFoundError):  # another process of this run has done so
+            path.rename(path.with_suffix(".damaged"))
     return None

@@ -128,6 +128,7 @@ class Config:
     ckpt_path: str | None = MISSING
     init_from: str | None = None
     plan: str = "print"
+    from_record: str | None = None
     trainer_extra: dict[str, Any] | None = None
 
 
@@ -191,7 +192,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     Args:
         cfg: as Hydra composed it.
         overrides: what the command line says. With `init_from` the network is the file's, unless `model` or a
-            key of it is among them.
+            key of it is among them; with `from_record` they are what differs from the record.
 
     Raises:
         Refusal: unknown key, wrong type, value out of range, or keys that contradict each other; the text
@@ -199,6 +200,8 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
+    if cfg.get("from_record") is not None:
+        cfg = _recorded(cfg, overrides)
     known = {field.name for field in fields(TrainerConfig)}
     extra = {}
     if OmegaConf.is_dict(cfg.get("trainer")):
@@ -225,6 +228,27 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
 
         config.model = ModelConfig(**load_network(Path(config.init_from))[1]["model"])
     return config
+
+
+def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of the record that `from_record` names, but for this machine's folders and `overrides`."""
+    from drrn.records import read_record
+
+    path = Path(str(cfg.from_record))
+    recorded = read_record(path).get("config")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("trainer"), dict):
+        raise Refusal(f"from_record = {str(path)!r}: the record has no configuration")
+    recorded["trainer"] |= recorded.pop("trainer_extra", None) or {}
+    merged = OmegaConf.merge(cfg, recorded)
+    here = ["from_record", "data.root", "data.patches", "output"]
+    for key in (*here, *(override.lstrip("+~").partition("=")[0] for override in overrides)):
+        if key in ("experiment", "sweeps"):
+            raise Refusal(
+                f"from_record and {key}: the record is the whole configuration; give single keys beside it"
+            )
+        if not key.startswith("hydra"):
+            OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    return merged
 
 
 def _get(config: Config, key: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,12 @@ def check_size(file: Path, scale: int) -> None:
         raise Refusal(f"{file} cannot be read as an image: {error}") from error
     if min(side - side % scale for side in (width, height)) - 2 * scale < SSIM_WINDOW:
         raise Refusal(f"{file} ({width}×{height}) is too small to be scored at ×{scale}: take it out of data.val")
+
+
+def _in_a_group_of_its_own(worker: int) -> None:
+    """Keep a terminal's Ctrl-C and a cluster's SIGTERM, sent to the run's group, from ending the workers of a step
+    that the run will still finish (`drrn.callbacks.StopSignals`); it ends them itself."""
+    os.setpgrp()
 
 
 class EvaluationImages:
@@ -110,6 +117,7 @@ class SuperResolutionData(LightningDataModule):
             num_workers=self.data.num_workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if self.data.num_workers else None,
+            worker_init_fn=_in_a_group_of_its_own,
         )
 
     def _evaluation_dataloaders(self, stage: str) -> list[DataLoader]:

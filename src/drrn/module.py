@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ class SuperResolution(LightningModule):
         self.scores: list[dict[str, Any]] = []  # rows of the evaluation that ran last, an image each
         self.averaged_before = 0  # batches whose statistics the weights came with (fine-tuning)
         self.validation: list[dict[str, Any]] = []  # rows of all validations, with their step: the learning curve
+        self.validated: int | None = None  # step of the last one
+        self.losses: list[Tensor] = []  # of the step's micro-batches
+        self.about: dict[str, Any] = {}  # what its checkpoints and weights say of it
+        self.seconds_before = 0.0  # of training, before this process took it on
+        self.since: float | None = None
 
     def setup(self, stage: str) -> None:
         """Metrics for every set and scale that the data module evaluates on."""
@@ -79,12 +85,26 @@ class SuperResolution(LightningModule):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Pairs (x, x̃) [N, 1, p, p] → the loss of Eq. 10."""
+        """Pairs (x, x̃) [N, 1, p, p] → the loss of Eq. 10 over this micro-batch."""
         x, truth = batch
         loss = euclidean_loss(self.network(x), truth)
-        self.loss = loss.detach()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
+        self.losses.append(loss.detach())
         return loss
+
+    def whole_batch_loss(self) -> Tensor:
+        """Eq. 10 over the whole batch of a step: its micro-batches are of equal size."""
+        loss = torch.stack(self.losses).mean()
+        self.losses.clear()
+        return loss
+
+    @property
+    def seconds(self) -> float:
+        """Of training up to these weights, over all processes that it has gone on in."""
+        return self.seconds_before + (time.monotonic() - self.since if self.since is not None else 0)
+
+    def on_fit_start(self) -> None:
+        """Start the clock."""
+        self.since = time.monotonic()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Average BatchNorm's statistics as Caffe does.
@@ -101,6 +121,7 @@ class SuperResolution(LightningModule):
     def on_train_start(self) -> None:
         """No stop has been asked for."""
         self.stopping = False
+        self.losses.clear()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Put a stop (`trainer.max_time`) off to the end of an optimiser step: half of one cannot be resumed."""
@@ -111,7 +132,10 @@ class SuperResolution(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the learning curve; the optimiser's state brings its own rate and momentum with it.
 
-        `trainer.max_time` is a limit for each start; Lightning's own sum would stop a resumed run at once.
+        Callbacks start afresh: `trainer.max_time` is a limit for each start.
+
+        Raises:
+            Refusal: the checkpoint is of another network or solver.
         """
         for group in ("model", "optim"):
             held, asked = checkpoint["hyper_parameters"][group], self.hparams[group]
@@ -123,12 +147,46 @@ class SuperResolution(LightningModule):
                     f"ckpt_path: the checkpoint was trained with {', '.join(differing)}, and going on keeps that. "
                     "Ask for the same, or start a new training from its weights with init_from"
                 )
+        step = checkpoint["global_step"]
         self.validation = checkpoint.get("validation", [])
-        checkpoint.get("callbacks", {}).pop("Timer", None)
+        self.validated = checkpoint.get("validated", step)
+        self.seconds_before = checkpoint.get("seconds", 0.0)
+        checkpoint["callbacks"] = {}
+        if step and "loops" in checkpoint and self._trainer is not None:  # not for its weights alone
+            checkpoint["loops"]["fit_loop"] |= self._place(step)
+
+    def _place(self, step: int) -> dict[str, Any]:
+        """Where Lightning's loops are when `step` optimiser steps are over and the next has not begun.
+
+        The step alone says it, since a run is one epoch to Lightning; what a checkpoint's own counters say
+        depends on the hook that wrote it. A validation that was due and is not done is made up for: Lightning
+        is told that it was interrupted in the first batch of it.
+        """
+        batches = step * self.trainer.accumulate_grad_batches
+        interval = self.trainer.val_check_interval
+        due = self.trainer.enable_validation and isinstance(interval, int) and batches % interval == 0
+        missing = due and self.validated != step
+
+        def count(ready: int, processed: int, completed: int) -> dict[str, int]:
+            return {"ready": ready, "started": ready, "processed": processed, "completed": completed}
+
+        done, epoch = count(batches, batches, batches - (not missing)), count(1, 0, 0)
+        return {
+            "epoch_progress": {"total": epoch, "current": dict(epoch)},
+            "epoch_loop.state_dict": {"_batches_that_stepped": step - 1},  # the loggers' step; it starts at 0
+            "epoch_loop.batch_progress": {"total": done, "current": dict(done), "is_last_batch": False},
+            "epoch_loop.val_loop.batch_progress": {
+                "total": count(int(missing), 0, 0),
+                "current": count(0, 0, 0),
+                "is_last_batch": False,
+            },
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the learning curve with the weights that it led to."""
-        checkpoint["validation"] = self.validation
+        """Keep what the weights came from: the learning curve, the time, who they are."""
+        checkpoint["validation"], checkpoint["validated"] = self.validation, self.validated
+        checkpoint["seconds"] = self.seconds
+        checkpoint["drrn"] = self.about
 
     def configure_gradient_clipping(
         self,
@@ -148,12 +206,12 @@ class SuperResolution(LightningModule):
         gamma = optimizer.param_groups[0]["lr"]
         bound = self.optim.theta / gamma if gamma > 0 else math.inf
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm, loss = get_total_norm(gradients), self.whole_batch_loss()
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         # A loss scaler expects infinite gradients now and then, skips the step and lowers its scale.
-        if not torch.isfinite(self.loss if scaled else self.loss + norm):
+        if not torch.isfinite(loss if scaled else loss + norm):
             raise Diverged(
-                f"training diverged at step {self.trainer.global_step}: loss {self.loss.item():.4g}, gradient norm "
+                f"training diverged at step {self.trainer.global_step}: loss {loss.item():.4g}, gradient norm "
                 f"{norm.item():.4g}, γ = {gamma:.4g}, clip = {self.optim.clip} with θ = {self.optim.theta:g}. "
                 "Try optim.clip=norm, a smaller optim.theta or optim.lr, or model.norm=batch. The step was not "
                 "taken; the last good checkpoint is kept."
@@ -166,6 +224,7 @@ class SuperResolution(LightningModule):
         elif self.optim.clip == "norm":
             touched = (norm > bound).float()
             clip_grads_with_norm_(self.network.parameters(), bound, norm)
+        self.log("train/loss", loss, prog_bar=True)
         self.log_dict({"train/gamma": gamma, "train/gradient_norm": norm, "train/clipped": touched})
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -223,8 +282,10 @@ class SuperResolution(LightningModule):
         self._evaluate(batch, dataloader_idx, "validate")
 
     def on_validation_epoch_end(self) -> None:
-        """Onto the learning curve, image by image."""
-        self.validation += [{"step": self.trainer.global_step, **row} for row in self.scores]
+        """Onto the learning curve, image by image; the one that Lightning adds at `trainer.max_time` is not."""
+        self.validated = step = self.trainer.global_step
+        if step * self.trainer.accumulate_grad_batches % self.trainer.val_check_interval == 0:
+            self.validation += [{"step": step, **row} for row in self.scores]
 
     def on_test_epoch_start(self) -> None:
         """A fresh list of rows."""

@@ -11,10 +11,13 @@ import os
 import platform
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from drrn import Refusal
 from drrn.config import Config, experiment, run_name, structure_name
@@ -37,7 +40,9 @@ PACKAGES = (
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write to a temporary name beside `path`, then rename.
+    """Let `write` write to a temporary name beside `path`, flush it to the disk, then rename.
+
+    Whatever happens, power failures included, `path` is the old file or the new one.
 
     Raises:
         Refusal: it cannot be written.
@@ -46,7 +51,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
+        _flush(partial)
         partial.replace(path)
+        _flush(path.parent)  # the new name
     except Refusal:
         raise
     except Exception as error:  # libraries raise their own kinds for a full or read-only disk
@@ -55,17 +62,42 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _flush(path: Path) -> None:
+    """A file or a folder, to the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all, flushed to the disk before it takes its name."""
+    """Write a JSON file whole or not at all."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"  # before any file: what fails here is our bug
+    write_whole(path, lambda partial: partial.write_text(text))
 
-    def write(partial: Path) -> None:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
 
-    write_whole(path, write)
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; the kernel lets go of it when the process ends, however it ends. The file stays.
+
+    Args:
+        path: of the lock file.
+        what: what another process does that holds it, for the message.
+
+    Raises:
+        Refusal: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise Refusal(f"{what} by another process (it holds {path}): wait for it, or end it") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_record(path: Path) -> dict[str, Any]:
