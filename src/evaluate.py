@@ -310,6 +310,7 @@ def run_network(checkpoint: Path, x: Any, workers: int) -> Any:
     if checkpoint not in _networks:
         network, _ = load_network(checkpoint)
         if torch.cuda.is_available():
+            torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is True; scores are those of float32
             worker = (*multiprocessing.current_process()._identity, 1)[0]  # 1, 2, … in a pool
             network.to(f"cuda:{(worker - 1) % torch.cuda.device_count()}")
         else:

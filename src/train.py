@@ -27,7 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from drrn import Refusal
-from drrn.config import CONF, Config, check, launch, run_dir, run_name
+from drrn.config import CONF, Config, check, launch, launched, run_dir, run_name
 
 if TYPE_CHECKING:
     from drrn.callbacks import StopSignals
@@ -58,8 +58,10 @@ def train(config: Config) -> None:
 
     folder = run_dir(config)
     earlier = read_record(folder / FILE) if (folder / FILE).is_file() else {}
-    if (finished := finished_record(folder)) is not None:
-        print(f"{run_name(config)} is finished: {finished}. Delete its folder to train it again.")
+    finished = finished_record(folder)
+    message = f"{run_name(config)} is finished: {finished}. Delete its folder to train it again."
+    if finished is not None and not launched():
+        print(message)
         return
 
     import torch
@@ -78,37 +80,50 @@ def train(config: Config) -> None:
     from drrn.datamodule import SuperResolutionData
     from drrn.model import DRRN
     from drrn.module import SuperResolution
+    from drrn.processes import Processes
     from drrn.tracking import Tracker, make_logger
     from drrn.weights import initial_state, save_weights
 
     initial = initial_state(Path(config.init_from), config.model) if config.init_from is not None else None
-    arguments = trainer_arguments(config)
     quiet_lightning()
+    torch.backends.cudnn.allow_tf32 = config.trainer.tf32  # PyTorch's own default is True
+    torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
+    processes = Processes(config, trainer_arguments(config))
+    if processes.to_be_started:
+        processes.start(train, config, folder / FILE)
+        return
+    processes.join()
+    earlier, message = processes.agree(lambda: (earlier, message if finished else None))
+    if message is not None:
+        print(message)
+        return
     with torch.device("meta"):  # for its counts, before there is any data
         record = run_record(config, DRRN(**asdict(config.model)))
     for key in ("budget", "scores", "means", "validation"):  # of a stopped run: kept until there are new ones
         if key in earlier and config.ckpt_path is not None:
             record[key] = earlier[key]
+    record["processes"] = processes.number
     agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
     before = earlier.get("wandb_id") if config.ckpt_path else None  # afresh: a new one
     record["wandb_id"] = agents or before or uuid.uuid4().hex[:8]
-    if config.from_record is not None:
+    if config.from_record is not None and processes.first:
         warn_of_differences(Path(config.from_record), record)
-    folder.mkdir(parents=True, exist_ok=True)
-    first = rank_zero_only.rank == 0  # of several processes that train together, the one that writes
+    if processes.first:
+        folder.mkdir(parents=True, exist_ok=True)
     with (
-        locked(folder / ".lock", f"{record['name']} is being trained") if first else nullcontext(),
+        processes.together(),
+        locked(folder / ".lock", f"{record['name']} is being trained") if processes.first else nullcontext(),
         log_to(folder / "train.log"),
         StopSignals() as stop,
         recorded(folder / FILE, record, stop),
     ):
-        if first:
+        if processes.first:
             for left in [*folder.glob(".*.partial"), *folder.glob("checkpoints/.*.partial")]:
                 left.unlink()  # half written when a process was killed
         # 1. images → patches
         seed_everything(config.seed, workers=True, verbose=False)
         data = SuperResolutionData(config)
-        data.prepare_data()
+        processes.one_by_node(data.prepare_data)
         record["patches"] = data.patches.path.name  # its digest is that of the recipe and the source images
         if config.ckpt_path == "last" and earlier.get("patches", record["patches"]) != record["patches"]:
             raise Refusal(
@@ -130,9 +145,9 @@ def train(config: Config) -> None:
             module.averaged_before = 1_000_000  # BatchNorm goes on from the statistics that came with the weights
         if config.trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
-        if config.ckpt_path is None:
+        if config.ckpt_path is None and processes.first:
             set_aside(folder / "checkpoints")
-        resume = newest_checkpoint(folder / "checkpoints") or config.ckpt_path
+        resume = processes.agree(lambda: newest_checkpoint(folder / "checkpoints") or config.ckpt_path)
         resume = None if resume == "last" else resume  # this run has no checkpoint yet
         if resume == config.ckpt_path and resume is not None and (reason := damage(Path(resume))) is not None:
             raise Refusal(f"ckpt_path = {resume!r} cannot be gone on from: {reason}")
@@ -147,10 +162,10 @@ def train(config: Config) -> None:
 
         # 3. module → weights
         every = config.trainer.log_every_n_steps
-        logger = make_logger(config, folder, record, module)
+        logger = make_logger(config, folder, record, module) if processes.first else False
         try:
             trainer = Trainer(
-                **arguments,
+                **processes.arguments,
                 max_steps=data.max_steps,
                 logger=logger,
                 default_root_dir=folder,
@@ -179,10 +194,10 @@ def train(config: Config) -> None:
             trainer.validate(module, datamodule=data, verbose=False)
             record["validation"] = module.validation
         final = folder / "checkpoints" / f"step{trainer.global_step:08d}.ckpt"
-        if missing or not final.is_file():
+        if missing or not processes.agree(final.is_file):
             trainer.save_checkpoint(final)
         facts = {**module.about, "steps": trainer.global_step}
-        save_weights(folder / "weights.safetensors", module.network, config.model, facts)
+        rank_zero_only(save_weights)(folder / "weights.safetensors", module.network, config.model, facts)
 
         # 4. weights → scores
         trainer.test(module, datamodule=data, verbose=False)
@@ -221,7 +236,7 @@ def trainer_arguments(config: Config) -> dict[str, object]:
 
     from drrn.callbacks import WholeCheckpoints
 
-    ours = ("max_steps", "max_epochs", "checkpoint_every", "channels_last")
+    ours = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32")
     extra = config.trainer_extra or {}
     unknown = set(extra) - set(inspect.signature(Trainer).parameters)
     if unknown:
@@ -245,8 +260,14 @@ def trainer_arguments(config: Config) -> dict[str, object]:
 
 
 def quiet_lightning() -> None:
-    """Drop Lightning's tips and notices; warnings that a user can act on stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    """Drop Lightning's tips and notices; warnings that a user can act on stay, said by the first process."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR if rank_zero_only.rank else logging.WARNING)
+    if rank_zero_only.rank:
+        warnings.simplefilter("ignore")
+        return
     for text in (
         ".*LeafSpec.*deprecated",
         ".*does not have many workers",
@@ -278,6 +299,7 @@ def recorded(path: Path, record: dict, stop: StopSignals) -> Iterator[None]:
     from lightning.pytorch.utilities import rank_zero_only
 
     from drrn.callbacks import Stopped
+    from drrn.processes import failure, note_failure
     from drrn.records import write_json
     from drrn.tracking import finish
 
@@ -286,6 +308,11 @@ def recorded(path: Path, record: dict, stop: StopSignals) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        elsewhere = failure(path) if rank_zero_only.rank == 0 and not isinstance(error, Refusal) else None
+        if elsewhere is not None:  # another process failed, and this one lost it or was ended
+            record["status"], record["error"] = "failed", elsewhere
+            log.error("%s failed: %s", record["name"], elsewhere)
+            raise
         if stop.asked is not None or isinstance(error, Stopped):  # a worker may have been ended before we were
             stopped = error if isinstance(error, Stopped) else Stopped(stop.asked)
             record["status"], record["error"] = "stopped", f"{stopped}: a signal ended it"
@@ -296,6 +323,8 @@ def recorded(path: Path, record: dict, stop: StopSignals) -> Iterator[None]:
             )
             raise stopped from None
         record["status"], record["error"] = "failed", f"{type(error).__name__}: {error}"
+        if rank_zero_only.rank > 0:
+            note_failure(path, f"{record['error']} (in process {rank_zero_only.rank})")
         if not isinstance(error, Refusal | SystemExit):
             log.exception("%s failed", record["name"])  # into the run's log too
         raise
@@ -307,10 +336,15 @@ def recorded(path: Path, record: dict, stop: StopSignals) -> Iterator[None]:
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Log to the console and to a run's file for as long as the run lasts."""
+    """Log to the console and to a run's file for as long as the run lasts; of several processes the first one,
+    and the others' errors to the console."""
+    from lightning.pytorch.utilities import rank_zero_only
+
     form = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    root, handlers = logging.getLogger("drrn"), [logging.StreamHandler(sys.stderr), logging.FileHandler(path)]
-    root.setLevel(logging.INFO)
+    root, handlers = logging.getLogger("drrn"), [logging.StreamHandler(sys.stderr)]
+    if rank_zero_only.rank == 0:
+        handlers.append(logging.FileHandler(path))
+    root.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
     for handler in handlers:
         handler.setFormatter(form)
         root.addHandler(handler)

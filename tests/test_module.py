@@ -273,15 +273,17 @@ def test_a_gradient_within_the_bound_is_left_alone(batches: list[Pair]) -> None:
 def test_accumulation_is_the_step_of_the_large_batch(batches: list[Pair]) -> None:
     """Exact without BatchNorm; with it, every micro-batch has statistics of its own."""
     large = [tuple(torch.cat(z) for z in zip(*batches[k : k + 4], strict=True)) for k in range(0, 16, 4)]
-    weights = []
+    weights, losses = [], []
     for given, micro in ((large, 1), (batches, 4)):
         trained = module(clip="value", lr=0.01, theta=0.005, residual_scale=0.1)
         logged = fit(trained, given, accumulate_grad_batches=micro)
         assert len(logged) == 4
+        losses.append([step["train/loss"] for step in logged])
         weights.append(nn.utils.parameters_to_vector(trained.network.parameters()))
     start = nn.utils.parameters_to_vector(module(residual_scale=0.1).network.parameters())
     assert (weights[0] - start).abs().max() > 1e-3
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # ---------------------------------------------------------------------- the rate

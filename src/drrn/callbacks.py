@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
+from drrn.config import launched
 from drrn.records import write_whole
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,6 @@ class StopSignals:
         self.asked: signal.Signals | None = None
         self.busy = False
         self.before: dict[signal.Signals, Any] = {}
-        self.forward: Callable[[signal.Signals], None] | None = None  # to the processes that Lightning started
 
     def __enter__(self) -> StopSignals:
         self.process, self.before = os.getpid(), {s: signal.getsignal(s) for s in self.SIGNALS}
@@ -121,11 +121,14 @@ class StopSignals:
         """Note it, or raise `Stopped`."""
         if os.getpid() != self.process or (self.asked and number != signal.SIGINT):
             return  # in a worker just forked, or said already
+        if self.asked and launched() and time.monotonic() - self.when < 1:
+            return  # the same Ctrl-C, from the terminal and from torchrun
+        self.when = time.monotonic()
         again, self.asked = self.asked is not None, self.asked or signal.Signals(number)
-        if self.forward is not None:
-            self.forward(signal.SIGTERM)
         if again or not self.busy:
             raise Stopped(self.asked)
+        if rank_zero_only.rank:
+            return
         with contextlib.suppress(OSError):  # no print: it may be what was interrupted
             os.write(2, f"\n{self.asked.name}: finishing this step; Ctrl-C ends at once\n".encode())
 
@@ -149,16 +152,12 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What has been resumed from is kept already."""
-        self._stage(trainer)
+        self.stop.take()
         self.kept = (trainer.global_step, pl_module.validated)
         self.seconds = math.inf  # of the last step: the first may be slow, and nothing is new before it
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing to keep in a test."""
-        self._stage(trainer)
-
-    def _stage(self, trainer: Trainer) -> None:
-        self.stop.forward = getattr(trainer.strategy.launcher, "kill", None)
         self.stop.take()
 
     def on_train_batch_start(
@@ -167,10 +166,10 @@ class Checkpoints(Checkpoint):
         """Between two steps: keep the one that is over if it is due, and stop if that was asked."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        asked, slow = (  # all processes do the same
-            trainer.strategy.reduce_boolean_decision(mine, all=False)
-            for mine in (self.stop.asked is not None, self.seconds > SLOW)
-        )
+        asked, slow = self.stop.asked is not None, self.seconds > SLOW
+        if trainer.world_size > 1:  # all processes do the same
+            mine = torch.tensor([asked, slow], dtype=torch.float32, device=pl_module.device)
+            asked, slow = (trainer.strategy.reduce(mine, reduce_op="sum") > 0).tolist()
         step = trainer.global_step
         if asked or slow or step % self.every == 0 or pl_module.validated == step:
             self.keep(trainer, pl_module)
@@ -190,7 +189,7 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn == TrainerFn.FITTING:
             self.keep(trainer, pl_module)
         else:
-            self._stage(trainer)
+            self.stop.take()
         self._now()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,7 +215,7 @@ class Checkpoints(Checkpoint):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning writes its checkpoints through this: whole and flushed to the disk, or not at all."""
+    """Lightning writes its checkpoints with this, whole and flushed to the disk or not at all, and reads them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint` under `path`.
@@ -225,6 +224,14 @@ class WholeCheckpoints(TorchCheckpointIO):
             Refusal: it cannot be written.
         """
         write_whole(Path(path), lambda partial: torch.save(checkpoint, partial))
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        """Of several processes the first one reads, and sends it to the others: their machines may not have it."""
+        if not torch.distributed.is_initialized():
+            return super().load_checkpoint(path, *arguments, **keywords)
+        content = [super().load_checkpoint(path, *arguments, **keywords) if rank_zero_only.rank == 0 else None]
+        torch.distributed.broadcast_object_list(content)
+        return content[0]
 
 
 def damage(path: Path) -> str | None:

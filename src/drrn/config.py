@@ -100,6 +100,7 @@ class TrainerConfig:
     deterministic: bool = MISSING
     sync_batchnorm: bool = MISSING
     channels_last: bool = MISSING
+    tf32: bool = False  # came later, as did `rectified_identity`
 
 
 @dataclass
@@ -280,6 +281,10 @@ def _check_together(config: Config) -> None:
         )
     if optim.algorithm == "adam" and optim.bias_lr_mult != 1:
         raise Refusal(f"optim.bias_lr_mult = {optim.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
+    if any(word in trainer.strategy for word in ("spawn", "fork", "notebook")):
+        raise Refusal(
+            f"trainer.strategy = {trainer.strategy!r}: src/train.py starts the processes itself; give ddp"
+        )
     if data.batch_size % trainer.accumulate_grad_batches:
         raise Refusal(
             f"data.batch_size = {data.batch_size} is the whole batch of a step: it must be a multiple of "
@@ -324,6 +329,7 @@ NOT_IDENTITY = {
     "data": ("root", "patches", "num_workers", "val_scales"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "checkpoint_every"),
 }
+LATER = (("model", "rectified_identity", False), ("model", "input_relu", True), ("trainer", "tf32", False))
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -339,9 +345,9 @@ def _identity(whole: dict[str, Any]) -> dict[str, Any]:
             del kept[group][key]
     kept["trainer"]["max_time"] = None  # a run that was stopped by it goes on in the same folder
     # Keys that came later count only where they are used, so that earlier runs keep their folders.
-    for key, default in (("rectified_identity", False), ("input_relu", True)):
-        if kept["model"].get(key, default) == default:
-            kept["model"].pop(key, None)
+    for group, key, default in LATER:
+        if kept[group].get(key, default) == default:
+            kept[group].pop(key, None)
     if whole["init_from"] is not None:
         kept["init_from"] = whole["init_from"]
     if whole["ckpt_path"] not in (None, "last"):  # going on from another run's file is a run of its own
@@ -377,6 +383,11 @@ def run_dir(config: Config) -> Path:
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
     stem = run_name(config).replace(" ", "_").replace("/", "_")
     return Path(config.output) / config.study / f"{stem}-{digest}"
+
+
+def launched() -> bool:
+    """Whether torchrun, Slurm or `drrn.processes` started this process with others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def launch(main: Callable[[], Any]) -> None:

@@ -56,13 +56,15 @@ class EvaluationImages:
     """One set at one scale: item i is (x, truth, file name), [1, 1, H, W] float32 each, by the protocol."""
 
     def __init__(self, files: list[Path], scale: int) -> None:
-        self.files, self.scale = files, scale
+        self.files, self.scale = files or [None], scale  # without an image: one empty item, nameless
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
         path = self.files[index]
+        if path is None:
+            return torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0), ""
         x, truth = (
             torch.from_numpy(z.astype(np.float32))[None, None] for z in prepare(read_luminance(path), self.scale)
         )
@@ -124,7 +126,8 @@ class SuperResolutionData(LightningDataModule):
         loaders = []
         for task in self.evaluation_tasks(stage):
             files = image_files(task.set_name, Path(self.data.root), complete=False)
-            # Each process takes every world-size-th image: nothing is padded, nothing counted twice.
+            # Each process takes every world-size-th image: nothing is padded, nothing counted twice. One that
+            # has none left gets an empty item: it takes part in the evaluation, which the others wait for.
             mine = files[self.trainer.global_rank :: self.trainer.world_size]
             loaders.append(DataLoader(EvaluationImages(mine, task.scale), batch_size=None, shuffle=False))
         return loaders

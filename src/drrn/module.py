@@ -62,9 +62,9 @@ class SuperResolution(LightningModule):
         self.network = DRRN(**asdict(ModelConfig(**model)))
         with torch.no_grad():  # `optim.residual_scale` 0 starts at bicubic itself; 1 is the paper's start
             self.network.conv_rec.weight.mul_(self.optim.residual_scale)
-        self.batch_norms = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)]
         self.metrics = nn.ModuleDict()
         self.scores: list[dict[str, Any]] = []  # rows of the evaluation that ran last, an image each
+        self.rows: list[tuple[int, int, dict[str, Any]]] = []  # this process's, while it runs: (task, image, row)
         self.averaged_before = 0  # batches whose statistics the weights came with (fine-tuning)
         self.validation: list[dict[str, Any]] = []  # rows of all validations, with their step: the learning curve
         self.validated: int | None = None  # step of the last one
@@ -78,6 +78,11 @@ class SuperResolution(LightningModule):
         for index in range(len(self.trainer.datamodule.evaluation_tasks(stage))):
             self.metrics[f"psnr_{index}"], self.metrics[f"ssim_{index}"] = SetPSNR(), SetSSIM()
 
+    @property
+    def batch_norms(self) -> list[nn.Module]:
+        """Looked up when they are needed: `trainer.sync_batchnorm` puts others in their place."""
+        return [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
     def forward(self, x: Tensor) -> Tensor:
         """Interpolated luminance [N, 1, H, W] in 0…1 → super-resolved, same shape."""
         return self.network(x)
@@ -85,16 +90,30 @@ class SuperResolution(LightningModule):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Pairs (x, x̃) [N, 1, p, p] → the loss of Eq. 10 over this micro-batch."""
+        """Pairs (x, x̃) [N, 1, p, p] → the loss of Eq. 10 over this process's share of this micro-batch.
+
+        The shares are of equal size, so the mean of their gradients, which DDP and accumulation take, is the
+        gradient of Eq. 10 over the whole batch.
+        """
         x, truth = batch
         loss = euclidean_loss(self.network(x), truth)
         self.losses.append(loss.detach())
         return loss
 
     def whole_batch_loss(self) -> Tensor:
-        """Eq. 10 over the whole batch of a step: its micro-batches are of equal size."""
+        """Eq. 10 over the whole batch of a step, the same in every process.
+
+        In the same message BatchNorm's running averages become their mean over the processes: each has seen its
+        own share of the batch only (unless `trainer.sync_batchnorm`).
+        """
         loss = torch.stack(self.losses).mean()
         self.losses.clear()
+        if self.trainer.world_size == 1:
+            return loss
+        parts = [loss, *(average for m in self.batch_norms for average in (m.running_mean, m.running_var))]
+        mean = self.trainer.strategy.reduce(torch.cat([part.flatten() for part in parts]), reduce_op="mean")
+        for part, shared in zip(parts, mean.split([part.numel() for part in parts]), strict=True):
+            part.copy_(shared.view_as(part))
         return loss
 
     @property
@@ -251,8 +270,10 @@ class SuperResolution(LightningModule):
 
     # ------------------------------------------------------------------ evaluation (drrn.protocol)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor, str], dataloader_idx: int, stage: str) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor, str], batch_idx: int, dataloader_idx: int, stage: str) -> None:
         x, truth, image = batch  # [1, 1, H, W] each
+        if not image:
+            return
         task = self.trainer.datamodule.evaluation_tasks(stage)[dataloader_idx]
         with torch.autocast(x.device.type, enabled=False):  # scores are those of float32, as src/evaluate.py's
             prediction = self.network(x)
@@ -260,37 +281,52 @@ class SuperResolution(LightningModule):
         for name in ("psnr", "ssim"):
             metric = self.metrics[f"{name}_{dataloader_idx}"]
             row[name] = metric(prediction, truth, shave=task.scale).item()  # this image's value
-            self.log(
-                f"{stage}/{task}/{name}",
-                metric,
-                on_step=False,
-                on_epoch=True,
-                add_dataloader_idx=False,
-                batch_size=1,
-            )
         if stage == "test":
             bicubic = score(x[0, 0].float().cpu().numpy(), truth[0, 0].float().cpu().numpy(), task.scale)
             row |= {f"bicubic_{name}": value for name, value in bicubic.items()}
-        self.scores.append(row)
+        self.rows.append((dataloader_idx, batch_idx * self.trainer.world_size + self.trainer.global_rank, row))
+
+    def _begin(self) -> None:
+        """A fresh list of rows; float32 without TF32 (`trainer.tf32`), as src/evaluate.py scores."""
+        self.rows = []
+        self.tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+
+    def _finish(self, stage: str) -> None:
+        """Every process gets all rows, in the order of the images, and logs the means of the sets."""
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        parts = [self.rows]
+        if self.trainer.world_size > 1:
+            parts = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(parts, self.rows)
+        ordered = sorted((row for part in parts for row in part), key=lambda row: row[:2])
+        self.scores = [row for _, _, row in ordered]
+        for index, task in enumerate(self.trainer.datamodule.evaluation_tasks(stage)):
+            for name in ("psnr", "ssim"):
+                self.log(f"{stage}/{task}/{name}", self.metrics[f"{name}_{index}"])
 
     def on_validation_epoch_start(self) -> None:
-        """A fresh list of rows."""
-        self.scores = []
+        """Nothing measured yet."""
+        self._begin()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """PSNR and SSIM of one image with the protocol."""
-        self._evaluate(batch, dataloader_idx, "validate")
+        self._evaluate(batch, batch_idx, dataloader_idx, "validate")
 
     def on_validation_epoch_end(self) -> None:
         """Onto the learning curve, image by image; the one that Lightning adds at `trainer.max_time` is not."""
+        self._finish("validate")
         self.validated = step = self.trainer.global_step
         if step * self.trainer.accumulate_grad_batches % self.trainer.val_check_interval == 0:
             self.validation += [{"step": step, **row} for row in self.scores]
 
     def on_test_epoch_start(self) -> None:
-        """A fresh list of rows."""
-        self.scores = []
+        """Nothing measured yet."""
+        self._begin()
+
+    def on_test_epoch_end(self) -> None:
+        """All images' rows, and the means."""
+        self._finish("test")
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """PSNR and SSIM of one image with the protocol."""
-        self._evaluate(batch, dataloader_idx, "test")
+        self._evaluate(batch, batch_idx, dataloader_idx, "test")
