@@ -129,10 +129,11 @@ class Processes:
             raise Stopped(signal.Signals(stop.sigval)) from None
         except ChildFailedError as error:
             rank, failed = error.get_first_failure()
-            kind, _, text = failed.message.partition(": ")
+            raised = failed.error_file_data["message"]  # a dict if the process ended by an exception
+            kind, _, text = raised["message"].partition(": ") if isinstance(raised, dict) else ("", "", "")
             if kind == "Refusal":
                 raise Refusal(text) from None
-            ending = f"process {rank} ended with exit code {failed.exitcode}: {failed.message}"
+            ending = f"process {rank} ended with exit code {failed.exitcode} {kind} {text}".rstrip()
             raise RuntimeError(note_failure(record, ending)) from None
 
     # ------------------------------------------------------------------ in every process of several
