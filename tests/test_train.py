@@ -423,7 +423,7 @@ def test_a_failing_job_neither_stops_nor_renames_the_others(multirun: tuple) -> 
     _, here, done = multirun
     assert done.returncode == 2, done.stderr
     assert "2 of 3 points done" in done.stdout
-    assert "optim.lr=1000000000000.0" in done.stdout  # which one, and why
+    assert "optim.lr=1000000000000.0" in done.stdout  # which one
     assert "Diverged" in done.stdout
     assert "1 of 3 points failed" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr

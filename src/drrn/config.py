@@ -390,6 +390,11 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
+def first_process() -> bool:
+    """Whether this is the first of the processes that torchrun or Slurm started, or the only one."""
+    return not launched() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
 def launch(main: Callable[[], Any]) -> None:
     """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises to us instead of printing for itself

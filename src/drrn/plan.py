@@ -35,7 +35,8 @@ class Point:
     """One run of a sweep, and its cost.
 
     `before` is "new", "finished", "resume" or "failed"; `first` the step from which it goes on. `seconds` and
-    `bytes` are None where they could not be estimated.
+    `bytes` are None where they could not be estimated. `apart` is what tells it from points of the same structure
+    and seed.
     """
 
     config: Config
@@ -46,11 +47,12 @@ class Point:
     operations: float
     seconds: float | None = None
     bytes: int | None = None
+    apart: str = ""
 
     @property
     def name(self) -> str:
         """`DRRN_B1U9 s1`, and the structure too where the run has a name of its own."""
-        name = f"{structure_name(self.config.model)} s{self.config.seed}"
+        name = f"{structure_name(self.config.model)} s{self.config.seed} {self.apart}".rstrip()
         return name if self.config.name is None else f"{self.config.name} ({name})"
 
     @property

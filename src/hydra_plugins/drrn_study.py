@@ -72,7 +72,7 @@ class StudySweeper(BasicSweeper):
                 others have run).
             SystemExit: the sweep was stopped; what became of its points has been printed.
         """
-        from drrn.config import run_dir
+        from drrn.config import first_process, run_dir
         from drrn.records import write_whole
 
         jobs = self.jobs(arguments)
@@ -88,17 +88,21 @@ class StudySweeper(BasicSweeper):
         from drrn.plan import look, make_plan, outcome, print_outcomes, print_plan
 
         n = workers(self.config)
-        if configs[0].plan == "none":
+        first = first_process()  # of several that torchrun or Slurm started: the one that writes and speaks
+        if configs[0].plan == "none" or not first:
             points = [look(config) for config in configs]
+            tell_apart(points, jobs)
         else:
             plan = make_plan(configs, n, threads(n), always=configs[0].plan == "only")
-            print_plan(plan)
             points = plan.points
+            tell_apart(points, jobs)
+            print_plan(plan)
         if configs[0].plan == "only":
             return []
 
         folder = Path(self.config.hydra.sweep.dir)
-        write_whole(folder / "multirun.yaml", lambda path: OmegaConf.save(self.config, path))
+        if first:
+            write_whole(folder / "multirun.yaml", lambda path: OmegaConf.save(self.config, path))
         stamps = [stamp(config) for config in configs]
         errors = [""] * len(jobs)
         try:
@@ -112,7 +116,8 @@ class StudySweeper(BasicSweeper):
                 (point, *outcome(point, touched, error))
                 for point, touched, error in zip(points, changed, errors, strict=True)
             ]
-            print_outcomes(rows, folder)
+            if first:
+                print_outcomes(rows, folder)
         words = [word for _, word, _ in rows]
         if "interrupted" in words:  # by a signal to a job in another process
             raise SystemExit(130)
@@ -178,6 +183,15 @@ class StudySweeper(BasicSweeper):
             return check(composed, job)
         except Refusal as error:
             raise Refusal(f"{error} (in the point {' '.join(job)}; nothing has been started)") from error
+
+
+def tell_apart(points: list[Any], jobs: list[list[str]]) -> None:
+    """Give points of one name what differs in their overrides: `optim.lr=0.1`."""
+    names = [point.name for point in points]
+    for point, job, name in zip(points, jobs, names, strict=True):
+        if names.count(name) > 1:
+            alike = [other for other, its in zip(jobs, names, strict=True) if its == name]
+            point.apart = " ".join(o for o in job if not all(o in other for other in alike))
 
 
 def stamp(config: Any) -> int:
