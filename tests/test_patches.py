@@ -402,7 +402,7 @@ def test_a_disk_that_fills_up_while_building(
                 return pwrite(*arguments)
 
             monkeypatch.setattr(os, "pwrite", full)
-            monkeypatch.setattr(drrn.patches, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
+            monkeypatch.setattr(drrn.patches, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
         with pytest.raises(Refusal, match=r"No space left|is the disk full") as refusal:
             prepare_patches("tiny", Recipe((str(tiny_images),)), ANYWHERE, folder)
         assert str(folder) in str(refusal.value)
