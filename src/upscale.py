@@ -107,7 +107,7 @@ def plan(options: Options) -> list[tuple[Path, Path]]:
     from drrn.photos import FORMATS
 
     given = options.input if isinstance(options.input, list) else [options.input]
-    if not all(isinstance(name, str | int | float) and str(name) for name in given):
+    if not all(isinstance(name, str | int | float) and not isinstance(name, bool) and str(name) for name in given):
         raise Refusal(f"input = {options.input}: a file, a folder, or a list of them")
     if options.suffix is not None and options.suffix.lower() not in FORMATS:
         raise Refusal(f"suffix = {options.suffix!r}: allowed are {', '.join(FORMATS)}")

@@ -507,9 +507,8 @@ def refusing() -> Iterator[None]:
         _refuse(error)
 
 
-def _refuse(error: Exception) -> NoReturn:
-    cause = f"\n{error.__cause__}" if not isinstance(error, Refusal) and error.__cause__ else ""
-    print(f"{Path(sys.argv[0]).name}: {error}{cause}", file=sys.stderr)
+def _refuse(reason: object) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -520,5 +519,10 @@ def launch(main: Callable[[], Any]) -> None:
 
     try:
         main()
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # Hydra's words for model=5
+            raise
+        _refuse(f"{error}, in {' '.join(sys.argv[1:])}")
     except (Refusal, HydraException, OmegaConfBaseException) as error:
-        _refuse(error)
+        cause = f"\n{error.__cause__}" if isinstance(error, HydraException) and error.__cause__ else ""
+        _refuse(f"{error}{cause}")
