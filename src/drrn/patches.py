@@ -302,7 +302,10 @@ def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int]) -> tu
     if free < 3 * size:
         raise OSError(f"{3 * size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
     with h5py.File(path, "w", libver="latest") as file:
-        file.attrs.update(attrs)
+        for key, value in attrs.items():
+            # Texts of fixed length stand in the header, under HDF5's checksum. The heap where others stand has none:
+            # a bit flipped there can make HDF5 search it for ever.
+            file.attrs[key] = np.bytes_(value) if isinstance(value, str) else value
         offsets = []
         for key, dtype in (("data", h5py.h5t.STD_U16LE), ("label", h5py.h5t.STD_U8LE)):
             layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -328,6 +331,7 @@ def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
         with h5py.File(path, "r") as file:
             for key, expected in attrs.items():
                 found = file.attrs.get(key)
+                found = found.decode() if isinstance(found, bytes) else found  # str in files of earlier versions
                 if found != expected:
                     raise Refusal(f"{path}: its {key} is {found!r}, this run needs {expected!r}. {advice}")
             data, label = file["data"], file["label"]
