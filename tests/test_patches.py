@@ -461,7 +461,7 @@ def test_real_processes_that_ask_at_once_build_once(builder: Callable, tiny_imag
     processes = [builder() for _ in range(3)]
     outcomes = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outcomes
-    paths = {Path(out.strip()) for out, _ in outcomes}
+    paths = {Path(out.splitlines()[-1]) for out, _ in outcomes}
     assert len(paths) == 1
     assert sum("building" in err for _, err in outcomes) == 1
     check_patch_file(paths.pop(), attributes(Recipe((str(tiny_images),), (2,)), sorted(tiny_images.iterdir())))

@@ -174,10 +174,11 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
                 )
             if image.format == "TIFF":
                 check_tiff(path, image)
-            if image.mode == "P":  # some copies of the sets hold palettes
+            if image.mode == "P" and "transparency" not in image.info:  # some copies of the sets hold palettes
                 image = image.convert("RGB")
             if image.mode not in ("L", "RGB"):
-                raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one is {image.mode}")
+                kind = f"{image.mode}{' with transparency' if 'transparency' in image.info else ''}"
+                raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one is {kind}")
             return np.asarray(image)
     except Refusal:
         raise

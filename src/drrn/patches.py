@@ -303,8 +303,8 @@ def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int]) -> tu
         raise OSError(f"{3 * size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
     with h5py.File(path, "w", libver="latest") as file:
         for key, value in attrs.items():
-            # Texts of fixed length stand in the header, under HDF5's checksum. The heap where others stand has none:
-            # a bit flipped there can make HDF5 search it for ever.
+            # Texts of fixed length stand in the header, under HDF5's checksum. The heap where others stand has
+            # none: a bit flipped there can make HDF5 search it for ever.
             file.attrs[key] = np.bytes_(value) if isinstance(value, str) else value
         offsets = []
         for key, dtype in (("data", h5py.h5t.STD_U16LE), ("label", h5py.h5t.STD_U8LE)):
