@@ -266,9 +266,9 @@ def score_image(
     from drrn.protocol import degrade, modcrop, prepare, score
 
     started = time.monotonic()
-    x, truth = prepare(read_luminance(job.path), job.scale)
-    prediction = x if job.method.checkpoint is None else run_network(job.method.checkpoint, x, workers)
     try:
+        x, truth = prepare(read_luminance(job.path), job.scale)
+        prediction = x if job.method.checkpoint is None else run_network(job.method.checkpoint, x, workers)
         row = score(prediction, truth, job.scale, metrics, protocol)
         rgb = modcrop(read_pixels(job.path), job.scale) if protocol.color == "rgb" else np.empty(())
         if rgb.ndim == 3 and "psnr" in metrics:  # a grey image's only channel is Y

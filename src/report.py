@@ -233,7 +233,11 @@ def draw_comparison(
     else:
         return []
     runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
-    written = save(side_by_side(path, scale, runs, box), output / f"{prefix}{path.stem}_x{scale}")
+    try:
+        figure = side_by_side(path, scale, runs, box)
+    except ValueError as error:  # an image smaller than the scale or the metrics' windows
+        raise Refusal(f"{path} at ×{scale}: {error}") from error
+    written = save(figure, output / f"{prefix}{path.stem}_x{scale}")
     print(f"written: {', '.join(map(str, written))}")
     return written
 

@@ -147,8 +147,8 @@ CHOICES = {
     "optim.clip": ("value", "norm", "none"),
     "optim.schedule": ("halve", "cosine"),
     "trainer.accelerator": ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
-    # src/train.py starts the processes itself: no spawn, fork or notebook. Nothing sharded either: clipping by the norm
-    # would see a part of the gradient.
+    # src/train.py starts the processes itself: no spawn, fork or notebook. Nothing sharded either: clipping by the
+    # norm would see a part of the gradient.
     "trainer.strategy": ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
     "logger.kind": ("wandb", "csv", "none"),

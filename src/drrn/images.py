@@ -174,6 +174,9 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
                 )
             if image.format == "TIFF":
                 check_tiff(path, image)
+            arrangement = str(image.tile[0].args) if image.tile else ""
+            if image.mode == "RGB" and ";16" in arrangement:  # Pillow would keep one byte of two
+                raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one has 16 bits a channel")
             if image.mode == "P" and "transparency" not in image.info:  # some copies of the sets hold palettes
                 image = image.convert("RGB")
             if image.mode not in ("L", "RGB"):
