@@ -83,6 +83,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "trainer.log_every_n_steps": [0],
         "logger.kind": ["tensorboard"],
         "logger.mode": ["on"],
+        "logger.artifacts": ["all"],
     },
     "evaluate": {
         "method": ["lanczos"],
