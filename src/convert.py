@@ -18,7 +18,7 @@ import hydra
 from omegaconf import MISSING, DictConfig
 
 from drrn import Refusal
-from drrn.config import CONF, ModelConfig, launch, structure_name, typed
+from drrn.config import CONF, ModelConfig, launch, refusing, structure_name, typed
 
 if TYPE_CHECKING:
     from drrn.model import DRRN
@@ -44,7 +44,8 @@ class ConvertConfig:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="convert")
 def main(cfg: DictConfig) -> None:
     """Check, then convert."""
-    convert(check(cfg))
+    with refusing():
+        convert(check(cfg))
 
 
 def check(cfg: DictConfig) -> ConvertConfig:

@@ -22,7 +22,7 @@ import hydra
 from omegaconf import MISSING, DictConfig
 
 from drrn import Refusal
-from drrn.config import CONF, launch, typed
+from drrn.config import CONF, check_choices, check_sets, launch, paths, refusing, typed
 
 FORMAT = 1
 CHOICES = {
@@ -87,12 +87,13 @@ class Job(NamedTuple):
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Check, score, print."""
-    config = check(cfg)
-    from drrn.records import locked
+    with refusing():
+        config = check(cfg)
+        from drrn.records import locked
 
-    output = Path(config.output)
-    with locked(output.with_name(f".{output.name}.lock"), f"{output} is being written"):
-        evaluate(config)
+        output = Path(config.output)
+        with locked(output.with_name(f".{output.name}.lock"), f"{output} is being written"):
+            evaluate(config)
 
 
 def check(cfg: DictConfig) -> EvaluateConfig:
@@ -102,27 +103,20 @@ def check(cfg: DictConfig) -> EvaluateConfig:
         Refusal: a wrong key, type or value.
     """
     config = typed(EvaluateConfig, cfg)
-    for key, allowed in CHOICES.items():
-        if getattr(config, key) not in allowed:
-            raise Refusal(f"{key} = {getattr(config, key)!r}: allowed are {', '.join(allowed)}")
+    check_choices(config, CHOICES)
     for metric in config.metrics:
         if metric not in ("psnr", "ssim", "ifc"):
             raise Refusal(f"metrics: {metric!r} is not one of psnr, ssim, ifc")
     if not config.scales or min(config.scales) < 2:
         raise Refusal(f"scales = {config.scales}: whole numbers of at least 2")
-    for key in ("sets", "metrics"):
-        if not getattr(config, key):
-            raise Refusal(f"{key} is empty")
-    if len({Path(name).name for name in config.sets}) < len(config.sets):
-        raise Refusal(f"sets = {config.sets}: two sets of one name cannot be told apart")
-    if config.workers < 1:
-        raise Refusal(f"workers = {config.workers}: must be at least 1")
+    if not config.metrics:
+        raise Refusal("metrics is empty")
+    check_sets("sets", config.sets)
+    if not 1 <= config.workers <= 1000:
+        raise Refusal(f"workers = {config.workers}: must be 1…1000")
     if config.crop is not None and config.crop < 0:
         raise Refusal(f"crop = {config.crop}: must be at least 0 pixels")
-    if config.checkpoint is None:
-        config.checkpoint = []
-    elif isinstance(config.checkpoint, str):
-        config.checkpoint = [config.checkpoint]
+    config.checkpoint = paths("checkpoint", config.checkpoint)
     if config.method == "network" and not config.checkpoint:
         raise Refusal("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic")
     for path in config.checkpoint:
@@ -229,9 +223,13 @@ def previous_scores(
     try:
         content = json.loads(path.read_text())
         rows = {(r["weights"], r["set"], r["scale"], r["image"]): r for r in content["scores"]}
-        stamped, methods = content["protocol"], content["methods"]
+        stamped, methods, version = content["protocol"], content["methods"], content["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refusal(f"{path} exists and is not a file of scores ({error}): choose another output") from error
+    if version != FORMAT:
+        raise Refusal(
+            f"{path} holds scores of format {version}, this version writes {FORMAT}: choose another output"
+        )
     if stamped != protocol:
         raise Refusal(
             f"{path} holds scores of the protocol {stamped}, which do not compare with {protocol}: "
@@ -268,9 +266,9 @@ def score_image(
     from drrn.protocol import degrade, modcrop, prepare, score
 
     started = time.monotonic()
-    x, truth = prepare(read_luminance(job.path), job.scale)
-    prediction = x if job.method.checkpoint is None else run_network(job.method.checkpoint, x, workers)
     try:
+        x, truth = prepare(read_luminance(job.path), job.scale)
+        prediction = x if job.method.checkpoint is None else run_network(job.method.checkpoint, x, workers)
         row = score(prediction, truth, job.scale, metrics, protocol)
         rgb = modcrop(read_pixels(job.path), job.scale) if protocol.color == "rgb" else np.empty(())
         if rgb.ndim == 3 and "psnr" in metrics:  # a grey image's only channel is Y

@@ -13,13 +13,18 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from drrn.config import CONF, check, launch
+from drrn.config import CONF, DataConfig, check, launch, refusing
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
     """The training configuration decides what is needed; only `data.*` matters here."""
-    data = check(cfg).data
+    with refusing():
+        prepare(check(cfg).data)
+
+
+def prepare(data: DataConfig) -> None:
+    """Fetch, verify, build, and say what there is."""
     from drrn.images import image_files
     from drrn.patches import Patches, Recipe, prepare_patches
 

@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig
 
 from drrn import Refusal
-from drrn.config import CONF, launch, typed
+from drrn.config import CONF, launch, paths, refusing, typed
 
 
 @dataclass
@@ -40,22 +40,34 @@ class ReportConfig:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="report")
 def main(cfg: DictConfig) -> None:
     """Read, tabulate, draw."""
+    with refusing():
+        config = check(cfg)
+        if config.study:
+            report_studies(config, " ".join(["python src/report.py", *HydraConfig.get().overrides.task]))
+        else:
+            report(config)
+
+
+def check(cfg: DictConfig) -> ReportConfig:
+    """The configuration, refused by key before anything heavy is imported.
+
+    Raises:
+        Refusal: a wrong key, type or value.
+    """
     config = typed(ReportConfig, cfg)
-    config.study = [config.study] if isinstance(config.study, str) else config.study or []
-    config.runs = [config.runs] if isinstance(config.runs, str) else config.runs or ["runs"] * bool(config.study)
+    config.study = paths("study", config.study)
+    config.runs = paths("runs", config.runs) or ["runs"] * bool(config.study)
     if config.scale is not None and config.scale < 2:
         raise Refusal(f"scale = {config.scale}: must be at least 2")
     if config.box is not None and (len(config.box) != 4 or min(config.box) < 0):
         raise Refusal(f"box = {config.box}: four whole numbers, left, top, width, height")
     if not (config.runs or config.scores or config.compare):
         raise Refusal("nothing to report: give runs=FOLDER, scores=[FILE], study=NAME or compare=IMAGE")
-    for path in (*config.scores, *config.checkpoint):
-        if not Path(path).is_file():
-            raise Refusal(f"{path} does not exist")
-    if config.study:
-        report_studies(config, " ".join(["python src/report.py", *HydraConfig.get().overrides.task]))
-    else:
-        report(config)
+    for key in ("scores", "checkpoint"):
+        for path in getattr(config, key):
+            if not Path(path).is_file():
+                raise Refusal(f"{key}: {path} does not exist")
+    return config
 
 
 def report(config: ReportConfig) -> None:
@@ -221,7 +233,11 @@ def draw_comparison(
     else:
         return []
     runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
-    written = save(side_by_side(path, scale, runs, box), output / f"{prefix}{path.stem}_x{scale}")
+    try:
+        figure = side_by_side(path, scale, runs, box)
+    except ValueError as error:  # an image smaller than the scale or the metrics' windows
+        raise Refusal(f"{path} at ×{scale}: {error}") from error
+    written = save(figure, output / f"{prefix}{path.stem}_x{scale}")
     print(f"written: {', '.join(map(str, written))}")
     return written
 

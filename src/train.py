@@ -27,7 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from drrn import Refusal
-from drrn.config import CONF, Config, check, launch, launched, run_dir, run_name
+from drrn.config import CONF, Config, check, launch, launched, refusing, run_dir, run_name
 
 if TYPE_CHECKING:
     from drrn.callbacks import StopSignals
@@ -38,13 +38,14 @@ log = logging.getLogger("drrn.train")
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
     """Check the configuration before anything heavy is imported, then train."""
-    config = check(cfg, HydraConfig.get().overrides.task)
-    if config.plan == "only":
-        from drrn.plan import make_plan, print_plan
+    with refusing():
+        config = check(cfg, HydraConfig.get().overrides.task)
+        if config.plan == "only":
+            from drrn.plan import make_plan, print_plan
 
-        print_plan(make_plan([config], always=True))
-    else:
-        train(config)
+            print_plan(make_plan([config], always=True))
+        else:
+            train(config)
 
 
 def train(config: Config) -> None:

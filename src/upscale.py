@@ -7,6 +7,7 @@ python src/upscale.py input=holidays scale=2 checkpoint=weights.safetensors outp
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import hydra
 from omegaconf import MISSING, DictConfig
 
 from drrn import Refusal
-from drrn.config import CONF, launch, typed
+from drrn.config import CONF, check_choices, launch, refusing, typed
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from drrn.model import DRRN
 
-METHODS = ("network", "bicubic")
+CHOICES = {"method": ("network", "bicubic")}
 MEMORY = 2_000_000_000  # bytes beside the loaded image, everything included
 WORKING = 600_000_000  # of these, what strips, decoders, encoders and the weights take
 PAPER_SCALES = [2, 3, 4]
@@ -39,7 +40,7 @@ class Options:
     output: str | None = MISSING  # file, or folder
     scale: float | None = MISSING  # above 1
     checkpoint: str | None = MISSING  # weights; needed by method=network
-    method: str = MISSING  # one of METHODS
+    method: str = MISSING  # network, bicubic
     overwrite: bool = MISSING  # replace existing outputs
     suffix: str | None = MISSING  # format of outputs in a folder; None: the input's own
     quality: int = MISSING  # JPEG, WebP: 1…100
@@ -52,14 +53,17 @@ class Options:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="upscale")
 def main(cfg: DictConfig) -> None:
     """Check everything that can be checked at once, then enlarge file by file."""
-    options = typed(Options, cfg)
-    check(options)
-    jobs = plan(options)
-    try:
-        failed = upscale(options, jobs)
-    except KeyboardInterrupt:
-        print("upscale.py: stopped; nothing is left of the file in hand, the finished ones stay", file=sys.stderr)
-        sys.exit(130)
+    with refusing():
+        options = typed(Options, cfg)
+        check(options)
+        jobs = plan(options)
+        try:
+            failed = upscale(options, jobs)
+        except KeyboardInterrupt:
+            print(
+                "upscale.py: stopped; nothing is left of the file in hand, the finished ones stay", file=sys.stderr
+            )
+            sys.exit(130)
     if failed:
         if len(jobs) > 1:
             print(f"upscale.py: {failed} of {len(jobs)} files failed", file=sys.stderr)
@@ -78,8 +82,7 @@ def check(options: Options) -> None:
             raise Refusal(f"{key} is missing: {example}")
     if not (math.isfinite(options.scale) and options.scale > 1):
         raise Refusal(f"scale = {options.scale}: must be a number above 1")
-    if options.method not in METHODS:
-        raise Refusal(f"method = {options.method!r}: allowed are {', '.join(METHODS)}")
+    check_choices(options, CHOICES)
     if options.method == "network" and not options.checkpoint:
         raise Refusal("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic")
     if options.method == "bicubic" and options.checkpoint:
@@ -88,6 +91,8 @@ def check(options: Options) -> None:
         raise Refusal(f"tile = {options.tile}: must be at least 1, or null")
     if not 1 <= options.quality <= 100:
         raise Refusal(f"quality = {options.quality}: must be 1…100")
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", options.device):
+        raise Refusal(f"device = {options.device!r}: allowed are auto, cpu, cuda, cuda:1, mps, xpu")
     if options.max_pixels < 1:
         raise Refusal(f"max_pixels = {options.max_pixels}: must be at least 1")
 
@@ -102,7 +107,7 @@ def plan(options: Options) -> list[tuple[Path, Path]]:
     from drrn.photos import FORMATS
 
     given = options.input if isinstance(options.input, list) else [options.input]
-    if not all(isinstance(name, str | int | float) and str(name) for name in given):
+    if not all(isinstance(name, str | int | float) and not isinstance(name, bool) and str(name) for name in given):
         raise Refusal(f"input = {options.input}: a file, a folder, or a list of them")
     if options.suffix is not None and options.suffix.lower() not in FORMATS:
         raise Refusal(f"suffix = {options.suffix!r}: allowed are {', '.join(FORMATS)}")

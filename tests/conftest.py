@@ -95,7 +95,7 @@ def inline_pool(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import drrn.patches
 
-    def pool(workers: int, mp_context: object) -> ThreadPoolExecutor:
+    def pool(workers: int, mp_context: object, initializer: object) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(workers)
 
     monkeypatch.setattr(drrn.patches, "ProcessPoolExecutor", pool)

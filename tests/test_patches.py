@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -10,8 +11,10 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,12 +22,14 @@ import h5py
 import numpy as np
 import pytest
 import skimage.data
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import drrn.patches
 from drrn import Refusal
+from drrn.images import read_luminance
 from drrn.matlab import resize_matrix
 from drrn.patches import (
     HIGH,
@@ -298,7 +303,8 @@ def damaged(path: Path, how: str) -> None:
     """Make a patch file wrong in one way."""
     whole = path.read_bytes()
     with h5py.File(path) as file:
-        data, label, attrs = file["data"][:], file["label"][:], dict(file.attrs)
+        data, label = file["data"][:], file["label"][:]
+        attrs = {key: v.decode() if isinstance(v, bytes) else v for key, v in file.attrs.items()}
     if how.startswith("cut"):
         path.write_bytes(whole[: int(len(whole) * float(how.split()[1]))])
         return
@@ -356,6 +362,199 @@ def test_a_file_cut_short_in_use_is_an_error_not_a_wrong_batch(tiny_patches: Pat
         patches[np.arange(4)]
 
 
+@pytest.fixture
+def copied(tiny_images: Path, tiny_patches: Path, tmp_path: Path) -> tuple[Path, Callable[[], Path]]:
+    """A patch file to damage, and what a run does to get it."""
+    path = tmp_path / tiny_patches.name
+    shutil.copy(tiny_patches, path)
+    return path, lambda: prepare_patches("tiny", Recipe((str(tiny_images),), (2, 3)), ANYWHERE, tmp_path)
+
+
+def test_truncated_anywhere_it_is_refused(copied: tuple[Path, Callable], tiny_patches: Path) -> None:
+    path, ask = copied
+    whole = tiny_patches.read_bytes()
+    for length in np.random.default_rng(6).integers(0, len(whole), 50).tolist():
+        path.write_bytes(whole[:length])
+        with pytest.raises(Refusal, match="Delete"):
+            ask()
+
+
+def test_a_bit_flipped_in_what_the_file_says_of_itself_never_gives_a_wrong_batch(
+    copied: tuple[Path, Callable], tiny_images: Path, tiny_patches: Path
+) -> None:
+    """Everything but the pairs: attributes, types, shapes, offsets. HDF5's checksums see it, or the
+    comparison with the recipe."""
+    path, _ = copied
+    attrs = attributes(Recipe((str(tiny_images),), (2, 3)), sorted(tiny_images.iterdir()))
+    whole, good = tiny_patches.read_bytes(), Patches(tiny_patches)
+    everything = np.arange(len(good))
+    x, y = good[everything]
+    outside = np.ones(len(whole), bool)
+    outside[good.data_at : good.data_at + x.nbytes] = False
+    outside[good.label_at : good.label_at + y.nbytes] = False
+    places = np.flatnonzero(outside)
+    assert len(places) > 500
+    rng, refused = np.random.default_rng(7), 0
+    for place, bit in zip(rng.permutation(places)[:300].tolist(), rng.integers(0, 8, 300).tolist(), strict=True):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        path.write_bytes(damaged)
+        try:
+            check_patch_file(path, attrs)
+            batch = Patches(path)[everything]
+        except Refusal:
+            refused += 1
+        else:  # a byte that nothing depends on
+            np.testing.assert_array_equal(batch[0], x)
+            np.testing.assert_array_equal(batch[1], y)
+    assert refused > 100
+
+
+# A build in a process of its own. Its workers import this file too, so `read` is what they do with an image.
+BUILD = """
+import logging, os, sys, time
+from pathlib import Path
+import drrn.patches
+from drrn import Refusal
+
+real, images, folder, how = drrn.patches.read_luminance, *sys.argv[1:]
+
+def read(path):
+    if how == "hang" and path.name == "chelsea.png":
+        time.sleep(600)
+    if how == "die" and path.name == "chelsea.png":
+        os.kill(os.getpid(), 9)
+    return real(path)
+
+drrn.patches.read_luminance = read
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        print(drrn.patches.prepare_patches("tiny", drrn.patches.Recipe((images,), (2,)), Path(), Path(folder), 1))
+    except Refusal as refusal:
+        sys.exit(f"refused: {refusal}")
+"""
+
+
+@pytest.fixture
+def builder(tiny_images: Path, tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen]]:
+    """`builder(how)` starts `BUILD` on the tiny images, into tmp_path/patches."""
+    script = tmp_path / "build.py"
+    script.write_text(BUILD)
+    started = []
+
+    def start(how: str = "") -> subprocess.Popen:
+        command = [sys.executable, script, tiny_images, tmp_path / "patches", how]
+        environment = {**os.environ, "PYTHONPATH": str(Path(drrn.patches.__file__).parents[1])}
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_real_processes_that_ask_at_once_build_once(builder: Callable, tiny_images: Path, tmp_path: Path) -> None:
+    processes = [builder() for _ in range(3)]
+    outcomes = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outcomes
+    paths = {Path(out.splitlines()[-1]) for out, _ in outcomes}
+    assert len(paths) == 1
+    assert sum("building" in err for _, err in outcomes) == 1
+    check_patch_file(paths.pop(), attributes(Recipe((str(tiny_images),), (2,)), sorted(tiny_images.iterdir())))
+    assert [path.suffix for path in (tmp_path / "patches").iterdir() if path.suffix != ".lock"] == [".h5"]
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
+def test_a_killed_build_leaves_nothing_for_the_next_one(builder: Callable, tmp_path: Path) -> None:
+    """Neither its file (5 GB), nor its lock, nor its workers; what others are building is left alone."""
+    folder = tmp_path / "patches"
+    killed = builder("hang")
+    wait_for(lambda: list(folder.glob("*.partial")) and children(killed.pid))
+    wait_for(lambda: len(children(killed.pid)) >= 2)  # the worker, and Python's resource tracker
+    workers = children(killed.pid)
+    killed.kill()
+    killed.communicate()
+    (left,) = folder.glob("*.partial")
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    other, busy = folder / "other-0123456789.77.partial", folder / "busy-0123456789.77.partial"
+    other.touch()
+    busy.touch()
+    with FileLock(folder / "busy-0123456789.h5.lock"):
+        process = builder()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert f"removing {left}" in err
+    assert sorted(path.name for path in folder.glob("*.partial")) == [busy.name]
+    assert len(list(folder.glob("*.h5"))) == 1
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    """Until it is true; a minute at most."""
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_worker_that_is_killed_is_said(builder: Callable, tmp_path: Path) -> None:
+    """As the kernel does when memory is short."""
+    process = builder("die")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "refused: a process that cut patches was killed" in err
+    assert "Traceback" not in err
+    assert_nothing_left(tmp_path / "patches")
+
+
+def test_a_file_that_another_process_writes_to_is_not_read(copied: tuple[Path, Callable]) -> None:
+    path, ask = copied
+    code = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print('open', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout.readline() == "open\n"
+        with pytest.raises(Refusal, match="open for writing in another process"):
+            ask()
+        writer.stdin.close()
+    assert ask() == path
+
+
+@pytest.mark.parametrize("change", ["pixels", "size", "gone"])
+def test_images_that_change_during_a_build_are_noticed(
+    change: str, tiny_images: Path, tmp_path: Path, inline_pool: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, folder = tmp_path / "images", tmp_path / "patches"
+    shutil.copytree(tiny_images, images)
+    camera = images / "camera.png"
+
+    def read_after_a_change(path: Path) -> NDArray[np.uint8]:
+        if path == camera:
+            pixels = np.array(Image.open(camera))
+            if change == "gone":
+                camera.unlink()
+            else:
+                Image.fromarray(pixels[:, ::-1] if change == "pixels" else pixels[:33, :33]).save(camera)
+        return read_luminance(path)
+
+    monkeypatch.setattr(drrn.patches, "read_luminance", read_after_a_change)
+    with pytest.raises(Refusal, match="does not exist" if change == "gone" else "changed while"):
+        prepare_patches("tiny", Recipe((str(images),), scales=(2,)), ANYWHERE, folder, workers=1)
+    assert_nothing_left(folder)
+
+
 # ---------------------------------------------------------------------- builds that fail
 
 
@@ -402,7 +601,7 @@ def test_a_disk_that_fills_up_while_building(
                 return pwrite(*arguments)
 
             monkeypatch.setattr(os, "pwrite", full)
-            monkeypatch.setattr(drrn.patches, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
+            monkeypatch.setattr(drrn.patches, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
         with pytest.raises(Refusal, match=r"No space left|is the disk full") as refusal:
             prepare_patches("tiny", Recipe((str(tiny_images),)), ANYWHERE, folder)
         assert str(folder) in str(refusal.value)

@@ -12,11 +12,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,6 +31,10 @@ T = TypeVar("T")
 HOME = Path(__file__).resolve().parents[2]  # the clone
 CONF = str(HOME / "conf")
 os.environ.setdefault("DRRN_HOME", str(HOME))  # where conf/config.yaml looks for sweeps/
+
+IMAGE_SETS = ("T91", "BSD200", "Set5", "Set14", "BSD100", "Urban100", "demo_train", "demo_test")  # drrn.images
+DEEPEST = 10_000  # layers; the paper's deepest network has 52
+LARGEST = 2**32  # of whole numbers: beyond it nothing here has a meaning
 
 
 @dataclass
@@ -139,6 +146,11 @@ CHOICES = {
     "optim.algorithm": ("sgd", "adam"),
     "optim.clip": ("value", "norm", "none"),
     "optim.schedule": ("halve", "cosine"),
+    "trainer.accelerator": ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
+    # src/train.py starts the processes itself: no spawn, fork or notebook. Nothing sharded either: clipping by the
+    # norm would see a part of the gradient.
+    "trainer.strategy": ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"),
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
     "logger.kind": ("wandb", "csv", "none"),
     "logger.mode": ("offline", "online", "disabled"),
     "logger.artifacts": ("none", "weights", "checkpoints"),
@@ -171,7 +183,13 @@ ABOVE = {
     "optim.halve_every_steps": 0,
     "trainer.max_epochs": 0,
 }
-BELOW = {"optim.momentum": 1, "optim.bn_average": 1, "seed": 2**32}
+BELOW = {
+    "model.features": 2**13,
+    "data.num_workers": 2**10,
+    "optim.momentum": 1,
+    "optim.bn_average": 1,
+    "seed": 2**32,
+}
 
 
 def typed(schema: type[T], cfg: DictConfig) -> T:
@@ -181,10 +199,80 @@ def typed(schema: type[T], cfg: DictConfig) -> T:
         Refusal: an unknown key, or a value of the wrong type, by the key's name.
     """
     try:
+        _check_kinds(schema, cfg)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
     except OmegaConfBaseException as error:
         reason = str(error).split("\n")[0]
         raise Refusal(f"{getattr(error, 'full_key', None) or 'configuration'}: {reason}") from error
+
+
+def _check_kinds(schema: type, cfg: DictConfig, group: str = "") -> None:
+    """What OmegaConf would take or refuse without a name: a number for a truth value, an empty text, lists inside
+    lists or none at all, numbers beyond `LARGEST`."""
+    for name, kind in get_type_hints(schema).items():
+        if name not in cfg or OmegaConf.is_missing(cfg, name) or cfg[name] is None:
+            continue
+        key, value = group + name, cfg[name]
+        kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # X | None
+        if is_dataclass(kind):
+            if OmegaConf.is_dict(value):
+                _check_kinds(kind, value, f"{key}.")
+            continue
+        if get_origin(kind) is list:
+            if not OmegaConf.is_list(value):
+                raise Refusal(f"{key} = {value}: must be a list, such as [a,b]")
+            if any(OmegaConf.is_config(item) for item in value):
+                raise Refusal(f"{key} = {value}: a plain list, without lists or mappings in it")
+        if kind is bool and not isinstance(value, bool | str):
+            raise Refusal(f"{key} = {value}: must be true or false")
+        for item in value if OmegaConf.is_list(value) else [value]:
+            if isinstance(item, str) and not item.strip():
+                raise Refusal(f"{key} = {value!r}: is empty" if item is value else f"{key} = {value}: one is empty")
+            if isinstance(item, int) and kind is not float and abs(item) >= LARGEST:
+                raise Refusal(f"{key} = {value}: must be below {LARGEST}")
+
+
+def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """Keys that have a few values only.
+
+    Raises:
+        Refusal: another value; the text names the key and the values allowed.
+    """
+    for key, allowed in choices.items():
+        if _get(config, key) not in allowed:
+            raise Refusal(f"{key} = {_get(config, key)!r}: allowed are {', '.join(allowed)}")
+
+
+def check_sets(key: str, names: Sequence[str]) -> None:
+    """Names of image sets.
+
+    Raises:
+        Refusal: none, two of one name, or neither a known set nor a folder.
+    """
+    if not names:
+        raise Refusal(f"{key} is empty: name at least one image set")
+    if len({Path(name).name for name in names}) < len(names):
+        raise Refusal(f"{key} = {names}: two sets of one name cannot be told apart")
+    for name in names:
+        if os.sep in name and not Path(name).is_dir():
+            raise Refusal(f"{key}: the folder {name!r} does not exist")
+        if name not in IMAGE_SETS and not Path(name).is_dir():
+            raise Refusal(
+                f"{key}: no set and no folder named {name!r}: give a folder of images, or one of "
+                f"{', '.join(IMAGE_SETS)}"
+            )
+
+
+def paths(key: str, value: Any) -> list[str]:
+    """A key that takes one path, a list of them or null, as a list.
+
+    Raises:
+        Refusal: it is something else.
+    """
+    listed = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in listed):
+        raise Refusal(f"{key} = {value}: must be a path, or a list of paths")
+    return listed
 
 
 def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
@@ -201,6 +289,8 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
+    if "trainer_extra" in cfg:
+        raise Refusal("trainer_extra: an argument of Lightning's Trainer is given as +trainer.NAME=VALUE")
     if cfg.get("from_record") is not None:
         cfg = _recorded(cfg, overrides)
     known = {field.name for field in fields(TrainerConfig)}
@@ -209,9 +299,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
         extra = {key: cfg.trainer.pop(key) for key in list(cfg.trainer) if key not in known}
     config = typed(Config, cfg)
     config.trainer_extra = extra or None
-    for key, allowed in CHOICES.items():
-        if _get(config, key) not in allowed:
-            raise Refusal(f"{key} = {_get(config, key)!r}: allowed are {', '.join(allowed)}")
+    check_choices(config, CHOICES)
     for limits, words, good in (
         (AT_LEAST, "at least", lambda value, limit: value >= limit),
         (ABOVE, "above", lambda value, limit: value > limit),
@@ -267,11 +355,17 @@ def _check_together(config: Config) -> None:
         if not scales or min(scales) < 2 or len(set(scales)) != len(scales):
             raise Refusal(f"data.{key} = {scales}: one or more different whole numbers, each at least 2")
     for key in ("train", "val"):
-        if not getattr(data, key):
-            raise Refusal(f"data.{key} is empty: name at least one image set")
-        names = [Path(name).name for name in getattr(data, key)]
-        if len(set(names)) != len(names):
-            raise Refusal(f"data.{key} = {getattr(data, key)}: two sets of one name cannot be told apart")
+        check_sets(f"data.{key}", getattr(data, key))
+    if os.sep in data.name:
+        raise Refusal(f"data.name = {data.name!r}: the first part of a file's name, without {os.sep}")
+    depth = (1 + 2 * config.model.U) * config.model.B + 1
+    if depth > DEEPEST:
+        raise Refusal(
+            f"model.B = {config.model.B} and model.U = {config.model.U} make {depth:,} layers: at most {DEEPEST:,}"
+        )
+    _check_devices(trainer.devices)
+    if trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", trainer.max_time):
+        raise Refusal(f"trainer.max_time = {trainer.max_time!r}: must be days:hours:minutes:seconds, 00:12:00:00")
     if optim.bn_average < 0:
         raise Refusal(f"optim.bn_average = {optim.bn_average}: must be at least 0")
     if optim.schedule == "halve" and (optim.halve_every_epochs is None) == (optim.halve_every_steps is None):
@@ -281,19 +375,11 @@ def _check_together(config: Config) -> None:
         )
     if optim.algorithm == "adam" and optim.bias_lr_mult != 1:
         raise Refusal(f"optim.bias_lr_mult = {optim.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
-    if any(word in trainer.strategy for word in ("spawn", "fork", "notebook")):
-        raise Refusal(
-            f"trainer.strategy = {trainer.strategy!r}: src/train.py starts the processes itself; give ddp"
-        )
     if data.batch_size % trainer.accumulate_grad_batches:
         raise Refusal(
             f"data.batch_size = {data.batch_size} is the whole batch of a step: it must be a multiple of "
             f"trainer.accumulate_grad_batches = {trainer.accumulate_grad_batches}"
         )
-    for key in ("val", "train"):
-        for name in getattr(data, key):
-            if os.sep in name and not Path(name).is_dir():
-                raise Refusal(f"data.{key}: the folder {name!r} does not exist")
     if config.ckpt_path not in (None, "last") and not Path(config.ckpt_path).is_file():
         raise Refusal(f"ckpt_path = {config.ckpt_path!r}: no such file; give a checkpoint, `last` or null")
     if config.init_from is not None and not Path(config.init_from).is_file():
@@ -303,6 +389,19 @@ def _check_together(config: Config) -> None:
             "init_from and ckpt_path: init_from starts a new run from weights, ckpt_path goes on with a run; give "
             "one (`ckpt_path=last` may stand beside init_from: it goes on with this fine-tuning)"
         )
+
+
+def _check_devices(devices: Any) -> None:
+    """`trainer.devices` as Lightning takes it: how many, which, all (-1) or auto."""
+    if isinstance(devices, str):
+        good = devices == "auto" or re.fullmatch(r"-1|[1-9]\d*|\d+(,\d+)+", devices)
+    elif isinstance(devices, list):
+        good = devices and len(set(map(str, devices))) == len(devices)
+        good = good and all(type(index) is int and index >= 0 for index in devices)
+    else:
+        good = type(devices) is int and (devices > 0 or devices == -1)
+    if not good:
+        raise Refusal(f"trainer.devices = {devices}: a number of at least 1, -1 for all, auto, or a list as [0,1]")
 
 
 def structure_name(model: ModelConfig) -> str:
@@ -395,6 +494,29 @@ def first_process() -> bool:
     return not launched() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Around the task of a Hydra entry point: a refusal is said in a line and exits with 2.
+
+    Hydra lets SystemExit pass and would introduce anything else by "Error executing job with overrides". In a
+    multirun the refusal is the job's result, which the sweeper gathers.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    try:
+        yield
+    except Refusal as error:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        _refuse(error)
+
+
+def _refuse(reason: object) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
 def launch(main: Callable[[], Any]) -> None:
     """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises to us instead of printing for itself
@@ -402,7 +524,10 @@ def launch(main: Callable[[], Any]) -> None:
 
     try:
         main()
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # Hydra's words for model=5
+            raise
+        _refuse(f"{error}, in {' '.join(sys.argv[1:])}")
     except (Refusal, HydraException, OmegaConfBaseException) as error:
         cause = f"\n{error.__cause__}" if isinstance(error, HydraException) and error.__cause__ else ""
-        print(f"{Path(sys.argv[0]).name}: {error}{cause}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"{error}{cause}")

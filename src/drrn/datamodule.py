@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from drrn import Refusal
 from drrn.config import Config
-from drrn.images import image_files, read_luminance
+from drrn.images import image_files, image_size, read_luminance
 from drrn.metrics import SSIM_WINDOW
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, prepare_patches
 from drrn.protocol import prepare
@@ -35,13 +34,10 @@ def check_size(file: Path, scale: int) -> None:
     """Make sure, before hours of training, that an image can be scored at a scale.
 
     Raises:
-        Refusal: cropped to the scale and shaved by it on every side, it holds no 11×11 window for the SSIM.
+        Refusal: it cannot be read; or, cropped to the scale and shaved by it on every side, it holds no 11×11
+            window for the SSIM.
     """
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-    except OSError as error:
-        raise Refusal(f"{file} cannot be read as an image: {error}") from error
+    height, width = image_size(file)
     if min(side - side % scale for side in (width, height)) - 2 * scale < SSIM_WINDOW:
         raise Refusal(f"{file} ({width}×{height}) is too small to be scored at ×{scale}: take it out of data.val")
 

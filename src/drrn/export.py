@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -79,13 +80,10 @@ def export_program(network: DRRN, about: dict[str, Any], path: Path) -> float:
     exported = program(network)
     facts = json.dumps({**USE, "scales": about.get("scales") or [], "drrn": about}, ensure_ascii=False)
     difference = largest_difference(network, exported.module())
-    write_whole(path, lambda partial: _save_program(exported, partial, facts))
+    content = io.BytesIO()  # torch.export.save wants the suffix .pt2 of a path
+    torch.export.save(exported, content, extra_files={"drrn.json": facts})
+    write_whole(path, lambda partial: partial.write_bytes(content.getvalue()))
     return difference
-
-
-def _save_program(exported: torch.export.ExportedProgram, path: Path, facts: str) -> None:
-    with path.open("wb") as file:  # torch.export.save wants the suffix .pt2 of a path
-        torch.export.save(exported, file, extra_files={"drrn.json": facts})
 
 
 def program(network: DRRN) -> torch.export.ExportedProgram:

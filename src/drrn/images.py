@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from drrn import Refusal
+from drrn.config import IMAGE_SETS
 from drrn.matlab import rgb2ycbcr
-from drrn.photos import check_tiff
+from drrn.photos import FORMATS, KINDS, check_tiff
 
 log = logging.getLogger(__name__)
 
 REGISTRY = Path(__file__).resolve().parents[2] / "data" / "registry.txt"
-FETCHED_SETS = ("T91", "BSD200", "Set5", "Set14", "BSD100", "Urban100")
 
 # Photographs only (no text pages, drawings, microscopy), and no scene on both sides of the split. Brick, grass and
 # gravel are photographs too, but such textures teach a small network little about the held-out ones.
@@ -34,9 +34,9 @@ DEMO_SETS = {
     "demo_train": ("astronaut.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"),
     "demo_test": ("camera.png", "chelsea.png", "coffee.png"),
 }
-FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+FETCHED_SETS = tuple(name for name in IMAGE_SETS if name not in DEMO_SETS)
 MAX_PIXELS = 50_000_000  # far above any benchmark image
-SUFFIXES = {".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"}
+TIMEOUT = 20  # seconds without a byte after which a download is tried again
 
 
 def registered(set_name: str, registry: Path = REGISTRY) -> dict[str, tuple[str, str]]:
@@ -117,7 +117,7 @@ def _download(missing: list[str], files: dict[str, tuple[str, str]], root: Path)
     )
     for name in track(missing, description=f"Fetching {missing[0].split('/')[0]} ({len(missing)} files)"):
         try:
-            fetcher.fetch(name)
+            fetcher.fetch(name, downloader=pooch.HTTPDownloader(timeout=TIMEOUT))
         except Exception as error:  # pooch raises its own, requests' and OS errors alike
             raise Refusal(
                 f"{name} could not be fetched from {files[name][1]}: {error}. Try again, or put the file at "
@@ -154,9 +154,9 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
             f"no set and no folder named {set_name!r}: give a folder of images, or one of "
             f"{', '.join((*FETCHED_SETS, *DEMO_SETS))}"
         )
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS and path.is_file())
     if not files:
-        raise Refusal(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
+        raise Refusal(f"{folder} holds no image ({', '.join(FORMATS)})")
     return files
 
 
@@ -167,17 +167,21 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
         Refusal: the file is missing or cannot be decoded, or it is not 8-bit grey or RGB.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=KINDS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Refusal(
                     f"{path}: {image.width}×{image.height} pixels; an image of a set has at most {MAX_PIXELS:,}"
                 )
             if image.format == "TIFF":
                 check_tiff(path, image)
-            if image.mode == "P":  # some copies of the sets hold palettes
+            arrangement = str(image.tile[0].args) if image.tile else ""
+            if image.mode == "RGB" and ";16" in arrangement:  # Pillow would keep one byte of two
+                raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one has 16 bits a channel")
+            if image.mode == "P" and "transparency" not in image.info:  # some copies of the sets hold palettes
                 image = image.convert("RGB")
             if image.mode not in ("L", "RGB"):
-                raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one is {image.mode}")
+                kind = f"{image.mode}{' with transparency' if 'transparency' in image.info else ''}"
+                raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one is {kind}")
             return np.asarray(image)
     except Refusal:
         raise
@@ -185,6 +189,22 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
         raise Refusal(f"{path} does not exist") from error
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
         raise Refusal(f"{path} cannot be read as an image: {error}") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image, from its header alone.
+
+    Raises:
+        Refusal: the file is missing or no image, or it has more than `MAX_PIXELS`.
+    """
+    try:
+        with Image.open(path, formats=KINDS) as image:
+            width, height = image.size
+    except Exception as error:  # Pillow's plugins raise many kinds for a damaged header
+        raise Refusal(f"{path} cannot be read as an image: {error}") from error
+    if width * height > MAX_PIXELS:
+        raise Refusal(f"{path}: {width}×{height} pixels; an image of a set has at most {MAX_PIXELS:,}")
+    return height, width
 
 
 def read_luminance(path: Path) -> NDArray[np.uint8]:

@@ -21,21 +21,22 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import h5py
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from PIL import Image
 
 from drrn import Refusal
 from drrn.config import DataConfig
-from drrn.images import image_files, orientations, read_luminance, sha256
+from drrn.images import image_files, image_size, orientations, read_luminance, sha256
 from drrn.protocol import degrade, modcrop
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _write_pairs(
     finally:
         os.close(file)
     if done != task.count:
-        raise RuntimeError(f"{task.path} changed during the build: {done} pairs instead of {task.count}")
+        raise Refusal(f"{task.path} changed while its patches were cut: run the same command again")
     return done
 
 
@@ -174,7 +175,8 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
     """The patch file of a recipe: fetch the images that are missing, build the file if it is not there.
 
     Processes that ask at the same time wait for the one that builds. The file is written under a temporary
-    name and renamed when it is complete, so what has the final name is whole.
+    name and renamed when it is complete, so what has the final name is whole; what killed builds have left
+    is removed.
 
     Args:
         name: first part of the file's name, for people ("train291").
@@ -187,19 +189,32 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
         Path of the HDF5 file.
 
     Raises:
-        Refusal: a source is missing or unreadable, no image is as large as a patch, or the disk is full.
+        Refusal: a source is missing, unreadable or changes meanwhile, no image is as large as a patch, the disk
+            is full, or the file that is there cannot be trusted.
     """
     files = [file for set_name in recipe.sets for file in image_files(set_name, root)]
     attrs = attributes(recipe, files)
     path = patch_path(folder, name, attrs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        lock = FileLock(f"{path}.lock")  # the system frees it when its holder dies, however that happens
+        try:
+            held = lock.acquire(timeout=1)
+        except Timeout:
+            log.info("waiting for another process that builds %s", path)
+            held = lock.acquire()
+        with held:
             if path.is_file():
                 check_patch_file(path, attrs)
             else:
+                _remove_partials(folder, path)
                 log.info("building %s from %d images", path, len(files))
                 _build(path, recipe, files, attrs, workers)
+    except BrokenProcessPool as error:
+        raise Refusal(
+            f"a process that cut patches was killed (out of memory?) and {path} is not built: run the same command "
+            "again, with a smaller data.num_workers if memory is short"
+        ) from error
     except OSError as error:
         raise Refusal(
             f"{path} could not be written: {error}. Free space, or set data.patches to a folder with "
@@ -208,17 +223,44 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
     return path
 
 
+def _remove_partials(folder: Path, path: Path) -> None:
+    """Delete what builds that were killed have left: up to 5 GB each. Whoever builds holds the lock of its file.
+
+    Args:
+        folder: all patch files' folder.
+        path: the file whose lock this process holds.
+    """
+    for partial in folder.glob("*.partial"):
+        name = partial.name.split(".")[:-2]  # name-digest.pid.partial
+        lock = FileLock(folder / f"{'.'.join(name)}.h5.lock")
+        try:
+            if Path(lock.lock_file) != Path(f"{path}.lock"):
+                lock.acquire(timeout=0)
+        except Timeout:
+            continue  # it is being built
+        log.info("removing %s, left by a build that was killed", partial)
+        partial.unlink(missing_ok=True)
+        lock.release()
+
+
+def _end_with_builder() -> None:
+    """Let a worker end when its builder is killed: it would wait for work for ever (runs in the worker)."""
+
+    def watch(builder: multiprocessing.process.BaseProcess) -> None:
+        builder.join()
+        os._exit(1)
+
+    builder = multiprocessing.parent_process()
+    if builder is not None:
+        threading.Thread(target=watch, args=(builder,), daemon=True).start()
+
+
 def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str | int], workers: int) -> None:
     from rich.progress import track
 
     tasks, total = [], 0
     for file in files:
-        try:
-            with Image.open(file) as image:
-                width, height = image.size
-        except (OSError, Image.DecompressionBombError) as error:
-            raise Refusal(f"{file} cannot be read as an image: {error}") from error
-        count = pair_count(height, width, recipe)
+        count = pair_count(*image_size(file), recipe)
         tasks.append(Task(file, total, count))
         total += count
     if total == 0:
@@ -233,7 +275,7 @@ def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str |
         data_at, label_at = _allocate(partial, total, p, attrs)
         rows = np.random.default_rng(0).permutation(total)  # part of format 1: the same file every time
         context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started its threads
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_builder) as pool:
             jobs = [
                 pool.submit(_write_pairs, t, recipe, rows[t.first : t.first + t.count], partial, data_at, label_at)
                 for t in tasks
@@ -244,6 +286,8 @@ def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str |
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if sources_digest(files) != attrs["sources"]:
+            raise Refusal(f"the images of {path} changed while it was built: run the same command again")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.rename(path)
@@ -258,7 +302,10 @@ def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int]) -> tu
     if free < 3 * size:
         raise OSError(f"{3 * size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
     with h5py.File(path, "w", libver="latest") as file:
-        file.attrs.update(attrs)
+        for key, value in attrs.items():
+            # Texts of fixed length stand in the header, under HDF5's checksum. The heap where others stand has
+            # none: a bit flipped there can make HDF5 search it for ever.
+            file.attrs[key] = np.bytes_(value) if isinstance(value, str) else value
         offsets = []
         for key, dtype in (("data", h5py.h5t.STD_U16LE), ("label", h5py.h5t.STD_U8LE)):
             layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -284,6 +331,7 @@ def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
         with h5py.File(path, "r") as file:
             for key, expected in attrs.items():
                 found = file.attrs.get(key)
+                found = found.decode() if isinstance(found, bytes) else found  # str in files of earlier versions
                 if found != expected:
                     raise Refusal(f"{path}: its {key} is {found!r}, this run needs {expected!r}. {advice}")
             data, label = file["data"], file["label"]
@@ -296,6 +344,8 @@ def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
             if path.stat().st_size < end:
                 raise Refusal(f"{path} is {path.stat().st_size:,} bytes long instead of {end:,}. {advice}")
             return len(data)
+    except BlockingIOError as error:  # HDF5's own lock
+        raise Refusal(f"{path} is open for writing in another process: try again when that has ended") from error
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise Refusal(f"{path} is damaged or not a patch file ({error}). {advice}") from error
 

@@ -55,6 +55,7 @@ FORMATS = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
 }
+KINDS = tuple(dict.fromkeys(FORMATS.values()))  # as Pillow calls them
 LONGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels of a side that the format can hold
 MAX_PIXELS = 100_000_000  # an 8-bit picture of this size takes 0.7 GB to read
 RESULT_FACTOR = 16  # a result has at most so many times max_pixels
@@ -149,7 +150,7 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
     """What Pillow knows."""
     from PIL import Image
 
-    with Image.open(path, formats=("PNG", "JPEG", "WEBP", "TIFF", "BMP")) as image:
+    with Image.open(path, formats=KINDS) as image:
         _check_size(path, *image.size, max_pixels)
         kind, mode = image.format, image.mode
         raw = [tile.args if isinstance(tile.args, str) else tile.args[0] for tile in image.tile if tile.args]

@@ -18,13 +18,12 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from drrn import Refusal
-from drrn.config import ModelConfig
+from drrn.config import DEEPEST, ModelConfig
 from drrn.foreign import container, is_lightning, named_tensors, read_bytes, read_tensors, read_torch
 from drrn.model import DRRN
 from drrn.records import write_whole
 
 FORMAT = 1
-DEEPEST = 10_000  # layers; the paper's deepest network has 52
 
 
 def save_weights(path: Path, network: DRRN, model: ModelConfig, about: dict[str, Any]) -> None:

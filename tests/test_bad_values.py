@@ -1,0 +1,269 @@
+"""Every key of every entry point with values of a wrong type and out of range: refused by the key's name.
+
+The keys come from the composed configuration, the types from the dataclasses that check it, so a new key is tested
+from the day it is there, and a numeric one has to be given a line in `OUT_OF_RANGE`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from drrn import Refusal
+from drrn.config import Config, check, typed
+from hydra_plugins.drrn_study import literal
+
+ROOT = Path(__file__).resolve().parents[1]
+HUGE = 10**20
+
+# By kind, whatever the key. (A number is a legitimate name of a file, so texts take numbers.)
+WRONG_TYPES: dict[Any, list[Any]] = {
+    int: ["word", "", 1.5, True, [1], {"a": 1}, HUGE],
+    float: ["word", "", True, [1.0], {"a": 1}, float("nan"), float("inf"), float("-inf")],
+    bool: ["word", "", 2, -1, 1.5, [True], {"a": 1}],
+    str: ["", " ", [], ["a"], {"a": 1}],
+    list[int]: ["word", 3, [], ["word"], [1.5], [[2]], [None], [HUGE], [{"a": 1}], {"a": 1}],
+    list[str]: ["word", 3, [["a"]], [None], [""], ["a", " "], [{"a": 1}], {"a": 1}],
+    Any: ["", True, [["a"]], [None], [""], [True], {"a": 1}],
+}
+# By key. What has neither a line here nor an end to its range is in `FREE`.
+OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
+    "train": {
+        "seed": [-1, 2**32],
+        "ckpt_path": ["no/such.ckpt"],
+        "init_from": ["no/such.safetensors"],
+        "model.B": [0, -1, 10_000],
+        "model.U": [-1, 10_000],
+        "model.features": [0, -1, 2**13],
+        "model.norm": ["group"],
+        "data.name": ["a/b"],
+        "data.train": [[], ["T92"], ["no/such/folder"], ["T91", "T91"]],
+        "data.val": [[], ["Set6"], ["no/such/folder"], ["Set5", "./Set5"]],
+        "data.scales": [[1], [0], [-2], [2, 2]],
+        "data.val_scales": [[1], [3, 3]],
+        "data.patch_size": [2, 0, -31],
+        "data.stride": [0, -1],
+        "data.augment": ["mixup"],
+        "data.batch_size": [0, -1],
+        "data.num_workers": [-1, 5000],
+        "optim.algorithm": ["lion"],
+        "optim.lr": [0, -0.1],
+        "optim.momentum": [-0.1, 1],
+        "optim.weight_decay": [-1],
+        "optim.bias_lr_mult": [-1],
+        "optim.theta": [0, -1],
+        "optim.clip": ["gently"],
+        "optim.schedule": ["step"],
+        "optim.halve_every_epochs": [0, -1],
+        "optim.halve_every_steps": [0, -1],
+        "optim.residual_scale": [-1],
+        "optim.bn_average": [-0.1, 1],
+        "trainer.accelerator": ["abacus"],
+        "trainer.devices": [0, -2, "none", "1.5", [], [-1], [0, 0], 1.5, None, HUGE],
+        "trainer.num_nodes": [0, -1],
+        "trainer.strategy": ["alone", "fsdp"],
+        "trainer.precision": ["half", "8"],
+        "trainer.max_steps": [0, -1],
+        "trainer.max_epochs": [0, -1],
+        "trainer.max_time": ["tomorrow", "12:00", "1.5"],
+        "trainer.accumulate_grad_batches": [0, 3],
+        "trainer.val_check_interval": [0],
+        "trainer.checkpoint_every": [0],
+        "trainer.log_every_n_steps": [0],
+        "logger.kind": ["tensorboard"],
+        "logger.mode": ["on"],
+        "logger.artifacts": ["all"],
+    },
+    "evaluate": {
+        "method": ["lanczos"],
+        "checkpoint": ["no.ckpt", ["no.ckpt"], 1.5],
+        "sets": [[], ["Set6"], ["no/such"], ["Set5", "Set5"]],
+        "scales": [[1], [-2]],
+        "metrics": [[], ["lpips"]],
+        "workers": [0, -1, 5000],
+        "protocol": ["ntire"],
+        "crop": [-1],
+        "color": ["hsv"],
+        "rounding": ["floor"],
+    },
+    "upscale": {
+        "input": [None, []],
+        "scale": [1, 0, -2, None],
+        "checkpoint": ["weights.safetensors"],  # beside method=bicubic
+        "method": ["lanczos", "network"],  # without a checkpoint
+        "suffix": [".gif", "png"],
+        "quality": [0, 101],
+        "tile": [0, -1],
+        "device": ["abacus", "cuda:x"],
+        "max_pixels": [0, -1],
+    },
+    "report": {
+        "runs": [["no", 1.5]],
+        "scores": [["no.json"]],
+        "scale": [1, 0, -3],
+        "box": [[1], [1, 2, 3, -4], [1, 2, 3, 4, 5]],
+        "checkpoint": [["no.ckpt"]],
+    },
+    "convert": {
+        "input": [None, "no.pth"],
+        "output": ["weights.gif"],
+        "form": ["keras"],
+        "U": [-1],
+        "scales": [[1]],
+    },
+}
+FREE = {
+    "train": {"name", "study", "output", "data.root", "data.patches", "logger.project"},
+    "evaluate": {"output", "images", "root"},
+    "upscale": {"output"},
+    "report": {"output", "compare", "root"},
+    "convert": set(),
+}
+# What else has to be said for the entry point to have nothing to complain of.
+SOUND = {
+    "train": [],
+    "evaluate": ["method=bicubic"],
+    "upscale": [f"input={ROOT / 'docs/demo.png'}", "output=no/such/big.png", "scale=2", "method=bicubic"],
+    "report": ["runs=runs"],
+    "convert": [f"input={ROOT / 'pyproject.toml'}", "info=true"],
+}
+
+
+def schema(name: str) -> type:
+    if name == "train":
+        return Config
+    module = importlib.import_module(name)
+    return getattr(module, {"upscale": "Options"}.get(name, f"{name.capitalize()}Config"))
+
+
+def kinds(of: type, group: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """(key, type, whether null is allowed) of every key."""
+    for name, kind in get_type_hints(of).items():
+        parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        if is_dataclass(parts[0]):
+            yield from kinds(parts[0], f"{group}{name}.")
+        elif name != "trainer_extra":  # no key: where +trainer.x is kept
+            yield f"{group}{name}", parts[0], type(None) in parts or kind is Any
+
+
+def composed(name: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config" if name == "train" else name, SOUND[name])
+
+
+def checked(name: str, cfg: DictConfig) -> Any:
+    if name == "train":
+        return check(cfg)
+    module = importlib.import_module(name)
+    if name == "upscale":
+        options = typed(module.Options, cfg)
+        module.check(options)
+        return module.plan(options)
+    return module.check(cfg)
+
+
+def wrong_values(name: str, key: str, kind: Any, optional: bool) -> list[Any]:
+    return [*OUT_OF_RANGE[name].get(key, []), *WRONG_TYPES[kind], *([] if optional else [None])]
+
+
+KEYS = [(name, *entry) for name in SOUND for entry in kinds(schema(name))]
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_all_keys_are_here(name: str) -> None:
+    """Every documented key is tested, and has limits or none for a reason."""
+    ours = {key: kind for key, kind, _ in kinds(schema(name))}
+
+    def leaves(cfg: DictConfig, group: str = "") -> Iterator[str]:
+        for key in cfg:
+            if OmegaConf.is_dict(cfg[key]):
+                yield from leaves(cfg[key], f"{group}{key}.")
+            else:
+                yield f"{group}{key}"
+
+    assert set(leaves(composed(name))) == set(ours)
+    limited = {key for key, kind in ours.items() if kind is not bool}
+    assert limited == set(OUT_OF_RANGE[name]) | FREE[name]
+    checked(name, composed(name))  # as it is, it is taken
+
+
+@pytest.mark.parametrize(("name", "key", "kind", "optional"), KEYS, ids=[f"{name} {key}" for name, key, *_ in KEYS])
+def test_every_key_refuses_what_it_cannot_be(
+    name: str,
+    key: str,
+    kind: Any,
+    optional: bool,
+    entry_point: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """All wrong values by the check that the entry point makes, the first of them by the entry point itself."""
+    monkeypatch.chdir(tmp_path)
+    values = wrong_values(name, key, kind, optional)
+    sound = composed(name)
+    for value in values:
+        cfg = sound.copy()
+        OmegaConf.update(cfg, key, value, merge=False)
+        with pytest.raises(Refusal) as refusal:
+            checked(name, cfg)
+        assert key in str(refusal.value), f"{key} = {value!r}: {refusal.value}"
+        assert "\n" not in str(refusal.value)
+
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, name, lambda *_: pytest.fail(f"{key}={values[0]!r} was taken"))
+    others = [argument for argument in SOUND[name] if not argument.startswith(f"{key}=")]
+    code, out, err = entry_point(name, *others, f"{key}={literal(values[0])}")
+    assert code == 2
+    assert err.startswith(f"{name}.py: ")
+    assert key in err
+    assert "Traceback" not in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["5", "[a]", "null"])
+def test_a_group_that_is_no_group_is_refused(value: str, entry_point: Callable) -> None:
+    for group in ("model", "data", "optim", "trainer", "logger"):
+        code, out, err = entry_point("train", f"{group}={value}")
+        assert code == 2, err
+        assert group in err
+        assert "Traceback" not in out + err
+
+
+def test_where_other_trainer_arguments_are_kept_is_no_key(entry_point: Callable) -> None:
+    code, _, err = entry_point("train", "++trainer_extra.fast_dev_run=true")
+    assert code == 2
+    assert "trainer_extra" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("prepare", "data.train=[T92]"),
+        ("evaluate", "checkpoint=1.5"),
+        ("report", "box={a:1}"),
+        ("convert", "scales=[[2]]"),
+    ],
+)
+def test_as_a_user_meets_it(name: str, wrong: str, tmp_path: Path) -> None:
+    """A line, the exit code 2, nothing written; by a process of its own."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "src" / f"{name}.py", *SOUND.get(name, []), wrong],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{name}.py: ")
+    assert done.stderr.count("\n") == 1
+    assert wrong.partition("=")[0] in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
