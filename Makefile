@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report test lint data lock
+.PHONY: help install demo report test lint data bench lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lint: install  ## ruff
 
 data: install  ## fetch the 291 training images and Set5, and build the patch file (5 GB)
 	$(RUN) src/prepare.py
+
+bench: install  ## measure every claim about speed on this machine, in turn with plain versions (10 min, idle)
+	$(RUN) tests/bench.py
 
 lock: install  ## renew requirements.lock from pyproject.toml
 	$(VENV)/bin/pip-compile --quiet --strip-extras --extra dev --extra export --no-emit-index-url --no-emit-find-links \

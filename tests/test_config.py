@@ -358,3 +358,12 @@ def test_a_refusal_in_a_multirun_comes_before_any_job(
     assert "model.B = 0" in err
     assert "nothing has been started" in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_checkpointing_is_typed_with_the_model_and_changes_no_run(configure) -> None:
+    without, with_it = configure(), configure("model.checkpointing=true")
+    assert (without.checkpointing, with_it.checkpointing) == (False, True)
+    assert with_it.model == without.model
+    assert run_dir(with_it) == run_dir(without)
+    with pytest.raises(Refusal, match=r"model\.checkpointing = 'often'"):
+        configure("model.checkpointing=often")

@@ -101,7 +101,7 @@ class RecursiveBlock(nn.Module):
         return self.conv_b[w](activate(self.norm_b[u], H))
 
     def recomputed_residual(self, H: Tensor, u: int) -> Tensor:
-        """`residual` that keeps nothing but H for its gradient, and computes the rest once more when that is due."""
+        """`residual` that keeps nothing but H for its gradient and computes the rest once more when that is due."""
         norms = [self.norm_a[u], self.norm_b[u]]
         norms = [] if isinstance(norms[0], nn.Identity) else norms
         return checkpoint(
