@@ -329,6 +329,8 @@ def inference(sizes: dict[str, Any]) -> Iterator[Row]:
             best = min(
                 (name for name in times if name.startswith("conv")), key=lambda n: statistics.median(times[n])
             )
+            rate = 2 * U * side**2 * 2 * 9 * features**2 / statistics.median(times[best]) / 1e9
+            yield Row(f"bare {features}→{features} convolutions at the best size", rate, "GFLOP/s", "", best)
             what = f"B1U{U} {side}², {'BatchNorm' if norm == 'batch' else 'no BatchNorm'}"
             yield ratio(f"inference {what}: faster than plain", "≥ 1.5", times, "plain", "ours")
             yield ratio(f"inference {what}: rate of its own convolutions", "≥ 0.85", times, best, "ours")

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conftest import TINY
+from drrn import Refusal
 from drrn.config import (
     AT_LEAST,
     CHOICES,
