@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report test stress lint data lock fig6 fig8 table4
+.PHONY: help install demo report test stress lint data bench lock fig6 fig8 table4
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,8 +35,9 @@ report: install  ## the paper's figures beside what is below runs/, on one page,
 test: install  ## the whole test suite (DRRN_DATA=folder of benchmark images runs the tests that need them)
 	$(RUN) -m pytest
 
-stress: install  ## 2,000 damaged images, 20 trainings killed at random moments (10 min on two cores)
+stress: install  ## 2,000 damaged images, damaged patch files, 20 trainings killed at random moments (15 min on two cores)
 	$(RUN) tests/stress_images.py 2000
+	$(RUN) tests/stress_input.py
 	$(RUN) tests/stress_kill.py 20
 
 lint: install  ## ruff
@@ -45,6 +46,9 @@ lint: install  ## ruff
 
 data: install  ## fetch the 291 training images and Set5, and build the patch file (5 GB)
 	$(RUN) src/prepare.py
+
+bench: install  ## measure every claim about speed on this machine, in turn with plain versions (10 min, idle)
+	$(RUN) tests/bench.py
 
 lock: install  ## renew requirements.lock from pyproject.toml
 	$(VENV)/bin/pip-compile --quiet --strip-extras --extra dev --extra export --no-emit-index-url --no-emit-find-links \

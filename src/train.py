@@ -80,7 +80,7 @@ def train(config: Config) -> None:
     )
     from drrn.datamodule import SuperResolutionData
     from drrn.model import DRRN
-    from drrn.module import SuperResolution
+    from drrn.module import SuperResolution, freed_memory_kept
     from drrn.processes import Processes
     from drrn.tracking import Tracker, make_logger
     from drrn.weights import initial_state, save_weights
@@ -144,6 +144,7 @@ def train(config: Config) -> None:
         if initial is not None:
             module.network.load_state_dict(initial)
             module.averaged_before = 1_000_000  # BatchNorm goes on from the statistics that came with the weights
+        module.network.checkpointing = config.checkpointing
         if config.trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
         if config.ckpt_path is None and processes.first:
@@ -179,7 +180,8 @@ def train(config: Config) -> None:
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise Refusal(f"trainer.*: Lightning's Trainer does not take this: {error}") from error
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+            with freed_memory_kept(not config.checkpointing):
+                trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         finally:
             if trainer.global_step:
                 record["budget"] = {

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conftest import TINY
+from drrn import Refusal
 from drrn.config import (
     AT_LEAST,
     CHOICES,
@@ -213,10 +214,11 @@ def test_every_documented_key_is_known_and_every_known_key_is_documented(configu
     config = configure(tiny=False)
     for group, name in (("model", "drrn"), ("data", "train291"), ("optim", "paper"), ("trainer", "default")):
         written = set(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml"))
+        written.discard("checkpointing")  # typed with the model, kept beside it: no part of the network
         assert written == {field.name for field in dataclasses.fields(getattr(config, group))}
     top = set(OmegaConf.load(ROOT / "conf/config.yaml")) - {"defaults", "hydra"}
     groups = {"model", "data", "optim", "trainer", "logger"}
-    assert top == {field.name for field in dataclasses.fields(Config)} - groups - {"trainer_extra"}
+    assert top == {field.name for field in dataclasses.fields(Config)} - groups - {"trainer_extra", "checkpointing"}
 
 
 def test_every_limit_is_about_a_key_that_exists(configure: Callable) -> None:
@@ -357,3 +359,12 @@ def test_a_refusal_in_a_multirun_comes_before_any_job(
     assert "model.B = 0" in err
     assert "nothing has been started" in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_checkpointing_is_typed_with_the_model_and_changes_no_run(configure) -> None:
+    without, with_it = configure(), configure("model.checkpointing=true")
+    assert (without.checkpointing, with_it.checkpointing) == (False, True)
+    assert with_it.model == without.model
+    assert run_dir(with_it) == run_dir(without)
+    with pytest.raises(Refusal, match=r"model\.checkpointing = 'often'"):
+        configure("model.checkpointing=often")

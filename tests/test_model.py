@@ -366,3 +366,46 @@ def test_without_bias_there_is_none() -> None:
 def test_a_wrong_argument_is_refused_by_name(wrong: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         DRRN(**wrong)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def gradients(network: DRRN, x: Tensor) -> dict[str, Tensor]:
+    network.zero_grad()
+    network(x).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+@pytest.mark.parametrize("arguments", [*FAMILY, *PORTS], ids=ids)
+def test_checkpointing_changes_neither_gradients_nor_statistics(arguments: dict) -> None:
+    kept, again = (lively(DRRN(**arguments, features=3)).train() for _ in range(2))
+    again.checkpointing = True
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):  # running statistics that count twice would show in the second step at the latest
+        x = torch.rand(2, 1, 7, 9, generator=generator, dtype=torch.float64) * 2 - 1
+        expected, found = gradients(kept, x), gradients(again, x)
+        assert max(g.abs().max() for g in expected.values()) > 1e-3
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
+    for name, tensor in kept.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    momenta = [[m.momentum for m in n.modules() if isinstance(m, nn.BatchNorm2d)] for n in (kept, again)]
+    assert momenta[0] == momenta[1]
+
+
+def peak_maps(network: DRRN, x: Tensor) -> float:
+    """Feature maps alive at the peak of a step, by torch's own count of what it allocates and frees."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        network(x).sum().backward()
+    changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return torch.tensor(changes).cumsum(0).max().item() / (network.features * x.numel() * x.element_size())
+
+
+@pytest.mark.parametrize(("norm", "kept"), [("batch", 4), ("none", 2)])
+def test_a_unit_keeps_one_feature_map_with_checkpointing(norm: str, kept: int) -> None:
+    x = torch.rand(2, 1, 32, 32)
+    for on, maps in ((False, kept), (True, 1)):
+        shallow, deep = (DRRN(1, U, features=4, norm=norm) for U in (4, 12))
+        shallow.checkpointing = deep.checkpointing = on
+        assert (peak_maps(deep, x) - peak_maps(shallow, x)) / 8 == pytest.approx(maps, abs=0.2)

@@ -137,6 +137,7 @@ class Config:
     init_from: str | None = None
     plan: str = "print"
     from_record: str | None = None
+    checkpointing: bool = False  # typed model.checkpointing, but no part of what the network is
     trainer_extra: dict[str, Any] | None = None
 
 
@@ -297,6 +298,10 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     extra = {}
     if OmegaConf.is_dict(cfg.get("trainer")):
         extra = {key: cfg.trainer.pop(key) for key in list(cfg.trainer) if key not in known}
+    if OmegaConf.is_dict(cfg.get("model")):
+        cfg.checkpointing = cfg.model.pop("checkpointing", cfg.get("checkpointing", False))
+        if not isinstance(cfg.checkpointing, bool):
+            raise Refusal(f"model.checkpointing = {cfg.checkpointing!r}: allowed are true, false")
     config = typed(Config, cfg)
     config.trainer_extra = extra or None
     check_choices(config, CHOICES)
@@ -312,7 +317,9 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
             if value is not None and not good(value, limit):
                 raise Refusal(f"{key} = {value}: must be {words} {limit}")
     _check_together(config)
-    if config.init_from is not None and not any(o.lstrip("+~").startswith("model") for o in overrides):
+    asked = [o.lstrip("+~") for o in overrides]
+    asked = [o for o in asked if o.startswith("model") and not o.startswith("model.checkpointing")]
+    if config.init_from is not None and not asked:
         from drrn.weights import load_network  # torch: only fine-tuning waits for it here
 
         config.model = ModelConfig(**load_network(Path(config.init_from))[1]["model"])
@@ -520,6 +527,9 @@ def _refuse(reason: object) -> NoReturn:
 def launch(main: Callable[[], Any]) -> None:
     """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises to us instead of printing for itself
+    # Read when torch is imported: threads that wait for each other sleep. By default they spin, and on a machine
+    # that is shared with others a step then takes many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from hydra.errors import HydraException
 
     try:

@@ -283,6 +283,7 @@ class Folded:
             return packed[conv]
 
         blocks = list(network.blocks)
+        self.rectified, self.input_relu = network.rectified_identity, blocks[0].input_relu
         self.first = self._channels(affine(blocks[0].norm))
         self.blocks = []
         for b, block in enumerate(blocks):
@@ -312,27 +313,30 @@ class Folded:
     def __call__(self, x: Tensor) -> Tensor:
         """What `network(x)` gives [N, 1, H, W] → [N, 1, H, W]."""
         with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 is off by 1e-3
-            a = _norm_relu(x, self.first)  # [N, 1, H, W]
+            a = _norm(x, self.first)  # [N, 1, H, W]
+            a = F.relu(a) if self.input_relu else a
             for conv, norm, units in self.blocks:
                 if not units:
                     a = conv(a)
                     continue
                 H = conv(a, relu=False).contiguous(memory_format=torch.channels_last)  # H⁰
-                a = _norm_relu(H, norm)
+                a = F.relu_(_norm(H, norm)) if norm else F.relu(H)
+                if self.rectified:
+                    H.relu_()  # from here on H is an identity only
                 for conv_a, conv_b, following, keep in units:
                     q = conv_a(a)  # norm_b and ReLU are in it
                     if keep:
                         H = conv_b(q, add=H, relu=False)
-                        a = _norm_relu(H, following, out=a)
+                        a = torch.clamp_min(_norm(H, following, out=a), 0, out=a)
+                        if self.rectified:
+                            H.relu_()
                     else:  # the identity, scaled as the norm after it does, into the memory of a
                         a = a.copy_(H) if following is None else torch.mul(H, following[0], out=a)
                         a = conv_b(q, add=a)
                     del q
-            return self.rec(a, relu=False) + x
+            return self.rec(a, relu=False) + (F.relu(x) if self.rectified else x)
 
 
-def _norm_relu(H: Tensor, norm: Affine, out: Tensor | None = None) -> Tensor:
-    """ReLU(norm(H)) in new memory or in `out`."""
-    if norm is None:
-        return torch.clamp_min(H, 0, out=out)
-    return torch.mul(H, norm[0], out=out).add_(norm[1]).relu_()
+def _norm(H: Tensor, norm: Affine, out: Tensor | None = None) -> Tensor:
+    """norm(H) in new memory or in `out`; H itself where there is no norm."""
+    return H if norm is None else torch.mul(H, norm[0], out=out).add_(norm[1])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 
 from drrn import Refusal
 from drrn.config import ModelConfig, OptimConfig
+from drrn.inference import super_resolve
 from drrn.model import DRRN
 from drrn.protocol import score
 from drrn.torch_metrics import SetPSNR, SetSSIM
@@ -39,6 +44,28 @@ def learning_rate_factor(optim: OptimConfig, step: int, steps_per_epoch: int, ma
         return 0.5 * (1 + math.cos(math.pi * min(step / max_steps, 1)))
     every = optim.halve_every_steps or max(1, round(optim.halve_every_epochs * steps_per_epoch))
     return 0.5 ** (step // every)
+
+
+@contextmanager
+def freed_memory_kept(on: bool = True) -> Iterator[None]:
+    """Inside, glibc keeps the large blocks that are freed and hands them out again (Linux; elsewhere nothing).
+
+    Otherwise every feature map on the CPU is mapped afresh by the kernel and zeroed page by page: a tenth of a
+    training step. The price is a process that does not shrink and a heap with gaps, so it is left off where
+    memory is what counts.
+    """
+    mmap_max, mmap_threshold, trim_threshold = -4, -3, -1  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on and sys.platform == "linux" else None
+    if mallopt:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+    try:
+        yield
+    finally:
+        if mallopt:  # what glibc's own rule comes to with large blocks; a first call of mallopt ends that rule
+            mallopt(mmap_max, 65536)
+            mallopt(mmap_threshold, 32 << 20)
+            mallopt(trim_threshold, 64 << 20)
 
 
 class SuperResolution(LightningModule):
@@ -275,8 +302,9 @@ class SuperResolution(LightningModule):
         if not image:
             return
         task = self.trainer.datamodule.evaluation_tasks(stage)[dataloader_idx]
-        with torch.autocast(x.device.type, enabled=False):  # scores are those of float32, as src/evaluate.py's
-            prediction = self.network(x)
+        with torch.autocast(x.device.type, enabled=False):  # in float32 and in tiles, as src/evaluate.py scores
+            y = super_resolve(self.network, x[0, 0].float().cpu().numpy())
+        prediction = torch.from_numpy(y)[None, None].to(x)
         row: dict[str, Any] = {"set": Path(task.set_name).name, "scale": task.scale, "image": image}
         for name in ("psnr", "ssim"):
             metric = self.metrics[f"{name}_{dataloader_idx}"]

@@ -1,0 +1,553 @@
+"""`make bench`: the project's claims about speed, each as a ratio of two things timed in turn in one run.
+
+    python tests/bench.py            # about 10 minutes on two idle cores; report/bench.json and bench.md
+    python tests/bench.py training   # some parts only
+
+The two things of a ratio live in two processes that take turns, so that neither sees the other's memory. Plain
+versions stand first; tests/test_bench.py holds them against ours. Times are wall-clock, medians over rounds.
+"""
+
+# ruff: noqa: E402 — the environment is set before torch is imported
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the entry points do
+
+import h5py
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from drrn.images import image_files, orientations, read_luminance
+from drrn.inference import super_resolve
+from drrn.model import DRRN
+from drrn.module import euclidean_loss, freed_memory_kept
+from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, prepare_patches, quantise
+from drrn.protocol import degrade, modcrop, prepare
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES: dict[str, Any] = {
+    "features": 128,
+    "images": [(9, 288, 5), (25, 512, 2)],  # U, side, rounds
+    "conv": (32, 64, 128),
+    "batches": [(32, 7), (1, 9), (8, 7), (128, 3)],  # batch, rounds
+    "memory": (25, 128),  # U, batch
+    "sources": 12,  # images of the build
+    "pairs": 60_000,  # to read, ours
+    "start": 5,  # rounds
+    "growth": ((128, 256, 512, 1024, 2048), (5, 10, 20, 40)),  # sides; U
+}
+
+
+# ---------------------------------------------------------------------- plain versions
+
+
+class Plain(nn.Module):
+    """DRRN by the equations: eager, unfused, NCHW. Takes the parameters of a `DRRN`."""
+
+    def __init__(self, network: DRRN) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x
+        for block in self.network.blocks:
+            H0 = H = block.conv(F.relu(block.norm(z)))
+            for u in range(block.U):
+                w = 0 if block.weight_sharing else u
+                q = block.conv_a[w](F.relu(block.norm_a[u](H)))
+                H = block.conv_b[w](F.relu(block.norm_b[u](q))) + (H0 if block.multi_path else H)
+            z = H
+        return self.network.conv_rec(F.relu(self.network.norm_rec(z))) + x
+
+
+def plain_build(path: Path, recipe: Recipe, files: list[Path]) -> None:
+    """The patch file as scripts usually make it: a list of pairs, concatenated, shuffled, written."""
+    data, label = [], []
+    p = recipe.patch_size
+    for file in files:
+        for turned in orientations(read_luminance(file), range(recipe.orientations)):
+            for scale in recipe.scales:
+                y = modcrop(turned, scale)
+                x = degrade(y / 255.0, scale)
+                for top in range(0, y.shape[0] - p + 1, recipe.stride):
+                    for left in range(0, y.shape[1] - p + 1, recipe.stride):
+                        data.append(x[None, top : top + p, left : left + p])
+                        label.append(y[None, top : top + p, left : left + p])
+    order = np.random.default_rng(0).permutation(len(data))
+    x, y = np.concatenate(data), np.concatenate(label)
+    shuffled = np.empty_like(x), np.empty_like(y)
+    shuffled[0][order], shuffled[1][order] = x, y
+    with h5py.File(path, "w") as out:
+        out["data"], out["label"] = quantise(shuffled[0]), shuffled[1]
+
+
+class PlainPatches(torch.utils.data.Dataset):
+    """A pair a read, through h5py."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        self.path, self.length, self.file = path, length, None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.file = self.file or h5py.File(self.path, "r")
+        x, y = self.file["data"][index], self.file["label"][index]
+        return torch.from_numpy(x * np.float32(STEP) + np.float32(LOW)), torch.from_numpy(y / np.float32(255))
+
+
+# ---------------------------------------------------------------------- what is timed; each is built in its process
+
+
+def network(U: int, norm: str, features: int) -> DRRN:
+    torch.manual_seed(0)
+    return DRRN(1, U, features=features, norm=norm).to(DEVICE)
+
+
+def synchronised(work: Callable[[], Any]) -> Callable[[], Any]:
+    """`work`, over when the GPU has done it."""
+
+    def run() -> None:
+        work()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def plain_inference(U: int, side: int, norm: str, features: int) -> Callable[[], Any]:
+    x, plain = torch.rand(1, 1, side, side, device=DEVICE), Plain(network(U, norm, features)).eval()
+    return synchronised(torch.inference_mode()(lambda: plain(x).cpu()))
+
+
+def our_inference(U: int, side: int, norm: str, features: int) -> Callable[[], Any]:
+    x, ours = np.random.default_rng(0).random((side, side), np.float32), network(U, norm, features).eval()
+    return synchronised(lambda: super_resolve(ours, x))
+
+
+def convolutions(U: int, side: int, features: int, conv: int) -> Callable[[], Any]:
+    """As many multiplications as the network's units have, in bare convolutions of conv × conv pixels."""
+    from drrn.inference import Convolution
+
+    conv_a = Convolution(nn.Conv2d(features, features, 3, padding=1).to(DEVICE), None)
+    x = torch.rand(1, features, conv, conv, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    count = max(1, round(2 * U * side**2 / conv**2))
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(count):
+            conv_a(x)
+
+    return synchronised(run)
+
+
+def plain_step(U: int, batch: int, features: int) -> Callable[[], Any]:
+    return _step(Plain(network(U, "batch", features)), batch)
+
+
+def our_step(U: int, batch: int, features: int, checkpointing: bool = False, precision: Any = None) -> Callable:
+    ours = network(U, "batch", features).to(memory_format=torch.channels_last)
+    ours.checkpointing = checkpointing
+    step = _step(ours, batch, precision)
+
+    def run() -> None:
+        with freed_memory_kept(not checkpointing):
+            step()
+
+    return run
+
+
+def _step(model: nn.Module, batch: int, precision: torch.dtype | None = None) -> Callable[[], Any]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    x, truth = torch.rand(2, batch, 1, 31, 31, device=DEVICE)
+
+    def step() -> None:
+        with torch.autocast(DEVICE, precision or torch.bfloat16, enabled=precision is not None):
+            prediction = model(x)
+        optimizer.zero_grad()
+        euclidean_loss(prediction, truth).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+
+    return synchronised(step)
+
+
+def reader(path: str, pairs: int, ours: bool) -> Callable[[], Any]:
+    def read() -> None:
+        if ours:
+            data = Patches(Path(path))
+            sampler = ShuffledBatches(len(data), 128, 1, max(1, pairs // 128))
+            loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=sampler, num_workers=2)
+        else:
+            data = PlainPatches(Path(path), len(Patches(Path(path))))
+            sampler = np.random.default_rng(1).permutation(len(data))[:pairs].tolist()
+            loader = torch.utils.data.DataLoader(data, batch_size=128, sampler=sampler, num_workers=2)
+        for _ in loader:
+            pass
+
+    return read
+
+
+def command(*arguments: str) -> Callable[[], Any]:
+    """A command of the project, from the start of Python to its end."""
+    return lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=False)
+
+
+def first_image(ours: bool, side: int, features: int) -> Callable[[], Any]:
+    build = f"bench.{'our' if ours else 'plain'}_inference(9, {side}, 'batch', {features})()"
+    return command("-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import bench; {build}")
+
+
+# ---------------------------------------------------------------------- taking turns
+
+
+def worker(pipe: Any, build: Callable, arguments: tuple) -> None:
+    """Build once, then run and time whenever asked."""
+    run = build(*arguments)
+    pipe.send(0.0)
+    with suppress(EOFError):
+        while pipe.recv():
+            start = time.perf_counter()
+            run()
+            pipe.send(time.perf_counter() - start)
+
+
+def in_turn(
+    things: dict[str, tuple], rounds: int, warm: bool = True, environment: dict[str, dict[str, str]] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every thing in every round, each thing (build, *arguments) in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    pipes, times = {}, {name: [] for name in things}
+    for name, (build, *arguments) in things.items():
+        pipes[name], other = context.Pipe()
+        before = dict(os.environ)
+        os.environ.update((environment or {}).get(name, {}))
+        context.Process(target=worker, args=(other, build, tuple(arguments)), daemon=True).start()
+        os.environ.clear()
+        os.environ.update(before)
+        other.close()
+        pipes[name].recv()
+    for number in range(rounds + warm):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            seconds = pipe.recv()
+            if number >= warm:
+                times[name].append(seconds)
+    for pipe in pipes.values():
+        pipe.close()
+    return times
+
+
+def peak(build: Callable, *arguments: Any) -> tuple[float, float]:
+    """(bytes that one run adds at its peak to a process that has run small ones, its seconds)."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=_peak, args=(other, build, arguments), daemon=True)
+    process.start()
+    other.close()
+    result = pipe.recv()
+    process.join()
+    return result
+
+
+def _peak(pipe: Any, build: Callable, arguments: tuple) -> None:
+    run = build(*arguments)
+    if DEVICE == "cuda":
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        after = torch.cuda.max_memory_allocated()
+    else:
+        before, start = _status("VmRSS"), time.perf_counter()
+        run()
+        after = _status("VmHWM")
+    pipe.send((after - before, time.perf_counter() - start))
+
+
+def _status(key: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+
+
+# ---------------------------------------------------------------------- the table
+
+
+class Row(NamedTuple):
+    """A claim and what was measured."""
+
+    what: str
+    value: float
+    unit: str
+    target: str  # "≥ 1.5", "≤ 2", or "" where there is none
+    detail: str
+    spread: float | None = None  # (largest − smallest) / median over the rounds of the ratio
+
+    def verdict(self) -> str:
+        """pass, FAIL or nothing."""
+        if not self.target:
+            return ""
+        sign, limit = self.target.split()[:2]
+        return "pass" if (self.value >= float(limit)) == (sign == "≥") or self.value == float(limit) else "FAIL"
+
+
+def ratio(what: str, target: str, times: dict[str, list[float]], slow: str, fast: str) -> Row:
+    """How many times faster `fast` is: the median over the rounds of slow / fast."""
+    each = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
+    value = statistics.median(each)
+    detail = ", ".join(f"{name} {statistics.median(t):.3g} s" for name, t in times.items())
+    return Row(what, value, "×", target, detail, (max(each) - min(each)) / value)
+
+
+def inference(sizes: dict[str, Any]) -> Iterator[Row]:
+    """Whole images against the plain network and against bare convolutions."""
+    features = sizes["features"]
+    for U, side, rounds in sizes["images"]:
+        for norm in ("none", "batch"):
+            things = {
+                "plain": (plain_inference, U, side, norm, features),
+                "ours": (our_inference, U, side, norm, features),
+                **{f"conv {c}²": (convolutions, U, side, features, c) for c in sizes["conv"]},
+            }
+            times = in_turn(things, rounds, warm=side < 400)
+            best = min(
+                (name for name in times if name.startswith("conv")), key=lambda n: statistics.median(times[n])
+            )
+            rate = 2 * U * side**2 * 2 * 9 * features**2 / statistics.median(times[best]) / 1e9
+            yield Row(f"bare {features}→{features} convolutions at the best size", rate, "GFLOP/s", "", best)
+            what = f"B1U{U} {side}², {'BatchNorm' if norm == 'batch' else 'no BatchNorm'}"
+            yield ratio(f"inference {what}: faster than plain", "≥ 1.5", times, "plain", "ours")
+            yield ratio(f"inference {what}: rate of its own convolutions", "≥ 0.85", times, best, "ours")
+    side = sizes["images"][0][1]
+    times = in_turn({k: (first_image, k == "ours", side, features) for k in ("plain", "ours")}, 3, warm=True)
+    later = statistics.median(b - a for a, b in zip(times["plain"], times["ours"], strict=True))
+    yield Row("first image after start: seconds later than plain", later, "s", "≤ 2", f"B1U9 {side}²")
+
+
+def evaluation(sizes: dict[str, Any]) -> Iterator[Row]:
+    """Set5 ×3: the share of what is not the network, start-up of Python left out."""
+    import evaluate
+    from drrn.config import ModelConfig
+    from drrn.images import fetch, sha256
+    from drrn.protocol import PAPER
+    from drrn.weights import save_weights
+
+    files = fetch("Set5", Path(os.environ.get("DRRN_DATA", ROOT / "data")))
+    with tempfile.TemporaryDirectory() as folder:
+        path, features = Path(folder) / "weights.safetensors", sizes["features"]
+        model = ModelConfig(1, 9, features, "batch", True, True, True)
+        save_weights(path, network(9, "batch", features), model, {"scales": [3]})
+        shares, totals = [], []
+        for _ in range(3):
+            start = time.perf_counter()
+            method = evaluate.network_in(path)
+            inside = 0.0
+            for file in files:
+                job = evaluate.Job(method, "Set5", 3, file, sha256(file))
+                evaluate.score_image(job, ("psnr", "ssim"), PAPER, None, 1)
+            totals.append(time.perf_counter() - start)
+            for file in files:
+                x, _ = prepare(read_luminance(file), 3)
+                start = time.perf_counter()
+                evaluate.run_network(path, x, 1)
+                inside += time.perf_counter() - start
+            shares.append(100 * (1 - inside / totals[-1]))
+        detail = f"{statistics.median(totals):.3g} s in all"
+        yield Row("evaluation of Set5 ×3: what is not the network", statistics.median(shares), "%", "≤ 10", detail)
+        whole = command("src/evaluate.py", f"checkpoint={path}", "sets=[Set5]", "scales=[3]",
+                        f"root={files[0].parents[1]}", f"output={folder}/scores.json")  # fmt: skip
+        seconds = in_turn_here(whole)
+        yield Row("`evaluate.py` on Set5 ×3 by B1U9, end to end", seconds, "s", "", "start of Python included")
+
+
+def in_turn_here(run: Callable[[], Any]) -> float:
+    """Seconds of one run."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def training(sizes: dict[str, Any]) -> Iterator[Row]:
+    """A training step against the plain one, and against itself with other switches."""
+    features = sizes["features"]
+    for number, (batch, rounds) in enumerate(sizes["batches"]):
+        things = {"plain": (plain_step, 9, batch, features), "ours": (our_step, 9, batch, features)}
+        target = "≥ 1.15" if number == 0 else "≥ 1.0"
+        yield ratio(f"training step B1U9, batch {batch}", target, in_turn(things, rounds), "plain", "ours")
+    batch, rounds = sizes["batches"][0]
+    ours = (our_step, 9, batch, features)
+    waiting = {"spinning": {"OMP_WAIT_POLICY": "active"}, "sleeping": {"OMP_WAIT_POLICY": "passive"}}
+    times = in_turn(dict.fromkeys(waiting, ours), rounds, environment=waiting)
+    yield ratio("training step, threads that wait asleep instead of spinning", "", times, "spinning", "sleeping")
+    times = in_turn({"float32": ours, "bfloat16": (*ours, False, torch.bfloat16)}, rounds)
+    yield ratio("training step, bf16-mixed instead of float32", "", times, "float32", "bfloat16")
+
+
+def memory(sizes: dict[str, Any]) -> Iterator[Row]:
+    """model.checkpointing: peak and time, the allocator alike in both."""
+    U, batch = sizes["memory"]
+    without, seconds = peak(checkpointed_step, U, batch, sizes["features"], False)
+    with_it, longer = peak(checkpointed_step, U, batch, sizes["features"], True)
+    what, detail = f"model.checkpointing, B1U{U}, batch {batch}", f"{with_it / 1e9:.3g} of {without / 1e9:.3g} GB"
+    yield Row(f"{what}: peak memory", with_it / without, "×", "≤ 0.35", detail)
+    yield Row(f"{what}: time of a step", longer / seconds, "×", "≤ 1.4", f"{longer:.3g} and {seconds:.3g} s")
+
+
+def checkpointed_step(U: int, batch: int, features: int, on: bool) -> Callable[[], Any]:
+    """A step with the allocator as it is, after a small one."""
+    model = network(U, "batch", features).to(memory_format=torch.channels_last)
+    model.checkpointing = on
+    _step(model, 1)()
+    return _step(model, batch)
+
+
+def patches(sizes: dict[str, Any]) -> Iterator[Row]:
+    """Building and reading the patch file."""
+    root = Path(os.environ.get("DRRN_DATA", ROOT / "data"))
+    name = "T91" if (root / "T91").is_dir() else "demo_train"
+    files = image_files(name, root)[: sizes["sources"]]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "sources"
+        source.mkdir()
+        for file in files:
+            (source / file.name).symlink_to(file.resolve())
+        recipe = Recipe((str(source),))
+        times: dict[str, list[float]] = {"plain": [], "ours": []}
+        for number in range(3):
+            target = Path(folder) / f"{number}"
+            times["plain"].append(
+                in_turn_here(lambda: plain_build(Path(folder) / "plain.h5", recipe, image_files(str(source), root)))
+            )
+            start = time.perf_counter()
+            path = prepare_patches("bench", recipe, root, target, 2)
+            times["ours"].append(time.perf_counter() - start)
+        count = len(Patches(path))
+        row = ratio(f"patch build, {len(files)} images of {name}", "≥ 5", times, "plain", "ours")
+        rate = count / statistics.median(times["ours"])
+        yield row._replace(detail=f"{row.detail}, {count:,} pairs, {rate:,.0f} pairs/s, start of workers included")
+
+        few = min(count, sizes["pairs"] // 20)
+        epochs = min(sizes["pairs"], count // 128 * 128)
+        things = {"plain": (reader, str(path), few, False), "ours": (reader, str(path), epochs, True)}
+        times = in_turn(things, 3)
+        # Two lengths of each tell the rate from the start of the workers.
+        short = in_turn({k: (b, p, 128, o) for k, (b, p, _, o) in things.items()}, 3)
+        rates = {
+            k: (n - 128) / max(1e-9, statistics.median(times[k]) - statistics.median(short[k]))
+            for k, n in (("plain", few), ("ours", epochs))
+        }
+        detail = f"{rates['ours']:,.0f} and {rates['plain']:,.0f} pairs/s"
+        yield Row(
+            "patch reading, 2 workers: faster than a read a patch",
+            rates["ours"] / rates["plain"],
+            "×",
+            "≥ 20",
+            detail,
+        )
+        yield Row("patch reading, 2 workers", rates["ours"], "pairs/s", "≥ 50000", detail)
+
+
+def startup(sizes: dict[str, Any]) -> Iterator[Row]:
+    """From the start of Python to the prompt."""
+    things = {
+        "python src/train.py --help": (command, "src/train.py", "--help"),
+        "a refused configuration": (command, "src/train.py", "model.B=0"),
+    }
+    for name, seconds in in_turn(things, sizes["start"]).items():
+        middle = statistics.median(seconds)
+        spread = (max(seconds) - min(seconds)) / middle
+        yield Row(f"start-up: {name}", middle, "s", "≤ 2.5", f"{len(seconds)} rounds", spread)
+
+
+def growth(sizes: dict[str, Any]) -> Iterator[Row]:
+    """Time against pixels and against U; 16 features, so that 2048² is a matter of seconds."""
+    sides, units = sizes["growth"]
+    features = min(16, sizes["features"])
+    # As many small images as the large one has pixels, so that every time is long enough to be measured.
+    times = in_turn({f"{s}²": (repeated, 4, s, features, (max(sides) // s) ** 2) for s in sides}, 3)
+    seconds = [statistics.median(t) for t in times.values()]
+    worst = 100 * max(abs(s / statistics.median(seconds) - 1) for s in seconds)
+    detail = ", ".join(f"{n} {s:.3g} s" for n, s in zip(times, seconds, strict=True)) + " for equally many pixels"
+    yield Row("time against pixels: worst departure from linear", worst, "%", "≤ 10", detail)
+    times = in_turn({f"U{U}": (our_inference, U, 256, "batch", features) for U in units}, 5)
+    seconds = [statistics.median(t) for t in times.values()]
+    slope, constant = np.polyfit(units, seconds, 1)
+    worst = 100 * max(abs(s / (slope * U + constant) - 1) for U, s in zip(units, seconds, strict=True))
+    detail = ", ".join(f"{n} {s:.3g} s" for n, s in zip(times, seconds, strict=True))
+    yield Row("time against U: worst departure from a line", worst, "%", "≤ 10", detail)
+    few, many = (peak(tiled, side, features)[0] - 4 * side**2 for side in (max(sides) // 2, max(sides)))
+    detail = f"{few / 1e6:.3g} and {many / 1e6:.3g} MB beside the result, tiles of {max(sides) // 8}"
+    yield Row("memory of tiles, 4 times the pixels", many / few, "×", "≤ 1.1", detail)
+
+
+def repeated(U: int, side: int, features: int, times: int) -> Callable[[], Any]:
+    run = our_inference(U, side, "batch", features)
+    return lambda: [run() for _ in range(times)]
+
+
+def tiled(side: int, features: int) -> Callable[[], Any]:
+    x, ours = np.zeros((side, side), np.float32), network(4, "batch", features).eval()
+    x += 0.5  # its pages are there before the count begins
+    super_resolve(ours, x[:40, :40])
+    tile = max(SIZES["growth"][0]) // 8
+    return lambda: super_resolve(ours, x, tile=tile)
+
+
+PARTS = (startup, patches, training, inference, evaluation, memory, growth)
+
+
+def main(names: list[str], sizes: dict[str, Any], folder: Path) -> list[Row]:
+    """Measure, print, write bench.json and bench.md.
+
+    Raises:
+        SystemExit: a name that is no part.
+    """
+    parts = {part.__name__: part for part in PARTS}
+    if unknown := set(names) - set(parts):
+        sys.exit(f"bench: {unknown.pop()!r} is none of {', '.join(parts)}")
+    started = time.monotonic()
+    rows: list[Row] = []
+    for name in names or parts:
+        try:
+            for row in parts[name](sizes):
+                rows.append(row)
+                said = f"{row.what}: {row.value:.3g} {row.unit}  ({row.target})  {row.detail}"
+                print(f"{row.verdict():4}  {said}", flush=True)
+        except Exception as error:  # no images, no network: the other parts still count
+            print(f"{name} could not be measured: {type(error).__name__}: {error}", flush=True)
+            rows.append(Row(f"{name}: not measured", float("nan"), "", "", f"{type(error).__name__}: {error}"))
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {DEVICE}"
+    facts = {"torch": torch.__version__, "machine": machine, "load": os.getloadavg()}
+    facts["seconds"] = round(time.monotonic() - started)
+    lines = ["| what | measured | target | | in detail | spread |", "| --- | ---: | ---: | --- | --- | ---: |"]
+    for r in rows:
+        spread = "" if r.spread is None else f"{100 * r.spread:.0f} %"
+        lines.append(f"| {r.what} | {r.value:.3g} {r.unit} | {r.target} | {r.verdict()} | {r.detail} | {spread} |")
+    from drrn.records import write_json, write_whole
+
+    folder.mkdir(parents=True, exist_ok=True)
+    content = "\n".join([f"`make bench`: {json.dumps(facts)}", "", *lines, ""])
+    write_whole(folder / "bench.md", lambda partial: partial.write_text(content))
+    write_json(folder / "bench.json", {**facts, "rows": [{**r._asdict(), "verdict": r.verdict()} for r in rows]})
+    print(f"{folder / 'bench.md'}, {facts['seconds']} s")
+    return rows
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:], SIZES, ROOT / "report")

@@ -1,0 +1,131 @@
+"""The bench: its plain versions give what ours give, and its table is made of what was measured. No times."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import bench
+from drrn.images import image_files
+from drrn.model import DRRN
+from drrn.patches import Patches, Recipe, prepare_patches
+
+TINY = {
+    "features": 2,
+    "images": [(1, 20, 1)],
+    "conv": (8,),
+    "batches": [(2, 1), (1, 1)],
+    "memory": (2, 2),
+    "growth": ((32, 64), (1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("structure", [{}, {"multi_path": False}, {"weight_sharing": False}], ids=["", "C", "NS"])
+def test_the_plain_network_gives_our_output_and_gradients(structure: dict, norm: str) -> None:
+    torch.manual_seed(0)
+    network = DRRN(2, 3, features=4, norm=norm, **structure).double()
+    x, results = torch.rand(3, 1, 9, 11, dtype=torch.float64), []
+    for model in (bench.Plain(network), network):
+        network.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad.clone() for p in network.parameters())])
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-9)
+
+
+def test_a_step_in_float32_has_the_gradients_of_the_plain_one() -> None:
+    """Bit for bit in the plain one's layout, to 1e-5 in the one we train in, with weights that are no chaos."""
+    torch.manual_seed(0)
+    network = DRRN(1, 9, features=16)
+    with torch.no_grad():
+        network.blocks[0].conv_b[0].weight.mul_(0.2)  # at He's size rounding grows to 1e-2 over nine units
+    x, truth = torch.rand(2, 4, 1, 31, 31)
+
+    def gradient(model: torch.nn.Module) -> torch.Tensor:
+        network.zero_grad()
+        bench.euclidean_loss(model(x), truth).backward()
+        return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+    plain, ours = gradient(bench.Plain(network)), gradient(network)
+    assert torch.equal(ours, plain)
+    channels_last = gradient(network.to(memory_format=torch.channels_last))
+    assert (channels_last - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_the_plain_build_and_the_plain_reads_give_our_pairs(tiny_images: Path, tmp_path: Path) -> None:
+    recipe = Recipe((str(tiny_images),), scales=(2, 3))
+    ours = prepare_patches("bench", recipe, tmp_path, tmp_path, 1)
+    bench.plain_build(tmp_path / "plain.h5", recipe, image_files(str(tiny_images), tmp_path))
+    with h5py.File(tmp_path / "plain.h5") as plain, h5py.File(ours) as file:
+        for name in ("data", "label"):
+            np.testing.assert_array_equal(plain[name][:], file[name][:])
+        count = len(file["data"])
+    x, y = bench.PlainPatches(ours, count)[3]
+    data, label = Patches(ours)[np.array([3])]
+    np.testing.assert_allclose(x, data[0] * bench.STEP + bench.LOW, atol=1e-6)
+    np.testing.assert_allclose(y, label[0] / 255, atol=1e-7)
+
+
+def nap(seconds: float) -> Callable[[], None]:
+    return lambda: time.sleep(seconds)
+
+
+def test_things_take_turns_in_processes_of_their_own() -> None:
+    times = bench.in_turn({"short": (nap, 0.01), "long": (nap, 0.2)}, 2)
+    assert [len(t) for t in times.values()] == [2, 2]
+    assert all(t >= 0.01 for t in times["short"])
+    assert all(t >= 0.2 for t in times["long"])
+
+
+def test_the_table_holds_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is timed is run once, in this process."""
+
+    def here(things: dict[str, tuple], rounds: int, warm: bool = True, environment: Any = None) -> dict:
+        runs = {
+            name: build(*arguments)
+            for name, (build, *arguments) in things.items()
+            if build is not bench.first_image
+        }
+        for run in runs.values():
+            run()
+        return {name: [2.0] if name == "plain" else [1.0] for name in things}
+
+    monkeypatch.setattr(bench, "in_turn", here)
+
+    def once(build: Callable, *arguments: Any) -> tuple[float, float]:
+        build(*arguments)()
+        return 1.0, 1.0
+
+    monkeypatch.setattr(bench, "peak", once)
+    monkeypatch.setattr(bench, "SIZES", TINY)
+    rows = bench.main(["training", "inference", "memory", "growth"], TINY, tmp_path)
+    assert not [row for row in rows if "not measured" in row.what]
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["what"] for row in stored["rows"]] == [row.what for row in rows]
+    assert stored["rows"][0]["value"] == 2.0
+    assert stored["rows"][0]["verdict"] == "pass"
+    text = (tmp_path / "bench.md").read_text()
+    assert all(row.what in text for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "verdict"),
+    [(1.5, "≥ 1.5", "pass"), (1.49, "≥ 1.5", "FAIL"), (2.0, "≤ 2", "pass"), (2.1, "≤ 2", "FAIL"), (1.0, "", "")],
+)
+def test_verdicts(value: float, target: str, verdict: str) -> None:
+    assert bench.Row("", value, "", target, "").verdict() == verdict
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="'speed' is none of startup"):
+        bench.main(["speed"], TINY, tmp_path)
