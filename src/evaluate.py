@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -248,6 +249,11 @@ def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterato
         futures = {pool.submit(score_image, job, *settings): job for job in jobs}
         try:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
+        except BrokenProcessPool as error:
+            raise Refusal(
+                "a scoring process was killed (out of memory?): the same command goes on with the images that are "
+                f"missing; fewer than workers = {config.workers} take less memory"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -43,6 +43,8 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "seed": [-1, 2**32],
         "ckpt_path": ["no/such.ckpt"],
         "init_from": ["no/such.safetensors"],
+        "from_record": ["no/record.json"],
+        "plan": ["perhaps"],
         "model.B": [0, -1, 10_000],
         "model.U": [-1, 10_000],
         "model.features": [0, -1, 2**13],
@@ -72,7 +74,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "trainer.accelerator": ["abacus"],
         "trainer.devices": [0, -2, "none", "1.5", [], [-1], [0, 0], 1.5, None, HUGE],
         "trainer.num_nodes": [0, -1],
-        "trainer.strategy": ["alone", "fsdp"],
+        "trainer.strategy": ["alone", "fsdp", "ddp_spawn"],
         "trainer.precision": ["half", "8"],
         "trainer.max_steps": [0, -1],
         "trainer.max_epochs": [0, -1],
@@ -110,6 +112,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
     },
     "report": {
         "runs": [["no", 1.5]],
+        "study": [["fig6", 1.5]],
         "scores": [["no.json"]],
         "scale": [1, 0, -3],
         "box": [[1], [1, 2, 3, -4], [1, 2, 3, 4, 5]],
@@ -153,6 +156,8 @@ def kinds(of: type, group: str = "") -> Iterator[tuple[str, Any, bool]]:
         parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         if is_dataclass(parts[0]):
             yield from kinds(parts[0], f"{group}{name}.")
+        elif name == "checkpointing":  # typed with the model, kept beside it
+            yield "model.checkpointing", kind, False
         elif name != "trainer_extra":  # no key: where +trainer.x is kept
             yield f"{group}{name}", parts[0], type(None) in parts or kind is Any
 

@@ -331,7 +331,10 @@ def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     from drrn.records import read_record
 
     path = Path(str(cfg.from_record))
-    recorded = read_record(path).get("config")
+    try:
+        recorded = read_record(path).get("config")
+    except Refusal as error:
+        raise Refusal(f"from_record: {error}") from error
     if not isinstance(recorded, dict) or not isinstance(recorded.get("trainer"), dict):
         raise Refusal(f"from_record = {str(path)!r}: the record has no configuration")
     recorded["trainer"] |= recorded.pop("trainer_extra", None) or {}

@@ -150,6 +150,7 @@ def count_bytes(config: Config) -> int:
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
     with FakeTensorMode(), Alive() as alive:
         network = SuperResolution(asdict(config.model), asdict(config.optim)).network
+        network.checkpointing = config.checkpointing
         x = torch.rand(micro_batch(config), 1, config.data.patch_size, config.data.patch_size)
         with torch.autocast("cpu", half, enabled=half is not None):
             prediction = network(x)
@@ -228,6 +229,7 @@ def measure(config: Config, threads: int | None = None) -> Speed:
     optim = replace(config.optim, lr=1e-12)  # random pairs teach nothing: the weights stay where they are
     with threads_of(threads), quiet():
         module = SuperResolution(asdict(config.model), asdict(optim), 10_000, 10_000)
+        module.network.checkpointing = config.checkpointing
         if trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
         try:
