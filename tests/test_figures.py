@@ -192,6 +192,14 @@ def test_runs_that_do_not_compare_are_refused(make: Callable, key: str) -> None:
     assert len(budgets("fig6", [one, other])) == 1
 
 
+def test_a_record_of_a_later_version_is_refused(make: Callable) -> None:
+    """By the key that this version does not know: it could be drawn as something that it is not."""
+    record = make()
+    record["config"]["model"]["attention"] = True
+    with pytest.raises(Refusal, match=r"model\.attention"):
+        budgets("fig6", [record])
+
+
 def test_face(make: Callable) -> None:
     """Features, steps × batch, share of the paper's patches, recipe, seeds, protocol, commit."""
     runs = [make("model.B=3", "model.U=4", f"seed={seed}") for seed in (1, 5)]

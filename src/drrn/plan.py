@@ -374,7 +374,8 @@ def make_plan(
     counted: dict[str, int] = {}
     for point in work:
         c = point.config
-        key = repr((c.model, micro_batch(c), c.data.patch_size, c.trainer.precision, c.optim.algorithm))
+        of_a_step = (c.checkpointing, micro_batch(c), c.data.patch_size, c.trainer.precision, c.optim.algorithm)
+        key = repr((c.model, *of_a_step))
         if key not in counted:
             counted[key] = count_bytes(c)
         point.bytes = counted[key]

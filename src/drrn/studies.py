@@ -235,7 +235,7 @@ def planned(study: str) -> list[dict[str, Any]]:
     for point in OmegaConf.to_container(OmegaConf.load(path))["hydra"]["sweeper"]["points"]:
         chosen = [f"{key[6:]}={value}" for key, value in point.items() if key.startswith("model.")]
         model = OmegaConf.merge(_preset(point.get("model", "drrn")), OmegaConf.from_dotlist(chosen))
-        models.append(OmegaConf.to_container(model))
+        models.append({key: model[key] for key in STRUCTURE})  # the file also has what is for training only
     return models
 
 
@@ -254,11 +254,14 @@ def budgets(study: str, records: list[dict[str, Any]]) -> list[Budget]:
         records: run records with `path` (`drrn.records.find_records`).
 
     Raises:
-        Refusal: runs of one budget were trained on different images or measured by different protocols.
+        Refusal: runs of one budget were trained on different images or measured by different protocols, or a
+            record is of a later version, whose networks this one does not know.
     """
     plan = planned(study)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
+        if unknown := sorted(set(record["config"]["model"]) - set(STRUCTURE)):
+            raise Refusal(f"{record['path']} has model.{unknown[0]}, which this version does not know: update it")
         groups[budget(record["config"], STUDIES[study].varied)].append(record)
     result = []
     for digest, group in groups.items():
