@@ -179,11 +179,12 @@ class Budget:
         commits = {(run.get("git") or {}).get("commit", "unknown")[:7]: run.get("git") or {} for run in runs}
         steps = _and([f"{steps:,}" for steps in self.steps])
         unlike = f", norm {_and(norms)}" if norms else ""
+        seed = "Seed" if len(seeds) == 1 else "Seeds" if self.study == "curves" else "Means over seeds"
         return [
             f"Ours: {self.widths()}{unlike}, {steps} steps × {data['batch_size']} patches, {self.share()} of the "
             f"paper's {PAPER_PATCHES // 128:,} × 128.",
             f"{recipe(config)}; {data['name']}, {_and([f'×{scale}' for scale in data['scales']])}.",
-            f"Seed{'s' * (len(seeds) > 1)} {_and(seeds)}{uneven}; {describe(protocol)}; commit "
+            f"{seed} {_and(seeds)}{uneven}; {describe(protocol)}; commit "
             + _and([commit + " with changes" * bool(git.get("changed")) for commit, git in sorted(commits.items())])
             + f"; budget {self.digest}.",
         ]
@@ -254,8 +255,8 @@ def budgets(study: str, records: list[dict[str, Any]]) -> list[Budget]:
         records: run records with `path` (`drrn.records.find_records`).
 
     Raises:
-        Refusal: runs of one budget were trained on different images or measured by different protocols, or a
-            record is of a later version, whose networks this one does not know.
+        Refusal: runs of one budget were trained on different images or measured by different protocols, a run is
+            there twice with different scores, or a record is of a later version with networks unknown to this one.
     """
     plan = planned(study)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -297,6 +298,10 @@ def _points(study: str, plan: list[dict[str, Any]], group: list[dict[str, Any]])
         there = point.runs.get(record["seed"])
         if there is None or there["status"] != "finished" == record["status"]:
             point.runs[record["seed"]] = record
+        elif there["status"] == record["status"] == "finished" and there["means"] != record["means"]:
+            raise Refusal(
+                f"{there['path']} and {record['path']} are the same run with different scores: report them apart"
+            )
     return list(points.values())
 
 
