@@ -330,7 +330,7 @@ def test_a_process_that_fails_ends_the_others_and_the_sweep_goes_on(
     code, out, err = ended(
         start(sys.executable, "src/train.py", "-m", *arguments, "trainer.devices=2", f"output={tmp_path}")
     )
-    assert code == 2
+    assert code == 2, out + err
     assert "1 of 2 points done" in out
     assert f"{sets / 'bad' / 'b.png'} cannot be read" in out
     assert "Traceback" not in err

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ SIX = (
     "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "optim.lr=0.01", "optim.theta=1e-4",
     "optim.halve_every_epochs=null", "optim.halve_every_steps=2", "logger=csv",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard() -> Iterator[None]:
+    """Where the suite runs in the background of a script, the shell has SIGINT ignored, and so would the runs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

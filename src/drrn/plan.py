@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from drrn import Refusal
 from drrn.config import Config, ModelConfig, run_dir, structure_name
@@ -424,7 +425,7 @@ def print_plan(plan: Plan) -> None:
     for point in plan.points:
         state = STATES[point.before] + (f" at {point.first:,}" if point.before == "resume" else "")
         table.add_row(
-            point.name, state, str(point.depth), f"{point.conv_weights:,}", scaled(point.operations),
+            Text(point.name), state, str(point.depth), f"{point.conv_weights:,}", scaled(point.operations),
             "by epochs" if point.config.trainer.max_epochs is not None else f"{point.steps:,}",
             span_of_time(point.seconds), "–" if point.bytes is None else f"{point.bytes / 1e9:.2f} GB",
         )  # fmt: skip
@@ -518,11 +519,11 @@ def stopped_by_hand(error: str) -> bool:
 def print_outcomes(rows: list[tuple[Point, str, str]], folder: Path) -> None:
     """The closing table: every point, what became of it, and why."""
     table = Table(title="What became of it", title_justify="left")
-    table.add_column("point", no_wrap=True)
+    table.add_column("point", overflow="fold")
     table.add_column("outcome", no_wrap=True)
     table.add_column("", overflow="fold")
     for point, word, reason in rows:
-        table.add_row(point.name, word, reason)
+        table.add_row(Text(point.name), word, Text(reason))  # Text: brackets in it are no markup
     console().print(table)
     words = [word for _, word, _ in rows]
     good = sum(words.count(word) for word in ("done", "skipped", "resumed", "retried"))
