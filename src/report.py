@@ -181,7 +181,7 @@ def write_table(table: Any, stem: Path) -> None:
         printed.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in table.rows:
         printed.add_row(*row)
-    Console().print(printed)
+    Console(markup=False).print(printed)
     for suffix, text in ((".md", table.markdown()), (".csv", table.csv()), (".tex", table.latex())):
         write_whole(stem.with_suffix(suffix), lambda partial, text=text: partial.write_text(text))
     print(f"written: {stem}.md, .csv, .tex\n")
