@@ -245,7 +245,10 @@ def trainer_arguments(config: Config) -> dict[str, object]:
     if unknown:
         raise Refusal(f"trainer.{unknown.pop()}: neither ours nor an argument of Lightning's Trainer")
     settled = {"logger": "logger.kind", "gradient_clip_val": "optim.clip", "gradient_clip_algorithm": "optim.clip"}
-    for key in ("callbacks", "default_root_dir", "enable_progress_bar", "plugins", *settled):
+    settled |= dict.fromkeys(("limit_train_batches", "overfit_batches"), "trainer.max_steps")  # a run is one epoch
+    settled |= dict.fromkeys(("check_val_every_n_epoch", "num_sanity_val_steps"), "trainer.val_check_interval")
+    there = ("use_distributed_sampler", "reload_dataloaders_every_n_epochs")  # batches would be shared out twice
+    for key in ("callbacks", "default_root_dir", "enable_progress_bar", "plugins", *there, *settled):
         if key in extra:
             raise Refusal(f"trainer.{key} is settled by src/train.py; see {settled.get(key, 'there')}")
     arguments = {key: value for key, value in asdict(config.trainer).items() if key not in ours}

@@ -367,22 +367,23 @@ def test_a_process_that_is_killed_ends_the_others(sets: Path, tiny_images: Path,
 
 
 @slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_all_processes_after_the_same_step(
-    sets: Path, tiny_images: Path, configure: Callable, tmp_path: Path
+    number: signal.Signals, sets: Path, tiny_images: Path, configure: Callable, tmp_path: Path
 ) -> None:
-    """The command gets SIGTERM, as from a cluster; the same command goes on, here in one process."""
+    """The command gets it, as from a cluster; the same command goes on."""
     arguments = overrides(sets, tiny_images, {"seed": 8, "trainer.max_steps": 20000, "logger": "none"})
     arguments += ["trainer.val_check_interval=20000", f"output={tmp_path}"]
     run = start(sys.executable, "src/train.py", *arguments, "trainer.devices=2")
     try:
         while run.poll() is None and not list(tmp_path.rglob("step00000005.ckpt")):
             time.sleep(0.05)
-        run.send_signal(signal.SIGTERM)
+        run.send_signal(number)
     except BaseException:
         os.killpg(run.pid, signal.SIGKILL)
         raise
     code, _, err = ended(run)
-    assert code == 128 + signal.SIGTERM, err
+    assert code == 128 + number, err
     assert "the same command goes on" in err
     (path,) = tmp_path.rglob(FILE)
     record = read_record(path)

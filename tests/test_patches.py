@@ -190,6 +190,22 @@ def test_a_build_holds_every_pair_once(augment: str, tiny_images: Path, tmp_path
         assert (file["data"].dtype, file["label"].dtype) == (np.uint16, np.uint8)
 
 
+def test_a_file_that_is_there_needs_no_lock(
+    tiny_images: Path, tmp_path: Path, inline_pool: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A team's folder of patches may be read-only."""
+    recipe = Recipe((str(tiny_images),), augment="online")
+    path = prepare_patches("tiny", recipe, ANYWHERE, tmp_path)
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    assert prepare_patches("tiny", recipe, ANYWHERE, tmp_path) == path
+    with pytest.raises(Refusal, match="Permission denied"):
+        prepare_patches("other", recipe, ANYWHERE, tmp_path)
+
+
 def test_a_build_of_the_papers_images(drrn_data: Path, tmp_path: Path, inline_pool: None) -> None:
     """One image of T91 and one of BSD200, in a folder of their own."""
     folder = tmp_path / "two"
@@ -492,12 +508,13 @@ def test_a_killed_build_leaves_nothing_for_the_next_one(builder: Callable, tmp_p
     other, busy = folder / "other-0123456789.77.partial", folder / "busy-0123456789.77.partial"
     other.touch()
     busy.touch()
+    (folder / "film.partial").touch()  # another program's
     with FileLock(folder / "busy-0123456789.h5.lock"):
         process = builder()
         _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert f"removing {left}" in err
-    assert sorted(path.name for path in folder.glob("*.partial")) == [busy.name]
+    assert sorted(path.name for path in folder.glob("*.partial")) == [busy.name, "film.partial"]
     assert len(list(folder.glob("*.h5"))) == 1
 
 

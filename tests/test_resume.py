@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 import train
 from conftest import TINY
 from drrn import Refusal
-from drrn.callbacks import Stopped, StopSignals, damage, newest_checkpoint
-from drrn.config import run_dir
+from drrn.callbacks import NEEDED, Stopped, StopSignals, damage, newest_checkpoint
+from drrn.config import CONF, check, run_dir
 from drrn.module import SuperResolution
 from drrn.records import FILE, locked, read_record
 from drrn.weights import load_network
@@ -157,6 +159,16 @@ def test_a_signal_while_the_patches_are_built_ends_the_run_at_once(
         train.train(config)
     assert stopped.value.code == 143
     assert read_record(run_dir(config) / FILE)["status"] == "stopped"
+
+
+def test_ctrl_c_before_there_is_anything_to_keep_is_no_traceback(
+    entry_point: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("train.check", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    code, out, err = entry_point("train", f"output={tmp_path}")
+    assert code == 130
+    assert "train.py: interrupted" in err
+    assert "Traceback" not in out + err
 
 
 def test_what_fails_because_of_a_signal_is_a_stop(
@@ -309,6 +321,31 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     (folder / "step00000003.damaged").unlink()
     (folder / "step00000005.damaged").unlink()
     compare(straight(), run_dir(config))
+
+
+def test_a_checkpoint_that_cannot_be_looked_at_is_not_called_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Out of memory, a disk that is away: renaming good files for that would lose the run."""
+    paths = [tmp_path / f"step{step:08d}.ckpt" for step in (1, 2)]
+    for path in paths:
+        torch.save(dict.fromkeys(NEEDED, 0), path)
+    for error in (PermissionError(errno.EACCES, "not yours"), OSError(errno.ESTALE, "gone"), MemoryError()):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", lambda *_, e=error, **__: (_ for _ in ()).throw(e))
+            with pytest.raises(Refusal, match="could not be read"):
+                newest_checkpoint(tmp_path)
+        assert sorted(tmp_path.iterdir()) == paths
+    assert newest_checkpoint(tmp_path) == paths[1]
+
+
+def test_it_is_said_when_no_checkpoint_is_left(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f"step{step:08d}.ckpt").write_bytes(b"PK\3\4 half")
+    assert newest_checkpoint(tmp_path) is None
+    assert "beginning again at step 0" in caplog.text
+    assert newest_checkpoint(tmp_path / "none") is None
+    assert caplog.text.count("beginning again") == 1
 
 
 def test_what_is_no_checkpoint_of_a_training_is_not_gone_on_from(
@@ -476,6 +513,17 @@ def test_a_record_is_trained_again(
     other = read_record(run_folder(tmp_path / "other") / FILE)
     assert (other["seed"], other["config"]["logger"]["kind"]) == (3, "none")
     assert other["config"]["optim"] == record["config"]["optim"]
+
+
+def test_a_record_of_a_run_begun_afresh_goes_on_where_it_was(straight: Callable, tmp_path: Path) -> None:
+    """Started twice, because it was stopped, `from_record` does not set its own checkpoints aside."""
+    record = read_record(straight() / FILE)
+    for held, meant in ((None, "last"), ("last", "last"), (str(tmp_path / FILE), str(tmp_path / FILE))):
+        record["config"]["ckpt_path"] = held
+        (tmp_path / FILE).write_text(json.dumps(record))
+        with initialize_config_dir(CONF, version_base="1.3"):
+            cfg = compose("config", [f"from_record={tmp_path / FILE}"])
+        assert check(cfg, [f"from_record={tmp_path / FILE}"]).ckpt_path == meant
 
 
 def test_what_is_not_as_it_was_is_said(

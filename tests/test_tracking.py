@@ -515,6 +515,15 @@ def test_pictures_that_cannot_be_drawn_cost_nothing_else(
     assert summary(path)["scores/nrows"] == 2
 
 
+def test_a_wandb_half_imported_does_not_hide_why_a_run_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may come in its import; the exit code must still be the signal's."""
+    monkeypatch.setattr(tracking.Tracker, "current", object.__new__(tracking.Tracker))
+    tracking.Tracker.current.state = {"folder": None, "problem": None}
+    tracking.Tracker.current.run = None
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises
+    assert tracking.finish({"status": "stopped"})
+
+
 def test_only_the_first_process_has_a_run(
     configure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from drrn import Refusal
 from drrn.config import launched
 from drrn.records import write_whole
 
@@ -238,6 +240,9 @@ def damage(path: Path) -> str | None:
     """Why a run cannot go on from a checkpoint file; None if it can.
 
     The zip's own checksums are compared: after a power failure a file may have its length and not its content.
+
+    Raises:
+        Refusal: it could not be looked at, which says nothing of what it holds.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -246,6 +251,11 @@ def damage(path: Path) -> str | None:
             return f"{broken} in it is damaged"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         missing = [key for key in NEEDED if key not in content]
+    except (OSError, MemoryError) as error:
+        # Places that a torn directory of the zip points to are an EINVAL.
+        if isinstance(error, OSError) and error.errno in (None, errno.EINVAL):
+            return f"{type(error).__name__}: {error}"
+        raise Refusal(f"{path} could not be read: {error!r}. Nothing was changed; try again") from error
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
         return f"{type(error).__name__}: {error}".split("\n")[0]
     return f"it holds no {', '.join(missing)}: no checkpoint of a training" if missing else None
@@ -255,12 +265,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step that a run can go on from; None if there is none.
 
     A newer one that is damaged (power failed, the disk filled) is named in a warning, renamed and passed over.
+
+    Raises:
+        Refusal: one could not be looked at.
     """
-    for path in sorted(folder.glob("step*.ckpt"), reverse=True):
+    kept = sorted(folder.glob("step*.ckpt"), reverse=True)
+    for path in kept:
         reason = damage(path)
         if reason is None:
             return path
         log.warning("%s cannot be read (%s): using the one before it", path, reason)
         with contextlib.suppress(FileNotFoundError):  # another process of this run has done so
             path.rename(path.with_suffix(".damaged"))
+    if kept:
+        log.warning("no checkpoint in %s can be read: beginning again at step 0", folder)
     return None

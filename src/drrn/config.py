@@ -338,6 +338,8 @@ def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if not isinstance(recorded, dict) or not isinstance(recorded.get("trainer"), dict):
         raise Refusal(f"from_record = {str(path)!r}: the record has no configuration")
     recorded["trainer"] |= recorded.pop("trainer_extra", None) or {}
+    if recorded.get("ckpt_path") is None:
+        recorded.pop("ckpt_path", None)  # it set aside what that run found; this one goes on with itself
     merged = OmegaConf.merge(cfg, recorded)
     here = ["from_record", "data.root", "data.patches", "output"]
     for key in (*here, *(override.lstrip("+~").partition("=")[0] for override in overrides)):
@@ -537,6 +539,9 @@ def launch(main: Callable[[], Any]) -> None:
 
     try:
         main()
+    except KeyboardInterrupt:  # Ctrl-C while there is nothing to keep
+        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # Hydra's words for model=5
             raise

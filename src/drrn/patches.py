@@ -195,6 +195,9 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
     files = [file for set_name in recipe.sets for file in image_files(set_name, root)]
     attrs = attributes(recipe, files)
     path = patch_path(folder, name, attrs)
+    if path.is_file():  # whole, so it takes no lock, nor a folder that one may write to
+        check_patch_file(path, attrs)
+        return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")  # the system frees it when its holder dies, however that happens
@@ -230,7 +233,7 @@ def _remove_partials(folder: Path, path: Path) -> None:
         folder: all patch files' folder.
         path: the file whose lock this process holds.
     """
-    for partial in folder.glob("*.partial"):
+    for partial in folder.glob(f"*-{'[0-9a-f]' * 10}.*.partial"):  # other programs may have theirs here
         name = partial.name.split(".")[:-2]  # name-digest.pid.partial
         lock = FileLock(folder / f"{'.'.join(name)}.h5.lock")
         try:

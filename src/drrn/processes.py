@@ -122,6 +122,7 @@ class Processes:
                     rdzv_endpoint="localhost:0",  # a free port: several runs on one machine do not meet
                     local_addr="localhost",
                     max_restarts=0,
+                    signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",  # all that `StopSignals` knows
                     logs_specs=DefaultLogsSpecs(log_dir=scratch),
                 )
                 elastic_launch(settings, train)(config)

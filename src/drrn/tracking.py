@@ -307,9 +307,9 @@ def _end_service() -> None:
     """End W&B's service process: a run's last rows are on the disk, and the next run starts its own."""
     import contextlib
 
-    import wandb
+    with contextlib.suppress(Exception):  # the import too: a signal may have ended the first one half-way
+        import wandb
 
-    with contextlib.suppress(Exception):
         wandb.teardown()
 
 
