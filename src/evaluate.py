@@ -245,7 +245,9 @@ def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterato
     if config.workers == 1:
         yield from ((job, score_image(job, *settings)) for job in jobs)
         return
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+    from drrn.records import end_with_parent
+
+    with ProcessPoolExecutor(config.workers, get_context("spawn"), end_with_parent) as pool:
         futures = {pool.submit(score_image, job, *settings): job for job in jobs}
         try:
             yield from ((futures[future], future.result()) for future in as_completed(futures))

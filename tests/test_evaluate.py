@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
+import evaluate
 from drrn.config import ModelConfig
 from drrn.matlab import imresize
 from drrn.model import DRRN
@@ -210,3 +215,41 @@ def test_pictures_of_images_scored_before(entry_point: Callable, tiny_images: Pa
     expected = peak_signal_noise_ratio(truth[3:-3, 3:-3], shown[3:-3, 3:-3], data_range=255)
     rows = {row["image"]: row for row in json.loads((tmp_path / "s.json").read_text())["scores"]}
     assert rows["camera.png"]["psnr"] == pytest.approx(expected, abs=1e-9)
+
+
+SCORING = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import evaluate
+
+if __name__ == "__main__":
+    bicubic = evaluate.Method("bicubic", None, None, "Bicubic", None, None, None)
+    jobs = [evaluate.Job(bicubic, "pipe", 2, Path(sys.argv[1]), "")] * 2
+    list(evaluate.score_all(jobs, SimpleNamespace(metrics=["psnr"], images=None, workers=2), None))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
+def test_a_killed_evaluation_leaves_no_workers(tmp_path: Path) -> None:
+    """They would wait for work for ever, a network each in memory. Here they wait for an image that never comes."""
+    (tmp_path / "scoring.py").write_text(SCORING)
+    os.mkfifo(tmp_path / "image.png")
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "scoring.py", tmp_path / "image.png"],
+        env={**os.environ, "PYTHONPATH": str(Path(evaluate.__file__).parent)},
+    )
+    try:
+        workers: list[str] = []
+        deadline = time.monotonic() + 60
+        while len(workers) < 3 and time.monotonic() < deadline:  # with Python's resource tracker
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert len(workers) == 3
+    finally:
+        process.kill()
+        process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

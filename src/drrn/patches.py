@@ -21,7 +21,6 @@ import json
 import logging
 import multiprocessing
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,6 +37,7 @@ from drrn import Refusal
 from drrn.config import DataConfig
 from drrn.images import image_files, image_size, orientations, read_luminance, sha256
 from drrn.protocol import degrade, modcrop
+from drrn.records import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -246,18 +246,6 @@ def _remove_partials(folder: Path, path: Path) -> None:
         lock.release()
 
 
-def _end_with_builder() -> None:
-    """Let a worker end when its builder is killed: it would wait for work for ever (runs in the worker)."""
-
-    def watch(builder: multiprocessing.process.BaseProcess) -> None:
-        builder.join()
-        os._exit(1)
-
-    builder = multiprocessing.parent_process()
-    if builder is not None:
-        threading.Thread(target=watch, args=(builder,), daemon=True).start()
-
-
 def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str | int], workers: int) -> None:
     from rich.progress import track
 
@@ -278,7 +266,7 @@ def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str |
         data_at, label_at = _allocate(partial, total, p, attrs)
         rows = np.random.default_rng(0).permutation(total)  # part of format 1: the same file every time
         context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started its threads
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_builder) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
             jobs = [
                 pool.submit(_write_pairs, t, recipe, rows[t.first : t.first + t.count], partial, data_at, label_at)
                 for t in tasks
