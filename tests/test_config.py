@@ -375,3 +375,17 @@ def test_checkpointing_is_typed_with_the_model_and_changes_no_run(configure) -> 
     assert run_dir(with_it) == run_dir(without)
     with pytest.raises(Refusal, match=r"model\.checkpointing = 'often'"):
         configure("model.checkpointing=often")
+
+
+def test_processes_are_another_experiment_where_they_share_out_what_batchnorm_sees(configure) -> None:
+    """As micro-batches are; without BatchNorm, or with a synchronised one, they change the rounding only."""
+
+    def folder(*overrides: str) -> Path:
+        return run_dir(configure(*overrides))
+
+    assert folder("model.norm=batch", "trainer.devices=2") != folder("model.norm=batch")
+    assert folder("model.norm=batch", "trainer.devices=[0]") == folder("model.norm=batch")
+    assert folder("model.norm=none", "trainer.devices=2") == folder("model.norm=none")
+    assert folder("model.norm=batch", "trainer.devices=2", "trainer.sync_batchnorm=true") == folder(
+        "model.norm=batch", "trainer.sync_batchnorm=true"
+    )

@@ -454,6 +454,11 @@ def _identity(whole: dict[str, Any]) -> dict[str, Any]:
     for group, keys in NOT_IDENTITY.items():
         for key in keys:
             del kept[group][key]
+    devices, nodes = whole["trainer"]["devices"], whole["trainer"]["num_nodes"]
+    devices = str(len(devices) if isinstance(devices, list) else devices)
+    shared_out = (devices, nodes) != ("1", 1) and not whole["trainer"]["sync_batchnorm"]
+    if shared_out and whole["model"]["norm"] == "batch":  # each process normalises by its share of a batch
+        kept["processes"] = [devices, nodes]
     kept["trainer"]["max_time"] = None  # a run that was stopped by it goes on in the same folder
     # Keys that came later count only where they are used, so that earlier runs keep their folders.
     for group, key, default in LATER:
