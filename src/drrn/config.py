@@ -537,9 +537,9 @@ def _refuse(reason: object) -> NoReturn:
 def launch(main: Callable[[], Any]) -> None:
     """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises to us instead of printing for itself
-    # Read when torch is imported: threads that wait for each other sleep. By default they spin, and on a machine
-    # that is shared with others a step then takes many times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Read when torch is imported: threads that wait for each other spin for some microseconds and then sleep. By
+    # default they spin for long, and on a machine that is shared with others a step then takes many times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from hydra.errors import HydraException
 
     try:
