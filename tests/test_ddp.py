@@ -203,7 +203,8 @@ def machines(
         return [*overrides(sets, tiny_images, POINTS[name]), *more]
 
     def several(name: str) -> Path:
-        return run_dir(configure(*argue(name), f"output={folders[0] / 'runs'}", tiny=False))
+        output = f"output={folders[0] / 'runs'}"
+        return run_dir(configure(*argue(name), "trainer.num_nodes=2", output, tiny=False))
 
     def one(name: str, *more: str) -> Path:
         return alone(configure, root / "alone", *argue(name, *more))
