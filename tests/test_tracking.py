@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -235,6 +236,7 @@ def gone_on(first_leg: Path, configure: Callable, output: Path, kept: float) -> 
     (first,) = runs(run_dir(config), read_record(run_dir(config) / FILE)["wandb_id"])
     first.write_bytes(first.read_bytes()[: int(kept * first.stat().st_size)])
     held = [step for step, _ in history(first)]
+    time.sleep(1.1)  # W&B names a leg's folder by the second in which it starts
     return *trained(config), held
 
 
