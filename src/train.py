@@ -79,8 +79,9 @@ def train(config: Config) -> None:
         newest_checkpoint,
     )
     from drrn.datamodule import SuperResolutionData
+    from drrn.machine import freed_memory_kept
     from drrn.model import DRRN
-    from drrn.module import SuperResolution, freed_memory_kept
+    from drrn.module import SuperResolution
     from drrn.processes import Processes
     from drrn.tracking import Tracker, make_logger
     from drrn.weights import initial_state, save_weights

@@ -35,10 +35,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drrn.images import image_files, orientations, read_luminance
+from drrn.datamodule import pair_loader
+from drrn.images import image_files, orientations, read_luminance, read_pixels
 from drrn.inference import super_resolve
+from drrn.machine import freed_memory_kept
+from drrn.matlab import rgb2ycbcr
 from drrn.model import DRRN
-from drrn.module import euclidean_loss, freed_memory_kept
+from drrn.module import euclidean_loss
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, quantise
 from drrn.protocol import degrade, modcrop, prepare
 
@@ -49,7 +52,7 @@ SIZES: dict[str, Any] = {
     "conv": (32, 64, 128),
     "batches": [(32, 7), (1, 9), (8, 7), (128, 3)],  # batch, rounds
     "memory": (25, 128),  # U, batch
-    "sources": 91,  # images of the build
+    "plain_build": 4,  # every fourth image
     "pairs": 240_000,  # to read, ours
     "start": 5,  # rounds
     "growth": ((128, 256, 512, 1024, 2048), (5, 10, 20, 40)),  # sides; U
@@ -83,7 +86,9 @@ def plain_build(path: Path, recipe: Recipe, files: list[Path]) -> None:
     data, label = [], []
     p = recipe.patch_size
     for file in files:
-        for turned in orientations(read_luminance(file), range(recipe.orientations)):
+        pixels = read_pixels(file)
+        luminance = rgb2ycbcr(pixels)[..., 0] if pixels.ndim == 3 else pixels
+        for turned in orientations(luminance, range(recipe.orientations)):
             for scale in recipe.scales:
                 y = modcrop(turned, scale)
                 x = degrade(y / 255.0, scale)
@@ -194,8 +199,7 @@ def reader(path: str, pairs: int, ours: bool) -> Callable[[], Any]:
     def read() -> None:
         if ours:
             data = Patches(Path(path))
-            sampler = ShuffledBatches(len(data), 128, 1, max(1, pairs // 128))
-            loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=sampler, num_workers=2)
+            loader = pair_loader(data, ShuffledBatches(len(data), 128, 1, max(1, pairs // 128)), 2)
         else:
             data = PlainPatches(Path(path), len(Patches(Path(path))))
             sampler = np.random.default_rng(1).permutation(len(data))[:pairs].tolist()
@@ -425,42 +429,55 @@ def checkpointed_step(U: int, batch: int, features: int, on: bool) -> Callable[[
 def patches(sizes: dict[str, Any]) -> Iterator[Row]:
     """Building and reading the patch file."""
     root = Path(os.environ.get("DRRN_DATA", ROOT / "data"))
-    name = "T91" if (root / "T91").is_dir() else "demo_train"
-    files = image_files(name, root)[: sizes["sources"]]
+    sets = ("T91", "BSD200") if (root / "T91").is_dir() and (root / "BSD200").is_dir() else ("demo_train",)
+    recipe, files = Recipe(sets), [file for name in sets for file in image_files(name, root)]
+    few = files[:: sizes["plain_build"]]  # a plain build of all takes 64 GB
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "sources"
-        source.mkdir()
-        for file in files:
-            (source / file.name).symlink_to(file.resolve())
-        recipe = Recipe((str(source),))
-        times: dict[str, list[float]] = {"plain": [], "ours": []}
+        rates: dict[str, list[float]] = {"plain": [], "ours": []}
+        memory, seconds = [], []
         for number in range(3):
-            target = Path(folder) / f"{number}"
-            times["plain"].append(
-                in_turn_here(lambda: plain_build(Path(folder) / "plain.h5", recipe, image_files(str(source), root)))
-            )
+            plain, target = Path(folder) / "plain.h5", Path(folder) / f"{number}"
+            taken = in_turn_here(lambda path=plain: plain_build(path, recipe, few))
+            with h5py.File(plain) as file:
+                pairs = len(file["data"])
+            rates["plain"].append(pairs / taken)
+            plain.unlink()
             # As a command: a worker that was started from here would import all of this file first.
-            build = f"P = Path; prepare_patches('bench', Recipe(({str(source)!r},)), P('.'), P({str(target)!r}), 2)"
+            build = f"prepare_patches('bench', Recipe({sets!r}), Path({str(root)!r}), Path({str(target)!r}), 2)"
             script = f"from pathlib import Path; from drrn.patches import Recipe, prepare_patches; {build}"
-            times["ours"].append(in_turn_here(command("-c", f"import sys; sys.path.insert(0, 'src'); {script}")))
+            start = time.perf_counter()
+            memory.append(memory_of([sys.executable, "-c", f"import sys; sys.path.insert(0, 'src'); {script}"]))
+            seconds.append(time.perf_counter() - start)
             (path,) = target.glob("*.h5")
-        count = len(Patches(path))
-        row = ratio(f"patch build, {len(files)} images of {name}", "≥ 5", times, "plain", "ours")
-        rate = count / statistics.median(times["ours"])
-        yield row._replace(
-            detail=f"{row.detail}, {count:,} pairs, {rate:,.0f} pairs/s, start of two workers included"
+            count = len(Patches(path))
+            rates["ours"].append(count / seconds[-1])
+            if number < 2:
+                path.unlink()
+        each = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
+        detail = (
+            f"{statistics.median(rates['ours']):,.0f} pairs/s, {len(files)} images, two workers and their start "
+            f"included, against {statistics.median(rates['plain']):,.0f}, {len(few)} of them"
         )
+        value = statistics.median(each)
+        yield Row(
+            "patch build against list-and-concatenate", value, "×", "≥ 5", detail, (max(each) - min(each)) / value
+        )
+        yield Row(f"patch build, {count:,} pairs", statistics.median(seconds), "s", "", "start of Python included")
+        yield Row("patch build, memory of all its processes", max(memory) / 1e9, "GB", "≤ 1.5", "shared pages once")
 
-        few = min(count, sizes["pairs"] // 20)
+        one_by_one = min(count, sizes["pairs"] // 20)
         pairs = min(sizes["pairs"], count) // 128 * 128
         # In this process, whose loaders start and end their workers fast. Two lengths tell the rate from that.
-        long = {"plain": (few, reader(str(path), few, False)), "ours": (pairs, reader(str(path), pairs, True))}
+        long = {
+            "plain": (one_by_one, reader(str(path), one_by_one, False)),
+            "ours": (pairs, reader(str(path), pairs, True)),
+        }
         short = {"plain": reader(str(path), 128, False), "ours": reader(str(path), 128, True)}
-        seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+        times: dict[str, list[float]] = {"plain": [], "ours": []}
         for _ in range(5):
             for name, (_, run) in long.items():
-                seconds[name].append(in_turn_here(run) - in_turn_here(short[name]))
-        rates = {k: (n - 128) / statistics.median(seconds[k]) for k, (n, _) in long.items()}
+                times[name].append(in_turn_here(run) - in_turn_here(short[name]))
+        rates = {k: (n - 128) / statistics.median(times[k]) for k, (n, _) in long.items()}
         detail = f"{rates['ours']:,.0f} and {rates['plain']:,.0f} pairs/s"
         yield Row(
             "patch reading, 2 workers: faster than a read a patch",
@@ -470,6 +487,24 @@ def patches(sizes: dict[str, Any]) -> Iterator[Row]:
             detail,
         )
         yield Row("patch reading, 2 workers", rates["ours"], "pairs/s", "≥ 50000", detail)
+
+
+def memory_of(arguments: list[str]) -> int:
+    """Bytes that a command and its children have at their peak, looked at 20 times a second (Linux)."""
+    most = 0
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            total = 0
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                with suppress(OSError, IndexError):  # it has ended
+                    if process.pid in (int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])):
+                        rollup = stat.with_name("smaps_rollup").read_text()
+                        total += 1024 * int(rollup.split("Pss:")[1].split()[0])
+            most = max(most, total)
+            time.sleep(0.05)
+    if process.returncode:
+        raise RuntimeError(f"{arguments[-1]!r} ended with {process.returncode}")
+    return most
 
 
 def startup(sizes: dict[str, Any]) -> Iterator[Row]:

@@ -13,7 +13,7 @@ import skimage.data
 from numpy.typing import NDArray
 from PIL import Image
 
-from drrn.matlab import imresize, resize_matrix, rgb2ycbcr, to_uint8, ycbcr2rgb
+from drrn.matlab import imresize, resize_matrix, rgb2y, rgb2ycbcr, to_uint8, ycbcr2rgb
 
 
 def grey() -> NDArray[np.float64]:
@@ -206,6 +206,19 @@ def test_rgb2ycbcr_equals_exact_arithmetic_pixel_by_pixel() -> None:
     np.testing.assert_array_equal(rgb2ycbcr(rgb), expected)
 
 
+def test_rgb2y_is_the_first_channel_of_every_colour_of_a_slice_and_a_photograph() -> None:
+    green, blue = np.mgrid[:256, :256].astype(np.uint8)
+    for red in (0, 1, 77, 128, 254, 255):
+        rgb = np.stack([np.full_like(green, red), green, blue], axis=2)
+        np.testing.assert_array_equal(rgb2y(rgb), rgb2ycbcr(rgb)[..., 0])
+    photograph = skimage.data.astronaut()[::2, ::3]
+    np.testing.assert_array_equal(rgb2y(photograph), rgb2ycbcr(photograph)[..., 0])
+    with pytest.raises(TypeError, match="float64"):
+        rgb2y(photograph / 255)
+    with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
+        rgb2y(photograph[..., 0])
+
+
 def test_rgb2ycbcr_rounds_half_away_from_zero() -> None:
     # Colours whose Y is exactly half-way, found among a plane of the colour cube by exact arithmetic.
     ties = [
@@ -217,6 +230,7 @@ def test_rgb2ycbcr_rounds_half_away_from_zero() -> None:
     ]
     assert len(ties) >= 20
     y = rgb2ycbcr(np.array([ties], np.uint8))[0, :, 0]
+    np.testing.assert_array_equal(rgb2y(np.array([ties], np.uint8))[0], y)
     np.testing.assert_array_equal(y, [exact_ycbcr(*tie)[0] for tie in ties])
 
 

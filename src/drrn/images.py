@@ -21,7 +21,7 @@ from PIL import Image
 
 from drrn import Refusal
 from drrn.config import IMAGE_SETS
-from drrn.matlab import rgb2ycbcr
+from drrn.matlab import rgb2y
 from drrn.photos import FORMATS, KINDS, check_tiff
 
 log = logging.getLogger(__name__)
@@ -218,8 +218,7 @@ def read_luminance(path: Path) -> NDArray[np.uint8]:
     pixels = read_pixels(path)
     if pixels.ndim == 2:
         return pixels
-    strips = (pixels[top : top + 256] for top in range(0, len(pixels), 256))  # float64 takes 100 bytes a pixel
-    return np.concatenate([rgb2ycbcr(strip)[..., 0] for strip in strips])
+    return rgb2y(pixels)
 
 
 def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArray]:

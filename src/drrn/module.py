@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,28 +40,6 @@ def learning_rate_factor(optim: OptimConfig, step: int, steps_per_epoch: int, ma
         return 0.5 * (1 + math.cos(math.pi * min(step / max_steps, 1)))
     every = optim.halve_every_steps or max(1, round(optim.halve_every_epochs * steps_per_epoch))
     return 0.5 ** (step // every)
-
-
-@contextmanager
-def freed_memory_kept(on: bool = True) -> Iterator[None]:
-    """Inside, glibc keeps the large blocks that are freed and hands them out again (Linux; elsewhere nothing).
-
-    Otherwise every feature map on the CPU is mapped afresh by the kernel and zeroed page by page: a tenth of a
-    training step. The price is a process that does not shrink and a heap with gaps, so it is left off where
-    memory is what counts.
-    """
-    mmap_max, mmap_threshold, trim_threshold = -4, -3, -1  # malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on and sys.platform == "linux" else None
-    if mallopt:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-    try:
-        yield
-    finally:
-        if mallopt:  # what glibc's own rule comes to with large blocks; a first call of mallopt ends that rule
-            mallopt(mmap_max, 65536)
-            mallopt(mmap_threshold, 32 << 20)
-            mallopt(trim_threshold, 64 << 20)
 
 
 class SuperResolution(LightningModule):

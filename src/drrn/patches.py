@@ -4,7 +4,10 @@ Each training image is turned into its eight orientations *before* it is degrade
 a multiple of the scale, degraded (`protocol.degrade`) and cut into 31×31 pairs at stride 21 from the top-left,
 incomplete windows dropped. The 291 images give 1,722,720 pairs.
 
-File format 1: two contiguous datasets whose rows belong together, in an order shuffled once at the build.
+A build first degrades every image and keeps the pixels (0.7 GB, a seventh of the patches, which overlap), then
+cuts the pairs in the order of the rows in which they are stored: what is written is written once and in order.
+
+File format 2: two contiguous datasets whose rows belong together, in an order shuffled once at the build.
 
     data   [N, 31, 31] uint16   the network's input x; x = STEP · q + LOW, so within 1.91e-5
     label  [N, 31, 31] uint8    the ground truth Y, exact
@@ -21,12 +24,14 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import h5py
 import numpy as np
@@ -36,14 +41,16 @@ from numpy.typing import NDArray
 from drrn import Refusal
 from drrn.config import DataConfig
 from drrn.images import image_files, image_size, orientations, read_luminance, sha256
-from drrn.protocol import degrade, modcrop
+from drrn.machine import keep_freed_memory
+from drrn.protocol import degrade
 from drrn.records import end_with_parent
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 LOW, HIGH = -0.75, 1.75
 STEP = (HIGH - LOW) / 65535
+ROWS = 8192  # that a building process makes at a time: 24 MB
 RUN = 16  # rows read together: long enough to be one read, short enough that a batch mixes many places
 
 
@@ -68,13 +75,33 @@ class Recipe:
         return 8 if self.augment == "offline" else 1
 
 
-@dataclass(frozen=True)
-class Task:
-    """One image file and the place of its pairs in the build's sequence."""
+class Places(NamedTuple):
+    """Where the two datasets begin in a file, in bytes."""
 
-    path: Path
-    first: int  # index of its first pair before shuffling
-    count: int
+    data: int
+    label: int
+
+
+class Version(NamedTuple):
+    """An image in one orientation at one scale, from which pairs are cut; places count in the image as it is.
+
+    What the crop to a multiple of the scale leaves of the *turned* image is the rectangle of the image that lies
+    in the corner which the turn brings to the top left. So up to four rectangles serve the eight orientations.
+    """
+
+    orientation: int
+    scale: int
+    top: int
+    left: int
+    height: int
+    width: int
+    down: int  # windows below each other in the turned rectangle
+    across: int  # and side by side
+
+    @property
+    def rectangle(self) -> tuple[int, int, int, int, int]:
+        """What is degraded: (scale, top, left, height, width)."""
+        return self[1:6]
 
 
 def windows(length: int, recipe: Recipe) -> int:
@@ -82,70 +109,138 @@ def windows(length: int, recipe: Recipe) -> int:
     return max(0, (length - recipe.patch_size) // recipe.stride + 1)
 
 
+def versions(height: int, width: int, recipe: Recipe) -> list[Version]:
+    """The versions of an image [height, width] that give pairs, in the order in which they are cut."""
+    found = []
+    for o, corners in enumerate(orientations(np.array([[0, 1], [2, 3]]), range(recipe.orientations))):
+        bottom, right = divmod(int(corners[0, 0]), 2)  # the corner that comes to lie at the top left
+        for scale in recipe.scales:
+            h, w = height - height % scale, width - width % scale
+            down, across = (windows(side, recipe) for side in ((w, h) if o % 2 else (h, w)))
+            found.append(Version(o, scale, bottom * (height - h), right * (width - w), h, w, down, across))
+    return [version for version in found if version.down * version.across]
+
+
 def pair_count(height: int, width: int, recipe: Recipe) -> int:
     """Pairs that one image [height, width] gives over all scales and stored orientations."""
-    count = 0
-    for turn in range(recipe.orientations):
-        h, w = (width, height) if turn % 2 else (height, width)
-        count += sum(windows(h - h % s, recipe) * windows(w - w % s, recipe) for s in recipe.scales)
-    return count
+    return sum(version.down * version.across for version in versions(height, width, recipe))
 
 
-def cut(image: NDArray, recipe: Recipe) -> NDArray:
-    """Windows of an image [H, W] → [n, p, p], top-left first, row by row (a copy)."""
-    p, stride = recipe.patch_size, recipe.stride
-    view = np.lib.stride_tricks.sliding_window_view(image, (p, p))[::stride, ::stride]
-    return view.reshape(-1, p, p)
+def kept(height: int, width: int, recipe: Recipe) -> tuple[dict[tuple[int, int, int, int, int], int], int]:
+    """How a build keeps the pixels of an image: first Y, then what is made of each rectangle, 16 bits a pixel.
+
+    Returns:
+        `Version.rectangle` → where its degraded pixels begin; and where they all end (bytes, even).
+    """
+    places, end = {}, height * width + height * width % 2
+    for version in versions(height, width, recipe):
+        if version.rectangle not in places:
+            places[version.rectangle] = end
+            end += 2 * version.height * version.width
+    return places, end
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image file, and where a build keeps its pixels."""
+
+    path: Path
+    height: int
+    width: int
+    at: int  # bytes
 
 
 def quantise(x: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """x in LOW…HIGH → 16 bits, nearest (error at most STEP / 2 = 1.91e-5)."""
-    if not (x.min() >= LOW and x.max() <= HIGH):  # NaN too
-        raise ValueError(f"bicubic values {x.min():.3f}…{x.max():.3f} are outside {LOW}…{HIGH}")
-    return np.rint((x - LOW) / STEP).astype(np.uint16)
+    """x in LOW…HIGH → 16 bits, nearest (error at most STEP / 2 = 1.91e-5).
 
-
-def image_pairs(y: NDArray[np.uint8], recipe: Recipe) -> Iterator[tuple[NDArray, NDArray]]:
-    """(data, label) [n, p, p] of one image, a pair of arrays for each stored orientation and scale."""
-    for turned in orientations(y, range(recipe.orientations)):
-        for scale in recipe.scales:
-            if min(turned.shape) < scale:
-                continue
-            label = modcrop(turned, scale)
-            if min(label.shape) < recipe.patch_size:
-                continue
-            data = quantise(degrade(label / 255.0, scale))
-            yield cut(data, recipe), cut(label, recipe)
-
-
-def _write_pairs(
-    task: Task, recipe: Recipe, rows: NDArray[np.int64], path: Path, data_at: int, label_at: int
-) -> int:
-    """Cut one image and write each pair to its shuffled row (runs in a worker process).
-
-    Rows are written with pwrite at the datasets' offsets, so several processes fill one file without a lock
-    and the shuffled file is made in one pass with no patch held for longer than its image.
+    Flat areas of every fifth grey level lie half-way between two levels: those go up, whatever the last bits of
+    x are, so that an image which is degraded and then turned gives what the turned one does.
     """
-    size = recipe.patch_size**2
-    done = 0
-    file = os.open(path, os.O_WRONLY)
-    try:
-        for data, label in image_pairs(read_luminance(task.path), recipe):
-            data_bytes, label_bytes = memoryview(data.reshape(-1)), memoryview(label.reshape(-1))
-            for k, row in enumerate(rows[done : done + len(data)].tolist()):
-                _pwrite(file, data_bytes[k * size : (k + 1) * size], data_at + row * size * 2)
-                _pwrite(file, label_bytes[k * size : (k + 1) * size], label_at + row * size)
-            done += len(data)
-    finally:
-        os.close(file)
-    if done != task.count:
-        raise Refusal(f"{task.path} changed while its patches were cut: run the same command again")
-    return done
+    levels = (x - LOW) / STEP
+    if not (levels.min() >= -1e-6 and levels.max() <= 65535 + 1e-6):  # NaN too
+        raise ValueError(f"bicubic values {x.min():.3f}…{x.max():.3f} are outside {LOW}…{HIGH}")
+    levels += 0.5 + 1e-6
+    return levels.astype(np.uint16)  # towards zero
 
 
-def _pwrite(file: int, buffer: memoryview, offset: int) -> None:
-    if os.pwrite(file, buffer, offset) != buffer.nbytes:
-        raise OSError("short write: is the disk full?")
+def _degrade_image(source: Source, recipe: Recipe, pixels: Path) -> None:
+    """Y of one image and its degraded rectangles, into their place (runs in a worker process)."""
+    y = read_luminance(source.path)
+    if y.shape != (source.height, source.width):
+        raise Refusal(f"{source.path} changed while its patches were cut: run the same command again")
+    with pixels.open("r+b") as file:
+        file.seek(source.at)
+        file.write(np.ascontiguousarray(y))
+        for (scale, top, left, h, w), at in kept(*y.shape, recipe)[0].items():
+            file.seek(source.at + at)
+            file.write(quantise(degrade(y[top : top + h, left : left + w] / 255.0, scale)))
+
+
+class Cutter:
+    """Cuts any pair of a build, by its number (each worker process has its own).
+
+    Pairs are numbered as they come: images, orientations, scales, windows row by row.
+    """
+
+    def __init__(self, sources: tuple[Source, ...], recipe: Recipe, pixels: Path) -> None:
+        memory = np.memmap(pixels, np.uint8, "r").view(np.ndarray)  # a memmap's own slices are slow
+        self.p = p = recipe.patch_size
+        self.windows: list[tuple[NDArray[np.uint16], NDArray[np.uint8]]] = []  # [down, across, p, p] of a version
+        for source in sources:
+            y = memory[source.at : source.at + source.height * source.width].reshape(source.height, source.width)
+            places, _ = kept(*y.shape, recipe)
+            for version in versions(source.height, source.width, recipe):
+                _, top, left, h, w = version.rectangle
+                at = source.at + places[version.rectangle]
+                data = memory[at : at + 2 * h * w].view("<u2").reshape(h, w)
+                label = y[top : top + h, left : left + w]
+                pair = (orientations(z, [version.orientation])[0] for z in (data, label))
+                views = (np.lib.stride_tricks.sliding_window_view(z, (p, p)) for z in pair)
+                self.windows.append(tuple(z[:: recipe.stride, :: recipe.stride] for z in views))
+        grids = np.array([data.shape[:2] for data, _ in self.windows])
+        self.first, self.across = np.cumsum([0, *grids.prod(axis=1)])[:-1], grids[:, 1]
+
+    def __call__(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+        """Numbers of pairs → (data, label), each [len(numbers), p, p]."""
+        p = self.p
+        data, label = np.empty((len(numbers), p, p), "<u2"), np.empty((len(numbers), p, p), np.uint8)
+        version = np.searchsorted(self.first, numbers, side="right") - 1
+        down, across = np.divmod(numbers - self.first[version], self.across[version])
+        order = np.argsort(numbers)  # neighbours in an image one after the other
+        places = np.stack([order, version[order], down[order], across[order]], axis=1)
+        for k, v, i, j in places.tolist():
+            x, y = self.windows[v]
+            data[k], label[k] = x[i, j], y[i, j]
+        return data, label
+
+
+_cutter = lru_cache(maxsize=1)(Cutter)
+
+
+def _fill(
+    first: int, numbers: NDArray[np.int64], build: tuple[tuple[Source, ...], Recipe, Path], path: Path, at: Places
+) -> None:
+    """Cut the pairs of the rows first, first + 1, … and write them (runs in a worker process)."""
+    with path.open("r+b") as file:
+        for rows, offset in zip(_cutter(*build)(numbers), at, strict=True):
+            file.seek(offset + first * rows[0].nbytes)
+            file.write(rows)
+
+
+def _start_worker() -> None:
+    end_with_parent()
+    keep_freed_memory()  # the kernel maps and zeroes what is allocated afresh
+
+
+def runs(rows: NDArray[np.integer]) -> Iterator[tuple[int, int]]:
+    """The stretches a … b - 1 of `rows` that count up by one: what can be read at once."""
+    ends = np.flatnonzero(np.diff(rows) != 1) + 1
+    return zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True)
+
+
+def _read(file: BinaryIO, into: NDArray, offset: int) -> None:
+    if os.preadv(file.fileno(), [into.reshape(-1).view(np.uint8)], offset) != into.nbytes:
+        raise OSError(f"{file.name} ended at byte {offset:,}: it was cut short while in use")
 
 
 def sources_digest(files: list[Path]) -> str:
@@ -242,56 +337,70 @@ def _remove_partials(folder: Path, path: Path) -> None:
         except Timeout:
             continue  # it is being built
         log.info("removing %s, left by a build that was killed", partial)
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)  # a file: earlier versions'
         lock.release()
 
 
 def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str | int], workers: int) -> None:
     from rich.progress import track
 
-    tasks, total = [], 0
+    sources, total, end = [], 0, 0
     for file in files:
-        count = pair_count(*image_size(file), recipe)
-        tasks.append(Task(file, total, count))
-        total += count
+        height, width = image_size(file)
+        sources.append(Source(file, height, width, end))
+        total += pair_count(height, width, recipe)
+        end += kept(height, width, recipe)[1]
     if total == 0:
         raise Refusal(
             f"no image of {', '.join(recipe.sets)} is as large as a patch of {recipe.patch_size} pixels "
             "(data.patch_size)"
         )
 
-    p = recipe.patch_size
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    folder = path.with_suffix(f".{os.getpid()}.partial")
+    folder.mkdir()
     try:
-        data_at, label_at = _allocate(partial, total, p, attrs)
-        rows = np.random.default_rng(0).permutation(total)  # part of format 1: the same file every time
+        partial, pixels = folder / path.name, folder / "pixels"
+        at = _allocate(partial, total, recipe.patch_size, attrs, beside=end)
+        pixels.touch()
+        os.truncate(pixels, end)
+        numbers = np.empty(total, np.int64)  # of the pair in every row
+        numbers[np.random.default_rng(0).permutation(total)] = np.arange(total)  # the same file every time
+        build = tuple(sources), recipe, pixels
         context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started its threads
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-            jobs = [
-                pool.submit(_write_pairs, t, recipe, rows[t.first : t.first + t.count], partial, data_at, label_at)
-                for t in tasks
-            ]
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
             try:
-                for job in track(jobs, description=f"Cutting {total:,} pairs from {len(files)} images"):
+                jobs = [pool.submit(_degrade_image, source, recipe, pixels) for source in sources]
+                for job in track(jobs, description=f"Degrading {len(files)} images"):
                     job.result()
+                jobs = [
+                    pool.submit(_fill, first, numbers[first : first + ROWS], build, partial, at)
+                    for first in range(0, total, ROWS)
+                ]
+                with partial.open("rb") as file:
+                    for job in track(jobs, description=f"Cutting {total:,} pairs"):
+                        job.result()
+                        os.fsync(file.fileno())  # the disk works while the others cut
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
         if sources_digest(files) != attrs["sources"]:
             raise Refusal(f"the images of {path} changed while it was built: run the same command again")
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
         partial.rename(path)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int]) -> tuple[int, int]:
-    """Create the file with both datasets at their full size; return their offsets in bytes."""
+def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int], beside: int) -> Places:
+    """Create the file with both datasets at their full size.
+
+    Raises:
+        OSError: the disk has no room for it and for `beside` bytes more.
+    """
     size = total * p * p
     free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
-    if free < 3 * size:
-        raise OSError(f"{3 * size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+    if free < 3 * size + beside:
+        raise OSError(f"{(3 * size + beside) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
     with h5py.File(path, "w", libver="latest") as file:
         for key, value in attrs.items():
             # Texts of fixed length stand in the header, under HDF5's checksum. The heap where others stand has
@@ -308,7 +417,7 @@ def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int]) -> tu
             offsets.append(dataset.get_offset())
     with path.open("r+b") as file:
         file.truncate(max(file.seek(0, os.SEEK_END), offsets[0] + 2 * size, offsets[1] + size))
-    return offsets[0], offsets[1]
+    return Places(*offsets)
 
 
 def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
@@ -373,17 +482,12 @@ class Patches:
         x = np.empty((len(indices), self.size, self.size), np.dtype("<u2"))
         y = np.empty((len(indices), self.size, self.size), np.uint8)
         turn, row = np.divmod(np.asarray(indices, dtype=np.int64), self.stored)
-        starts = np.flatnonzero(np.r_[True, (np.diff(row) != 1) | (np.diff(turn) != 0)])
-        for a, b in zip(starts.tolist(), [*starts[1:].tolist(), len(row)], strict=True):
-            self._read(x[a:b], self.data_at + int(row[a]) * x[0].nbytes)
-            self._read(y[a:b], self.label_at + int(row[a]) * y[0].nbytes)
+        for a, b in runs(row + turn * (self.stored + 1)):
+            _read(self._file, x[a:b], self.data_at + int(row[a]) * x[0].nbytes)
+            _read(self._file, y[a:b], self.label_at + int(row[a]) * y[0].nbytes)
             if turn[a]:
                 x[a:b], y[a:b] = self._turned(x[a:b], int(turn[a])), self._turned(y[a:b], int(turn[a]))
         return x, y
-
-    def _read(self, into: NDArray, offset: int) -> None:
-        if os.preadv(self._file.fileno(), [into.reshape(-1).view(np.uint8)], offset) != into.nbytes:
-            raise OSError(f"{self.path} ended at byte {offset:,}: it was cut short while in use")
 
     @staticmethod
     def _turned(patches: NDArray, o: int) -> NDArray:

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrn.matlab import imresize, to_uint8
-from drrn.metrics import ifc, psnr, ssim
 
 METRICS = ("psnr", "ssim", "ifc")
 
@@ -94,6 +93,8 @@ def score(
     Returns:
         metric → value.
     """
+    from drrn.metrics import ifc, psnr, ssim  # half of what importing this module would cost
+
     border = scale if protocol.crop is None else protocol.crop
     a, b = (shave(_levels(image, protocol.rounding), border) for image in (prediction, truth))
     # IFC takes the reference first; PSNR and SSIM are symmetric.
