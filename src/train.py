@@ -130,8 +130,8 @@ def train(config: Config) -> None:
         if config.ckpt_path == "last" and earlier.get("patches", record["patches"]) != record["patches"]:
             raise Refusal(
                 f"{folder} was begun with the patches {earlier['patches']} and would go on with "
-                f"{record['patches']}: its source images have changed. Put them back, or start afresh with "
-                "ckpt_path=null."
+                f"{record['patches']}: its source images have changed, or this version makes patches otherwise. "
+                "Put back what was, or start afresh with ckpt_path=null."
             )
 
         # 2. patches → module
@@ -148,6 +148,8 @@ def train(config: Config) -> None:
         module.network.checkpointing = config.checkpointing
         if config.trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
+        if config.trainer.compile:
+            module.network.compile_units()
         if config.ckpt_path is None and processes.first:
             set_aside(folder / "checkpoints")
         resume = processes.agree(lambda: newest_checkpoint(folder / "checkpoints") or config.ckpt_path)
@@ -240,7 +242,7 @@ def trainer_arguments(config: Config) -> dict[str, object]:
 
     from drrn.callbacks import WholeCheckpoints
 
-    ours = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32")
+    ours = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32", "compile")
     extra = config.trainer_extra or {}
     unknown = set(extra) - set(inspect.signature(Trainer).parameters)
     if unknown:

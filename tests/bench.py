@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from drrn.datamodule import pair_loader
 from drrn.images import image_files, orientations, read_luminance, read_pixels
-from drrn.inference import super_resolve
+from drrn.inference import super_resolve, tile_pixels, tile_shape
 from drrn.machine import freed_memory_kept
 from drrn.matlab import rgb2ycbcr
 from drrn.model import DRRN
@@ -55,7 +55,7 @@ SIZES: dict[str, Any] = {
     "plain_build": 4,  # every fourth image
     "pairs": 240_000,  # to read, ours
     "start": 5,  # rounds
-    "growth": ((128, 256, 512, 1024, 2048), (5, 10, 20, 40)),  # sides; U
+    "growth": ((128, 256, 512, 1024, 2048), (5, 10, 20, 40)),  # sides, with U = 1; U, at 256²
 }
 
 
@@ -168,9 +168,13 @@ def plain_step(U: int, batch: int, features: int) -> Callable[[], Any]:
     return _step(Plain(network(U, "batch", features)), batch)
 
 
-def our_step(U: int, batch: int, features: int, checkpointing: bool = False, precision: Any = None) -> Callable:
+def our_step(
+    U: int, batch: int, features: int, checkpointing: bool = False, precision: Any = None, compiled: bool = False
+) -> Callable[[], Any]:
     ours = network(U, "batch", features).to(memory_format=torch.channels_last)
     ours.checkpointing = checkpointing
+    if compiled:
+        ours.compile_units()
     step = _step(ours, batch, precision)
 
     def run() -> None:
@@ -404,6 +408,8 @@ def training(sizes: dict[str, Any]) -> Iterator[Row]:
     yield ratio("training step, threads that spin a little, then sleep, instead of spinning", "", times, *waiting)
     times = in_turn({"float32": ours, "bfloat16": (*ours, False, torch.bfloat16)}, rounds)
     yield ratio("training step, bf16-mixed instead of float32", "", times, "float32", "bfloat16")
+    times = in_turn({"eager": ours, "compiled": (*ours, False, None, True)}, rounds)
+    yield ratio("training step, trainer.compile instead of eager", "", times, "eager", "compiled")
 
 
 def memory(sizes: dict[str, Any]) -> Iterator[Row]:
@@ -520,16 +526,20 @@ def startup(sizes: dict[str, Any]) -> Iterator[Row]:
 
 
 def growth(sizes: dict[str, Any]) -> Iterator[Row]:
-    """Time against pixels and against U; 16 features, so that 2048² is a matter of seconds."""
-    sides, units = sizes["growth"]
-    features = min(16, sizes["features"])
+    """Time against pixels and against U, what tiles compute twice, and their memory."""
+    (sides, units), features = sizes["growth"], sizes["features"]
     # As many small images as the large one has pixels, so that every time is long enough to be measured.
-    times = in_turn({f"{s}²": (repeated, 4, s, features, (max(sides) // s) ** 2) for s in sides}, 3)
+    times = in_turn({f"{s}²": (repeated, 1, s, features, (max(sides) // s) ** 2) for s in sides}, 3, warm=False)
     seconds = [statistics.median(t) for t in times.values()]
     worst = 100 * max(abs(s / statistics.median(seconds) - 1) for s in seconds)
-    detail = ", ".join(f"{n} {s:.3g} s" for n, s in zip(times, seconds, strict=True)) + " for equally many pixels"
-    yield Row("time against pixels: worst departure from linear", worst, "%", "≤ 10", detail)
-    times = in_turn({f"U{U}": (our_inference, U, 256, "batch", features) for U in units}, 5)
+    detail = ", ".join(f"{n} {s:.3g} s" for n, s in zip(times, seconds, strict=True)) + " for as many pixels"
+    yield Row("time against pixels, B1U1: worst departure from linear", worst, "%", "≤ 10", detail)
+    for U in (9, 25):
+        more = 100 * (computed_twice(network(U, "batch", features), max(sides)) - 1)
+        yield Row(
+            f"overlap of tiles, B1U{U}, {max(sides)}²", more, "%", "≤ 10", "pixels computed beyond the image's"
+        )
+    times = in_turn({f"U{U}": (our_inference, U, 256, "batch", features) for U in units}, 3)
     seconds = [statistics.median(t) for t in times.values()]
     slope, constant = np.polyfit(units, seconds, 1)
     worst = 100 * max(abs(s / (slope * U + constant) - 1) for U, s in zip(units, seconds, strict=True))
@@ -540,13 +550,24 @@ def growth(sizes: dict[str, Any]) -> Iterator[Row]:
     yield Row("memory of tiles, 4 times the pixels", many / few, "×", "≤ 1.1", detail)
 
 
+def computed_twice(model: DRRN, side: int) -> float:
+    """Pixels that the tiles of an image of side² compute, overlap included, for each pixel of it."""
+    radius = model.receptive_radius
+
+    def along(tile: int) -> int:
+        return sum(min(a + tile + radius, side) - max(a - radius, 0) for a in range(0, side, tile))
+
+    height, width = tile_shape((side, side), radius, tile_pixels(model))
+    return along(height) * along(width) / side**2
+
+
 def repeated(U: int, side: int, features: int, times: int) -> Callable[[], Any]:
     run = our_inference(U, side, "batch", features)
     return lambda: [run() for _ in range(times)]
 
 
 def tiled(side: int, features: int) -> Callable[[], Any]:
-    x, ours = np.zeros((side, side), np.float32), network(4, "batch", features).eval()
+    x, ours = np.zeros((side, side), np.float32), network(1, "batch", features).eval()
     x += 0.5  # its pages are there before the count begins
     super_resolve(ours, x[:40, :40])
     tile = max(SIZES["growth"][0]) // 8

@@ -377,6 +377,12 @@ def test_checkpointing_is_typed_with_the_model_and_changes_no_run(configure) -> 
         configure("model.checkpointing=often")
 
 
+def test_compiling_changes_no_run_and_stands_alone(configure) -> None:
+    assert run_dir(configure("trainer.compile=true")) == run_dir(configure())
+    with pytest.raises(Refusal, match="a compiled unit sees"):
+        configure("trainer.compile=true", "trainer.sync_batchnorm=true")
+
+
 def test_processes_are_another_experiment_where_they_share_out_what_batchnorm_sees(configure) -> None:
     """As micro-batches are; without BatchNorm, or with a synchronised one, they change the rounding only."""
 

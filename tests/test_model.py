@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import shutil
 from itertools import product
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drrn.model import DRRN
+from drrn.model import DRRN, residual_unit
 
 # The structures that the paper names: (arguments, d, k). k of B2U3 is printed as 784K in Sec. 4.3, which the rule
 # behind every other count contradicts: an erratum, see data/paper/fig6.csv.
@@ -392,6 +395,56 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(arguments: dict)
         assert torch.equal(tensor, again.state_dict()[name]), name
     momenta = [[m.momentum for m in n.modules() if isinstance(m, nn.BatchNorm2d)] for n in (kept, again)]
     assert momenta[0] == momenta[1]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("arguments", [*FAMILY, *PORTS], ids=ids)
+def test_the_unit_that_is_compiled_is_the_unit(arguments: dict, again: bool) -> None:
+    """Written out as a function it has the gradients, the statistics and the momenta of the layers."""
+    layers, function = (lively(DRRN(**arguments, features=3)).train() for _ in range(2))
+    for block in function.blocks:
+        block.compiled, block.checkpointing = residual_unit, again
+    generator = torch.Generator().manual_seed(1)
+    for momentum in (0.1, 0.9):
+        for network in (layers, function):
+            for norm in network.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.momentum = momentum
+        x = torch.rand(2, 1, 7, 9, generator=generator, dtype=torch.float64) * 2 - 1
+        expected, found = gradients(layers, x), gradients(function, x)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
+    for name, tensor in layers.state_dict().items():
+        torch.testing.assert_close(function.state_dict()[name], tensor, rtol=1e-12, atol=1e-15, msg=name)
+    torch.testing.assert_close(function.eval()(x), layers.eval()(x), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_units_train_as_eager_ones_from_two_graphs(precision: torch.dtype) -> None:
+    """Two, since H⁰ is input and identity of a first unit; no more, whatever the unit, block and momentum are."""
+    torch.manual_seed(0)
+    eager = DRRN(2, 3, features=8).train()
+    compiled = copy.deepcopy(eager)
+    compiled.compile_units()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for step in range(3):
+        x = torch.rand(4, 1, 12, 12)
+        results = []
+        for network in (eager, compiled):
+            for norm in network.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.momentum = 1 / (step + 1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                results.append(gradients(network, x))
+        total = torch.cat([g.flatten() for g in results[0].values()]).norm()
+        worst = max((a - b).norm() for a, b in zip(*(r.values() for r in results), strict=True))
+        assert worst < (1e-5 if precision == torch.float32 else 3e-2) * total
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    for name, tensor in eager.state_dict().items():
+        tolerance = 1e-5 if precision == torch.float32 else 2e-2
+        torch.testing.assert_close(compiled.state_dict()[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def peak_maps(network: DRRN, x: Tensor) -> float:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -335,6 +336,15 @@ def test_cosine_goes_from_one_to_zero() -> None:
     assert factors[0] == 1
     assert factors[100] == pytest.approx(0, abs=1e-12)
     assert learning_rate_factor(cosine, 150, 1, 100) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", ["sgd", "adam"])
+def test_the_optimiser_is_fused_unless_it_would_undo_a_loss_scale_after_the_clipping(algorithm: str) -> None:
+    changes = {"algorithm": algorithm, "bias_lr_mult": 1.0}
+    assert module(**changes).configure_optimizers()["optimizer"].param_groups[0]["fused"] is True
+    scaled = module(**changes)
+    scaled._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))
+    assert scaled.configure_optimizers()["optimizer"].param_groups[0]["fused"] is False
 
 
 def test_adam_takes_the_step_that_adam_takes(batches: list[Pair]) -> None:

@@ -108,6 +108,7 @@ class TrainerConfig:
     sync_batchnorm: bool = MISSING
     channels_last: bool = MISSING
     tf32: bool = False  # came later, as did `rectified_identity`
+    compile: bool = False
 
 
 @dataclass
@@ -385,6 +386,10 @@ def _check_together(config: Config) -> None:
             "optim.halve_every_epochs and optim.halve_every_steps: give one of the two and set the other to null "
             f"(now {optim.halve_every_epochs} and {optim.halve_every_steps})"
         )
+    if trainer.compile and trainer.sync_batchnorm:
+        raise Refusal(
+            "trainer.compile and trainer.sync_batchnorm: a compiled unit sees its own process only; give one"
+        )
     if optim.algorithm == "adam" and optim.bias_lr_mult != 1:
         raise Refusal(f"optim.bias_lr_mult = {optim.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
     if data.batch_size % trainer.accumulate_grad_batches:
@@ -438,7 +443,15 @@ def structure_name(model: ModelConfig) -> str:
 # can go on with other workers, another logger or on another machine.
 NOT_IDENTITY = {
     "data": ("root", "patches", "num_workers", "val_scales"),
-    "trainer": ("accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "checkpoint_every"),
+    "trainer": (
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "log_every_n_steps",
+        "checkpoint_every",
+        "compile",
+    ),
 }
 LATER = (("model", "rectified_identity", False), ("model", "input_relu", True), ("trainer", "tf32", False))
 
@@ -453,7 +466,7 @@ def _identity(whole: dict[str, Any]) -> dict[str, Any]:
     kept = {key: copy.copy(whole[key]) for key in ("model", "data", "optim", "trainer", "trainer_extra", "seed")}
     for group, keys in NOT_IDENTITY.items():
         for key in keys:
-            del kept[group][key]
+            kept[group].pop(key, None)
     devices, nodes = whole["trainer"]["devices"], whole["trainer"]["num_nodes"]
     devices = str(len(devices) if isinstance(devices, list) else devices)
     shared_out = (devices, nodes) != ("1", 1) and not whole["trainer"]["sync_batchnorm"]

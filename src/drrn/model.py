@@ -15,7 +15,7 @@ One class serves the whole family of the paper's experiments:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -62,6 +62,49 @@ def statistics_kept(norms: list[nn.Module]) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
+def residual_unit(
+    H: Tensor,
+    identity: Tensor,
+    convs: tuple[tuple[Tensor, Tensor | None], ...],
+    affines: tuple[tuple[Tensor, Tensor], ...],
+    eps: float,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """H^u of Eq. 5 in training as a function of tensors alone, so that one compiled graph serves all U units.
+
+    BatchNorm is written out: a graph of PyTorch's own would be compiled anew for every momentum
+    (`SuperResolution.on_train_batch_start` sets one at every step) and for every unit's layers.
+
+    Args:
+        H: H^{u-1} [N, C, H, W].
+        identity: what is added, [N, C, H, W].
+        convs: weight [C, C, 3, 3] and bias of both convolutions.
+        affines: weight and bias [C] of both BatchNorms; () without them.
+        eps: of the BatchNorms.
+
+    Returns:
+        H^u, and mean and variance [C] of the batch before each BatchNorm, float32.
+    """
+    statistics = []
+    for k, (weight, bias) in enumerate(convs):
+        if affines:
+            gain, shift = affines[k]
+            wide = H.to(torch.promote_types(H.dtype, torch.float32))  # bfloat16 is too coarse for statistics
+            variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+            statistics.append((mean, variance))
+            scale = gain * torch.rsqrt(variance + eps)
+            H = ((wide - mean[:, None, None]) * scale[:, None, None] + shift[:, None, None]).to(H.dtype)
+        H = F.conv2d(F.relu(H), weight, bias, padding=1)
+    return H + identity, statistics
+
+
+def average(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Let a BatchNorm's running statistics follow a batch's, as the layer does when it is called."""
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+
+
 class RecursiveBlock(nn.Module):
     """R_b of Eq. 8: one convolution f_b, then U residual units G (Sec. 3.2, Fig. 4).
 
@@ -86,6 +129,7 @@ class RecursiveBlock(nn.Module):
         self.U, self.weight_sharing, self.multi_path = U, weight_sharing, multi_path
         self.rectified_identity, self.input_relu = rectified_identity, input_relu
         self.checkpointing = False  # see `DRRN.checkpointing`
+        self.compiled: Callable | None = None  # `residual_unit`, see `DRRN.compile_units`
         sets = min(U, 1) if weight_sharing else U  # weight sets W of the residual function (Eq. 4)
         self.norm = normalisation(norm, in_channels)
         self.conv = conv3x3(in_channels, features, bias)
@@ -113,18 +157,34 @@ class RecursiveBlock(nn.Module):
             context_fn=lambda: (nullcontext(), statistics_kept(norms)),  # forward, and once more
         )
 
+    def compiled_unit(self, H: Tensor, identity: Tensor, u: int) -> Tensor:
+        """`residual` + identity through the compiled function."""
+        w = 0 if self.weight_sharing else u
+        convs = tuple((conv.weight, conv.bias) for conv in (self.conv_a[w], self.conv_b[w]))
+        norms = [norm for norm in (self.norm_a[u], self.norm_b[u]) if isinstance(norm, nn.BatchNorm2d)]
+        arguments = (H, identity, convs, tuple((n.weight, n.bias) for n in norms), norms[0].eps if norms else 0.0)
+        if self.checkpointing:
+            H, statistics = checkpoint(self.compiled, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            H, statistics = self.compiled(*arguments)
+        for norm, (mean, variance) in zip(norms, statistics, strict=True):
+            average(norm, mean, variance, H.numel() // H.shape[1])
+        return H
+
     def forward(self, x: Tensor) -> Tensor:
         """x_{b-1} [N, in_channels, H, W] → x_b [N, features, H, W]."""
         x = self.norm(x)
         H0 = self.conv(F.relu(x) if self.input_relu else x)  # [N, C, H, W]  H⁰_b = f_b(x_{b-1}), itself no ReLU
         H = H0
-        again = self.checkpointing and self.training and torch.is_grad_enabled()
+        learns = self.training and torch.is_grad_enabled()
+        again = self.checkpointing and learns
         residual = self.recomputed_residual if again else self.residual
         for u in range(self.U):
             identity = H0 if self.multi_path else H  # Eq. 5; the chain of DRRN_C is Eq. 3
             if self.rectified_identity:
                 identity = F.relu(identity)
-            H = residual(H, u).add_(identity)  # [N, C, H, W]
+            fused = self.compiled is not None and learns
+            H = self.compiled_unit(H, identity, u) if fused else residual(H, u).add_(identity)  # [N, C, H, W]
         return H
 
 
@@ -217,6 +277,16 @@ class DRRN(nn.Module):
     def checkpointing(self, on: bool) -> None:
         for block in self.blocks:
             block.checkpointing = on
+
+    def compile_units(self) -> None:
+        """Train through `torch.compile`: what stands between the convolutions of a unit becomes few passes over it.
+
+        Gradients and statistics are the same to rounding. The first step takes the compiler's time, once for all
+        units and blocks; evaluation and inference stay as they are (`drrn.inference` has its own fusion).
+        """
+        compiled = torch.compile(residual_unit, dynamic=False, fullgraph=True)
+        for block in self.blocks:
+            block.compiled = compiled
 
     @property
     def depth(self) -> int:

@@ -227,9 +227,8 @@ class SuperResolution(LightningModule):
         bound = self.optim.theta / gamma if gamma > 0 else math.inf
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm, loss = get_total_norm(gradients), self.whole_batch_loss()
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         # A loss scaler expects infinite gradients now and then, skips the step and lowers its scale.
-        if not torch.isfinite(loss if scaled else loss + norm):
+        if not torch.isfinite(loss if self.loss_is_scaled else loss + norm):
             raise Diverged(
                 f"training diverged at step {self.trainer.global_step}: loss {loss.item():.4g}, gradient norm "
                 f"{norm.item():.4g}, γ = {gamma:.4g}, clip = {self.optim.clip} with θ = {self.optim.theta:g}. "
@@ -247,8 +246,17 @@ class SuperResolution(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({"train/gamma": gamma, "train/gradient_norm": norm, "train/clipped": touched})
 
+    @property
+    def loss_is_scaled(self) -> bool:
+        """Whether gradients are those of a multiple of the loss until the optimiser steps (`16-mixed` on a GPU)."""
+        return self._trainer is not None and getattr(self._trainer.precision_plugin, "scaler", None) is not None
+
     def configure_optimizers(self) -> dict[str, Any]:
-        """SGD with weight decay on everything, biases of convolutions at `bias_lr_mult` times the rate."""
+        """SGD with weight decay on everything, biases of convolutions at `bias_lr_mult` times the rate.
+
+        PyTorch's fused kernels take the whole step at once. With a loss scaler they would also undo the scaling,
+        after the clipping, which needs it undone before.
+        """
         optim = self.optim
         biases = [m.bias for m in self.network.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
         if optim.bias_lr_mult == 1:
@@ -257,12 +265,14 @@ class SuperResolution(LightningModule):
         groups: list[dict[str, Any]] = [{"params": [p for p in self.network.parameters() if id(p) not in apart]}]
         if biases:
             groups.append({"params": biases, "lr": optim.lr * optim.bias_lr_mult})
+        fused = not self.loss_is_scaled and self.device.type in ("cpu", "cuda")
         if optim.algorithm == "sgd":
-            optimizer = torch.optim.SGD(groups, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-        else:
-            optimizer = torch.optim.Adam(
-                groups, optim.lr, betas=(optim.momentum, 0.999), weight_decay=optim.weight_decay
+            optimizer = torch.optim.SGD(
+                groups, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused
             )
+        else:
+            betas = (optim.momentum, 0.999)
+            optimizer = torch.optim.Adam(groups, optim.lr, betas, weight_decay=optim.weight_decay, fused=fused)
         per_epoch, max_steps = self.hparams["steps_per_epoch"], self.hparams["max_steps"]
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(optim, step, per_epoch, max_steps)

@@ -233,6 +233,8 @@ def measure(config: Config, threads: int | None = None) -> Speed:
         module.network.checkpointing = config.checkpointing
         if trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
+        if trainer.compile:
+            module.network.compile_units()
         try:
             Trainer(
                 accelerator=trainer.accelerator,
