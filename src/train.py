@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
 
 import hydra
@@ -90,6 +91,8 @@ def train(config: Config) -> None:
     quiet_lightning()
     torch.backends.cudnn.allow_tf32 = config.trainer.tf32  # PyTorch's own default is True
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
+    if config.trainer.compile and not torch.cuda.is_available() and not which(os.environ.get("CXX", "g++")):
+        raise Refusal("trainer.compile = True: PyTorch needs a C++ compiler for it; install g++ or name one in CXX")
     processes = Processes(config, trainer_arguments(config))
     if processes.to_be_started:
         processes.start(train, config, folder / FILE)

@@ -420,27 +420,33 @@ def test_the_unit_that_is_compiled_is_the_unit(arguments: dict, again: bool) -> 
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_units_train_as_eager_ones_from_two_graphs(precision: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("precision", "again"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)], ids=str
+)
+def test_compiled_units_train_as_eager_ones_from_two_graphs(precision: torch.dtype, again: bool) -> None:
     """Two, since H⁰ is input and identity of a first unit; no more, whatever the unit, block and momentum are."""
     torch.manual_seed(0)
-    eager = DRRN(2, 3, features=8).train()
-    compiled = copy.deepcopy(eager)
+    eager = DRRN(2, 2, features=8).train()
+    exact, compiled = copy.deepcopy(eager), copy.deepcopy(eager)
     compiled.compile_units()
+    compiled.checkpointing = again
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for step in range(3):
         x = torch.rand(4, 1, 12, 12)
         results = []
-        for network in (eager, compiled):
+        for network in (exact, eager, compiled):
             for norm in network.modules():
                 if isinstance(norm, nn.BatchNorm2d):
                     norm.momentum = 1 / (step + 1)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            coarse = precision == torch.bfloat16 and network is not exact
+            with torch.autocast("cpu", torch.bfloat16, enabled=coarse):
                 results.append(gradients(network, x))
-        total = torch.cat([g.flatten() for g in results[0].values()]).norm()
-        worst = max((a - b).norm() for a, b in zip(*(r.values() for r in results), strict=True))
-        assert worst < (1e-5 if precision == torch.float32 else 3e-2) * total
+        total = torch.cat([g.flatten() for g in results[0].values()]).norm()  # a bias before a norm has no gradient
+        for name, true in results[0].items():
+            theirs, ours = ((result[name] - true).norm() for result in results[1:])
+            limit = 1e-4 * true.norm() if precision == torch.float32 else 1.2 * theirs + 0.1 * true.norm()
+            assert ours < limit + (1e-5 if precision == torch.float32 else 5e-4) * total, name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     for name, tensor in eager.state_dict().items():
         tolerance = 1e-5 if precision == torch.float32 else 2e-2

@@ -339,6 +339,32 @@ def test_cosine_goes_from_one_to_zero() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["sgd", "adam"])
+def test_what_the_optimiser_remembers_takes_the_layout_of_the_weights(algorithm: str) -> None:
+    """Fused kernels go through both in the order of memory; a checkpoint may come from the other layout."""
+
+    def stepped(layout: torch.memory_format, before: tuple[dict, dict] | None) -> tuple[dict, dict]:
+        trained = module(U=2, algorithm=algorithm, bias_lr_mult=1.0)
+        trained.network.to(memory_format=layout)
+        optimizer = trained.configure_optimizers()["optimizer"]
+        if before is not None:
+            trained.network.load_state_dict(before[0])
+            optimizer.load_state_dict(copy.deepcopy(before[1]))
+        trained._trainer = SimpleNamespace(optimizers=[optimizer])
+        trained.on_train_start()
+        generator = torch.Generator().manual_seed(1)
+        for parameter in trained.network.parameters():
+            gradient = torch.rand(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer.step()
+        return trained.network.state_dict(), optimizer.state_dict()
+
+    begun = stepped(torch.channels_last, None)
+    (same, _), (other, _) = (stepped(layout, begun) for layout in (torch.channels_last, torch.contiguous_format))
+    for name in same:
+        torch.testing.assert_close(other[name], same[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("algorithm", ["sgd", "adam"])
 def test_the_optimiser_is_fused_unless_it_would_undo_a_loss_scale_after_the_clipping(algorithm: str) -> None:
     changes = {"algorithm": algorithm, "bias_lr_mult": 1.0}
     assert module(**changes).configure_optimizers()["optimizer"].param_groups[0]["fused"] is True

@@ -30,7 +30,7 @@ import drrn.matlab
 import drrn.patches
 from drrn import Refusal
 from drrn.datamodule import pair_loader
-from drrn.images import orientations, read_luminance
+from drrn.images import image_size, orientations, read_luminance
 from drrn.matlab import resize_matrix
 from drrn.patches import (
     HIGH,
@@ -530,8 +530,9 @@ def test_a_killed_build_leaves_nothing_for_the_next_one(builder: Callable, tmp_p
     (left,) = folder.glob("*.partial")
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     other, busy = folder / "other-0123456789.77.partial", folder / "busy-0123456789.77.partial"
-    other.touch()
-    busy.touch()
+    (other / "deep").mkdir(parents=True)
+    (folder / "old-0123456789.78.partial").touch()  # a file: earlier versions'
+    busy.mkdir()
     (folder / "film.partial").touch()  # another program's
     with FileLock(folder / "busy-0123456789.h5.lock"):
         process = builder()
@@ -609,8 +610,11 @@ def test_too_little_room_is_refused_before_the_build(
 ) -> None:
     real = os.statvfs(tmp_path)
 
-    class Full:
-        f_bavail, f_frsize = 10, real.f_frsize
+    recipe = Recipe((str(tiny_images),))
+    with_h5 = 3 * 31 * 31 * sum(pair_count(*image_size(file), recipe) for file in tiny_images.iterdir())
+
+    class Full:  # room for the patches, not for the pixels that they are cut from
+        f_bavail, f_frsize = with_h5 // real.f_frsize + 1, real.f_frsize
 
     monkeypatch.setattr(os, "statvfs", lambda path: Full)
     monkeypatch.setattr(drrn.patches, "_degrade_image", lambda *_: pytest.fail("nothing may be written"))
@@ -621,13 +625,14 @@ def test_too_little_room_is_refused_before_the_build(
     assert_nothing_left(folder)
 
 
+@pytest.mark.parametrize("when", ["_degrade_image", "_fill"])
 def test_a_disk_that_fills_up_while_building(
-    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    when: str, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real 512 kB file system if this process may mount one; else the build is told that the disk is full."""
+    """A real file system of 32 or 512 kB if this process may mount one; else the build is told that it is full."""
     folder = tmp_path / "patches"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={32 if when == '_degrade_image' else 512}k", "tmpfs", str(folder)]
     mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
     try:
         if mounted:  # the build believes that there is room, and writes from processes of its own
@@ -637,7 +642,7 @@ def test_a_disk_that_fills_up_while_building(
             def full(*_: object) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            monkeypatch.setattr(drrn.patches, "_fill", full)
+            monkeypatch.setattr(drrn.patches, when, full)
             monkeypatch.setattr(drrn.patches, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
         with pytest.raises(Refusal, match="No space left") as refusal:
             prepare_patches("tiny", Recipe((str(tiny_images),)), ANYWHERE, folder)

@@ -48,8 +48,18 @@ def _in_a_group_of_its_own(worker: int) -> None:
     os.setpgrp()
 
 
-def pair_loader(patches: Patches, batches: ShuffledBatches, num_workers: int) -> DataLoader:
-    """Batches of stored integers, as NumPy arrays (data, label) [n, p, p].
+class Pairs(tuple):
+    """A batch as it is read: the NumPy arrays (data, label) [n, p, p]."""
+
+    def pin_memory(self) -> tuple[Tensor, ...]:
+        """Tensors from which a GPU copies while it computes; the loader's thread calls it."""
+        return tuple(torch.from_numpy(part).pin_memory() for part in self)
+
+
+def pair_loader(
+    patches: Patches, batches: ShuffledBatches, num_workers: int, pin_memory: bool = False
+) -> DataLoader:
+    """Batches of stored integers, each `Pairs`, or tensors where they are pinned.
 
     Workers send arrays through their pipe; tensors would each need a socket of their own, which takes longer than
     reading the batch does (three times as long for a batch of 128).
@@ -58,15 +68,12 @@ def pair_loader(patches: Patches, batches: ShuffledBatches, num_workers: int) ->
         patches,
         sampler=batches,
         batch_size=None,
-        collate_fn=_as_read,
+        collate_fn=Pairs,
         num_workers=num_workers,
+        pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_in_a_group_of_its_own,
     )
-
-
-def _as_read(batch: Any) -> Any:
-    return batch
 
 
 class EvaluationImages:
@@ -129,7 +136,8 @@ class SuperResolutionData(LightningDataModule):
         """Batches of stored integers; the hooks below make them floats on the device."""
         trainer = self.trainer
         batches = self._batches(start=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size)
-        return pair_loader(self.patches, batches, self.data.num_workers)
+        gpu = torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda"
+        return pair_loader(self.patches, batches, self.data.num_workers, pin_memory=gpu)
 
     def _evaluation_dataloaders(self, stage: str) -> list[DataLoader]:
         loaders = []
@@ -150,11 +158,8 @@ class SuperResolutionData(LightningDataModule):
         return self._evaluation_dataloaders("test")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Arrays → tensors, in pinned memory where a GPU copies from it while it computes."""
-        if not self.trainer.training:
-            return batch
-        tensors = (torch.from_numpy(part) for part in batch)
-        return tuple(part.pin_memory() if torch.cuda.is_available() else part for part in tensors)
+        """Arrays → tensors; pinned batches are tensors already."""
+        return tuple(torch.from_numpy(part) for part in batch) if isinstance(batch, Pairs) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Stored integers → (x, x̃) [N, 1, p, p] float32 in 0…1 (x a little beyond), on the device."""

@@ -98,7 +98,13 @@ def residual_unit(
 
 
 def average(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Let a BatchNorm's running statistics follow a batch's, as the layer does when it is called."""
+    """Let a BatchNorm's running statistics follow a batch's, as the layer does when it is called.
+
+    Raises:
+        ValueError: one value a channel has no variance.
+    """
+    if count < 2:
+        raise ValueError("BatchNorm needs more than one value a channel in training")
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean, norm.momentum)
@@ -161,7 +167,9 @@ class RecursiveBlock(nn.Module):
         """`residual` + identity through the compiled function."""
         w = 0 if self.weight_sharing else u
         convs = tuple((conv.weight, conv.bias) for conv in (self.conv_a[w], self.conv_b[w]))
-        norms = [norm for norm in (self.norm_a[u], self.norm_b[u]) if isinstance(norm, nn.BatchNorm2d)]
+        norms = [norm for norm in (self.norm_a[u], self.norm_b[u]) if not isinstance(norm, nn.Identity)]
+        if not all(type(norm) is nn.BatchNorm2d for norm in norms):
+            raise TypeError(f"a compiled unit has BatchNorm2d written out, not {type(norms[0]).__name__}")
         arguments = (H, identity, convs, tuple((n.weight, n.bias) for n in norms), norms[0].eps if norms else 0.0)
         if self.checkpointing:
             H, statistics = checkpoint(self.compiled, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -269,7 +277,7 @@ class DRRN(nn.Module):
         """Whether training keeps one feature map a unit instead of four, and computes the others once more.
 
         Off at first. The gradients, BatchNorm's statistics and the result are the same; a step takes about a
-        sixth longer, since the last convolution of a unit need not be computed again.
+        sixth longer, since the last convolution of a unit need not be computed again (compiled units compute it).
         """
         return self.blocks[0].checkpointing
 
@@ -284,7 +292,10 @@ class DRRN(nn.Module):
         Gradients and statistics are the same to rounding. The first step takes the compiler's time, once for all
         units and blocks; evaluation and inference stay as they are (`drrn.inference` has its own fusion).
         """
-        compiled = torch.compile(residual_unit, dynamic=False, fullgraph=True)
+        torch._dynamo.config.optimize_ddp = False  # it would split the unit where DDP's buckets of gradients end
+        compiled = torch.compile(
+            residual_unit, dynamic=False, fullgraph=True, isolate_recompiles=True, recompile_limit=64
+        )
         for block in self.blocks:
             block.compiled = compiled
 

@@ -139,9 +139,18 @@ class SuperResolution(LightningModule):
             layer.momentum = (1 - decay) / (1 - decay**n)
 
     def on_train_start(self) -> None:
-        """No stop has been asked for."""
+        """No stop has been asked for; what the optimiser remembers lies in memory as its weights do.
+
+        A checkpoint keeps the layout that it was trained with (`trainer.channels_last`), and fused kernels go
+        through both in the order of their memory.
+        """
         self.stopping = False
         self.losses.clear()
+        for optimizer in self.trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        state[key] = torch.empty_like(parameter).copy_(value)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Put a stop (`trainer.max_time`) off to the end of an optimiser step: half of one cannot be resumed."""

@@ -307,6 +307,8 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
             else:
                 _remove_partials(folder, path)
                 log.info("building %s from %d images", path, len(files))
+                if others := sorted(other.name for other in folder.glob(f"{name}-*.h5")):
+                    log.info("beside it are %s, of other recipes, images or versions", ", ".join(others))
                 _build(path, recipe, files, attrs, workers)
     except BrokenProcessPool as error:
         raise Refusal(
@@ -316,13 +318,13 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
     except OSError as error:
         raise Refusal(
             f"{path} could not be written: {error}. Free space, or set data.patches to a folder with "
-            "room (the full 291-image file needs 5.0 GB)."
+            "room (the 291 images need 5.7 GB, of which 5.0 GB stay)."
         ) from error
     return path
 
 
 def _remove_partials(folder: Path, path: Path) -> None:
-    """Delete what builds that were killed have left: up to 5 GB each. Whoever builds holds the lock of its file.
+    """Delete what builds that were killed have left: up to 5.7 GB each. Whoever builds holds the lock of its file.
 
     Args:
         folder: all patch files' folder.
@@ -337,8 +339,10 @@ def _remove_partials(folder: Path, path: Path) -> None:
         except Timeout:
             continue  # it is being built
         log.info("removing %s, left by a build that was killed", partial)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.unlink(missing_ok=True)  # a file: earlier versions'
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)  # what another machine has open stays, and harms nobody
+        else:
+            partial.unlink(missing_ok=True)  # earlier versions'
         lock.release()
 
 
@@ -358,7 +362,7 @@ def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str |
         )
 
     folder = path.with_suffix(f".{os.getpid()}.partial")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     try:
         partial, pixels = folder / path.name, folder / "pixels"
         at = _allocate(partial, total, recipe.patch_size, attrs, beside=end)
