@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from drrn import Refusal
 from drrn.config import Config
-from drrn.images import image_files, image_size, read_luminance
+from drrn.images import image_files, image_size, orientations, read_luminance
 from drrn.metrics import SSIM_WINDOW
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, prepare_patches
 from drrn.protocol import prepare
@@ -49,7 +50,7 @@ def _in_a_group_of_its_own(worker: int) -> None:
 
 
 class Pairs(tuple):
-    """A batch as it is read: the NumPy arrays (data, label) [n, p, p]."""
+    """A batch as it is read: the NumPy arrays (data, label) [n, p, p]; orientations [n] if there are several."""
 
     def pin_memory(self) -> tuple[Tensor, ...]:
         """Tensors from which a GPU copies while it computes; the loader's thread calls it."""
@@ -74,6 +75,19 @@ def pair_loader(
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_in_a_group_of_its_own,
     )
+
+
+@lru_cache
+def _moves(p: int, device: torch.device) -> Tensor:
+    """Where each pixel of a turned patch comes from [8, p²]."""
+    pixels = np.arange(p * p).reshape(p, p)
+    return torch.from_numpy(np.stack(orientations(pixels))).flatten(1).to(device)
+
+
+def turned(patches: Tensor, orientation: Tensor) -> Tensor:
+    """Patches [N, p, p], each in its orientation [N], numbered as in `images.orientations`; pixels are moved."""
+    moves = _moves(patches.shape[-1], patches.device)[orientation]  # [N, p²]
+    return patches.flatten(1).gather(1, moves).view_as(patches)
 
 
 class EvaluationImages:
@@ -162,8 +176,9 @@ class SuperResolutionData(LightningDataModule):
         return tuple(torch.from_numpy(part) for part in batch) if isinstance(batch, Pairs) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Stored integers → (x, x̃) [N, 1, p, p] float32 in 0…1 (x a little beyond), on the device."""
+        """Stored integers → (x, x̃) [N, 1, p, p] float32 in 0…1 (x a little beyond), turned; on the device."""
         if not self.trainer.training:
             return batch
-        data, label = batch
-        return data.float().mul_(STEP).add_(LOW)[:, None], label.float().div_(255)[:, None]
+        data, label, *orientation = batch
+        pair = data.float().mul_(STEP).add_(LOW), label.float().div_(255)
+        return tuple((turned(z, *orientation) if orientation else z)[:, None] for z in pair)

@@ -458,7 +458,8 @@ class Patches:
     """Pairs of a patch file by index, a whole batch in one call.
 
     With online augmentation (`turns` = 8) the indices run over turns × stored pairs: index i is stored
-    pair i mod N in orientation i div N, so an epoch sees every orientation once, as offline does.
+    pair i mod N in orientation i div N, so an epoch sees every orientation once, as offline does. The pairs come
+    as they are stored, with their orientations; `datamodule.turned` turns them, on the device.
 
     The datasets are contiguous, so h5py is asked once where they start and rows are read with preadv: ten
     times as fast as slicing through HDF5, and it needs no handle that would not survive a fork. Every reading
@@ -479,8 +480,11 @@ class Patches:
     def __len__(self) -> int:
         return self.stored * self.turns
 
-    def __getitem__(self, indices: NDArray[np.integer]) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-        """A batch (data, label) [len(indices), p, p]; consecutive indices are read together."""
+    def __getitem__(self, indices: NDArray[np.integer]) -> tuple[NDArray, ...]:
+        """A batch (data, label) [len(indices), p, p]; consecutive indices are read together.
+
+        With online augmentation their orientations [len(indices)], int64, are the third.
+        """
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
         x = np.empty((len(indices), self.size, self.size), np.dtype("<u2"))
@@ -489,15 +493,7 @@ class Patches:
         for a, b in runs(row + turn * (self.stored + 1)):
             _read(self._file, x[a:b], self.data_at + int(row[a]) * x[0].nbytes)
             _read(self._file, y[a:b], self.label_at + int(row[a]) * y[0].nbytes)
-            if turn[a]:
-                x[a:b], y[a:b] = self._turned(x[a:b], int(turn[a])), self._turned(y[a:b], int(turn[a]))
-        return x, y
-
-    @staticmethod
-    def _turned(patches: NDArray, o: int) -> NDArray:
-        """Orientation o (`images.orientations`) of [n, p, p], a copy."""
-        patches = np.rot90(patches, o % 4, axes=(1, 2))
-        return (patches[..., ::-1] if o >= 4 else patches).copy()
+        return (x, y) if self.turns == 1 else (x, y, turn)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}
