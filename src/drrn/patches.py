@@ -62,7 +62,7 @@ class Recipe:
     scales: tuple[int, ...] = (2, 3, 4)
     patch_size: int = 31
     stride: int = 21
-    augment: str = "offline"  # "offline": eight orientations stored; "online": one, turned when read
+    augment: str = "offline"  # "offline": eight orientations stored; "online": one, turned on the device
 
     @classmethod
     def of(cls, data: DataConfig) -> Recipe:
