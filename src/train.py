@@ -54,7 +54,7 @@ def train(config: Config) -> None:
 
     Raises:
         Refusal: what the user can mend; the record says "failed" and why.
-        Stopped: Ctrl-C, SIGTERM or SIGUSR1; the record says "stopped", and the same command goes on.
+        Stopped: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; the record says "stopped", and the same command goes on.
     """
     from drrn.records import FILE, finished_record, locked, means, read_record, run_record
 

@@ -38,8 +38,10 @@ SIX = (
 def ctrl_c_is_heard() -> Iterator[None]:
     """Where the suite runs in the background of a script, the shell has SIGINT ignored, and so would the runs."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,7 @@ def checkpoint(folder: Path) -> dict[str, Any]:
         (signal.SIGTERM, "training_step", 2, 3, ()),  # the step is finished
         (signal.SIGINT, "training_step", 1, 2, ("data.num_workers=2",)),  # its validation is made up for
         (signal.SIGUSR1, "training_step", 5, 6, ()),  # the last one
+        (signal.SIGHUP, "training_step", 2, 3, ()),  # the terminal was closed
         (signal.SIGINT, "training_step", 2, 3, ("trainer.accumulate_grad_batches=2",)),
         (signal.SIGTERM, "validation_step", 4, 4, ()),  # not waited for, and made up for
         (signal.SIGTERM, "validation_step", 6, 6, ()),  # the last one

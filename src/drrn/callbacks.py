@@ -84,7 +84,9 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """What Ctrl-C, SIGTERM and SIGUSR1 (Slurm's usual warning) do while a run lasts: end it, and lose nothing.
+    """What Ctrl-C, SIGTERM, SIGUSR1 (Slurm's usual warning) and SIGHUP (a closed terminal) do while a run lasts.
+
+    They end it, and nothing is lost.
 
     While a training step is under way (`busy`), the signal is only noted: the step is finished and kept, then
     `Checkpoints` raises `Stopped`. At all other times there is nothing to keep and `Stopped` is raised at once:
@@ -92,7 +94,7 @@ class StopSignals:
     second Ctrl-C never waits.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
