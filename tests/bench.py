@@ -1,6 +1,6 @@
 """`make bench`: the project's claims about speed, each as a ratio of two things timed in turn in one run.
 
-    python tests/bench.py            # about 20 minutes on two idle cores; report/bench.json and bench.md
+    python tests/bench.py            # half an hour on two idle cores; report/bench.json and bench.md
     python tests/bench.py training   # some parts only
 
 The two things of a ratio live in two processes that take turns, so that neither sees the other's memory. Plain
