@@ -63,7 +63,7 @@ def pair_loader(
     """Batches of stored integers, each `Pairs`, or tensors where they are pinned.
 
     Workers send arrays through their pipe; tensors would each need a socket of their own, which takes longer than
-    reading the batch does (three times as long for a batch of 128).
+    reading the batch does.
     """
     return DataLoader(
         patches,

@@ -146,7 +146,7 @@ def rgb2ycbcr(rgb: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.uint8
 
 
 def rgb2y(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """`rgb2ycbcr(rgb)[..., 0]` of 8-bit colours, in whole numbers: twenty times as fast as with Cb and Cr.
+    """`rgb2ycbcr(rgb)[..., 0]` of 8-bit colours, in whole numbers, which is faster.
 
     Args:
         rgb: [H, W, 3].

@@ -435,7 +435,7 @@ def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
         with h5py.File(path, "r") as file:
             for key, expected in attrs.items():
                 found = file.attrs.get(key)
-                found = found.decode() if isinstance(found, bytes) else found  # str in files of earlier versions
+                found = found.decode() if isinstance(found, bytes) else found  # str where others wrote the file
                 if found != expected:
                     raise Refusal(f"{path}: its {key} is {found!r}, this run needs {expected!r}. {advice}")
             data, label = file["data"], file["label"]
