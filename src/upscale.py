@@ -230,9 +230,13 @@ def enlarge_file(
             f"max_pixels = {options.max_pixels:,}; if that is meant, raise max_pixels"
         )
     dtype = stored_dtype(target, photo.pixels.dtype, channels, size)
-    tile = options.tile
-    if tile is None and network is not None and target.suffix.lower() not in (".png", ".tif", ".tiff"):
-        tile = tile_beside(4 * size[0] * size[1], network)
+    room = None
+    if network is not None and target.suffix.lower() not in (
+        ".png",
+        ".tif",
+        ".tiff",
+    ):  # those are written in strips
+        room = room_beside(4 * size[0] * size[1], network)
 
     task = bars.add_task(source.name, total=None)
     said = time.monotonic()
@@ -242,25 +246,23 @@ def enlarge_file(
         bars.update(task, completed=done, total=total)
         if bars.disable and done and time.monotonic() - said > 30:
             said = time.monotonic()
-            print(f"{source}: {done} of {total} tiles", file=sys.stderr, flush=True)
+            print(f"{source}: {done} of {total} parts", file=sys.stderr, flush=True)
 
     try:
-        strips = enlarge(photo.pixels, size, network, tile, options.self_ensemble, progress)
+        strips = enlarge(photo.pixels, size, network, options.tile, options.self_ensemble, progress, room)
         notes = write_photo(target, strips, (*size, channels), dtype, photo, options.quality)
     finally:
         bars.remove_task(task)
     return f"{source} {width}×{height} → {target} {size[1]}×{size[0]}", photo.notes + notes
 
 
-def tile_beside(canvas: int, network: DRRN) -> int | None:
-    """The side of a tile when a result of so many bytes is in memory too; None where it makes no difference."""
-    from drrn.inference import MAPS, TILE_BYTES
+def room_beside(canvas: int, network: DRRN) -> int:
+    """Bytes that feature maps may take when a result of so many bytes is in memory too."""
+    from drrn.inference import ROOM, free_room
 
-    room = MEMORY - WORKING - canvas
-    if room >= TILE_BYTES:
-        return None
-    side = math.isqrt(max(room, TILE_BYTES // 8) // (MAPS * 4 * network.features))
-    return max(side - 2 * network.receptive_radius, network.receptive_radius)
+    room = free_room(network)
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    return min(room, max(MEMORY - WORKING - canvas, ROOM // 8)) if on_cpu else room
 
 
 def choose_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ from torch import nn
 
 from drrn import inference
 from drrn.images import image_files, read_luminance
-from drrn.inference import Folded, super_resolve, super_resolve_strips, tile_pixels, tile_shape
+from drrn.inference import Folded, Stream, most_rows, super_resolve, super_resolve_strips, tile_shape
 from drrn.model import DRRN
 from drrn.protocol import prepare
 
@@ -116,6 +116,97 @@ def test_the_network_is_left_as_it_was_and_its_mode_does_not_matter():
         assert torch.equal(value, before[name]), name
 
 
+# ---------------------------------------------------------------------- strips
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("structure", FAMILY.values(), ids=FAMILY)
+def test_rows_may_come_in_any_portions(structure, norm):
+    """Fewer than the layers lag behind, one, or all: the image comes out whole, in order, the same."""
+    network = lively(norm=norm, **structure)
+    folded = Folded(network)
+    for shape in ((37, 20), (5, 30), (1, 30)):
+        x = photograph(*shape) - 0.2
+        expected = whole(network, x)
+        for portions in ([shape[0]], [1], [2], [5, 3], [13, 1]):
+            stream, parts, top = Stream(folded, shape[0]), [], 0
+            while top < shape[0]:
+                h = portions[len(parts) % len(portions)]
+                parts.append(stream(tensor(x[top : top + h]))[0, 0].numpy())
+                top += h
+            np.testing.assert_allclose(np.concatenate(parts), expected, rtol=0, atol=1e-5, err_msg=str(portions))
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_strips_without_onednn():
+    network = lively(B=2, U=3)
+    x = photograph(40, 20)
+    with torch.backends.mkldnn.flags(enabled=False):
+        stream = Stream(Folded(network), len(x))
+        y = torch.cat([stream(tensor(x[a : a + 7])) for a in range(0, len(x), 7)], dim=2)
+    np.testing.assert_allclose(y[0, 0].numpy(), whole(network, x), rtol=0, atol=1e-5)
+
+
+def computed(network: DRRN, run) -> int:
+    """Pixels of a feature map that the convolutions within the units compute in `run`."""
+    pixels, convolve = [], inference.Convolution.__call__
+
+    def counting(self, x, *args, **kwargs):
+        y = convolve(self, x, *args, **kwargs)
+        if x.shape[1] == y.shape[1] == network.features:
+            pixels.append(y.shape[2] * y.shape[3])
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference.Convolution, "__call__", counting)
+        run()
+    return sum(pixels)
+
+
+@pytest.mark.parametrize("U", [9, 25])
+def test_strips_compute_little_twice(U):
+    """Against the 2U convolutions of every pixel: each unit's first one does two rows more a strip, at most."""
+    network = DRRN(1, U, features=4)
+    x = np.zeros((600, 30), np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "STRIP_BYTES", 0)
+        assert len(inference.strips(network, x.shape, inference.ROOM)) == 600 // 32 + 2
+        pixels = computed(network, lambda: super_resolve(network, x))
+    assert 2 * U * x.size < pixels < 1.04 * 2 * U * x.size
+
+
+def test_a_large_image_goes_through_in_strips_within_its_room():
+    """A 24-megapixel photograph by the paper's largest network: no overlap, and 1 GB is enough."""
+    network = DRRN(1, 25, features=128)
+    assert most_rows(network, 6000, inference.ROOM) >= inference.STRIP_ROWS
+    strips = inference.strips(network, (4000, 6000), inference.ROOM)
+    assert max(end - first for first, end in strips) == 32
+    assert sum(strips, ()) == (0, *(end for _, end in strips for _ in range(2)))[:-1]  # they follow each other
+    assert inference.strips(network, (100, 100), inference.ROOM) == [(0, 100)]  # a small one at once
+    assert most_rows(network, 12000, inference.ROOM) < inference.STRIP_ROWS  # tiles
+
+
+@pytest.mark.parametrize("shape", [(150, 70), (20, 90)])
+def test_strips_and_tiles_by_the_memory_there_is(shape, monkeypatch):
+    network = lively(B=1, U=2)
+    x = photograph(*shape)
+    monkeypatch.setattr(inference, "STRIP_BYTES", 0)
+    asked = {}
+    for room in (10**9, 30_000):
+        asked[room] = []
+
+        def rows(first: int, last: int, room: int = room) -> np.ndarray:
+            asked[room].append((first, last))
+            return x[first:last]
+
+        y = np.concatenate(list(super_resolve_strips(network, rows, x.shape, room=room)))
+        np.testing.assert_allclose(y, whole(network, x), rtol=0, atol=1e-5)
+    (_, end), (again, _) = [*asked[10**9], (shape[0], 0), (shape[0], 0)][:2]
+    assert end == again  # strips follow each other
+    assert most_rows(network, shape[1], 30_000) < 0
+    assert len(asked[30_000]) == -(-shape[0] // (2 * network.receptive_radius))  # tiles of the least size
+
+
 # ---------------------------------------------------------------------- tiles
 
 
@@ -174,7 +265,11 @@ def test_strips_ask_for_no_more_rows_than_they_need():
 
 
 @pytest.mark.parametrize("tile", [None, 15])
-def test_self_ensemble_is_the_mean_over_the_eight_orientations(tile):
+@pytest.mark.parametrize("strips", [False, True])
+def test_self_ensemble_is_the_mean_over_the_eight_orientations(tile, strips, monkeypatch):
+    if strips:
+        monkeypatch.setattr(inference, "STRIP_BYTES", 0)
+        monkeypatch.setattr(inference, "STRIP_ROWS", 7)
     network = lively(B=1, U=2)
     x = photograph(30, 41)
     turned = []
@@ -191,50 +286,50 @@ def test_self_ensemble_is_the_mean_over_the_eight_orientations(tile):
 
 
 @given(
-    height=st.integers(1, 3000),
-    width=st.integers(1, 3000),
-    radius=st.integers(1, 60),
-    pixels=st.integers(1, 700_000),
+    height=st.integers(1, 9000),
+    width=st.integers(1, 30000),
+    U=st.integers(0, 25),
+    features=st.integers(1, 128),
+    room=st.integers(0, 10**9),
 )
-def test_tile_shapes_cover_the_image_and_fit(height, width, radius, pixels):
-    h, w = tile_shape((height, width), radius, pixels)
+def test_tile_shapes_cover_the_image_and_fit(height, width, U, features, room):
+    network = NetworkLike(1, U, features)
+    h, w = tile_shape(network, (height, width), room)
     assert 1 <= h <= height
     assert 1 <= w <= width
-    if height * width <= pixels:
-        assert (h, w) == (height, width)
-    computed = min(height, h + 2 * radius) * min(width, w + 2 * radius)
-    if pixels >= (4 * radius) ** 2:  # what tile_pixels grants at least
-        assert computed <= pixels
+    radius = network.receptive_radius
+    for side, length in ((h, height), (w, width)):
+        if side < length and side > 2 * radius:  # not the least, so it fits, whichever way it is turned
+            assert most_rows(network, side + 2 * radius, room) >= inference.STRIP_ROWS
+    if h < height and h > 4 * radius:
+        assert h * width <= inference.TILE_PIXELS
 
 
-def test_large_images_waste_little_on_overlap():
-    """B1U9 at 1 GB: a 2048² image computes at most a tenth more than it keeps, so time stays linear."""
-    radius, pixels = 20, inference.TILE_BYTES // (3 * 128 * 4)
-    h, w = tile_shape((2048, 2048), radius, pixels)
-    rows, columns = -(-2048 // h), -(-2048 // w)
-    work = (2048 + 2 * radius * (rows - 1)) * (2048 + 2 * radius * (columns - 1))
-    assert rows * columns > 1
-    assert work < 1.1 * 2048**2
+class NetworkLike:
+    """What the division of an image asks of a network, which takes its time to make."""
+
+    def __init__(self, B: int, U: int, features: int) -> None:
+        self.features, self.receptive_radius = features, (1 + 2 * U) * B + 1
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
 
 
-def test_tiles_follow_the_memory_that_is_free(monkeypatch):
-    network = DRRN(1, 25, features=128)
-    per_pixel = inference.MAPS * 128 * 4
+def test_the_room_follows_the_memory_that_is_free(monkeypatch):
+    network = DRRN(1, 1, features=2)
     monkeypatch.setattr(inference, "available_memory", lambda: 64 * 10**9)
-    assert tile_pixels(network) * per_pixel == pytest.approx(inference.TILE_BYTES, rel=1e-3)
+    assert inference.free_room(network) == inference.ROOM
     monkeypatch.setattr(inference, "available_memory", lambda: 5 * 10**8)
-    assert tile_pixels(network) * per_pixel == pytest.approx(2.5 * 10**8, rel=1e-3)
-    monkeypatch.setattr(inference, "available_memory", lambda: 0)
-    assert tile_pixels(network) == (4 * 52) ** 2  # the overlap must not eat everything
+    assert inference.free_room(network) == 2.5 * 10**8
 
 
 def test_available_memory_is_a_sane_number():
     assert 10**6 < inference.available_memory() < 10**15
 
 
-def test_the_automatic_tile_is_used(monkeypatch):
+def test_what_the_machine_has_decides(monkeypatch):
     network = lively(B=1, U=2)
-    monkeypatch.setattr(inference, "tile_pixels", lambda network: 900)
+    monkeypatch.setattr(inference, "available_memory", lambda: 60_000)
     x, calls = photograph(60, 70), []
     y = super_resolve(network, x, progress=lambda done, total: calls.append((done, total)))
     assert calls[-1][0] == calls[-1][1] > 4

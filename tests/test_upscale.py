@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageCms, ImageOps
 
 import upscale
-from drrn import Refusal, photos
+from drrn import Refusal, inference, photos
 from drrn.config import ModelConfig, typed
 from drrn.images import image_files
 from drrn.matlab import imresize, rgb2ycbcr, ycbcr2rgb
@@ -690,11 +690,15 @@ def test_scales_outside_the_training_are_said(rgb, tmp_path, weights, capsys):
         assert ("outside the scales" in capsys.readouterr().err) == warns
 
 
-def test_a_small_canvas_leaves_the_tiles_alone():
+def test_a_large_canvas_leaves_less_room_to_feature_maps(monkeypatch):
     network = lively(B=1, U=2)
-    assert upscale.tile_beside(4 * 10_000_000, network) is None
-    large = upscale.tile_beside(4 * 300_000_000, network)
-    assert large * large * 3 * 4 * network.features < upscale.MEMORY - 4 * 300_000_000
+    monkeypatch.setattr(inference, "available_memory", lambda: 64 * 10**9)
+    assert upscale.room_beside(4 * 10_000_000, network) == inference.ROOM
+    canvas = 4 * 200_000_000
+    assert (
+        upscale.room_beside(canvas, network) + canvas < upscale.MEMORY < inference.ROOM + canvas + upscale.WORKING
+    )
+    assert upscale.room_beside(10**12, network) > 0
 
 
 SCRIPT = str(ROOT / "src" / "upscale.py")

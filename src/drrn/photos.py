@@ -328,6 +328,7 @@ def enlarge(
     tile: int | None = None,
     self_ensemble: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    room: int | None = None,
 ) -> Iterator[NDArray[Any]]:
     """Super-resolve an image, colour as in the paper: Y by the network, Cb and Cr by bicubic.
 
@@ -339,7 +340,7 @@ def enlarge(
         pixels: [H, W, C], uint8, uint16 or float32 as in `Photo`.
         size: (H', W') of the result.
         network: None enlarges everything by bicubic.
-        tile, self_ensemble, progress: as in `drrn.inference.super_resolve`.
+        tile, self_ensemble, progress, room: as in `drrn.inference.super_resolve_strips`.
 
     Yields:
         Strips [h, W', C] of the result from the top, of the same dtype, rounded half up and clipped to its range;
@@ -374,7 +375,7 @@ def enlarge(
     else:
         from drrn.inference import super_resolve_strips
 
-        strips = super_resolve_strips(network, luminance, size, tile, self_ensemble, progress)
+        strips = super_resolve_strips(network, luminance, size, tile, self_ensemble, progress, room)
 
     top = 0
     for y in strips:
