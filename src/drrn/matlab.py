@@ -71,7 +71,7 @@ def imresize(
             raise ValueError(f"size must be (height, width) of at least 1 pixel each, got {size}")
         scales = (size[0] / sides[0], size[1] / sides[1])
 
-    result = array.astype(np.float64)
+    result = array.astype(np.float64, copy=False)
     for axis in sorted((0, 1), key=lambda a: scales[a]):  # smaller scale first; rows first if equal
         weights = resize_matrix(sides[axis], scales[axis], size[axis])
         lines = np.moveaxis(result, axis, 0)

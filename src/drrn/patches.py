@@ -19,14 +19,16 @@ and the format. A file's name holds the digest of both: another recipe or other 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -50,7 +52,9 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 LOW, HIGH = -0.75, 1.75
 STEP = (HIGH - LOW) / 65535
-ROWS = 8192  # that a building process makes at a time: 24 MB
+ROWS = 8192  # that a building process cuts before it writes them: 24 MB, which the cache holds
+JOB = 8 * ROWS  # that it is told to do at a time
+PAGE = 4096  # bytes; what is written past the page cache begins and ends at a multiple
 RUN = 16  # rows read together: long enough to be one read, short enough that a batch mixes many places
 
 
@@ -156,7 +160,8 @@ def quantise(x: NDArray[np.float64]) -> NDArray[np.uint16]:
     Flat areas of every fifth grey level lie half-way between two levels: those go up, whatever the last bits of
     x are, so that an image which is degraded and then turned gives what the turned one does.
     """
-    levels = (x - LOW) / STEP
+    levels = x - LOW
+    levels /= STEP
     if not (levels.min() >= -1e-6 and levels.max() <= 65535 + 1e-6):  # NaN too
         raise ValueError(f"bicubic values {x.min():.3f}…{x.max():.3f} are outside {LOW}…{HIGH}")
     levels += 0.5 + 1e-6
@@ -168,12 +173,13 @@ def _degrade_image(source: Source, recipe: Recipe, pixels: Path) -> None:
     y = read_luminance(source.path)
     if y.shape != (source.height, source.width):
         raise Refusal(f"{source.path} changed while its patches were cut: run the same command again")
+    truth = y / 255.0
     with pixels.open("r+b") as file:
         file.seek(source.at)
         file.write(np.ascontiguousarray(y))
         for (scale, top, left, h, w), at in kept(*y.shape, recipe)[0].items():
             file.seek(source.at + at)
-            file.write(quantise(degrade(y[top : top + h, left : left + w] / 255.0, scale)))
+            file.write(quantise(degrade(truth[top : top + h, left : left + w], scale)))
 
 
 class Cutter:
@@ -203,7 +209,7 @@ class Cutter:
     def __call__(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
         """Numbers of pairs → (data, label), each [len(numbers), p, p]."""
         p = self.p
-        data, label = np.empty((len(numbers), p, p), "<u2"), np.empty((len(numbers), p, p), np.uint8)
+        data, label = (_aligned((len(numbers), p, p), dtype) for dtype in ("<u2", "u1"))
         version = np.searchsorted(self.first, numbers, side="right") - 1
         down, across = np.divmod(numbers - self.first[version], self.across[version])
         order = np.argsort(numbers)  # neighbours in an image one after the other
@@ -221,10 +227,58 @@ def _fill(
     first: int, numbers: NDArray[np.int64], build: tuple[tuple[Source, ...], Recipe, Path], path: Path, at: Places
 ) -> None:
     """Cut the pairs of the rows first, first + 1, … and write them (runs in a worker process)."""
+    cutter = _cutter(*build)
+    with ThreadPoolExecutor(1) as writer:  # the disk works while this thread cuts what comes next
+        writing: Future | None = None
+        for a in range(0, len(numbers), ROWS):
+            pair = cutter(numbers[a : a + ROWS])
+            if writing:
+                writing.result()
+            places = [offset + (first + a) * rows[0].nbytes for offset, rows in zip(at, pair, strict=True)]
+            writing = writer.submit(_write, path, pair, places)
+        writing.result()
+
+
+def _aligned(shape: tuple[int, ...], dtype: str) -> NDArray:
+    """An array that begins at a multiple of PAGE."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + PAGE, np.uint8)
+    begin = -memory.ctypes.data % PAGE
+    return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _write(path: Path, arrays: Sequence[NDArray], places: Sequence[int]) -> None:
+    """Write arrays to their places (bytes) in a file."""
     with path.open("r+b") as file:
-        for rows, offset in zip(_cutter(*build)(numbers), at, strict=True):
-            file.seek(offset + first * rows[0].nbytes)
-            file.write(rows)
+        for array, at in zip(arrays, places, strict=True):
+            content = array.reshape(-1).view(np.uint8)
+            done = _write_directly(path, content, at)
+            file.seek(at + done)
+            file.write(content[done:])
+
+
+def _write_directly(path: Path, content: NDArray[np.uint8], at: int) -> int:
+    """Write whole pages past the page cache, whose own pages cost the processor more than cutting what is in them.
+
+    Returns:
+        Bytes written: 0 on systems and file systems that cannot.
+    """
+    whole, done = len(content) // PAGE * PAGE if at % PAGE == 0 else 0, 0
+    if not whole or not hasattr(os, "O_DIRECT"):
+        return 0
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except OSError:
+        return 0  # if there is another reason, the plain write meets it too
+    try:
+        while done < whole:
+            done += os.pwrite(descriptor, content[done:whole], at + done)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+    return done
 
 
 def _start_worker() -> None:
@@ -378,13 +432,13 @@ def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str |
                 for job in track(jobs, description=f"Degrading {len(files)} images"):
                     job.result()
                 jobs = [
-                    pool.submit(_fill, first, numbers[first : first + ROWS], build, partial, at)
-                    for first in range(0, total, ROWS)
+                    pool.submit(_fill, first, numbers[first : first + JOB], build, partial, at)
+                    for first in range(0, total, JOB)
                 ]
                 with partial.open("rb") as file:
                     for job in track(jobs, description=f"Cutting {total:,} pairs"):
                         job.result()
-                        os.fsync(file.fileno())  # the disk works while the others cut
+                        os.fsync(file.fileno())  # what went through the page cache, while the others cut
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -405,7 +459,8 @@ def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int], besid
     free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
     if free < 3 * size + beside:
         raise OSError(f"{(3 * size + beside) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
-    with h5py.File(path, "w", libver="latest") as file:
+    # Where the datasets begin, and every piece of ROWS of theirs, can be written directly.
+    with h5py.File(path, "w", libver="latest", alignment_threshold=PAGE, alignment_interval=PAGE) as file:
         for key, value in attrs.items():
             # Texts of fixed length stand in the header, under HDF5's checksum. The heap where others stand has
             # none: a bit flipped there can make HDF5 search it for ever.
