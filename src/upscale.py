@@ -30,6 +30,7 @@ CHOICES = {"method": ("network", "bicubic")}
 MEMORY = 2_000_000_000  # bytes beside the loaded image, everything included
 WORKING = 600_000_000  # of these, what strips, decoders, encoders and the weights take
 PAPER_SCALES = [2, 3, 4]
+STREAMED = (".png", ".tif", ".tiff")  # results that are written strip by strip
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Options:
     suffix: str | None = MISSING  # format of outputs in a folder; None: the input's own
     quality: int = MISSING  # JPEG, WebP: 1…100
     self_ensemble: bool = MISSING  # average over 8 orientations
-    tile: int | None = MISSING  # side of a tile, pixels; None: by memory
+    tile: int | None = MISSING  # side of a tile, pixels; None: strips, by memory
     device: str = MISSING  # auto, or torch's name of one
     max_pixels: int = MISSING  # largest input; results at most 16 times as many
 
@@ -231,11 +232,7 @@ def enlarge_file(
         )
     dtype = stored_dtype(target, photo.pixels.dtype, channels, size)
     room = None
-    if network is not None and target.suffix.lower() not in (
-        ".png",
-        ".tif",
-        ".tiff",
-    ):  # those are written in strips
+    if network is not None and target.suffix.lower() not in STREAMED:
         room = room_beside(4 * size[0] * size[1], network)
 
     task = bars.add_task(source.name, total=None)

@@ -7,7 +7,8 @@ Sound files of every kind that the readers know are damaged at random (seeded): 
 zeroed or repeated, lengths and sizes set to extremes, two files spliced. Each is read in a child process, whose
 death, silence of 20 s or size counts against the file. Offending files are kept and named; exit code 1.
 
-Then a photograph of 6,000×4,000 is enlarged ×2 by `src/upscale.py`, with a narrow network (32 features): at most 2 GB more than having torch and the photograph loaded.
+Then a photograph of 6,000×4,000 is enlarged ×2 by `src/upscale.py`, with a narrow network (32 features): at most
+2 GB more than having torch and the photograph loaded.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python tests/stress_input.py        # about 5 minutes
 
-Every bit of what is not a pair is flipped (attributes, types, shapes, offsets, checksums), one at a time, and the
-file is cut at 2,000 random lengths; each is checked and read whole, with 20 s for each. What is refused is refused
-with the advice to delete it; what is taken gives the pairs of the sound file. Exit code 1 if not.
+Every bit of what is not a pair is flipped (attributes, types, shapes, offsets, checksums), one at a time, of the
+zeros between only those of every 64th byte, and the file is cut at 2,000 random lengths; each is checked and read
+whole, with 20 s for each. What is refused is refused with the advice to delete it; what is taken gives the pairs of
+the sound file. Exit code 1 if not.
 
 A bit flipped in a pair is noticed by nobody: there is no digest over the 5 GB, which would be read at every start.
 """
@@ -25,7 +26,9 @@ SECONDS = 20
 
 def damaged(whole: bytes, outside: np.ndarray) -> Iterator[tuple[str, bytes]]:
     """(what was done, the file)."""
-    for place in np.flatnonzero(outside).tolist():
+    zero = np.frombuffer(whole, np.uint8) == 0
+    gaps = zero & np.roll(zero, 1) & np.roll(zero, -1)  # within those that align the datasets, mostly
+    for place in np.flatnonzero(outside & ~gaps).tolist() + np.flatnonzero(outside & gaps)[::64].tolist():
         for bit in range(8):
             data = bytearray(whole)
             data[place] ^= 1 << bit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -132,19 +133,43 @@ def test_rows_may_come_in_any_portions(structure, norm):
             stream, parts, top = Stream(folded, shape[0]), [], 0
             while top < shape[0]:
                 h = portions[len(parts) % len(portions)]
-                parts.append(stream(tensor(x[top : top + h]))[0, 0].numpy())
+                rows = tensor(x[top : top + h]).repeat(2, 1, 1, 1)  # two images at once
+                parts.append(stream(rows))
+                rows.zero_()  # the caller's memory is the caller's
                 top += h
-            np.testing.assert_allclose(np.concatenate(parts), expected, rtol=0, atol=1e-5, err_msg=str(portions))
+            for y in torch.cat(parts, dim=2):
+                np.testing.assert_allclose(y[0].numpy(), expected, rtol=0, atol=1e-5, err_msg=str(portions))
+            with pytest.raises(ValueError, match=f"{shape[0] + 1} rows came of an image of {shape[0]}"):
+                stream(tensor(x[:1]))
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
-def test_strips_without_onednn():
-    network = lively(B=2, U=3)
+@pytest.mark.parametrize("structure", FAMILY.values(), ids=FAMILY)
+def test_strips_without_onednn(structure):
+    network = lively(**structure)
     x = photograph(40, 20)
     with torch.backends.mkldnn.flags(enabled=False):
         stream = Stream(Folded(network), len(x))
         y = torch.cat([stream(tensor(x[a : a + 7])) for a in range(0, len(x), 7)], dim=2)
     np.testing.assert_allclose(y[0, 0].numpy(), whole(network, x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_a_stream_leaves_cudnn_on_but_for_tf32(monkeypatch):
+    """By the flags that a convolution sees; `torch.backends.cudnn.flags` would switch cuDNN off."""
+    network, cudnn, seen, convolve = lively(B=1, U=1), torch.backends.cudnn, [], nn.functional.conv2d
+
+    def looking(*args, **kwargs):
+        seen.append((cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark))
+        return convolve(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "conv2d", looking)
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    with torch.backends.mkldnn.flags(enabled=False):
+        Folded(network)(tensor(photograph(9, 9)))
+    assert set(seen) == {(True, False, False)}
+    assert (cudnn.allow_tf32, cudnn.benchmark) == (True, True)
 
 
 def computed(network: DRRN, run) -> int:
@@ -182,7 +207,9 @@ def test_a_large_image_goes_through_in_strips_within_its_room():
     strips = inference.strips(network, (4000, 6000), inference.ROOM)
     assert max(end - first for first, end in strips) == 32
     assert sum(strips, ()) == (0, *(end for _, end in strips for _ in range(2)))[:-1]  # they follow each other
-    assert inference.strips(network, (100, 100), inference.ROOM) == [(0, 100)]  # a small one at once
+    assert inference.strips(network, (70, 100), inference.ROOM) == [(0, 70)]  # a small one at once
+    assert inference.strips(network, (10, 20_000), inference.ROOM) == [(0, 10)]  # a low one needs no rows kept
+    assert len(inference.strips(network, (90, 7000), inference.ROOM)) == 1  # keeping rows would need more
     assert most_rows(network, 12000, inference.ROOM) < inference.STRIP_ROWS  # tiles
 
 
@@ -201,8 +228,10 @@ def test_strips_and_tiles_by_the_memory_there_is(shape, monkeypatch):
 
         y = np.concatenate(list(super_resolve_strips(network, rows, x.shape, room=room)))
         np.testing.assert_allclose(y, whole(network, x), rtol=0, atol=1e-5)
-    (_, end), (again, _) = [*asked[10**9], (shape[0], 0), (shape[0], 0)][:2]
-    assert end == again  # strips follow each other
+    assert asked[10**9][0][0] == 0
+    assert asked[10**9][-1][1] == shape[0]
+    assert all(end == first for (_, end), (first, _) in itertools.pairwise(asked[10**9]))  # they follow each other
+    assert (len(asked[10**9]) > 1) == (shape[0] > 32)
     assert most_rows(network, shape[1], 30_000) < 0
     assert len(asked[30_000]) == -(-shape[0] // (2 * network.receptive_radius))  # tiles of the least size
 
@@ -361,6 +390,45 @@ print((status("VmHWM") - before) / (1000 * 1000 * 32 * 4), MAPS)
     )
     maps, said = map(float, run.stdout.split())
     assert 2 < maps < said + 0.3
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [{"B": 1, "U": 4}, {"B": 2, "U": 2, "multi_path": False}, {"B": 10, "U": 0}],
+    ids=["DRRN", "chain", "VDSR"],
+)
+def test_strips_take_the_room_that_they_were_given(structure):
+    """In a process of its own, by the operating system's count: neither more nor much less.
+
+    With maps beyond glibc's 32 MB, which come from the kernel one by one; its heap has gaps between smaller ones,
+    which the first strip leaves.
+    """
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the peak is read from Linux's /proc")
+    code = f"""
+import numpy as np
+from drrn import inference
+from drrn.model import DRRN
+status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
+network = DRRN(**{structure}, features=32).eval()
+inference.STRIP_BYTES, row, shape = 0, 32 * 4 * 12_000, (100, 12_000)
+room = next(room for room in range(0, 10**9, row) if inference.most_rows(network, shape[1], room) == 32)
+assert len(inference.strips(network, shape, room)) > 3
+inference.super_resolve(network, np.zeros((40, 40)))
+x = np.ones(shape, np.float32)
+before = status("VmRSS")
+list(inference.super_resolve_strips(network, lambda a, b: x[a:b], shape, room=room))
+print((status("VmHWM") - before) / room)
+"""
+    source = str(Path(inference.__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": source, "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0.5 < float(run.stdout) < 1.25
 
 
 @pytest.mark.parametrize("x", [np.zeros((3, 4, 1)), np.zeros(5), np.zeros((0, 4))], ids=["3-D", "1-D", "empty"])

@@ -602,6 +602,53 @@ def test_images_that_change_during_a_build_are_noticed(
     assert_nothing_left(folder)
 
 
+def test_a_build_in_many_pieces_is_the_same(
+    tiny_images: Path, tiny_patches: Path, tmp_path: Path, inline_pool: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several pieces a job, several jobs, the last ones incomplete; the datasets begin at whole pages."""
+    pieces, write = [], drrn.patches._write
+
+    def written(path: Path, arrays: list[NDArray], places: list[int]) -> None:
+        pieces.append(places)
+        write(path, arrays, places)
+
+    assert drrn.patches.ROWS % drrn.patches.PAGE == 0  # so a piece is whole pages, whatever the size of a patch
+    monkeypatch.setattr(drrn.patches, "ROWS", 24)
+    monkeypatch.setattr(drrn.patches, "JOB", 72)
+    monkeypatch.setattr(drrn.patches, "_write", written)
+    path = prepare_patches("tiny", Recipe((str(tiny_images),), (2, 3)), ANYWHERE, tmp_path, workers=1)
+    assert path.read_bytes() == tiny_patches.read_bytes()
+    total = len(Patches(path))
+    assert total % 24
+    assert len(pieces) == -(-total // 24) > 6
+    assert [place % drrn.patches.PAGE for place in min(pieces)] == [0, 0]
+
+
+@pytest.mark.parametrize("piece", [1, 3, -1], ids=["first of a job", "last of a job", "last of all"])
+def test_a_piece_that_cannot_be_written_ends_the_build(
+    piece: int, tiny_images: Path, tmp_path: Path, inline_pool: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, write = [], drrn.patches._write
+    total = sum(
+        pair_count(*image_size(file), Recipe((str(tiny_images),), (2, 3))) for file in tiny_images.iterdir()
+    )
+    fatal = piece if piece > 0 else -(-total // 24)
+
+    def written(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == fatal:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments)
+
+    monkeypatch.setattr(drrn.patches, "ROWS", 24)
+    monkeypatch.setattr(drrn.patches, "JOB", 72)
+    monkeypatch.setattr(drrn.patches, "_write", written)
+    with pytest.raises(Refusal, match="No space left"):
+        prepare_patches("tiny", Recipe((str(tiny_images),), (2, 3)), ANYWHERE, tmp_path / "patches", workers=1)
+    assert len(calls) >= fatal
+    assert_nothing_left(tmp_path / "patches")
+
+
 @pytest.mark.parametrize("way", ["directly", "no such flag", "not opened so", "not written so", "in parts"])
 def test_what_is_written_past_the_page_cache_is_what_was_meant(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ What the speed is made of (CPU, 128 features; `Folded` gives the same output to 
   nowhere else it is folded into the convolution that made that tensor, and into the identity added there.
 - The sum and the ReLU that follow a convolution run inside it (oneDNN post-ops), while its result is in cache.
   Elsewhere (CUDA, a CPU without oneDNN) they run in place after it.
-- Channels last, weights in oneDNN's own order, three feature maps alive at any time.
+- Channels last, weights in oneDNN's own order, three feature maps in work at any time.
 - An image goes through in strips, and each layer keeps the rows that it needs again (`Stream`): maps small enough
   that memory need not be had from the kernel afresh, and no overlap to compute twice.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +34,10 @@ from drrn.model import DRRN
 
 ROOM = 1_000_000_000  # bytes that feature maps may take, when twice as many are free
 MAPS = 3  # feature maps alive at the peak of `Stream`: identity, the unit's middle and its output
-STRIP_BYTES = 8_000_000  # of one map on a CPU: smaller and larger ones were slower
-STRIP_ROWS = 32  # at least; of each unit's 2 · 32 rows two are computed twice
+STRIP_BYTES = 5_000_000  # of one map on a CPU: smaller and larger ones were slower
+STRIP_ROWS = (
+    32  # or about so many, where a map of them is larger; of each unit's 2 · 32 rows two are computed twice
+)
 TILE_PIXELS = 1 << 24  # of the strip of an image that tiles make up
 
 Affine = tuple[Tensor, Tensor] | None  # scale and shift of every channel; None: there is no BatchNorm
@@ -67,9 +70,11 @@ def super_resolve(
     x = np.asarray(x)
     if x.ndim != 2 or x.size == 0:
         raise ValueError(f"x is [H, W] with at least one pixel, not {x.shape}")
-    return np.concatenate(
-        list(super_resolve_strips(network, lambda a, b: x[a:b], x.shape, tile, self_ensemble, progress))
-    )
+    result, top = np.empty(x.shape, np.float32), 0
+    for strip in super_resolve_strips(network, lambda a, b: x[a:b], x.shape, tile, self_ensemble, progress):
+        result[top : top + len(strip)] = strip
+        top += len(strip)
+    return result
 
 
 def super_resolve_strips(
@@ -99,7 +104,8 @@ def super_resolve_strips(
     if tile is not None and tile < 1:
         raise ValueError(f"tile = {tile}: a tile has at least 1 pixel")
     room = free_room(network) if room is None else room
-    streams = tile is None and not self_ensemble and most_rows(network, shape[1], room) >= min(STRIP_ROWS, shape[0])
+    fits = at_once(network, shape, room) or most_rows(network, shape[1], room) >= STRIP_ROWS
+    streams = tile is None and not self_ensemble and fits
     folded, progress = Folded(network), progress or (lambda done, total: None)
     if streams:
         yield from _stream(folded, rows, shape, strips(network, shape, room), progress)
@@ -134,16 +140,16 @@ def _stream(
     folded: Folded,
     rows: Callable[[int, int], NDArray[np.floating]],
     shape: tuple[int, int],
-    strips: list[tuple[int, int]],
+    parts: list[tuple[int, int]],
     progress: Callable[[int, int], None],
 ) -> Iterator[NDArray[np.float32]]:
     """An image in strips of its whole width, rows (first, end) of it at a time."""
     stream = Stream(folded, shape[0])
-    progress(0, len(strips))
-    for done, (first, end) in enumerate(strips, start=1):
+    progress(0, len(parts))
+    for done, (first, end) in enumerate(parts, start=1):
         x = torch.from_numpy(np.array(rows(first, end), np.float32))
         y = stream(x.to(folded.device, folded.dtype)[None, None])[0, 0].float().cpu().numpy()
-        progress(done, len(strips))
+        progress(done, len(parts))
         if len(y):
             yield y
 
@@ -161,8 +167,14 @@ def free_room(network: DRRN) -> int:
     """Bytes that feature maps may take: half of the memory now free; on a CPU 1 GB at most."""
     device = next(network.parameters()).device
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
     return min(ROOM, available_memory() // 2)
+
+
+def at_once(network: DRRN, shape: tuple[int, int], room: int) -> bool:
+    """Whether an image [H, W] needs no strips."""
+    return MAPS * shape[0] * _row_bytes(network, shape[1]) <= room
 
 
 def _row_bytes(network: DRRN, width: int) -> int:
@@ -188,9 +200,11 @@ def strips(network: DRRN, shape: tuple[int, int], room: int) -> list[tuple[int, 
     The last strip is lower than the others, since with it every layer makes up for its lag.
     """
     height, width = shape
-    rows = most_rows(network, width, room)
-    if next(network.parameters()).device.type == "cpu":
-        rows = min(rows, max(STRIP_BYTES // _row_bytes(network, width), STRIP_ROWS))
+    rows, on_cpu = most_rows(network, width, room), next(network.parameters()).device.type == "cpu"
+    if at_once(network, shape, room) and not (on_cpu and rows >= STRIP_ROWS):
+        return [(0, height)]
+    if on_cpu:
+        rows = min(rows, STRIP_BYTES // _row_bytes(network, width))
     rows = max(rows, STRIP_ROWS)
     if height <= rows:
         return [(0, height)]
@@ -420,11 +434,17 @@ class Stream:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:
-        """The image's next rows [N, 1, h, W] → the rows that are complete now [N, 1, h', W], h' ≥ 0."""
+        """The image's next rows [N, 1, h, W] → the rows that are complete now [N, 1, h', W], h' ≥ 0.
+
+        Raises:
+            ValueError: there are more rows than the image has.
+        """
         folded, rows = self.folded, (self.end, self.end + x.shape[2])  # those of the image that a layer adds
         self.end, nothing = rows[1], x[:, :, :0]
-        with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 is off by 1e-3
-            self.x.append(F.relu(x) if folded.rectified else x)
+        if self.end > self.height:
+            raise ValueError(f"{self.end} rows came of an image of {self.height}")
+        with _float32():
+            self.x.append(F.relu(x) if folded.rectified else x.clone())
             self.inputs[0][0].fill(x, lambda out: _activate(x, folded.first, out, folded.input_relu))
             for b, (conv, norm, units) in enumerate(folded.blocks):
                 a, *following = [*self.inputs[b], self.inputs[b + 1][0]]
@@ -507,11 +527,24 @@ class Stream:
             following.fill(H, lambda out: add(out, norm and norm[0], True), spoilt)
         else:
             chain.fill(H, lambda out: add(out, None, False), spoilt)
+            del q
             H = chain[first:end]
             following.fill(H, lambda out: _activate(H, norm, out))
             if self.folded.rectified:
                 H.relu_()
         return first, end
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Without TF32, which is off by 1e-3, and without trying cuDNN's algorithms for every height of a strip."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32 = cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def _activate(H: Tensor, norm: Affine, out: Tensor, relu: bool = True) -> Tensor:

@@ -295,7 +295,7 @@ class SuperResolution(LightningModule):
         if not image:
             return
         task = self.trainer.datamodule.evaluation_tasks(stage)[dataloader_idx]
-        with torch.autocast(x.device.type, enabled=False):  # in float32 and in tiles, as src/evaluate.py scores
+        with torch.autocast(x.device.type, enabled=False):  # in float32 and in strips, as src/evaluate.py scores
             y = super_resolve(self.network, x[0, 0].float().cpu().numpy())
         prediction = torch.from_numpy(y)[None, None].to(x)
         row: dict[str, Any] = {"set": Path(task.set_name).name, "scale": task.scale, "image": image}

@@ -53,7 +53,7 @@ FORMAT = 2
 LOW, HIGH = -0.75, 1.75
 STEP = (HIGH - LOW) / 65535
 ROWS = 8192  # that a building process cuts before it writes them: 24 MB, which the cache holds
-JOB = 8 * ROWS  # that it is told to do at a time
+JOB = 8 * ROWS  # that it is told to do at a time, at most
 PAGE = 4096  # bytes; what is written past the page cache begins and ends at a multiple
 RUN = 16  # rows read together: long enough to be one read, short enough that a batch mixes many places
 
@@ -248,7 +248,11 @@ def _aligned(shape: tuple[int, ...], dtype: str) -> NDArray:
 
 
 def _write(path: Path, arrays: Sequence[NDArray], places: Sequence[int]) -> None:
-    """Write arrays to their places (bytes) in a file."""
+    """Write arrays to their places (bytes) in a file.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
     with path.open("r+b") as file:
         for array, at in zip(arrays, places, strict=True):
             content = array.reshape(-1).view(np.uint8)
@@ -261,7 +265,10 @@ def _write_directly(path: Path, content: NDArray[np.uint8], at: int) -> int:
     """Write whole pages past the page cache, whose own pages cost the processor more than cutting what is in them.
 
     Returns:
-        Bytes written: 0 on systems and file systems that cannot.
+        Bytes written: fewer, or 0, where a system or file system cannot.
+
+    Raises:
+        OSError: the disk is full, or fails.
     """
     whole, done = len(content) // PAGE * PAGE if at % PAGE == 0 else 0, 0
     if not whole or not hasattr(os, "O_DIRECT"):
@@ -271,10 +278,10 @@ def _write_directly(path: Path, content: NDArray[np.uint8], at: int) -> int:
     except OSError:
         return 0  # if there is another reason, the plain write meets it too
     try:
-        while done < whole:
-            done += os.pwrite(descriptor, content[done:whole], at + done)
+        while done < whole and (written := os.pwrite(descriptor, content[done:whole], at + done)):
+            done += written
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
     finally:
         os.close(descriptor)
@@ -431,14 +438,15 @@ def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str |
                 jobs = [pool.submit(_degrade_image, source, recipe, pixels) for source in sources]
                 for job in track(jobs, description=f"Degrading {len(files)} images"):
                     job.result()
+                rows = min(JOB, ROWS * math.ceil(total / (4 * workers * ROWS)))  # some for every worker
                 jobs = [
-                    pool.submit(_fill, first, numbers[first : first + JOB], build, partial, at)
-                    for first in range(0, total, JOB)
+                    pool.submit(_fill, first, numbers[first : first + rows], build, partial, at)
+                    for first in range(0, total, rows)
                 ]
                 with partial.open("rb") as file:
                     for job in track(jobs, description=f"Cutting {total:,} pairs"):
                         job.result()
-                        os.fsync(file.fileno())  # what went through the page cache, while the others cut
+                        os.fsync(file.fileno())  # what is in a cache, the disk's too, while the others cut
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
