@@ -195,9 +195,9 @@ def test_strips_compute_little_twice(U):
     x = np.zeros((600, 30), np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "STRIP_BYTES", 0)
-        assert len(inference.strips(network, x.shape, inference.ROOM)) == 600 // 32 + 2
+        assert len(inference.strips(network, x.shape, inference.ROOM)) == 600 // 24 + 1
         pixels = computed(network, lambda: super_resolve(network, x))
-    assert 2 * U * x.size < pixels < 1.04 * 2 * U * x.size
+    assert 2 * U * x.size < pixels < 1.05 * 2 * U * x.size
 
 
 def test_a_large_image_goes_through_in_strips_within_its_room():
@@ -205,7 +205,7 @@ def test_a_large_image_goes_through_in_strips_within_its_room():
     network = DRRN(1, 25, features=128)
     assert most_rows(network, 6000, inference.ROOM) >= inference.STRIP_ROWS
     strips = inference.strips(network, (4000, 6000), inference.ROOM)
-    assert max(end - first for first, end in strips) == 32
+    assert max(end - first for first, end in strips) == 24
     assert sum(strips, ()) == (0, *(end for _, end in strips for _ in range(2)))[:-1]  # they follow each other
     assert inference.strips(network, (70, 100), inference.ROOM) == [(0, 70)]  # a small one at once
     assert inference.strips(network, (10, 20_000), inference.ROOM) == [(0, 10)]  # a low one needs no rows kept
@@ -231,7 +231,7 @@ def test_strips_and_tiles_by_the_memory_there_is(shape, monkeypatch):
     assert asked[10**9][0][0] == 0
     assert asked[10**9][-1][1] == shape[0]
     assert all(end == first for (_, end), (first, _) in itertools.pairwise(asked[10**9]))  # they follow each other
-    assert (len(asked[10**9]) > 1) == (shape[0] > 32)
+    assert (len(asked[10**9]) > 1) == (shape[0] > 24)
     assert most_rows(network, shape[1], 30_000) < 0
     assert len(asked[30_000]) == -(-shape[0] // (2 * network.receptive_radius))  # tiles of the least size
 
@@ -411,8 +411,9 @@ from drrn import inference
 from drrn.model import DRRN
 status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
 network = DRRN(**{structure}, features=32).eval()
-inference.STRIP_BYTES, row, shape = 0, 32 * 4 * 12_000, (100, 12_000)
-room = next(room for room in range(0, 10**9, row) if inference.most_rows(network, shape[1], room) == 32)
+inference.STRIP_BYTES, row, shape = 0, 32 * 4 * 18_000, (100, 18_000)
+rows = inference.STRIP_ROWS
+room = next(room for room in range(0, 10**9, row) if inference.most_rows(network, shape[1], room) == rows)
 assert len(inference.strips(network, shape, room)) > 3
 inference.super_resolve(network, np.zeros((40, 40)))
 x = np.ones(shape, np.float32)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -260,8 +261,15 @@ def test_a_run_killed_and_terminated_for_real_goes_on_bit_for_bit(
     for name, code in (("SIGKILL", -9), ("SIGTERM", 143)):
         process = start(command(tiny_images, *overrides), tmp_path)
         wait_for_checkpoint(process, tmp_path)
+        tasks = Path(f"/proc/{process.pid}/task")  # Linux
+        workers = [pid for task in tasks.glob("*") for pid in (task / "children").read_text().split()]
+        assert len(workers) >= 2 or not tasks.is_dir()
         kill(process, name, group=True)
         assert process.returncode == code, (tmp_path / "said.txt").read_text()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)  # their batches are for nobody
     folder = run_folder(tmp_path)
     assert read_record(folder / FILE)["status"] == "stopped"
     config = configure(*SIX, *overrides, f"output={tmp_path / 'runs'}", f"data.patches={tmp_path / 'patches'}")

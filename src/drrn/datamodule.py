@@ -19,6 +19,7 @@ from drrn.images import image_files, image_size, orientations, read_luminance
 from drrn.metrics import SSIM_WINDOW
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, prepare_patches
 from drrn.protocol import prepare
+from drrn.records import end_with_parent
 
 
 class Task(NamedTuple):
@@ -43,10 +44,12 @@ def check_size(file: Path, scale: int) -> None:
         raise Refusal(f"{file} ({width}×{height}) is too small to be scored at ×{scale}: take it out of data.val")
 
 
-def _in_a_group_of_its_own(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Keep a terminal's Ctrl-C and a cluster's SIGTERM, sent to the run's group, from ending the workers of a step
-    that the run will still finish (`drrn.callbacks.StopSignals`); it ends them itself."""
+    that the run will still finish (`drrn.callbacks.StopSignals`); it ends them itself. When it is killed they end
+    too: PyTorch's own watch over it then waits for batches to leave through a pipe that nobody reads."""
     os.setpgrp()
+    end_with_parent()
 
 
 class Pairs(tuple):
@@ -73,7 +76,7 @@ def pair_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_in_a_group_of_its_own,
+        worker_init_fn=_start_worker,
     )
 
 
