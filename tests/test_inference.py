@@ -365,6 +365,14 @@ def test_what_the_machine_has_decides(monkeypatch):
     np.testing.assert_allclose(y, whole(network, x), rtol=0, atol=1e-5)
 
 
+def said_by(code: str) -> str:
+    """What a fresh process prints that runs the code."""
+    environment = {"PYTHONPATH": str(Path(inference.__file__).parents[1]), "PATH": ""}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
 def test_three_feature_maps_are_alive_at_the_peak():
     """In a process of its own, by the operating system's count."""
     if not Path("/proc/self/status").is_file():
@@ -380,15 +388,7 @@ before = status("VmRSS")
 folded(torch.rand(1, 1, 1000, 1000))
 print((status("VmHWM") - before) / (1000 * 1000 * 32 * 4), MAPS)
 """
-    source = str(Path(inference.__file__).parents[1])
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": source, "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    maps, said = map(float, run.stdout.split())
+    maps, said = map(float, said_by(code).split())
     assert 2 < maps < said + 0.3
 
 
@@ -421,15 +421,7 @@ before = status("VmRSS")
 list(inference.super_resolve_strips(network, lambda a, b: x[a:b], shape, room=room))
 print((status("VmHWM") - before) / room)
 """
-    source = str(Path(inference.__file__).parents[1])
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": source, "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert 0.5 < float(run.stdout) < 1.25
+    assert 0.5 < float(said_by(code)) < 1.25
 
 
 @pytest.mark.parametrize("x", [np.zeros((3, 4, 1)), np.zeros(5), np.zeros((0, 4))], ids=["3-D", "1-D", "empty"])
