@@ -93,6 +93,8 @@ def train(config: Config) -> None:
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     if config.trainer.compile and not torch.cuda.is_available() and not which(os.environ.get("CXX", "g++")):
         raise Refusal("trainer.compile = True: PyTorch needs a C++ compiler for it; install g++ or name one in CXX")
+    if config.trainer.cuda_graph and not torch.cuda.is_available():
+        raise Refusal("trainer.cuda_graph = True: needs an NVIDIA GPU, and PyTorch sees none here")
     processes = Processes(config, trainer_arguments(config))
     if processes.to_be_started:
         processes.start(train, config, folder / FILE)
@@ -153,6 +155,7 @@ def train(config: Config) -> None:
             module.network.to(memory_format=torch.channels_last)
         if config.trainer.compile:
             module.network.compile_units()
+        module.cuda_graph = config.trainer.cuda_graph
         if config.ckpt_path is None and processes.first:
             set_aside(folder / "checkpoints")
         resume = processes.agree(lambda: newest_checkpoint(folder / "checkpoints") or config.ckpt_path)
@@ -245,7 +248,7 @@ def trainer_arguments(config: Config) -> dict[str, object]:
 
     from drrn.callbacks import WholeCheckpoints
 
-    ours = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32", "compile")
+    ours = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32", "compile", "cuda_graph")
     extra = config.trainer_extra or {}
     unknown = set(extra) - set(inspect.signature(Trainer).parameters)
     if unknown:

@@ -169,8 +169,10 @@ def upscale(options: Options, jobs: list[tuple[Path, Path]]) -> int:
 
     network = None
     if options.method == "network":
+        from drrn.machine import keep_heap
         from drrn.weights import load_network
 
+        keep_heap()
         device = choose_device(options.device)
         network, about = load_network(Path(options.checkpoint))
         network = network.to(device)

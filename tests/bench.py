@@ -37,10 +37,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drrn.cuda_graph import Graphed
 from drrn.datamodule import pair_loader
 from drrn.images import image_files, orientations, read_luminance, read_pixels
 from drrn.inference import Convolution, super_resolve
-from drrn.machine import freed_memory_kept
+from drrn.machine import freed_memory_kept, keep_heap
 from drrn.matlab import rgb2ycbcr
 from drrn.model import DRRN
 from drrn.module import euclidean_loss
@@ -50,7 +51,7 @@ from drrn.protocol import degrade, modcrop, prepare
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES: dict[str, Any] = {
     "features": 128,
-    "images": [(9, 288, 5), (25, 512, 2)],  # U, side, rounds
+    "images": [(9, 288, 5), (25, 512, 5)],  # U, side, rounds
     "conv": (32, 64, 128),
     "batches": [(32, 7), (1, 9), (8, 7), (128, 3)],  # batch, rounds
     "memory": (25, 128),  # U, batch
@@ -146,15 +147,17 @@ def plain_inference(U: int, side: int, norm: str, features: int) -> Callable[[],
 
 
 def our_inference(U: int, side: int, norm: str, features: int) -> Callable[[], Any]:
+    """As evaluate.py and upscale.py do it."""
+    keep_heap()
     x, ours = np.random.default_rng(0).random((side, side), np.float32), network(U, norm, features).eval()
     return synchronised(lambda: super_resolve(ours, x))
 
 
 def convolutions(U: int, side: int, features: int, conv: int) -> Callable[[], Any]:
-    """As many multiplications as the network's units have, in bare convolutions of conv × conv pixels."""
+    """A quarter of the multiplications of the network's units, in bare convolutions of conv × conv pixels."""
     conv_a = Convolution(nn.Conv2d(features, features, 3, padding=1).to(DEVICE), None)
     x = torch.rand(1, features, conv, conv, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    count = max(1, round(2 * U * side**2 / conv**2))
+    count = max(1, round(2 * U * side**2 / conv**2 / 4))
 
     @torch.inference_mode()
     def run() -> None:
@@ -169,13 +172,19 @@ def plain_step(U: int, batch: int, features: int) -> Callable[[], Any]:
 
 
 def our_step(
-    U: int, batch: int, features: int, checkpointing: bool = False, precision: Any = None, compiled: bool = False
+    U: int,
+    batch: int,
+    features: int,
+    checkpointing: bool = False,
+    precision: Any = None,
+    compiled: bool = False,
+    graph: bool = False,
 ) -> Callable[[], Any]:
     ours = network(U, "batch", features).to(memory_format=torch.channels_last)
     ours.checkpointing = checkpointing
     if compiled:
         ours.compile_units()
-    step = _step(ours, batch, precision)
+    step = _step(ours, batch, precision, graph=graph)
 
     def run() -> None:
         with freed_memory_kept(not checkpointing):
@@ -185,14 +194,18 @@ def our_step(
 
 
 def _step(
-    model: nn.Module, batch: int, precision: torch.dtype | None = None, fused: bool = True
+    model: nn.Module, batch: int, precision: torch.dtype | None = None, fused: bool = True, graph: bool = False
 ) -> Callable[[], Any]:
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=fused)
     x, truth = torch.rand(2, batch, 1, 31, 31, device=DEVICE)
+    run: Callable[[Tensor], Tensor] = model
 
     def step() -> None:
+        nonlocal run
         with torch.autocast(DEVICE, precision or torch.bfloat16, enabled=precision is not None):
-            prediction = model(x)
+            if graph and run is model:
+                run = Graphed(model, x)
+            prediction = run(x)
         optimizer.zero_grad()
         euclidean_loss(prediction, truth).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
@@ -338,9 +351,9 @@ def inference(sizes: dict[str, Any]) -> Iterator[Row]:
                 **{f"conv {c}²": (convolutions, U, side, features, c) for c in sizes["conv"]},
             }
             times = in_turn(things, rounds, warm=side < 400)
-            best = min(
-                (name for name in times if name.startswith("conv")), key=lambda n: statistics.median(times[n])
-            )
+            bare = [name for name in times if name.startswith("conv")]
+            times |= {name: [4 * seconds for seconds in times[name]] for name in bare}
+            best = min(bare, key=lambda name: statistics.median(times[name]))
             rate = 2 * U * side**2 * 2 * 9 * features**2 / statistics.median(times[best]) / 1e9
             yield Row(f"bare {features}→{features} convolutions at the best size", rate, "GFLOP/s", "", best)
             what = f"B1U{U} {side}², {'BatchNorm' if norm == 'batch' else 'no BatchNorm'}"
@@ -415,6 +428,10 @@ def training(sizes: dict[str, Any]) -> Iterator[Row]:
     yield ratio("training step, bf16-mixed instead of float32", "", times, "float32", "bfloat16")
     times = in_turn({"eager": ours, "compiled": (*ours, False, None, True)}, rounds)
     yield ratio("training step, trainer.compile instead of eager", "", times, "eager", "compiled")
+    if DEVICE == "cuda":
+        coarse = (*ours, False, torch.bfloat16)
+        times = in_turn({"eager": coarse, "graph": (*coarse, False, True)}, rounds)
+        yield ratio("training step in bf16-mixed, trainer.cuda_graph instead of eager", "", times, "eager", "graph")
 
 
 def memory(sizes: dict[str, Any]) -> Iterator[Row]:

@@ -383,6 +383,17 @@ def test_compiling_changes_no_run_and_stands_alone(configure) -> None:
         configure("trainer.compile=true", "trainer.sync_batchnorm=true")
 
 
+def test_a_cuda_graph_changes_no_run_and_is_of_one_process_with_one_backward_pass(configure) -> None:
+    asked = ("trainer.cuda_graph=true", "trainer.accelerator=auto")
+    assert run_dir(configure(*asked)) == run_dir(configure())
+    assert configure(*asked, "trainer.devices=[3]").trainer.cuda_graph
+    for wrong in ("devices=2", "devices=-1", "devices=auto", "num_nodes=2", "accumulate_grad_batches=2"):
+        with pytest.raises(Refusal, match="a single backward pass"):
+            configure(*asked, f"trainer.{wrong}")
+    with pytest.raises(Refusal, match="needs an NVIDIA GPU, not cpu"):
+        configure(asked[0], "trainer.accelerator=cpu")
+
+
 def test_processes_are_another_experiment_where_they_share_out_what_batchnorm_sees(configure) -> None:
     """As micro-batches are; without BatchNorm, or with a synchronised one, they change the rounding only."""
 

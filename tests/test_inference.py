@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -422,6 +423,25 @@ list(inference.super_resolve_strips(network, lambda a, b: x[a:b], shape, room=ro
 print((status("VmHWM") - before) / room)
 """
     assert 0.5 < float(said_by(code)) < 1.25
+
+
+def test_memory_of_strips_is_not_had_from_the_kernel_again_and_again():
+    """By its count of pages, with and without what evaluate.py and upscale.py ask glibc for."""
+    if sys.platform != "linux" or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""):
+        pytest.skip("glibc's rule")
+    code = """
+import resource, torch
+from drrn.machine import keep_heap
+{before}
+pages = []
+for _ in range(4):
+    maps = [torch.ones(5 << 20) for _ in range(5)]  # of 20 MB
+    del maps
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(pages[3] - pages[1])
+"""
+    without, kept = (int(said_by(code.format(before=before))) for before in ("", "keep_heap()"))
+    assert kept < 100 < 1000 < without
 
 
 @pytest.mark.parametrize("x", [np.zeros((3, 4, 1)), np.zeros(5), np.zeros((0, 4))], ids=["3-D", "1-D", "empty"])

@@ -109,6 +109,7 @@ class TrainerConfig:
     channels_last: bool = MISSING
     tf32: bool = False  # came later, as did `rectified_identity`
     compile: bool = False
+    cuda_graph: bool = False
 
 
 @dataclass
@@ -390,6 +391,14 @@ def _check_together(config: Config) -> None:
         raise Refusal(
             "trainer.compile and trainer.sync_batchnorm: a compiled unit sees its own process only; give one"
         )
+    alone = trainer.devices in (1, "1") or (isinstance(trainer.devices, list) and len(trainer.devices) == 1)
+    if trainer.cuda_graph and (not alone or trainer.num_nodes != 1 or trainer.accumulate_grad_batches != 1):
+        raise Refusal(
+            "trainer.cuda_graph = True: the graph is of one process's step with a single backward pass; with it "
+            "trainer.devices, trainer.num_nodes and trainer.accumulate_grad_batches are 1"
+        )
+    if trainer.cuda_graph and trainer.accelerator not in ("auto", "gpu", "cuda"):
+        raise Refusal(f"trainer.cuda_graph = True: needs an NVIDIA GPU, not {trainer.accelerator}")
     if optim.algorithm == "adam" and optim.bias_lr_mult != 1:
         raise Refusal(f"optim.bias_lr_mult = {optim.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
     if data.batch_size % trainer.accumulate_grad_batches:
@@ -451,6 +460,7 @@ NOT_IDENTITY = {
         "log_every_n_steps",
         "checkpoint_every",
         "compile",
+        "cuda_graph",
     ),
 }
 LATER = (("model", "rectified_identity", False), ("model", "input_relu", True), ("trainer", "tf32", False))

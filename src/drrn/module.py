@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 
 from drrn import Refusal
 from drrn.config import ModelConfig, OptimConfig
+from drrn.cuda_graph import Graphed
 from drrn.inference import super_resolve
 from drrn.model import DRRN
 from drrn.protocol import score
@@ -63,6 +64,8 @@ class SuperResolution(LightningModule):
         self.network = DRRN(**asdict(ModelConfig(**model)))
         with torch.no_grad():  # `optim.residual_scale` 0 starts at bicubic itself; 1 is the paper's start
             self.network.conv_rec.weight.mul_(self.optim.residual_scale)
+        self.cuda_graph = False  # `trainer.cuda_graph`
+        self.graphed: Graphed | None = None  # the network as one, from the first batch on
         self.metrics = nn.ModuleDict()
         self.scores: list[dict[str, Any]] = []  # rows of the evaluation that ran last, an image each
         self.rows: list[tuple[int, int, dict[str, Any]]] = []  # this process's, while it runs: (task, image, row)
@@ -97,7 +100,9 @@ class SuperResolution(LightningModule):
         gradient of Eq. 10 over the whole batch.
         """
         x, truth = batch
-        loss = euclidean_loss(self.network(x), truth)
+        if self.cuda_graph and self.graphed is None:
+            self.graphed = Graphed(self.network, x)
+        loss = euclidean_loss((self.graphed or self.network)(x), truth)
         self.losses.append(loss.detach())
         return loss
 
@@ -157,6 +162,10 @@ class SuperResolution(LightningModule):
         self.stopping = self.stopping or self.trainer.should_stop
         whole = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         self.trainer.should_stop = self.stopping and whole
+
+    def on_train_end(self) -> None:
+        """A graph keeps the memory of a step: the test may have it."""
+        self.graphed = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the learning curve; the optimiser's state brings its own rate and momentum with it.
