@@ -94,7 +94,7 @@ def train(config: Config) -> None:
     if config.trainer.compile and not torch.cuda.is_available() and not which(os.environ.get("CXX", "g++")):
         raise Refusal("trainer.compile = True: PyTorch needs a C++ compiler for it; install g++ or name one in CXX")
     if config.trainer.cuda_graph and not torch.cuda.is_available():
-        raise Refusal("trainer.cuda_graph = True: needs an NVIDIA GPU, and PyTorch sees none here")
+        raise Refusal("trainer.cuda_graph = True: needs a GPU, and PyTorch sees none here")
     processes = Processes(config, trainer_arguments(config))
     if processes.to_be_started:
         processes.start(train, config, folder / FILE)

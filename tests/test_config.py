@@ -387,11 +387,16 @@ def test_a_cuda_graph_changes_no_run_and_is_of_one_process_with_one_backward_pas
     asked = ("trainer.cuda_graph=true", "trainer.accelerator=auto")
     assert run_dir(configure(*asked)) == run_dir(configure())
     assert configure(*asked, "trainer.devices=[3]").trainer.cuda_graph
-    for wrong in ("devices=2", "devices=-1", "devices=auto", "num_nodes=2", "accumulate_grad_batches=2"):
-        with pytest.raises(Refusal, match="a single backward pass"):
+    assert configure(*asked, "trainer.devices='1'").trainer.cuda_graph
+    for wrong in ("devices=2", "devices=-1", "devices=auto", "num_nodes=2", "strategy=ddp"):
+        with pytest.raises(Refusal, match=f"trainer.{wrong.replace('=', ' = ')}: .* a single backward pass"):
             configure(*asked, f"trainer.{wrong}")
-    with pytest.raises(Refusal, match="needs an NVIDIA GPU, not cpu"):
+    with pytest.raises(Refusal, match=r"it needs trainer.accumulate_grad_batches=1"):
+        configure(*asked, "trainer.accumulate_grad_batches=2")
+    with pytest.raises(Refusal, match=r"needs a GPU, not trainer.accelerator = cpu"):
         configure(asked[0], "trainer.accelerator=cpu")
+    with pytest.raises(Refusal, match=r"trainer.detect_anomaly = True"):
+        configure(*asked, "+trainer.detect_anomaly=true")
 
 
 def test_processes_are_another_experiment_where_they_share_out_what_batchnorm_sees(configure) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -351,6 +352,17 @@ def test_the_room_follows_the_memory_that_is_free(monkeypatch):
     assert inference.free_room(network) == inference.ROOM
     monkeypatch.setattr(inference, "available_memory", lambda: 5 * 10**8)
     assert inference.free_room(network) == 2.5 * 10**8
+
+
+@pytest.mark.parametrize(("free", "kept", "room"), [(8e9, 2e9, 4e9), (1e9, 5e9, 3e9), (1e9, 0, 5e8)])
+def test_the_room_on_a_gpu_counts_what_pytorch_keeps_when_the_rest_is_little(monkeypatch, free, kept, room):
+    network = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda:1"))]))
+    memory = {"free": int(free), "kept": int(kept)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory["free"], 10**10))
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: memory.update(free=memory["free"] + memory["kept"], kept=0)
+    )
+    assert inference.free_room(network) == room
 
 
 def test_available_memory_is_a_sane_number():

@@ -391,14 +391,23 @@ def _check_together(config: Config) -> None:
         raise Refusal(
             "trainer.compile and trainer.sync_batchnorm: a compiled unit sees its own process only; give one"
         )
-    alone = trainer.devices in (1, "1") or (isinstance(trainer.devices, list) and len(trainer.devices) == 1)
-    if trainer.cuda_graph and (not alone or trainer.num_nodes != 1 or trainer.accumulate_grad_batches != 1):
-        raise Refusal(
-            "trainer.cuda_graph = True: the graph is of one process's step with a single backward pass; with it "
-            "trainer.devices, trainer.num_nodes and trainer.accumulate_grad_batches are 1"
-        )
-    if trainer.cuda_graph and trainer.accelerator not in ("auto", "gpu", "cuda"):
-        raise Refusal(f"trainer.cuda_graph = True: needs an NVIDIA GPU, not {trainer.accelerator}")
+    if trainer.cuda_graph:
+        needed = {"strategy": "auto", "devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1}
+        for key, value in needed.items():
+            one = isinstance(trainer.devices, list) and len(trainer.devices) == 1  # [3]: the fourth
+            if getattr(trainer, key) not in (value, str(value)) and not (key == "devices" and one):
+                raise Refusal(
+                    f"trainer.cuda_graph = True and trainer.{key} = {getattr(trainer, key)}: the graph is of one "
+                    f"process's step with a single backward pass; it needs trainer.{key}={value}"
+                )
+        if trainer.accelerator not in ("auto", "gpu", "cuda"):
+            raise Refusal(
+                f"trainer.cuda_graph = True: needs a GPU, not trainer.accelerator = {trainer.accelerator}"
+            )
+        if (config.trainer_extra or {}).get("detect_anomaly"):
+            raise Refusal(
+                "trainer.cuda_graph = True and trainer.detect_anomaly = True: a graph cannot look for NaN"
+            )
     if optim.algorithm == "adam" and optim.bias_lr_mult != 1:
         raise Refusal(f"optim.bias_lr_mult = {optim.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
     if data.batch_size % trainer.accumulate_grad_batches:

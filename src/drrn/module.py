@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from dataclasses import asdict
@@ -128,7 +129,8 @@ class SuperResolution(LightningModule):
         return self.seconds_before + (time.monotonic() - self.since if self.since is not None else 0)
 
     def on_fit_start(self) -> None:
-        """Start the clock."""
+        """Start the clock; a graph that an exception left behind was of weights elsewhere."""
+        self.graphed = None
         self.since = time.monotonic()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -164,8 +166,11 @@ class SuperResolution(LightningModule):
         self.trainer.should_stop = self.stopping and whole
 
     def on_train_end(self) -> None:
-        """A graph keeps the memory of a step: the test may have it."""
-        self.graphed = None
+        """The test may have the memory that a graph keeps."""
+        if self.graphed is not None:
+            self.graphed = None
+            gc.collect()  # there are cycles in what PyTorch makes of it
+            torch.cuda.empty_cache()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the learning curve; the optimiser's state brings its own rate and momentum with it.
