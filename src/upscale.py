@@ -7,6 +7,7 @@ python src/upscale.py input=holidays scale=2 checkpoint=weights.safetensors outp
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 import time
@@ -173,6 +174,9 @@ def upscale(options: Options, jobs: list[tuple[Path, Path]]) -> int:
         from drrn.weights import load_network
 
         keep_heap()
+        # Feature maps of wide photographs are too large for that heap: they come in pages of 2 MB instead of 4 KB,
+        # where Linux has such. Read when torch first allocates.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         device = choose_device(options.device)
         network, about = load_network(Path(options.checkpoint))
         network = network.to(device)
