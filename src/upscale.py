@@ -7,7 +7,6 @@ python src/upscale.py input=holidays scale=2 checkpoint=weights.safetensors outp
 from __future__ import annotations
 
 import math
-import os
 import re
 import sys
 import time
@@ -170,13 +169,11 @@ def upscale(options: Options, jobs: list[tuple[Path, Path]]) -> int:
 
     network = None
     if options.method == "network":
-        from drrn.machine import keep_heap
+        from drrn.machine import ask_for_huge_pages, keep_heap
         from drrn.weights import load_network
 
         keep_heap()
-        # Feature maps of wide photographs are too large for that heap: they come in pages of 2 MB instead of 4 KB,
-        # where Linux has such. Read when torch first allocates.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        ask_for_huge_pages()  # feature maps of wide photographs are too large for that heap
         device = choose_device(options.device)
         network, about = load_network(Path(options.checkpoint))
         network = network.to(device)

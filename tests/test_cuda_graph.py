@@ -191,7 +191,7 @@ def test_lightning_trains_by_the_graph_as_without(
 def test_a_graph_that_is_right_is_not_refused(
     norm: str, U: int, precision: torch.dtype, residual_scale: int, device: str
 ) -> None:
-    """At the size of a real batch, whose gradients are sums over 123,008 pixels."""
+    """No gradient is 0, or infinite at the size of a real batch: sums over 123,008 pixels."""
     network = DRRN(1, U, features=4, norm=norm).to(device)
     with torch.no_grad():
         network.conv_rec.weight.mul_(residual_scale)
@@ -236,3 +236,28 @@ def test_a_graph_that_is_wrong_is_refused(
     for name, tensor in state.items():
         assert torch.equal(network.state_dict()[name], tensor), name
     assert momenta == [m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_a_capture_that_fails_is_refused_and_leaves_no_stream(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda":
+        pytest.skip("nothing fails there on purpose")
+    streams: list[str] = []
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "the default")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    network = lively(DRRN(1, 2, features=4)).float().train()
+    eager, forward, calls = copy.deepcopy(network.state_dict()), DRRN.forward, []
+
+    def once(self: DRRN, x: Tensor) -> Tensor:
+        calls.append(x)
+        if len(calls) > 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return forward(self, x)
+
+    monkeypatch.setattr(DRRN, "forward", once)
+    graph = torch.cuda.graph
+    with pytest.raises(Refusal, match="cannot be captured"):
+        Graphed(network, torch.rand(4, 1, 9, 9))
+    assert streams == ["the default"]
+    assert torch.cuda.graph is graph
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, eager[name]), name

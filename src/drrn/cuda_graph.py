@@ -43,7 +43,7 @@ class Graphed:
         x: a batch [N, 1, p, p], of the shape that all have; one of another shape goes through the network itself.
 
     Raises:
-        Refusal: what the graph gives is not what the network gives.
+        Refusal: PyTorch cannot capture the step, or what the graph gives is not what the network gives.
     """
 
     def __init__(self, network: DRRN, x: Tensor) -> None:
@@ -52,10 +52,10 @@ class Graphed:
         self.batch = [{name: torch.zeros_like(b) for name, b in norm.named_buffers()} for norm in self.norms]
         self.replay, eager = _Autocast(network), _Autocast(network)
         limits = COARSE if eager.arguments["enabled"] else FINE
-        gc.collect()  # an old graph that is destroyed while a new one is captured spoils that
         with self._statistics_in_batch(), torch.autocast(x.device.type, enabled=False):
             with self._other_weights():  # than those of the capture: old copies of them would show
                 expected = self._outcome(eager, x)
+            gc.collect()  # an old graph that is destroyed, or nodes left of a step, would spoil the capture
             with _capturing_this_thread():
                 torch.cuda.make_graphed_callables(self.replay, (torch.zeros_like(x),))
             with self._other_weights():
@@ -100,8 +100,8 @@ class Graphed:
         before = [(p, p.detach().clone()) for p in self.network.parameters()]
         with torch.no_grad():
             for p, value in before:
-                spread = 0.5 * (2 / value[0].numel()) ** 0.5 if value.dim() > 1 else 0.05
-                p.copy_(spread * torch.randn(value.shape, generator=generator))
+                spread, mean = (0.5 * (2 / value[0].numel()) ** 0.5, 0) if value.dim() > 1 else (0.05, 0.3)
+                p.copy_(mean + spread * torch.randn(value.shape, generator=generator))
             for norm in self.norms:
                 norm.weight.fill_(0.5)
                 norm.bias.fill_(1.0)
@@ -153,11 +153,17 @@ def _capturing_this_thread() -> Iterator[None]:
     """Inside, a capture minds calls of its own thread only: the loader's may pin memory meanwhile.
 
     `torch.cuda.graph` has an argument for it, which `make_graphed_callables` does not pass on.
+
+    Raises:
+        Refusal: the capture failed.
     """
     graph = torch.cuda.graph
     torch.cuda.graph = functools.partial(graph, capture_error_mode="thread_local")
     try:
         yield
+    except RuntimeError as error:
+        torch.cuda.set_stream(torch.cuda.default_stream())  # a failed capture may leave its own
+        raise Refusal(f"trainer.cuda_graph = True: the step cannot be captured ({error}). Leave it off") from error
     finally:
         torch.cuda.graph = graph
 

@@ -165,7 +165,9 @@ def free_room(network: DRRN) -> int:
     """Bytes that feature maps may take: half of the memory now free; on a CPU 1 GB at most."""
     device = next(network.parameters()).device
     if device.type == "cuda":
-        if torch.cuda.mem_get_info(device)[0] < 2 * ROOM:
+        free = torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if free < max(2 * ROOM, cached):
             torch.cuda.empty_cache()  # what PyTorch keeps for later; what it keeps for a CUDA graph stays
         return torch.cuda.mem_get_info(device)[0] // 2
     return min(ROOM, available_memory() // 2)

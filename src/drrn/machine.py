@@ -10,7 +10,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -46,6 +47,13 @@ def keep_heap() -> None:
     given back.
     """
     _mallopt({M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+def ask_for_huge_pages() -> None:
+    """Let torch, from its first tensor on, ask Linux for pages of 2 MB, which take less time than many of 4 KB."""
+    with suppress(OSError):  # not Linux, or without such pages
+        if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+            os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @contextmanager
