@@ -48,7 +48,7 @@ lint: install  ## ruff
 data: install  ## fetch the 291 training images and Set5, and build the patch file (5 GB)
 	$(RUN) src/prepare.py
 
-bench: install  ## measure every claim about speed on this machine, in turn with plain versions (half an hour, idle)
+bench: install  ## measure every claim about speed on this machine, in turn with plain versions (35 minutes, idle)
 	$(RUN) tests/bench.py
 
 lock: install  ## renew requirements.lock from pyproject.toml

@@ -1,4 +1,4 @@
-"""The network's part of a training step as a CUDA graph: some hundred kernels, launched by two calls.
+"""The network's part of a training step as CUDA graphs: one of its forward, one of its backward pass.
 
 A graph repeats what it saw once: the same kernels, at the same addresses, with the same numbers. That is what a
 step is here, since every batch has one shape, save for what `Graphed` looks after. PyTorch captures; the loss, the
@@ -21,7 +21,7 @@ from drrn.model import DRRN
 
 # Of a tensor's norm, and of the norm of all (a bias in front of a BatchNorm has no gradient but rounding).
 FINE = 0.03, 1e-4  # float32 and TF32
-COARSE = 0.2, 1e-3  # under autocast; bfloat16 is up to 0.06 off float32
+COARSE = 0.2, 1e-3  # under autocast, where bfloat16 rounds
 
 Outcome = dict[str, dict[str, Tensor]]  # result, gradients and statistics of a step, by name
 

@@ -43,8 +43,7 @@ def keep_heap() -> None:
     """From now on glibc keeps the end of its heap when that is free (Linux; elsewhere nothing).
 
     A stream of strips frees its feature maps after every layer. By glibc's own rule many of them go back to the
-    kernel at once and come again, zeroed: up to a quarter of the time. Blocks of 32 MB or more are still mapped and
-    given back.
+    kernel at once and come again, zeroed. Blocks of 32 MB or more are still mapped and given back.
     """
     _mallopt({M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 2**31 - 1})
 
