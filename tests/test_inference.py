@@ -449,18 +449,20 @@ def test_memory_of_strips_is_not_had_from_the_kernel_again_and_again():
     if "[always]" in (HUGE.read_text() if HUGE.is_file() else ""):
         pytest.skip("huge pages come in such a number that they cannot be told from none")
     code = """
-import resource, torch
+import resource
+import numpy as np
+from drrn.inference import super_resolve
 from drrn.machine import keep_heap
+from drrn.model import DRRN
 {before}
-pages = []
-for _ in range(4):
-    maps = [torch.ones(5 << 20) for _ in range(5)]  # of 20 MB
-    del maps
+network, x, pages = DRRN(1, 1, features=32).eval(), np.zeros((256, 256), np.float32), []
+for _ in range(16):
+    super_resolve(network, x)
     pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(pages[3] - pages[1])
+print(pages[-1] - pages[7])  # the heap settles in the first images: small blocks come to lie between the maps
 """
     without, kept = (int(said_by(code.format(before=before))) for before in ("", "keep_heap()"))
-    assert kept < 100 < 1000 < without
+    assert max(1000, 10 * kept) < without
 
 
 def test_blocks_beyond_the_heap_come_in_huge_pages():
