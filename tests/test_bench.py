@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,24 @@ def test_things_take_turns_in_processes_of_their_own() -> None:
     assert all(t >= 0.2 for t in times["long"])
 
 
+def test_the_shares_of_a_round_are_as_many_whole_images_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, super_resolve_strips = [], bench.super_resolve_strips
+
+    def counted(*arguments: Any) -> Iterator:
+        for strip in super_resolve_strips(*arguments):
+            rows.append(len(strip))
+            yield strip
+
+    monkeypatch.setattr(bench, "super_resolve_strips", counted)
+    monkeypatch.setattr("drrn.inference.strips", lambda *_: [(0, 10), (10, 20), (20, 30)])  # the last is higher
+    share = bench.shares(1, 30, 2, 4)
+    for calls in range(1, 3 * bench.SHARES + 1):
+        share()
+        due = calls * 4 * 30 / bench.SHARES
+        assert sum(rows[:-1]) < due <= sum(rows)
+    assert sum(rows) == 3 * 4 * 30
+
+
 def test_the_table_holds_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is timed is run once, in this process."""
 
@@ -98,7 +116,7 @@ def test_the_table_holds_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         }
         for run in runs.values():
             run()
-        return {name: [2.0] if name == "plain" else [1.0] for name in things}
+        return {name: [2.0 if name == "plain" else 1.0] * rounds for name in things}
 
     monkeypatch.setattr(bench, "in_turn", here)
     monkeypatch.setattr(DRRN, "compile_units", lambda self: None)  # tests/test_model.py does it
