@@ -60,7 +60,7 @@ SIZES: dict[str, Any] = {
     "plain_build": 4,  # every fourth image
     "pairs": 240_000,  # to read, ours
     "start": 5,  # rounds
-    "growth": ((128, 256, 512, 1024, 2048), (5, 10, 20, 40)),  # sides, with U = 1; U, at 256²
+    "growth": ((128, 256, 512, 1024, 2048), (5, 10, 20, 40)),  # sides, with U = 1; U, at 128²
 }
 
 
@@ -585,11 +585,11 @@ def growth(sizes: dict[str, Any]) -> Iterator[Row]:
     for U in (9, 25):
         more = 100 * (computed_more(network(U, "batch", features), max(sides)) - 1)
         yield Row(f"pixels computed twice, B1U{U}, {max(sides)}²", more, "%", "≤ 10", "in the default strips")
-    times = in_shares({f"U{U}": (shares, U, 256, features, max(units) // U) for U in units}, 3)
-    seconds = [statistics.median(t) / (max(units) // U) for U, t in zip(units, times.values(), strict=True)]
+    times = in_shares({f"U{U}": (shares, U, 128, features, 4 * max(units) // U) for U in units}, 3)
+    seconds = [statistics.median(t) / (4 * max(units) // U) for U, t in zip(units, times.values(), strict=True)]
     slope, constant = np.polyfit(units, seconds, 1)
     worst = 100 * max(abs(s / (slope * U + constant) - 1) for U, s in zip(units, seconds, strict=True))
-    detail = ", ".join(f"{n} {s:.3g} s" for n, s in zip(times, seconds, strict=True)) + " an image of 256²"
+    detail = ", ".join(f"{n} {s:.3g} s" for n, s in zip(times, seconds, strict=True)) + " an image of 128²"
     yield Row("time against U: worst departure from a line", worst, "%", "≤ 10", detail)
     few, many = (
         statistics.median(peak(tiled, side, features)[0] for _ in range(3)) - 4 * side**2

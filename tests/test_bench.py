@@ -87,6 +87,16 @@ def test_things_take_turns_in_processes_of_their_own() -> None:
     assert all(t >= 0.2 for t in times["long"])
 
 
+def test_seconds_of_shares_add_up_to_rounds_of_which_the_first_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_in(things: dict[str, tuple], rounds: int, warm: bool) -> dict[str, list[float]]:
+        return {name: [10.0**round_ for round_ in range(rounds // 4) for _ in range(4)] for name in things}
+
+    monkeypatch.setattr(bench, "SHARES", 4)
+    monkeypatch.setattr(bench, "in_turn", stand_in)
+    assert bench.in_shares({"a": (), "b": ()}, 3) == {name: [40.0, 400.0, 4000.0] for name in "ab"}
+    assert bench.uneven([9.0, 10.0, 10.5]) == pytest.approx(10)
+
+
 def test_the_shares_of_a_round_are_as_many_whole_images_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, super_resolve_strips = [], bench.super_resolve_strips
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,6 +210,8 @@ def test_a_large_image_goes_through_in_strips_within_its_room():
     strips = inference.strips(network, (4000, 6000), inference.ROOM)
     assert max(end - first for first, end in strips) == 24
     assert sum(strips, ()) == (0, *(end for _, end in strips for _ in range(2)))[:-1]  # they follow each other
+    heights = [end - first for first, end in inference.strips(network, (512, 512), inference.ROOM)]
+    assert 24 < max(heights) <= inference.STRIP_BYTES // (4 * 128 * 512)  # as high as is fast
     assert inference.strips(network, (70, 100), inference.ROOM) == [(0, 70)]  # a small one at once
     assert inference.strips(network, (10, 20_000), inference.ROOM) == [(0, 10)]  # a low one needs no rows kept
     assert len(inference.strips(network, (90, 7000), inference.ROOM)) == 1  # keeping rows would need more
@@ -295,11 +298,26 @@ def test_strips_ask_for_no_more_rows_than_they_need():
     np.testing.assert_allclose(np.concatenate(strips), whole(network, x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("tile", "most"), [(None, 24_000_000), (200, 5_000_000)])
+def test_tiles_that_were_asked_for_have_lower_strips(tile, most, monkeypatch):
+    network, x, heights, strips = DRRN(1, 0, features=128), np.zeros((300, 200), np.float32), [], inference.strips
+
+    def noted(*arguments: Any) -> list[tuple[int, int]]:
+        heights.extend(end - first for first, end in strips(*arguments))
+        return strips(*arguments)
+
+    monkeypatch.setattr(inference, "strips", noted)
+    super_resolve(network, x, tile)
+    assert len(heights) > 1
+    assert 0.8 * most < max(heights) * 200 * 128 * 4 <= most
+
+
 @pytest.mark.parametrize("tile", [None, 15])
 @pytest.mark.parametrize("strips", [False, True])
 def test_self_ensemble_is_the_mean_over_the_eight_orientations(tile, strips, monkeypatch):
     if strips:
         monkeypatch.setattr(inference, "STRIP_BYTES", 0)
+        monkeypatch.setattr(inference, "LOW_STRIP_BYTES", 0)
         monkeypatch.setattr(inference, "STRIP_ROWS", 7)
     network = lively(B=1, U=2)
     x = photograph(30, 41)
@@ -451,11 +469,12 @@ def test_memory_of_strips_is_not_had_from_the_kernel_again_and_again():
     code = """
 import resource
 import numpy as np
-from drrn.inference import super_resolve
+from drrn.inference import ROOM, strips, super_resolve
 from drrn.machine import keep_heap
 from drrn.model import DRRN
 {before}
-network, x, pages = DRRN(1, 1, features=32).eval(), np.zeros((256, 256), np.float32), []
+network, x, pages = DRRN(1, 1, features=32).eval(), np.zeros((900, 256), np.float32), []
+assert len(strips(network, x.shape, ROOM)) > 1
 for _ in range(16):
     super_resolve(network, x)
     pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)

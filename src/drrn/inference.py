@@ -8,7 +8,7 @@ What the speed is made of (CPU, 128 features; `Folded` gives the same output to 
   Elsewhere (CUDA, a CPU without oneDNN) they run in place after it.
 - Channels last, weights in oneDNN's own order, three feature maps in work at any time.
 - An image goes through in strips, and each layer keeps the rows that it needs again (`Stream`): maps small enough
-  that memory need not be had from the kernel afresh, and no overlap to compute twice.
+  that memory need not be had from the kernel afresh (`machine.keep_heap`), and no overlap to compute twice.
 
 Further ideas belong into `Convolution` (another kernel) or `Stream` (another order of work); everything above them
 divides images.
@@ -34,7 +34,8 @@ from drrn.model import DRRN
 
 ROOM = 1_000_000_000  # bytes that feature maps may take, when twice as many are free
 MAPS = 3  # feature maps alive at the peak of `Stream`: identity, the unit's middle and its output
-STRIP_BYTES = 24_000_000  # of one map on a CPU; with kept rows below 32 MB, from which glibc has it zeroed afresh
+STRIP_BYTES = 24_000_000  # of one map on a CPU; with a unit's kept rows below 32 MB, where `keep_heap` ends
+LOW_STRIP_BYTES = 5_000_000  # the same in tiles that were asked for: it is done for their memory, not their speed
 STRIP_ROWS = 24  # or about so many, where a map of them is larger; two of each unit's 48 are computed twice
 TILE_PIXELS = 1 << 24  # of the strip of an image that tiles make up
 
@@ -110,8 +111,8 @@ def super_resolve_strips(
         return
 
     def whole(x: NDArray[np.floating]) -> NDArray[np.float32]:
-        parts = _stream(folded, lambda a, b: x[a:b], x.shape, strips(network, x.shape, room), lambda a, b: None)
-        return np.concatenate(list(parts))
+        parts = strips(network, x.shape, room, LOW_STRIP_BYTES if tile else STRIP_BYTES)
+        return np.concatenate(list(_stream(folded, lambda a, b: x[a:b], x.shape, parts, lambda a, b: None)))
 
     (height, width), radius = shape, network.receptive_radius
     tile_height, tile_width = (tile, tile) if tile else tile_shape(network, shape, room)
@@ -195,17 +196,18 @@ def _kept_rows(network: DRRN) -> int:
     return 4 * network.receptive_radius + 4 * MAPS
 
 
-def strips(network: DRRN, shape: tuple[int, int], room: int) -> list[tuple[int, int]]:
+def strips(network: DRRN, shape: tuple[int, int], room: int, most: int | None = None) -> list[tuple[int, int]]:
     """The rows (first, end) of an image [H, W] that go through a stream together: on a CPU, few enough to be fast.
 
-    The last strip is lower than the others, since with it every layer makes up for its lag.
+    A map has at most `most` bytes (None: STRIP_BYTES), or STRIP_ROWS where those are more. The last strip is lower
+    than the others, since with it every layer makes up for its lag.
     """
     height, width = shape
     rows, on_cpu = most_rows(network, width, room), next(network.parameters()).device.type == "cpu"
     if at_once(network, shape, room) and not (on_cpu and rows >= STRIP_ROWS):
         return [(0, height)]
     if on_cpu:
-        rows = min(rows, STRIP_BYTES // _row_bytes(network, width))
+        rows = min(rows, (STRIP_BYTES if most is None else most) // _row_bytes(network, width))
     rows = max(rows, STRIP_ROWS)
     if height <= rows:
         return [(0, height)]
