@@ -89,6 +89,7 @@ def test_things_take_turns_in_processes_of_their_own() -> None:
 
 def test_seconds_of_shares_add_up_to_rounds_of_which_the_first_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     def stand_in(things: dict[str, tuple], rounds: int, warm: bool) -> dict[str, list[float]]:
+        assert not warm  # it would be one share, and the rounds no whole images
         return {name: [10.0**round_ for round_ in range(rounds // 4) for _ in range(4)] for name in things}
 
     monkeypatch.setattr(bench, "SHARES", 4)
