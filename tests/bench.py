@@ -592,7 +592,7 @@ def growth(sizes: dict[str, Any]) -> Iterator[Row]:
     detail = ", ".join(f"{n} {s:.3g} s" for n, s in zip(times, seconds, strict=True)) + " an image of 128²"
     yield Row("time against U: worst departure from a line", worst, "%", "≤ 10", detail)
     few, many = (
-        statistics.median(peak(tiled, side, features)[0] for _ in range(3)) - 4 * side**2
+        statistics.median(peak(tiled, side, features)[0] for _ in range(7)) - 4 * side**2
         for side in (max(sides) // 2, max(sides))
     )
     detail = f"{few / 1e6:.3g} and {many / 1e6:.3g} MB beside the result, tiles of {max(sides) // 8}"
