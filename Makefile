@@ -36,10 +36,10 @@ test: install  ## the whole test suite (DRRN_DATA=folder of benchmark images run
 	$(RUN) -m pytest
 
 stress: install  ## 2,000 damaged images, patch files with each bit of their header flipped, 20 trainings killed at random moments, slow tests (20 min)
-	$(RUN) tests/stress_images.py 2000
-	$(RUN) tests/stress_input.py
-	$(RUN) tests/stress_kill.py 20
-	DRRN_SLOW=1 $(RUN) -m pytest tests/test_ddp.py tests/test_foreign.py tests/test_tracking.py tests/test_bad_files.py
+	$(RUN) tests/stress/stress_images.py 2000
+	$(RUN) tests/stress/stress_input.py
+	$(RUN) tests/stress/stress_kill.py 20
+	DRRN_SLOW=1 $(RUN) -m pytest tests/runs/test_ddp.py tests/weights/test_foreign.py tests/tracking/test_tracking.py tests/test_bad_files.py
 
 lint: install  ## ruff
 	$(VENV)/bin/ruff check .

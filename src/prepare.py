@@ -13,7 +13,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from drrn.config import CONF, DataConfig, check, launch, refusing
+from drrn.config import DataConfig, check
+from drrn.launch import CONF, launch, refusing
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
@@ -25,13 +26,12 @@ def main(cfg: DictConfig) -> None:
 
 def prepare(data: DataConfig) -> None:
     """Fetch, verify, build, and say what there is."""
-    from drrn.images import image_files
-    from drrn.patches import Patches, Recipe, prepare_patches
+    from drrn.patch_build import prepare_patches
+    from drrn.patches import Patches, Recipe
+    from drrn.sets import image_files
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    path = prepare_patches(
-        data.name, Recipe.of(data), Path(data.root), Path(data.patches), max(1, data.num_workers)
-    )
+    path = prepare_patches(data.name, Recipe.of(data), Path(data.root), Path(data.patches), max(1, data.num_workers))
     print(f"{path}: {Patches(path).stored:,} pairs, {path.stat().st_size / 1e9:.2f} GB")
     for name in data.val:
         print(f"{name}: {len(image_files(name, Path(data.root)))} images")

@@ -38,16 +38,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drrn.cuda_graph import Graphed
 from drrn.datamodule import pair_loader
-from drrn.images import image_files, orientations, read_pixels
-from drrn.inference import Convolution, super_resolve, super_resolve_strips
-from drrn.machine import freed_memory_kept, keep_heap
+from drrn.fast.cuda_graph import Graphed
+from drrn.fast.folded import Convolution
+from drrn.fast.memory import freed_memory_kept, keep_heap
+from drrn.images import orientations, read_pixels
+from drrn.inference import super_resolve, super_resolve_strips
 from drrn.matlab import rgb2ycbcr
 from drrn.model import DRRN
 from drrn.module import euclidean_loss
-from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, quantise
+from drrn.patch_build import quantise
+from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches
 from drrn.protocol import degrade, modcrop
+from drrn.sets import image_files
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARES = 16  # of work that is too long to be done in one turn
@@ -378,11 +381,12 @@ def inference(sizes: dict[str, Any]) -> Iterator[Row]:
 
 def evaluation(sizes: dict[str, Any]) -> Iterator[Row]:
     """Set5 ×3: the share of what is not the network, start-up of Python left out."""
-    import evaluate
+    import drrn.evaluation as evaluate
     from drrn.config import ModelConfig
-    from drrn.images import fetch, sha256
+    from drrn.images import sha256
     from drrn.protocol import PAPER
-    from drrn.weights import save_weights
+    from drrn.sets import fetch
+    from drrn.weights.ours import save_weights
 
     files = fetch("Set5", Path(os.environ.get("DRRN_DATA", ROOT / "data")))
     with tempfile.TemporaryDirectory() as folder:
@@ -680,7 +684,7 @@ def main(names: list[str], sizes: dict[str, Any], folder: Path) -> list[Row]:
     for r in rows:
         spread = "" if r.spread is None else f"{100 * r.spread:.0f} %"
         lines.append(f"| {r.what} | {r.value:.3g} {r.unit} | {r.target} | {r.verdict()} | {r.detail} | {spread} |")
-    from drrn.records import write_json, write_whole
+    from drrn.disk import write_json, write_whole
 
     folder.mkdir(parents=True, exist_ok=True)
     content = "\n".join([f"`make bench`: {json.dumps(facts)}", "", *lines, ""])

@@ -82,7 +82,8 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_patches(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A patch file of the tiny images, ×2 and ×3, built once with two processes."""
-    from drrn.patches import Recipe, prepare_patches
+    from drrn.patch_build import prepare_patches
+    from drrn.patches import Recipe
 
     recipe = Recipe((str(tiny_images),), scales=(2, 3))
     return prepare_patches("tiny", recipe, Path("unused"), tmp_path_factory.mktemp("tiny_patches"), workers=2)
@@ -93,12 +94,12 @@ def inline_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patch files are built in this process: no start of workers to wait for, and what a test patches counts."""
     from concurrent.futures import ThreadPoolExecutor
 
-    import drrn.patches
+    import drrn.patch_build
 
     def pool(workers: int, mp_context: object, initializer: object) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(workers)
 
-    monkeypatch.setattr(drrn.patches, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(drrn.patch_build, "ProcessPoolExecutor", pool)
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +125,7 @@ def entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
     """
     import importlib
 
-    from drrn.config import launch
+    from drrn.launch import launch
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         module = importlib.import_module(name)

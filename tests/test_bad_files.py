@@ -20,16 +20,18 @@ import tifffile
 import torch
 from PIL import Image
 
-import drrn.export
+import drrn.weights.export
 from conftest import TINY
-from drrn import Refusal
 from drrn.config import ModelConfig
 from drrn.datamodule import check_size
+from drrn.disk import write_whole
+from drrn.errors import UserError
 from drrn.model import DRRN
-from drrn.patches import Recipe, pair_count, prepare_patches
-from drrn.photos import Photo, read_photo, write_photo
-from drrn.records import write_whole
-from drrn.weights import save_weights
+from drrn.patch_build import pair_count, prepare_patches
+from drrn.patches import Recipe
+from drrn.photos.read import Photo, read_photo
+from drrn.photos.write import write_photo
+from drrn.weights.ours import save_weights
 
 # ---------------------------------------------------------------------- images
 
@@ -83,7 +85,7 @@ def test_an_odd_image_among_training_images(name: str, odd: Path, tmp_path: Path
     shutil.copy(odd / name, folder / name)
     built = tmp_path / "patches"
     if name in (*PHOTOS, *BAD):
-        with pytest.raises(Refusal) as refusal:
+        with pytest.raises(UserError) as refusal:
             prepare_patches("odd", recipe, Path(), built, workers=1)
         assert str(folder / name) in str(refusal.value)
         assert [path.suffix for path in built.iterdir()] in ([], [".lock"])
@@ -110,7 +112,7 @@ def test_an_odd_image_to_be_scored(name: str, odd: Path, tmp_path: Path, entry_p
         assert "Traceback" not in out + err
     assert not (tmp_path / "report").exists()
     if name in (*SMALL, "empty.png", "text.png", "bomb.png"):
-        with pytest.raises(Refusal, match=name):
+        with pytest.raises(UserError, match=name):
             check_size(folder / name, 2)
 
 
@@ -266,7 +268,7 @@ def test_a_full_disk_leaves_the_old_files_and_nothing_else(
     for room in (0, min(largest // 2, 20_000)):
         if what.endswith((".onnx", ".pt2")):  # exporting needs room of its own, so it is short while writing only
             monkeypatch.setattr(
-                drrn.export,
+                drrn.weights.export,
                 "write_whole",
                 lambda path, write, room=room: files_of_at_most(room)(write_whole)(path, write),
             )

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import bench
-from drrn.images import image_files
 from drrn.model import DRRN
-from drrn.patches import Patches, Recipe, prepare_patches
+from drrn.patch_build import prepare_patches
+from drrn.patches import Patches, Recipe
+from drrn.sets import image_files
 
 TINY = {
     "features": 2,
@@ -121,9 +122,7 @@ def test_the_table_holds_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def here(things: dict[str, tuple], rounds: int, warm: bool = True, environment: Any = None) -> dict:
         runs = {
-            name: build(*arguments)
-            for name, (build, *arguments) in things.items()
-            if build is not bench.first_image
+            name: build(*arguments) for name, (build, *arguments) in things.items() if build is not bench.first_image
         }
         for run in runs.values():
             run()

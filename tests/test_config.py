@@ -12,17 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from conftest import TINY
-from drrn import Refusal
-from drrn.config import (
-    AT_LEAST,
-    CHOICES,
-    Config,
-    ModelConfig,
-    check,
-    run_dir,
-    run_name,
-    structure_name,
-)
+from drrn.config import AT_LEAST, CHOICES, Config, ModelConfig, check
+from drrn.errors import UserError
+from drrn.identity import run_dir, run_name, structure_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,9 +106,7 @@ def test_a_wrong_value_is_refused_by_the_entry_point(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_patch_larger_than_the_images_is_refused(
-    entry_point: Callable, tiny_images: Path, tmp_path: Path
-) -> None:
+def test_a_patch_larger_than_the_images_is_refused(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
     code, out, err = entry_point(
         "train", f"data.train=[{tiny_images}]", "data.patch_size=500", f"data.patches={tmp_path}",
         f"output={tmp_path / 'runs'}", "logger=none",
@@ -303,7 +293,8 @@ def test_a_runs_folder_is_the_same_tomorrow_and_in_another_process(configure: Ca
     assert run_dir(config).name.startswith("DRRN_B1U9_s1-")
     script = (
         "from hydra import compose, initialize_config_dir\n"
-        "from drrn.config import check, run_dir\n"
+        "from drrn.config import check\n"
+        "from drrn.identity import run_dir\n"
         f"with initialize_config_dir({str(ROOT / 'conf')!r}, version_base='1.3'):\n"
         "    print(run_dir(check(compose('config'))))\n"
     )
@@ -373,13 +364,13 @@ def test_checkpointing_is_typed_with_the_model_and_changes_no_run(configure) -> 
     assert (without.checkpointing, with_it.checkpointing) == (False, True)
     assert with_it.model == without.model
     assert run_dir(with_it) == run_dir(without)
-    with pytest.raises(Refusal, match=r"model\.checkpointing = 'often'"):
+    with pytest.raises(UserError, match=r"model\.checkpointing = 'often'"):
         configure("model.checkpointing=often")
 
 
 def test_compiling_changes_no_run_and_stands_alone(configure) -> None:
     assert run_dir(configure("trainer.compile=true")) == run_dir(configure())
-    with pytest.raises(Refusal, match="a compiled unit sees"):
+    with pytest.raises(UserError, match="a compiled unit sees"):
         configure("trainer.compile=true", "trainer.sync_batchnorm=true")
 
 
@@ -389,13 +380,13 @@ def test_a_cuda_graph_changes_no_run_and_is_of_one_process_with_one_backward_pas
     assert configure(*asked, "trainer.devices=[3]").trainer.cuda_graph
     assert configure(*asked, "trainer.devices='1'").trainer.cuda_graph
     for wrong in ("devices=2", "devices=-1", "devices=auto", "num_nodes=2", "strategy=ddp"):
-        with pytest.raises(Refusal, match=f"trainer.{wrong.replace('=', ' = ')}: .* a single backward pass"):
+        with pytest.raises(UserError, match=f"trainer.{wrong.replace('=', ' = ')}: .* a single backward pass"):
             configure(*asked, f"trainer.{wrong}")
-    with pytest.raises(Refusal, match=r"it needs trainer.accumulate_grad_batches=1"):
+    with pytest.raises(UserError, match=r"it needs trainer.accumulate_grad_batches=1"):
         configure(*asked, "trainer.accumulate_grad_batches=2")
-    with pytest.raises(Refusal, match=r"needs a GPU, not trainer.accelerator = cpu"):
+    with pytest.raises(UserError, match=r"needs a GPU, not trainer.accelerator = cpu"):
         configure(asked[0], "trainer.accelerator=cpu")
-    with pytest.raises(Refusal, match=r"trainer.detect_anomaly = True"):
+    with pytest.raises(UserError, match=r"trainer.detect_anomaly = True"):
         configure(*asked, "+trainer.detect_anomaly=true")
 
 

@@ -13,8 +13,8 @@ import skimage.data
 import torch
 from PIL import Image
 
-from drrn import Refusal
 from drrn.datamodule import EvaluationImages, SuperResolutionData, Task, check_size
+from drrn.errors import UserError
 from drrn.images import orientations, read_luminance
 from drrn.matlab import imresize
 from drrn.patches import Patches, ShuffledBatches
@@ -138,7 +138,7 @@ def test_online_has_as_many_steps_an_epoch_as_offline_and_an_eighth_of_the_file(
 
 
 def test_a_batch_larger_than_the_data_is_refused(configure: Callable, inline_pool: None) -> None:
-    with pytest.raises(Refusal, match=r"data\.batch_size = 100000"):
+    with pytest.raises(UserError, match=r"data\.batch_size = 100000"):
         prepared(configure("data.batch_size=100000"))
 
 
@@ -197,7 +197,7 @@ def test_an_image_too_small_to_score_is_refused(scale: int, tmp_path: Path) -> N
         try:
             score(x[0, 0].numpy(), truth[0, 0].numpy(), scale)
         except ValueError:
-            with pytest.raises(Refusal, match=f"too small to be scored at ×{scale}") as refusal:
+            with pytest.raises(UserError, match=f"too small to be scored at ×{scale}") as refusal:
                 check_size(path, scale)
             assert str(path) in str(refusal.value)
             outcomes.add("refused")

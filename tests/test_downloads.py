@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import drrn.images
-from drrn import Refusal
-from drrn.images import fetch
+import drrn.sets
+from drrn.errors import UserError
+from drrn.sets import fetch
 
 GOOD = bytes(range(256)) * 64
 DIGEST = f"sha256:{hashlib.sha256(GOOD).hexdigest()}"
@@ -65,7 +65,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)  # its pauses between attempts
-    monkeypatch.setattr(drrn.images, "TIMEOUT", 0.3)
+    monkeypatch.setattr(drrn.sets, "TIMEOUT", 0.3)
     server = Server()
     yield server
     server.over.set()
@@ -89,7 +89,7 @@ BAD = ["drop", "stall", "mute", 404, 500, 503, b"another file", b"", ("to", "/ot
 @pytest.mark.parametrize("answer", BAD, ids=str)
 def test_what_stays_wrong_is_refused_and_leaves_nothing(answer: object, server: Server, tmp_path: Path) -> None:
     server.answers = {"/a.png": [answer], "/other": [b"another file"]}
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         fetched(server, tmp_path / "data")
     for text in ("Set5/a.png", f"{server.url}/a.png", "Try again", str(tmp_path / "data/Set5/a.png"), DIGEST):
         assert text in str(refusal.value)
@@ -116,6 +116,6 @@ def test_redirections_are_followed(server: Server, tmp_path: Path) -> None:
 def test_no_server_at_all(tmp_path: Path, server: Server) -> None:
     server.http.shutdown()
     server.http.server_close()
-    with pytest.raises(Refusal, match="could not be fetched"):
+    with pytest.raises(UserError, match="could not be fetched"):
         fetched(server, tmp_path / "data")
     assert everything_under(tmp_path / "data") == []

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-import evaluate
+import drrn.evaluation as evaluate
 from drrn.config import ModelConfig
 from drrn.matlab import imresize
 from drrn.model import DRRN
-from drrn.weights import save_weights
+from drrn.weights.ours import save_weights
 
 MODEL = ModelConfig(1, 1, 4, "batch", True, True, True)
 
@@ -74,7 +74,7 @@ def test_network_and_resume(entry_point: Callable, tiny_images: Path, weights: P
 
     from drrn.images import read_luminance
     from drrn.protocol import prepare, score
-    from drrn.weights import load_network
+    from drrn.weights.ours import load_network
 
     network, _ = load_network(weights)
     for row in content["scores"]:
@@ -221,7 +221,7 @@ SCORING = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-import evaluate
+import drrn.evaluation as evaluate
 
 if __name__ == "__main__":
     bicubic = evaluate.Method("bicubic", None, None, "Bicubic", None, None, None)
@@ -237,7 +237,7 @@ def test_a_killed_evaluation_leaves_no_workers(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "image.png")
     process = subprocess.Popen(
         [sys.executable, tmp_path / "scoring.py", tmp_path / "image.png"],
-        env={**os.environ, "PYTHONPATH": str(Path(evaluate.__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(evaluate.__file__).parents[1])},
     )
     try:
         workers: list[str] = []

@@ -15,18 +15,10 @@ import skimage.data
 from numpy.typing import NDArray
 from PIL import Image
 
-import drrn.images
-from drrn import Refusal
-from drrn.images import (
-    DEMO_SETS,
-    FETCHED_SETS,
-    fetch,
-    image_files,
-    orientations,
-    read_luminance,
-    read_pixels,
-    registered,
-)
+import drrn.sets
+from drrn.errors import UserError
+from drrn.images import orientations, read_luminance, read_pixels
+from drrn.sets import DEMO_SETS, FETCHED_SETS, fetch, image_files, registered
 
 # ---------------------------------------------------------------------- a server, and a registry that points at it
 
@@ -118,13 +110,11 @@ def test_what_is_present_is_not_downloaded(registry: Path, server: Server, tmp_p
     assert server.asked == []
 
 
-def test_a_present_file_of_another_digest_is_refused_and_kept(
-    registry: Path, server: Server, tmp_path: Path
-) -> None:
+def test_a_present_file_of_another_digest_is_refused_and_kept(registry: Path, server: Server, tmp_path: Path) -> None:
     path = tmp_path / "data/Set5/a.png"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"another image")
-    with pytest.raises(Refusal, match="Delete it") as refusal:
+    with pytest.raises(UserError, match="Delete it") as refusal:
         fetch("Set5", tmp_path / "data", registry)
     assert str(path) in str(refusal.value)
     assert hashlib.sha256(b"another image").hexdigest() in str(refusal.value)
@@ -144,7 +134,7 @@ def test_a_failed_download_names_file_and_url_and_leaves_nothing(
     else:
         server.files["/Set5/b.png"] = served
     root = tmp_path / "data"
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         fetch("Set5", root, registry)
     text = str(refusal.value)
     assert "Set5/b.png" in text
@@ -155,18 +145,16 @@ def test_a_failed_download_names_file_and_url_and_leaves_nothing(
         assert server.asked.count("/Set5/b.png") > 1  # tried again
 
 
-@pytest.mark.parametrize(
-    "line", ["Set5/a.png", "Set5/a.png md5:00 http://x/a", "Set5/a.png sha256:00 http://x/a b"]
-)
+@pytest.mark.parametrize("line", ["Set5/a.png", "Set5/a.png md5:00 http://x/a", "Set5/a.png sha256:00 http://x/a b"])
 def test_a_registry_line_of_another_form_is_refused(line: str, tmp_path: Path) -> None:
     path = tmp_path / "registry.txt"
     path.write_text(f"# first\n{line}\n")
-    with pytest.raises(Refusal, match="line 2"):
+    with pytest.raises(UserError, match="line 2"):
         registered("Set5", path)
 
 
 def test_a_missing_registry_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"nowhere\.txt is missing"):
+    with pytest.raises(UserError, match=r"nowhere\.txt is missing"):
         registered("Set5", tmp_path / "nowhere.txt")
 
 
@@ -189,7 +177,7 @@ def test_the_registry_of_the_project() -> None:
 def test_the_images_in_drrn_data_are_the_registered_ones(
     name: str, drrn_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drrn.images, "_download", lambda *_: pytest.fail("nothing has to be downloaded"))
+    monkeypatch.setattr(drrn.sets, "_download", lambda *_: pytest.fail("nothing has to be downloaded"))
     if not (drrn_data / name).is_dir():
         pytest.skip(f"{name} is not in DRRN_DATA")
     assert len(image_files(name, drrn_data)) == len(registered(name))
@@ -229,7 +217,7 @@ def test_the_demo_sets_are_photographs_of_scikit_image(tmp_path: Path) -> None:
 
 def test_a_demo_set_that_is_not_shipped_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(DEMO_SETS, "demo_test", ("camera.png", "holiday.png"))
-    with pytest.raises(Refusal, match=r"does not ship holiday\.png"):
+    with pytest.raises(UserError, match=r"does not ship holiday\.png"):
         image_files("demo_test", tmp_path)
 
 
@@ -242,14 +230,14 @@ def test_a_folder_is_a_set(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(Refusal, match="holds no image") as refusal:
+    with pytest.raises(UserError, match="holds no image") as refusal:
         image_files(str(tmp_path), Path("unused"))
     assert str(tmp_path) in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["Set6", "no/such/folder"])
 def test_an_unknown_set_is_refused_with_those_that_there_are(name: str, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=f"'{name}'.*Set5.*Urban100.*demo_test"):
+    with pytest.raises(UserError, match=f"'{name}'.*Set5.*Urban100.*demo_test"):
         image_files(name, tmp_path)
 
 
@@ -289,7 +277,7 @@ def test_an_image_of_another_kind_is_refused(mode: str, tmp_path: Path) -> None:
         Image.fromarray(np.asarray(grey, np.uint16) * 257).save(path)
     else:
         grey.convert("RGB" if mode == "CMYK" else mode).convert(mode).save(path)
-    with pytest.raises(Refusal, match=f"this one is {mode}") as refusal:
+    with pytest.raises(UserError, match=f"this one is {mode}") as refusal:
         read_pixels(path)
     assert str(path) in str(refusal.value)
 
@@ -311,7 +299,7 @@ def broken(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", ["truncated", "damaged", "text", "empty", "missing"])
 def test_an_unreadable_image_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     path = broken(kind, tmp_path)
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         read_luminance(path)
     assert str(path) in str(refusal.value)
 
@@ -320,7 +308,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     path = tmp_path / "bomb.png"
     png(skimage.data.camera()[:64, :64], path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(Refusal, match=r"bomb\.png"):
+    with pytest.raises(UserError, match=r"bomb\.png"):
         read_luminance(path)
 
 

@@ -19,10 +19,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from drrn import inference
-from drrn.images import image_files, read_luminance
-from drrn.inference import Folded, Stream, most_rows, super_resolve, super_resolve_strips, tile_shape
+from drrn.fast import folded
+from drrn.fast import strips as sizes
+from drrn.fast.folded import Folded
+from drrn.fast.stream import Stream
+from drrn.fast.strips import most_rows, tile_shape
+from drrn.images import read_luminance
+from drrn.inference import super_resolve, super_resolve_strips
 from drrn.model import DRRN
 from drrn.protocol import prepare
+from drrn.sets import image_files
 
 FAMILY = {
     "B1U9": {"B": 1, "U": 9},
@@ -177,7 +183,7 @@ def test_a_stream_leaves_cudnn_on_but_for_tf32(monkeypatch):
 
 def computed(network: DRRN, run) -> int:
     """Pixels of a feature map that the convolutions within the units compute in `run`."""
-    pixels, convolve = [], inference.Convolution.__call__
+    pixels, convolve = [], folded.Convolution.__call__
 
     def counting(self, x, *args, **kwargs):
         y = convolve(self, x, *args, **kwargs)
@@ -186,7 +192,7 @@ def computed(network: DRRN, run) -> int:
         return y
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference.Convolution, "__call__", counting)
+        patch.setattr(folded.Convolution, "__call__", counting)
         run()
     return sum(pixels)
 
@@ -197,8 +203,8 @@ def test_strips_compute_little_twice(U):
     network = DRRN(1, U, features=4)
     x = np.zeros((600, 30), np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "STRIP_BYTES", 0)
-        assert len(inference.strips(network, x.shape, inference.ROOM)) == 600 // 24 + 1
+        patch.setattr(sizes, "STRIP_BYTES", 0)
+        assert len(sizes.strips(network, x.shape, sizes.ROOM)) == 600 // 24 + 1
         pixels = computed(network, lambda: super_resolve(network, x))
     assert 2 * U * x.size < pixels < 1.05 * 2 * U * x.size
 
@@ -206,23 +212,23 @@ def test_strips_compute_little_twice(U):
 def test_a_large_image_goes_through_in_strips_within_its_room():
     """A 24-megapixel photograph by the paper's largest network: no overlap, and 1 GB is enough."""
     network = DRRN(1, 25, features=128)
-    assert most_rows(network, 6000, inference.ROOM) >= inference.STRIP_ROWS
-    strips = inference.strips(network, (4000, 6000), inference.ROOM)
+    assert most_rows(network, 6000, sizes.ROOM) >= sizes.STRIP_ROWS
+    strips = sizes.strips(network, (4000, 6000), sizes.ROOM)
     assert max(end - first for first, end in strips) == 24
     assert sum(strips, ()) == (0, *(end for _, end in strips for _ in range(2)))[:-1]  # they follow each other
-    heights = [end - first for first, end in inference.strips(network, (512, 512), inference.ROOM)]
-    assert 24 < max(heights) <= inference.STRIP_BYTES // (4 * 128 * 512)  # as high as is fast
-    assert inference.strips(network, (70, 100), inference.ROOM) == [(0, 70)]  # a small one at once
-    assert inference.strips(network, (10, 20_000), inference.ROOM) == [(0, 10)]  # a low one needs no rows kept
-    assert len(inference.strips(network, (90, 7000), inference.ROOM)) == 1  # keeping rows would need more
-    assert most_rows(network, 12000, inference.ROOM) < inference.STRIP_ROWS  # tiles
+    heights = [end - first for first, end in sizes.strips(network, (512, 512), sizes.ROOM)]
+    assert 24 < max(heights) <= sizes.STRIP_BYTES // (4 * 128 * 512)  # as high as is fast
+    assert sizes.strips(network, (70, 100), sizes.ROOM) == [(0, 70)]  # a small one at once
+    assert sizes.strips(network, (10, 20_000), sizes.ROOM) == [(0, 10)]  # a low one needs no rows kept
+    assert len(sizes.strips(network, (90, 7000), sizes.ROOM)) == 1  # keeping rows would need more
+    assert most_rows(network, 12000, sizes.ROOM) < sizes.STRIP_ROWS  # tiles
 
 
 @pytest.mark.parametrize("shape", [(150, 70), (20, 90)])
 def test_strips_and_tiles_by_the_memory_there_is(shape, monkeypatch):
     network = lively(B=1, U=2)
     x = photograph(*shape)
-    monkeypatch.setattr(inference, "STRIP_BYTES", 0)
+    monkeypatch.setattr(sizes, "STRIP_BYTES", 0)
     asked = {}
     for room in (10**9, 30_000):
         asked[room] = []
@@ -300,7 +306,7 @@ def test_strips_ask_for_no_more_rows_than_they_need():
 
 @pytest.mark.parametrize(("tile", "most"), [(None, 24_000_000), (200, 5_000_000)])
 def test_tiles_that_were_asked_for_have_lower_strips(tile, most, monkeypatch):
-    network, x, heights, strips = DRRN(1, 0, features=128), np.zeros((300, 200), np.float32), [], inference.strips
+    network, x, heights, strips = DRRN(1, 0, features=128), np.zeros((300, 200), np.float32), [], sizes.strips
 
     def noted(*arguments: Any) -> list[tuple[int, int]]:
         heights.extend(end - first for first, end in strips(*arguments))
@@ -316,9 +322,9 @@ def test_tiles_that_were_asked_for_have_lower_strips(tile, most, monkeypatch):
 @pytest.mark.parametrize("strips", [False, True])
 def test_self_ensemble_is_the_mean_over_the_eight_orientations(tile, strips, monkeypatch):
     if strips:
-        monkeypatch.setattr(inference, "STRIP_BYTES", 0)
-        monkeypatch.setattr(inference, "LOW_STRIP_BYTES", 0)
-        monkeypatch.setattr(inference, "STRIP_ROWS", 7)
+        monkeypatch.setattr(sizes, "STRIP_BYTES", 0)
+        monkeypatch.setattr(sizes, "LOW_STRIP_BYTES", 0)
+        monkeypatch.setattr(sizes, "STRIP_ROWS", 7)
     network = lively(B=1, U=2)
     x = photograph(30, 41)
     turned = []
@@ -349,9 +355,9 @@ def test_tile_shapes_cover_the_image_and_fit(height, width, U, features, room):
     radius = network.receptive_radius
     for side, length in ((h, height), (w, width)):
         if side < length and side > 2 * radius:  # not the least, so it fits, whichever way it is turned
-            assert most_rows(network, side + 2 * radius, room) >= inference.STRIP_ROWS
+            assert most_rows(network, side + 2 * radius, room) >= sizes.STRIP_ROWS
     if h < height and h > 4 * radius:
-        assert h * width <= inference.TILE_PIXELS
+        assert h * width <= sizes.TILE_PIXELS
 
 
 class NetworkLike:
@@ -366,10 +372,10 @@ class NetworkLike:
 
 def test_the_room_follows_the_memory_that_is_free(monkeypatch):
     network = DRRN(1, 1, features=2)
-    monkeypatch.setattr(inference, "available_memory", lambda: 64 * 10**9)
-    assert inference.free_room(network) == inference.ROOM
-    monkeypatch.setattr(inference, "available_memory", lambda: 5 * 10**8)
-    assert inference.free_room(network) == 2.5 * 10**8
+    monkeypatch.setattr(sizes, "available_memory", lambda: 64 * 10**9)
+    assert sizes.free_room(network) == sizes.ROOM
+    monkeypatch.setattr(sizes, "available_memory", lambda: 5 * 10**8)
+    assert sizes.free_room(network) == 2.5 * 10**8
 
 
 @pytest.mark.parametrize(
@@ -382,16 +388,16 @@ def test_the_room_on_a_gpu_counts_what_pytorch_keeps_where_that_is_much(monkeypa
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100 + memory["kept"])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: memory.update(free=sum(memory.values()), kept=0))
-    assert inference.free_room(network) == room
+    assert sizes.free_room(network) == room
 
 
 def test_available_memory_is_a_sane_number():
-    assert 10**6 < inference.available_memory() < 10**15
+    assert 10**6 < sizes.available_memory() < 10**15
 
 
 def test_what_the_machine_has_decides(monkeypatch):
     network = lively(B=1, U=2)
-    monkeypatch.setattr(inference, "available_memory", lambda: 60_000)
+    monkeypatch.setattr(sizes, "available_memory", lambda: 60_000)
     x, calls = photograph(60, 70), []
     y = super_resolve(network, x, progress=lambda done, total: calls.append((done, total)))
     assert calls[-1][0] == calls[-1][1] > 4
@@ -415,7 +421,8 @@ def test_three_feature_maps_are_alive_at_the_peak():
         pytest.skip("the peak is read from Linux's /proc")
     code = """
 import torch
-from drrn.inference import Folded, MAPS
+from drrn.fast.folded import Folded
+from drrn.fast.strips import MAPS
 from drrn.model import DRRN
 status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
 folded = Folded(DRRN(1, 2, features=32).eval())
@@ -444,13 +451,14 @@ def test_strips_take_the_room_that_they_were_given(structure):
     code = f"""
 import numpy as np
 from drrn import inference
+from drrn.fast import strips as sizes
 from drrn.model import DRRN
 status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
 network = DRRN(**{structure}, features=32).eval()
-inference.STRIP_BYTES, row, shape = 0, 32 * 4 * 18_000, (100, 18_000)
-rows = inference.STRIP_ROWS
-room = next(room for room in range(0, 10**9, row) if inference.most_rows(network, shape[1], room) == rows)
-assert len(inference.strips(network, shape, room)) > 3
+sizes.STRIP_BYTES, row, shape = 0, 32 * 4 * 18_000, (100, 18_000)
+rows = sizes.STRIP_ROWS
+room = next(room for room in range(0, 10**9, row) if sizes.most_rows(network, shape[1], room) == rows)
+assert len(sizes.strips(network, shape, room)) > 3
 inference.super_resolve(network, np.zeros((40, 40)))
 x = np.ones(shape, np.float32)
 before = status("VmRSS")
@@ -469,8 +477,9 @@ def test_memory_of_strips_is_not_had_from_the_kernel_again_and_again():
     code = """
 import resource
 import numpy as np
-from drrn.inference import ROOM, strips, super_resolve
-from drrn.machine import keep_heap
+from drrn.fast.strips import ROOM, strips
+from drrn.inference import super_resolve
+from drrn.fast.memory import keep_heap
 from drrn.model import DRRN
 {before}
 network, x, pages = DRRN(1, 1, features=32).eval(), np.zeros((900, 256), np.float32), []
@@ -489,7 +498,7 @@ def test_blocks_beyond_the_heap_come_in_huge_pages():
         pytest.skip("Linux gives huge pages always, or never")
     code = """
 import resource, torch
-from drrn.machine import ask_for_huge_pages
+from drrn.fast.memory import ask_for_huge_pages
 {before}
 torch.ones(10)
 pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

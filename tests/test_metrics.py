@@ -342,9 +342,7 @@ def test_metrics_leave_their_arguments_alone(measure) -> None:
 def test_metrics_import_without_torch_and_pyrtools() -> None:
     code = "import sys, drrn.matlab, drrn.metrics; sys.exit({'torch', 'pyrtools'} & set(sys.modules) != set())"
     source = Path(__file__).resolve().parents[1] / "src"
-    assert (
-        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(source)}).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(source)}).returncode == 0
 
 
 # torchmetrics

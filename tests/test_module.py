@@ -22,15 +22,15 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from drrn import Refusal
-from drrn.callbacks import Checkpoints, newest_checkpoint
 from drrn.config import OptimConfig
 from drrn.datamodule import SuperResolutionData
+from drrn.errors import UserError
 from drrn.images import read_luminance
 from drrn.matlab import imresize, to_uint8
 from drrn.module import Diverged, SuperResolution, euclidean_loss, learning_rate_factor
 from drrn.patches import LOW, STEP, Patches
 from drrn.protocol import prepare, score
+from drrn.runs.checkpoints import Checkpoints, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
@@ -253,9 +253,7 @@ def test_norm_clipping_makes_a_step_of_length_theta(batches: list[Pair]) -> None
         trained = module(clip="norm", lr=lr, theta=0.01, momentum=0.0, weight_decay=0.0)
         before = copy.deepcopy(trained.network.state_dict())
         (logged,) = fit(trained, [(x * 30, truth) for x, truth in batches[:1]])
-        squares = sum(
-            (before[k] - v).double().square().sum().item() for k, v in trained.network.state_dict().items()
-        )
+        squares = sum((before[k] - v).double().square().sum().item() for k, v in trained.network.state_dict().items())
         assert math.sqrt(squares) == pytest.approx(0.01, rel=1e-3)
         assert logged["train/clipped"] == 1
 
@@ -452,7 +450,7 @@ def test_a_loss_that_is_no_number_stops_the_run(clip: str, what: str, batches: l
             enable_checkpointing=True,
             callbacks=[Checkpoints(tmp_path, 1)],
         )
-    assert isinstance(stopped.value, Refusal)
+    assert isinstance(stopped.value, UserError)
     text = str(stopped.value)
     for said in ("step 2", "γ = 0.001", what[:3], f"clip = {clip}", "θ = 0.0001", "optim.lr"):
         assert said in text

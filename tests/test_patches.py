@@ -29,25 +29,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import drrn.matlab
+import drrn.patch_build
 import drrn.patches
-from drrn import Refusal
 from drrn.datamodule import pair_loader, turned
+from drrn.errors import UserError
 from drrn.images import image_size, orientations, read_luminance
 from drrn.matlab import resize_matrix
-from drrn.patches import (
-    HIGH,
-    LOW,
-    STEP,
-    Patches,
-    Recipe,
-    ShuffledBatches,
-    attributes,
-    check_patch_file,
-    pair_count,
-    prepare_patches,
-    quantise,
-    versions,
-)
+from drrn.patch_build import pair_count, prepare_patches, quantise, versions
+from drrn.patches import HIGH, LOW, STEP, Patches, Recipe, ShuffledBatches, attributes, check_patch_file
 from drrn.protocol import degrade, modcrop
 
 ANYWHERE = Path("no_data_root_is_needed")
@@ -227,7 +216,7 @@ def test_a_file_that_is_there_needs_no_lock(
 
     monkeypatch.setattr(FileLock, "acquire", refused)
     assert prepare_patches("tiny", recipe, ANYWHERE, tmp_path) == path
-    with pytest.raises(Refusal, match="Permission denied"):
+    with pytest.raises(UserError, match="Permission denied"):
         prepare_patches("other", recipe, ANYWHERE, tmp_path)
 
 
@@ -282,8 +271,8 @@ def test_processes_that_ask_at_once_build_once(
     tiny_images: Path, tmp_path: Path, inline_pool: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builds: list[Path] = []
-    build = drrn.patches._build
-    monkeypatch.setattr(drrn.patches, "_build", lambda path, *rest: (builds.append(path), build(path, *rest)))
+    build = drrn.patch_build._build
+    monkeypatch.setattr(drrn.patch_build, "_build", lambda path, *rest: (builds.append(path), build(path, *rest)))
     recipe = Recipe((str(tiny_images),), scales=(2,))
     with ThreadPoolExecutor(3) as pool:
         paths = list(pool.map(lambda _: prepare_patches("tiny", recipe, ANYWHERE, tmp_path), range(3)))
@@ -313,9 +302,7 @@ def test_recipes_live_side_by_side(tiny_images: Path, tmp_path: Path, inline_poo
 
 
 @pytest.mark.parametrize("change", ["pixel", "name", "more", "fewer"])
-def test_changed_sources_are_another_file(
-    change: str, tiny_images: Path, tmp_path: Path, inline_pool: None
-) -> None:
+def test_changed_sources_are_another_file(change: str, tiny_images: Path, tmp_path: Path, inline_pool: None) -> None:
     folder = tmp_path / "images"
     shutil.copytree(tiny_images, folder)
     recipe = Recipe((str(folder),), scales=(2,))
@@ -387,7 +374,7 @@ def test_a_wrong_file_is_refused_and_named(how: str, tiny_images: Path, tiny_pat
     recipe = Recipe((str(tiny_images),), scales=(2, 3))
     assert prepare_patches("tiny", recipe, ANYWHERE, tmp_path) == path  # as it is, it is taken
     damaged(path, how)
-    with pytest.raises(Refusal, match="Delete") as refusal:
+    with pytest.raises(UserError, match="Delete") as refusal:
         prepare_patches("tiny", recipe, ANYWHERE, tmp_path)
     assert f"Delete {path}" in str(refusal.value)
 
@@ -416,7 +403,7 @@ def test_truncated_anywhere_it_is_refused(copied: tuple[Path, Callable], tiny_pa
     whole = tiny_patches.read_bytes()
     for length in np.random.default_rng(6).integers(0, len(whole), 50).tolist():
         path.write_bytes(whole[:length])
-        with pytest.raises(Refusal, match="Delete"):
+        with pytest.raises(UserError, match="Delete"):
             ask()
 
 
@@ -446,7 +433,7 @@ def test_a_bit_flipped_in_what_the_file_says_of_itself_never_gives_a_wrong_batch
         try:
             check_patch_file(path, attrs)
             batch = Patches(path)[everything]
-        except Refusal:
+        except UserError:
             refused += 1
         else:  # a byte that nothing depends on
             np.testing.assert_array_equal(batch[0], x)
@@ -459,10 +446,10 @@ BUILD = """
 import logging, os, sys, time
 from pathlib import Path
 import drrn.matlab
-import drrn.patches
-from drrn import Refusal
+import drrn.patch_build, drrn.patches
+from drrn.errors import UserError
 
-real, images, folder, how = drrn.patches.read_luminance, *sys.argv[1:]
+real, images, folder, how = drrn.patch_build.read_luminance, *sys.argv[1:]
 
 def read(path):
     if how == "hang" and path.name == "chelsea.png":
@@ -471,12 +458,12 @@ def read(path):
         os.kill(os.getpid(), 9)
     return real(path)
 
-drrn.patches.read_luminance = read
+drrn.patch_build.read_luminance = read
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        print(drrn.patches.prepare_patches("tiny", drrn.patches.Recipe((images,), (2,)), Path(), Path(folder), 1))
-    except Refusal as refusal:
+        print(drrn.patch_build.prepare_patches("tiny", drrn.patches.Recipe((images,), (2,)), Path(), Path(folder), 1))
+    except UserError as refusal:
         sys.exit(f"refused: {refusal}")
 """
 
@@ -490,7 +477,7 @@ def builder(tiny_images: Path, tmp_path: Path) -> Iterator[Callable[[str], subpr
 
     def start(how: str = "") -> subprocess.Popen:
         command = [sys.executable, script, tiny_images, tmp_path / "patches", how]
-        environment = {**os.environ, "PYTHONPATH": str(Path(drrn.patches.__file__).parents[1])}
+        environment = {**os.environ, "PYTHONPATH": str(Path(drrn.patch_build.__file__).parents[1])}
         started.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         )
@@ -573,7 +560,7 @@ def test_a_file_that_another_process_writes_to_is_not_read(copied: tuple[Path, C
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as writer:
         assert writer.stdout.readline() == "open\n"
-        with pytest.raises(Refusal, match="open for writing in another process"):
+        with pytest.raises(UserError, match="open for writing in another process"):
             ask()
         writer.stdin.close()
     assert ask() == path
@@ -596,8 +583,8 @@ def test_images_that_change_during_a_build_are_noticed(
                 Image.fromarray(pixels[:, ::-1] if change == "pixels" else pixels[:33, :33]).save(camera)
         return read_luminance(path)
 
-    monkeypatch.setattr(drrn.patches, "read_luminance", read_after_a_change)
-    with pytest.raises(Refusal, match="does not exist" if change == "gone" else "changed while"):
+    monkeypatch.setattr(drrn.patch_build, "read_luminance", read_after_a_change)
+    with pytest.raises(UserError, match="does not exist" if change == "gone" else "changed while"):
         prepare_patches("tiny", Recipe((str(images),), scales=(2,)), ANYWHERE, folder, workers=1)
     assert_nothing_left(folder)
 
@@ -606,32 +593,30 @@ def test_a_build_in_many_pieces_is_the_same(
     tiny_images: Path, tiny_patches: Path, tmp_path: Path, inline_pool: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several pieces a job, several jobs, the last ones incomplete; the datasets begin at whole pages."""
-    pieces, write = [], drrn.patches._write
+    pieces, write = [], drrn.patch_build._write
 
     def written(path: Path, arrays: list[NDArray], places: list[int]) -> None:
         pieces.append(places)
         write(path, arrays, places)
 
-    assert drrn.patches.ROWS % drrn.patches.PAGE == 0  # so a piece is whole pages, whatever the size of a patch
-    monkeypatch.setattr(drrn.patches, "ROWS", 24)
-    monkeypatch.setattr(drrn.patches, "JOB", 72)
-    monkeypatch.setattr(drrn.patches, "_write", written)
+    assert drrn.patch_build.ROWS % drrn.patch_build.PAGE == 0  # so a piece is whole pages
+    monkeypatch.setattr(drrn.patch_build, "ROWS", 24)
+    monkeypatch.setattr(drrn.patch_build, "JOB", 72)
+    monkeypatch.setattr(drrn.patch_build, "_write", written)
     path = prepare_patches("tiny", Recipe((str(tiny_images),), (2, 3)), ANYWHERE, tmp_path, workers=1)
     assert path.read_bytes() == tiny_patches.read_bytes()
     total = len(Patches(path))
     assert total % 24
     assert len(pieces) == -(-total // 24) > 6
-    assert [place % drrn.patches.PAGE for place in min(pieces)] == [0, 0]
+    assert [place % drrn.patch_build.PAGE for place in min(pieces)] == [0, 0]
 
 
 @pytest.mark.parametrize("piece", [1, 3, -1], ids=["first of a job", "last of a job", "last of all"])
 def test_a_piece_that_cannot_be_written_ends_the_build(
     piece: int, tiny_images: Path, tmp_path: Path, inline_pool: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, write = [], drrn.patches._write
-    total = sum(
-        pair_count(*image_size(file), Recipe((str(tiny_images),), (2, 3))) for file in tiny_images.iterdir()
-    )
+    calls, write = [], drrn.patch_build._write
+    total = sum(pair_count(*image_size(file), Recipe((str(tiny_images),), (2, 3))) for file in tiny_images.iterdir())
     fatal = piece if piece > 0 else -(-total // 24)
 
     def written(*arguments: object) -> None:
@@ -640,10 +625,10 @@ def test_a_piece_that_cannot_be_written_ends_the_build(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(*arguments)
 
-    monkeypatch.setattr(drrn.patches, "ROWS", 24)
-    monkeypatch.setattr(drrn.patches, "JOB", 72)
-    monkeypatch.setattr(drrn.patches, "_write", written)
-    with pytest.raises(Refusal, match="No space left"):
+    monkeypatch.setattr(drrn.patch_build, "ROWS", 24)
+    monkeypatch.setattr(drrn.patch_build, "JOB", 72)
+    monkeypatch.setattr(drrn.patch_build, "_write", written)
+    with pytest.raises(UserError, match="No space left"):
         prepare_patches("tiny", Recipe((str(tiny_images),), (2, 3)), ANYWHERE, tmp_path / "patches", workers=1)
     assert len(calls) >= fatal
     assert_nothing_left(tmp_path / "patches")
@@ -654,7 +639,7 @@ def test_what_is_written_past_the_page_cache_is_what_was_meant(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the system and the file system can: the bytes of the arrays, and those around them as they were."""
-    rng, page = np.random.default_rng(0), drrn.patches.PAGE
+    rng, page = np.random.default_rng(0), drrn.patch_build.PAGE
     before = rng.integers(0, 256, 20 * page, dtype=np.uint8).tobytes()
     path = tmp_path / "file"
     path.write_bytes(before)
@@ -678,11 +663,11 @@ def test_what_is_written_past_the_page_cache_is_what_was_meant(
 
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "pwrite", written)
-    arrays = [drrn.patches._aligned((n, 31, 31), kind) for n, kind in ((17, "<u2"), (20, "u1"), (1, "u1"))]
+    arrays = [drrn.patch_build._aligned((n, 31, 31), kind) for n, kind in ((17, "<u2"), (20, "u1"), (1, "u1"))]
     for array in arrays:
         array[:] = rng.integers(0, 256, array.shape)
     places = [page, 10 * page, 16 * page + 5]  # in the last one nothing is aligned
-    drrn.patches._write(path, arrays, places)
+    drrn.patch_build._write(path, arrays, places)
     expected = bytearray(before)
     for array, at in zip(arrays, places, strict=True):
         expected[at : at + array.nbytes] = array.tobytes()
@@ -703,7 +688,7 @@ def test_a_full_disk_is_no_reason_to_write_otherwise(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "open", lambda path, flags: open_(path, os.O_WRONLY))
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space"):
-        drrn.patches._write(path, [drrn.patches._aligned((9, 31, 31), "u1")], [0])
+        drrn.patch_build._write(path, [drrn.patch_build._aligned((9, 31, 31), "u1")], [0])
     assert path.stat().st_size == 0
 
 
@@ -727,9 +712,9 @@ def test_too_little_room_is_refused_before_the_build(
         f_bavail, f_frsize = with_h5 // real.f_frsize + 1, real.f_frsize
 
     monkeypatch.setattr(os, "statvfs", lambda path: Full)
-    monkeypatch.setattr(drrn.patches, "_degrade_image", lambda *_: pytest.fail("nothing may be written"))
+    monkeypatch.setattr(drrn.patch_build, "_degrade_image", lambda *_: pytest.fail("nothing may be written"))
     folder = tmp_path / "patches"
-    with pytest.raises(Refusal, match="are free") as refusal:
+    with pytest.raises(UserError, match="are free") as refusal:
         prepare_patches("tiny", Recipe((str(tiny_images),)), ANYWHERE, folder)
     assert "data.patches" in str(refusal.value)
     assert_nothing_left(folder)
@@ -752,9 +737,9 @@ def test_a_disk_that_fills_up_while_building(
             def full(*_: object) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            monkeypatch.setattr(drrn.patches, when, full)
-            monkeypatch.setattr(drrn.patches, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
-        with pytest.raises(Refusal, match="No space left") as refusal:
+            monkeypatch.setattr(drrn.patch_build, when, full)
+            monkeypatch.setattr(drrn.patch_build, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
+        with pytest.raises(UserError, match="No space left") as refusal:
             prepare_patches("tiny", Recipe((str(tiny_images),)), ANYWHERE, folder)
         assert str(folder) in str(refusal.value)
         assert_nothing_left(folder)
@@ -779,7 +764,7 @@ def test_an_unreadable_source_is_refused(
         (images / "camera.png").unlink()
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
         (images / "chelsea.png").unlink()
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         prepare_patches("tiny", Recipe((str(images),)), ANYWHERE, folder)
     assert str(bad) in str(refusal.value)
     assert_nothing_left(folder)
@@ -795,21 +780,21 @@ def test_a_source_of_another_digest_is_refused(drrn_data: Path, tmp_path: Path) 
     content[-1] ^= 1
     changed.unlink()
     changed.write_bytes(content)
-    with pytest.raises(Refusal, match="Delete it") as refusal:
+    with pytest.raises(UserError, match="Delete it") as refusal:
         prepare_patches("t91", Recipe(("T91",)), root, folder)
     assert str(changed) in str(refusal.value)
     assert_nothing_left(folder)
 
 
 def test_a_patch_larger_than_the_images_is_refused(tiny_images: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"patch of 92 pixels.*data\.patch_size"):
+    with pytest.raises(UserError, match=r"patch of 92 pixels.*data\.patch_size"):
         prepare_patches("tiny", Recipe((str(tiny_images),), patch_size=92), ANYWHERE, tmp_path / "patches")
     assert_nothing_left(tmp_path / "patches")
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tiny_images: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(Refusal, match="could not be written"):
+    with pytest.raises(UserError, match="could not be written"):
         prepare_patches("tiny", Recipe((str(tiny_images),)), ANYWHERE, tmp_path / "file" / "patches")
 
 
@@ -943,8 +928,7 @@ def test_a_run_goes_on_exactly_where_it_was(start: int, micro: int) -> None:
 def test_processes_and_micro_batches_partition_every_batch(micro: int, world: int) -> None:
     whole = list(ShuffledBatches(200, 24, seed=9, steps=12))
     shares = [
-        list(ShuffledBatches(200, 24, seed=9, steps=12, micro=micro, rank=rank, world=world))
-        for rank in range(world)
+        list(ShuffledBatches(200, 24, seed=9, steps=12, micro=micro, rank=rank, world=world)) for rank in range(world)
     ]
     for share in shares:
         assert len(share) == len(ShuffledBatches(200, 24, seed=9, steps=12, micro=micro, world=world)) == 12 * micro
@@ -955,9 +939,9 @@ def test_processes_and_micro_batches_partition_every_batch(micro: int, world: in
 
 
 def test_batches_that_cannot_be_made_are_refused_by_key() -> None:
-    with pytest.raises(Refusal, match=r"data\.batch_size = 11.*10 pairs"):
+    with pytest.raises(UserError, match=r"data\.batch_size = 11.*10 pairs"):
         ShuffledBatches(10, 11, seed=0)
-    with pytest.raises(Refusal, match=r"data\.batch_size = 8.*3 micro-batches × 1"):
+    with pytest.raises(UserError, match=r"data\.batch_size = 8.*3 micro-batches × 1"):
         ShuffledBatches(100, 8, seed=0, micro=3)
-    with pytest.raises(Refusal, match=r"data\.batch_size = 8.*2 micro-batches × 3"):
+    with pytest.raises(UserError, match=r"data\.batch_size = 8.*2 micro-batches × 3"):
         ShuffledBatches(100, 8, seed=0, micro=2, world=3)

@@ -7,32 +7,22 @@ Defaults stand in `conf/`, once.
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from drrn import Refusal
+from drrn.errors import UserError
+from drrn.sets import IMAGE_SETS
 
 T = TypeVar("T")
-
-HOME = Path(__file__).resolve().parents[2]  # the clone
-CONF = str(HOME / "conf")
-os.environ.setdefault("DRRN_HOME", str(HOME))  # where conf/config.yaml looks for sweeps/
-
-IMAGE_SETS = ("T91", "BSD200", "Set5", "Set14", "BSD100", "Urban100", "demo_train", "demo_test")  # drrn.images
 DEEPEST = 10_000  # layers; the paper's deepest network has 52
 LARGEST = 2**32  # of whole numbers: beyond it nothing here has a meaning
 
@@ -199,14 +189,14 @@ def typed(schema: type[T], cfg: DictConfig) -> T:
     """A composed configuration as an instance of the dataclass `schema`.
 
     Raises:
-        Refusal: an unknown key, or a value of the wrong type, by the key's name.
+        UserError: an unknown key, or a value of the wrong type, by the key's name.
     """
     try:
         _check_kinds(schema, cfg)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
     except OmegaConfBaseException as error:
         reason = str(error).split("\n")[0]
-        raise Refusal(f"{getattr(error, 'full_key', None) or 'configuration'}: {reason}") from error
+        raise UserError(f"{getattr(error, 'full_key', None) or 'configuration'}: {reason}") from error
 
 
 def _check_kinds(schema: type, cfg: DictConfig, group: str = "") -> None:
@@ -223,44 +213,44 @@ def _check_kinds(schema: type, cfg: DictConfig, group: str = "") -> None:
             continue
         if get_origin(kind) is list:
             if not OmegaConf.is_list(value):
-                raise Refusal(f"{key} = {value}: must be a list, such as [a,b]")
+                raise UserError(f"{key} = {value}: must be a list, such as [a,b]")
             if any(OmegaConf.is_config(item) for item in value):
-                raise Refusal(f"{key} = {value}: a plain list, without lists or mappings in it")
+                raise UserError(f"{key} = {value}: a plain list, without lists or mappings in it")
         if kind is bool and not isinstance(value, bool | str):
-            raise Refusal(f"{key} = {value}: must be true or false")
+            raise UserError(f"{key} = {value}: must be true or false")
         for item in value if OmegaConf.is_list(value) else [value]:
             if isinstance(item, str) and not item.strip():
-                raise Refusal(f"{key} = {value!r}: is empty" if item is value else f"{key} = {value}: one is empty")
+                raise UserError(f"{key} = {value!r}: is empty" if item is value else f"{key} = {value}: one is empty")
             if isinstance(item, int) and kind is not float and abs(item) >= LARGEST:
-                raise Refusal(f"{key} = {value}: must be below {LARGEST}")
+                raise UserError(f"{key} = {value}: must be below {LARGEST}")
 
 
 def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
     """Keys that have a few values only.
 
     Raises:
-        Refusal: another value; the text names the key and the values allowed.
+        UserError: another value; the text names the key and the values allowed.
     """
     for key, allowed in choices.items():
         if _get(config, key) not in allowed:
-            raise Refusal(f"{key} = {_get(config, key)!r}: allowed are {', '.join(allowed)}")
+            raise UserError(f"{key} = {_get(config, key)!r}: allowed are {', '.join(allowed)}")
 
 
 def check_sets(key: str, names: Sequence[str]) -> None:
     """Names of image sets.
 
     Raises:
-        Refusal: none, two of one name, or neither a known set nor a folder.
+        UserError: none, two of one name, or neither a known set nor a folder.
     """
     if not names:
-        raise Refusal(f"{key} is empty: name at least one image set")
+        raise UserError(f"{key} is empty: name at least one image set")
     if len({Path(name).name for name in names}) < len(names):
-        raise Refusal(f"{key} = {names}: two sets of one name cannot be told apart")
+        raise UserError(f"{key} = {names}: two sets of one name cannot be told apart")
     for name in names:
         if os.sep in name and not Path(name).is_dir():
-            raise Refusal(f"{key}: the folder {name!r} does not exist")
+            raise UserError(f"{key}: the folder {name!r} does not exist")
         if name not in IMAGE_SETS and not Path(name).is_dir():
-            raise Refusal(
+            raise UserError(
                 f"{key}: no set and no folder named {name!r}: give a folder of images, or one of "
                 f"{', '.join(IMAGE_SETS)}"
             )
@@ -270,11 +260,11 @@ def paths(key: str, value: Any) -> list[str]:
     """A key that takes one path, a list of them or null, as a list.
 
     Raises:
-        Refusal: it is something else.
+        UserError: it is something else.
     """
     listed = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in listed):
-        raise Refusal(f"{key} = {value}: must be a path, or a list of paths")
+        raise UserError(f"{key} = {value}: must be a path, or a list of paths")
     return listed
 
 
@@ -287,13 +277,13 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
             key of it is among them; with `from_record` they are what differs from the record.
 
     Raises:
-        Refusal: unknown key, wrong type, value out of range, or keys that contradict each other; the text
+        UserError: unknown key, wrong type, value out of range, or keys that contradict each other; the text
             names the key, its value and what is allowed.
     """
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     if "trainer_extra" in cfg:
-        raise Refusal("trainer_extra: an argument of Lightning's Trainer is given as +trainer.NAME=VALUE")
+        raise UserError("trainer_extra: an argument of Lightning's Trainer is given as +trainer.NAME=VALUE")
     if cfg.get("from_record") is not None:
         cfg = _recorded(cfg, overrides)
     known = {field.name for field in fields(TrainerConfig)}
@@ -303,7 +293,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     if OmegaConf.is_dict(cfg.get("model")):
         cfg.checkpointing = cfg.model.pop("checkpointing", cfg.get("checkpointing", False))
         if not isinstance(cfg.checkpointing, bool):
-            raise Refusal(f"model.checkpointing = {cfg.checkpointing!r}: allowed are true, false")
+            raise UserError(f"model.checkpointing = {cfg.checkpointing!r}: allowed are true, false")
     config = typed(Config, cfg)
     config.trainer_extra = extra or None
     check_choices(config, CHOICES)
@@ -315,14 +305,14 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
         for key, limit in limits.items():
             value = _get(config, key)
             if value == math.inf:
-                raise Refusal(f"{key} = {value}: must be a finite number")
+                raise UserError(f"{key} = {value}: must be a finite number")
             if value is not None and not good(value, limit):
-                raise Refusal(f"{key} = {value}: must be {words} {limit}")
+                raise UserError(f"{key} = {value}: must be {words} {limit}")
     _check_together(config)
     asked = [o.lstrip("+~") for o in overrides]
     asked = [o for o in asked if o.startswith("model") and not o.startswith("model.checkpointing")]
     if config.init_from is not None and not asked:
-        from drrn.weights import load_network  # torch: only fine-tuning waits for it here
+        from drrn.weights.ours import load_network
 
         config.model = ModelConfig(**load_network(Path(config.init_from))[1]["model"])
     return config
@@ -330,15 +320,15 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
 
 def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The configuration of the record that `from_record` names, but for this machine's folders and `overrides`."""
-    from drrn.records import read_record
+    from drrn.runs.record import read_record
 
     path = Path(str(cfg.from_record))
     try:
         recorded = read_record(path).get("config")
-    except Refusal as error:
-        raise Refusal(f"from_record: {error}") from error
+    except UserError as error:
+        raise UserError(f"from_record: {error}") from error
     if not isinstance(recorded, dict) or not isinstance(recorded.get("trainer"), dict):
-        raise Refusal(f"from_record = {str(path)!r}: the record has no configuration")
+        raise UserError(f"from_record = {str(path)!r}: the record has no configuration")
     recorded["trainer"] |= recorded.pop("trainer_extra", None) or {}
     if recorded.get("ckpt_path") is None:
         recorded.pop("ckpt_path", None)  # it set aside what that run found; this one goes on with itself
@@ -346,7 +336,7 @@ def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     here = ["from_record", "data.root", "data.patches", "output"]
     for key in (*here, *(override.lstrip("+~").partition("=")[0] for override in overrides)):
         if key in ("experiment", "sweeps"):
-            raise Refusal(
+            raise UserError(
                 f"from_record and {key}: the record is the whole configuration; give single keys beside it"
             )
         if not key.startswith("hydra"):
@@ -367,28 +357,28 @@ def _check_together(config: Config) -> None:
     for key in ("scales", "val_scales"):
         scales = getattr(data, key)
         if not scales or min(scales) < 2 or len(set(scales)) != len(scales):
-            raise Refusal(f"data.{key} = {scales}: one or more different whole numbers, each at least 2")
+            raise UserError(f"data.{key} = {scales}: one or more different whole numbers, each at least 2")
     for key in ("train", "val"):
         check_sets(f"data.{key}", getattr(data, key))
     if os.sep in data.name:
-        raise Refusal(f"data.name = {data.name!r}: the first part of a file's name, without {os.sep}")
+        raise UserError(f"data.name = {data.name!r}: the first part of a file's name, without {os.sep}")
     depth = (1 + 2 * config.model.U) * config.model.B + 1
     if depth > DEEPEST:
-        raise Refusal(
+        raise UserError(
             f"model.B = {config.model.B} and model.U = {config.model.U} make {depth:,} layers: at most {DEEPEST:,}"
         )
     _check_devices(trainer.devices)
     if trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", trainer.max_time):
-        raise Refusal(f"trainer.max_time = {trainer.max_time!r}: must be days:hours:minutes:seconds, 00:12:00:00")
+        raise UserError(f"trainer.max_time = {trainer.max_time!r}: must be days:hours:minutes:seconds, 00:12:00:00")
     if optim.bn_average < 0:
-        raise Refusal(f"optim.bn_average = {optim.bn_average}: must be at least 0")
+        raise UserError(f"optim.bn_average = {optim.bn_average}: must be at least 0")
     if optim.schedule == "halve" and (optim.halve_every_epochs is None) == (optim.halve_every_steps is None):
-        raise Refusal(
+        raise UserError(
             "optim.halve_every_epochs and optim.halve_every_steps: give one of the two and set the other to null "
             f"(now {optim.halve_every_epochs} and {optim.halve_every_steps})"
         )
     if trainer.compile and trainer.sync_batchnorm:
-        raise Refusal(
+        raise UserError(
             "trainer.compile and trainer.sync_batchnorm: a compiled unit sees its own process only; give one"
         )
     if trainer.cuda_graph:
@@ -396,31 +386,31 @@ def _check_together(config: Config) -> None:
         for key, value in needed.items():
             one = isinstance(trainer.devices, list) and len(trainer.devices) == 1  # [3]: the fourth
             if getattr(trainer, key) not in (value, str(value)) and not (key == "devices" and one):
-                raise Refusal(
+                raise UserError(
                     f"trainer.cuda_graph = True and trainer.{key} = {getattr(trainer, key)}: the graph is of one "
                     f"process's step with a single backward pass; it needs trainer.{key}={value}"
                 )
         if trainer.accelerator not in ("auto", "gpu", "cuda"):
-            raise Refusal(
+            raise UserError(
                 f"trainer.cuda_graph = True: needs a GPU, not trainer.accelerator = {trainer.accelerator}"
             )
         if (config.trainer_extra or {}).get("detect_anomaly"):
-            raise Refusal(
+            raise UserError(
                 "trainer.cuda_graph = True and trainer.detect_anomaly = True: a graph cannot look for NaN"
             )
     if optim.algorithm == "adam" and optim.bias_lr_mult != 1:
-        raise Refusal(f"optim.bias_lr_mult = {optim.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
+        raise UserError(f"optim.bias_lr_mult = {optim.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
     if data.batch_size % trainer.accumulate_grad_batches:
-        raise Refusal(
+        raise UserError(
             f"data.batch_size = {data.batch_size} is the whole batch of a step: it must be a multiple of "
             f"trainer.accumulate_grad_batches = {trainer.accumulate_grad_batches}"
         )
     if config.ckpt_path not in (None, "last") and not Path(config.ckpt_path).is_file():
-        raise Refusal(f"ckpt_path = {config.ckpt_path!r}: no such file; give a checkpoint, `last` or null")
+        raise UserError(f"ckpt_path = {config.ckpt_path!r}: no such file; give a checkpoint, `last` or null")
     if config.init_from is not None and not Path(config.init_from).is_file():
-        raise Refusal(f"init_from = {config.init_from!r}: no such file; give weights.safetensors, a .ckpt or null")
+        raise UserError(f"init_from = {config.init_from!r}: no such file; give weights.safetensors, a .ckpt or null")
     if config.init_from is not None and config.ckpt_path not in (None, "last"):
-        raise Refusal(
+        raise UserError(
             "init_from and ckpt_path: init_from starts a new run from weights, ckpt_path goes on with a run; give "
             "one (`ckpt_path=last` may stand beside init_from: it goes on with this fine-tuning)"
         )
@@ -436,153 +426,4 @@ def _check_devices(devices: Any) -> None:
     else:
         good = type(devices) is int and (devices > 0 or devices == -1)
     if not good:
-        raise Refusal(f"trainer.devices = {devices}: a number of at least 1, -1 for all, auto, or a list as [0,1]")
-
-
-def structure_name(model: ModelConfig) -> str:
-    """The paper's name of a structure: DRRN_B1U9, DRRN_NS_B3U4, DRRN_C_B3U2, VDSR_d20; departures follow."""
-    if model.U == 0:
-        name = f"VDSR_d{model.B + 1}"
-    else:
-        ns, c = "" if model.weight_sharing else "_NS", "" if model.multi_path else "_C"
-        name = f"DRRN{ns}{c}_B{model.B}U{model.U}"
-    if model.features != 128:
-        name += f"_{model.features}f"
-    if model.norm == "none":
-        name += "_noBN"
-    if model.rectified_identity:
-        name += "_rectified"
-    if not model.input_relu:
-        name += "_noinputReLU"
-    return name if model.bias else f"{name}_nobias"
-
-
-# What does not change the result of a run, or only its rounding: left out of a run's identity, so that it
-# can go on with other workers, another logger or on another machine.
-NOT_IDENTITY = {
-    "data": ("root", "patches", "num_workers", "val_scales"),
-    "trainer": (
-        "accelerator",
-        "devices",
-        "num_nodes",
-        "strategy",
-        "log_every_n_steps",
-        "checkpoint_every",
-        "compile",
-        "cuda_graph",
-    ),
-}
-LATER = (("model", "rectified_identity", False), ("model", "input_relu", True), ("trainer", "tf32", False))
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """The part of a configuration that makes two runs the same experiment."""
-    return _identity(asdict(config))
-
-
-def _identity(whole: dict[str, Any]) -> dict[str, Any]:
-    """`identity` of a configuration as a record keeps it."""
-    kept = {key: copy.copy(whole[key]) for key in ("model", "data", "optim", "trainer", "trainer_extra", "seed")}
-    for group, keys in NOT_IDENTITY.items():
-        for key in keys:
-            kept[group].pop(key, None)
-    devices, nodes = whole["trainer"]["devices"], whole["trainer"]["num_nodes"]
-    devices = str(len(devices) if isinstance(devices, list) else devices)
-    shared_out = (devices, nodes) != ("1", 1) and not whole["trainer"]["sync_batchnorm"]
-    if shared_out and whole["model"]["norm"] == "batch":  # each process normalises by its share of a batch
-        kept["processes"] = [devices, nodes]
-    kept["trainer"]["max_time"] = None  # a run that was stopped by it goes on in the same folder
-    # Keys that came later count only where they are used, so that earlier runs keep their folders.
-    for group, key, default in LATER:
-        if kept[group].get(key, default) == default:
-            kept[group].pop(key, None)
-    if whole["init_from"] is not None:
-        kept["init_from"] = whole["init_from"]
-    if whole["ckpt_path"] not in (None, "last"):  # going on from another run's file is a run of its own
-        kept["ckpt_path"] = whole["ckpt_path"]
-    return kept
-
-
-def experiment(config: Config) -> str:
-    """A digest of what makes two runs the same experiment but for their seed: what may be averaged over seeds."""
-    kept = {key: value for key, value in identity(config).items() if key != "seed"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def budget(config: dict[str, Any], varied: Sequence[str]) -> str:
-    """A digest of what the points of a study share: a run's identity without its seed and what the study varies.
-
-    Args:
-        config: a run's configuration as its record keeps it (`asdict(Config)`).
-        varied: the keys of `model` that are the study's own: B and U for Fig. 6.
-    """
-    kept = {key: value for key, value in _identity(config).items() if key != "seed"}
-    kept["model"] = {key: value for key, value in kept["model"].items() if key not in varied}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def run_name(config: Config) -> str:
-    """For people and W&B: `DRRN_B1U9 s1`."""
-    return config.name or f"{structure_name(config.model)} s{config.seed}"
-
-
-def run_dir(config: Config) -> Path:
-    """Where a run lives, named by what it is and never by the clock: `runs/main/DRRN_B1U9_s1-3f2a9c01`."""
-    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
-    stem = run_name(config).replace(" ", "_").replace("/", "_")
-    return Path(config.output) / config.study / f"{stem}-{digest}"
-
-
-def launched() -> bool:
-    """Whether torchrun, Slurm or `drrn.processes` started this process with others."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
-
-
-def first_process() -> bool:
-    """Whether this is the first of the processes that torchrun or Slurm started, or the only one."""
-    return not launched() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Around the task of a Hydra entry point: a refusal is said in a line and exits with 2.
-
-    Hydra lets SystemExit pass and would introduce anything else by "Error executing job with overrides". In a
-    multirun the refusal is the job's result, which the sweeper gathers.
-    """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    try:
-        yield
-    except Refusal as error:
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
-        _refuse(error)
-
-
-def _refuse(reason: object) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
-    sys.exit(2)
-
-
-def launch(main: Callable[[], Any]) -> None:
-    """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises to us instead of printing for itself
-    # Read when torch is imported: threads that wait for each other spin for some microseconds and then sleep. By
-    # default they spin for long, and on a machine that is shared with others a step then takes many times as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    from hydra.errors import HydraException
-
-    try:
-        main()
-    except KeyboardInterrupt:  # Ctrl-C while there is nothing to keep
-        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except ValueError as error:
-        if not str(error).startswith("Config group override"):  # Hydra's words for model=5
-            raise
-        _refuse(f"{error}, in {' '.join(sys.argv[1:])}")
-    except (Refusal, HydraException, OmegaConfBaseException) as error:
-        cause = f"\n{error.__cause__}" if isinstance(error, HydraException) and error.__cause__ else ""
-        _refuse(f"{error}{cause}")
+        raise UserError(f"trainer.devices = {devices}: a number of at least 1, -1 for all, auto, or a list as [0,1]")

@@ -13,13 +13,15 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from drrn import Refusal
 from drrn.config import Config
-from drrn.images import image_files, image_size, orientations, read_luminance
+from drrn.errors import UserError
+from drrn.images import image_size, orientations, read_luminance
 from drrn.metrics import SSIM_WINDOW
-from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, prepare_patches
+from drrn.patch_build import prepare_patches
+from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches
 from drrn.protocol import prepare
-from drrn.records import end_with_parent
+from drrn.sets import image_files
+from drrn.workers import end_with_parent
 
 
 class Task(NamedTuple):
@@ -36,12 +38,12 @@ def check_size(file: Path, scale: int) -> None:
     """Make sure, before hours of training, that an image can be scored at a scale.
 
     Raises:
-        Refusal: it cannot be read; or, cropped to the scale and shaved by it on every side, it holds no 11×11
+        UserError: it cannot be read; or, cropped to the scale and shaved by it on every side, it holds no 11×11
             window for the SSIM.
     """
     height, width = image_size(file)
     if min(side - side % scale for side in (width, height)) - 2 * scale < SSIM_WINDOW:
-        raise Refusal(f"{file} ({width}×{height}) is too small to be scored at ×{scale}: take it out of data.val")
+        raise UserError(f"{file} ({width}×{height}) is too small to be scored at ×{scale}: take it out of data.val")
 
 
 def _start_worker(worker: int) -> None:
@@ -60,9 +62,7 @@ class Pairs(tuple):
         return tuple(torch.from_numpy(part).pin_memory() for part in self)
 
 
-def pair_loader(
-    patches: Patches, batches: ShuffledBatches, num_workers: int, pin_memory: bool = False
-) -> DataLoader:
+def pair_loader(patches: Patches, batches: ShuffledBatches, num_workers: int, pin_memory: bool = False) -> DataLoader:
     """Batches of stored integers, each `Pairs`, or tensors where they are pinned.
 
     Workers send arrays through their pipe; tensors would each need a socket of their own, which takes longer than

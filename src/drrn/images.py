@@ -9,54 +9,22 @@ scikit-image's wheel. Any other name is taken as the path of a folder.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import logging
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from drrn import Refusal
-from drrn.config import IMAGE_SETS
+from drrn.errors import UserError
 from drrn.matlab import rgb2y
-from drrn.photos import FORMATS, KINDS, check_tiff
+from drrn.photos.enlarge import CHUNK
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from PIL import Image
 
-REGISTRY = Path(__file__).resolve().parents[2] / "data" / "registry.txt"
-
-# Photographs only (no text pages, drawings, microscopy), and no scene on both sides of the split. Brick, grass and
-# gravel are photographs too, but such textures teach a small network little about the held-out ones.
-DEMO_SETS = {
-    "demo_train": ("astronaut.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"),
-    "demo_test": ("camera.png", "chelsea.png", "coffee.png"),
-}
-FETCHED_SETS = tuple(name for name in IMAGE_SETS if name not in DEMO_SETS)
 MAX_PIXELS = 50_000_000  # far above any benchmark image
-TIMEOUT = 20  # seconds without a byte after which a download is tried again
-
-
-def registered(set_name: str, registry: Path = REGISTRY) -> dict[str, tuple[str, str]]:
-    """The files of one set in the registry: "Set5/baby.bmp" → ("sha256:…", URL).
-
-    Raises:
-        Refusal: if the registry is absent or a line of it is not `name sha256:digest URL`.
-    """
-    if not registry.is_file():
-        raise Refusal(f"{registry} is missing: it lists what to download; restore it from the repository")
-    files = {}
-    for number, line in enumerate(registry.read_text().splitlines(), start=1):
-        fields = line.split()
-        if not fields or fields[0].startswith("#"):
-            continue
-        if len(fields) != 3 or not fields[1].startswith("sha256:"):
-            raise Refusal(f"{registry}, line {number}: expected `name sha256:digest URL`, found {line!r}")
-        if fields[0].startswith(f"{set_name}/"):
-            files[fields[0]] = (fields[1], fields[2])
-    return files
 
 
 def sha256(path: Path) -> str:
@@ -65,145 +33,50 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(set_name: str, root: Path, registry: Path = REGISTRY, complete: bool = True) -> list[Path]:
-    """The registered files of a set under `root`, each verified by its SHA-256.
-
-    Present files are left alone; absent ones are downloaded by pooch, which writes to a temporary name,
-    verifies, and renames.
-
-    Args:
-        set_name: "Set5", …
-        root: the data root.
-        registry: the list of files.
-        complete: False downloads only when no file of the set is there, and otherwise takes those that are.
-
-    Raises:
-        Refusal: a present file has another digest, or a download failed (naming the file and URL).
-    """
-    files = registered(set_name, registry)
-    present = [name for name in files if (root / name).is_file()]
-    for name in present:
-        if (found := f"sha256:{sha256(root / name)}") != files[name][0]:
-            raise Refusal(
-                f"{root / name} is not the file that {registry.name} lists ({files[name][0]}): it is {found}. "
-                "Delete it to have it fetched again, or point data.root (DRRN_DATA) elsewhere."
-            )
-    if present and not complete:
-        if len(present) < len(files):
-            _warn_of_a_part(set_name, len(present), len(files), root)
-        return [root / name for name in present]
-    if len(present) < len(files):
-        _download([name for name in files if name not in present], files, root)
-    return [root / name for name in files]
-
-
-@cache  # once for each set, however often it is listed
-def _warn_of_a_part(set_name: str, present: int, whole: int, root: Path) -> None:
-    log.warning("only %d of the %d images of %s are under %s: a mean over them is not the set's",
-                present, whole, set_name, root)  # fmt: skip
-
-
-def _download(missing: list[str], files: dict[str, tuple[str, str]], root: Path) -> None:
-    import pooch
-    from rich.progress import track
-
-    pooch.get_logger().setLevel(logging.WARNING)
-    fetcher = pooch.create(
-        path=root,
-        base_url="",
-        registry={name: files[name][0] for name in missing},
-        urls={name: files[name][1] for name in missing},
-        retry_if_failed=2,
-    )
-    for name in track(missing, description=f"Fetching {missing[0].split('/')[0]} ({len(missing)} files)"):
-        try:
-            fetcher.fetch(name, downloader=pooch.HTTPDownloader(timeout=TIMEOUT))
-        except Exception as error:  # pooch raises its own, requests' and OS errors alike
-            raise Refusal(
-                f"{name} could not be fetched from {files[name][1]}: {error}. Try again, or put the file at "
-                f"{root / name} yourself (expected {files[name][0]})."
-            ) from error
-
-
-def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
-    """The image files of a set, by name.
-
-    Args:
-        set_name: a known set, or the path of a folder of images.
-        root: the data root, under which the known sets are folders.
-        complete: fetch what is absent; False takes the files of a known set that are there (Urban100 is
-            often incomplete) and fetches only when there is none.
-
-    Raises:
-        Refusal: the folder does not exist or holds no image, or a file cannot be fetched.
-    """
-    if set_name in DEMO_SETS:
-        package = importlib.util.find_spec("skimage")
-        if package is None or package.submodule_search_locations is None:
-            raise Refusal(f"the set {set_name} is inside scikit-image: pip install scikit-image")
-        folder = Path(package.submodule_search_locations[0]) / "data"
-        absent = [name for name in DEMO_SETS[set_name] if not (folder / name).is_file()]
-        if absent:
-            raise Refusal(f"this scikit-image does not ship {', '.join(absent)}: install the locked version")
-        return [folder / name for name in DEMO_SETS[set_name]]
-    if set_name in FETCHED_SETS:
-        return sorted(fetch(set_name, root, complete=complete))
-    folder = Path(set_name)
-    if not folder.is_dir():
-        raise Refusal(
-            f"no set and no folder named {set_name!r}: give a folder of images, or one of "
-            f"{', '.join((*FETCHED_SETS, *DEMO_SETS))}"
-        )
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS and path.is_file())
-    if not files:
-        raise Refusal(f"{folder} holds no image ({', '.join(FORMATS)})")
-    return files
-
-
 def read_pixels(path: Path) -> NDArray[np.uint8]:
     """An 8-bit image, [H, W] if it is grey and [H, W, 3] if it is colour.
 
     Raises:
-        Refusal: the file is missing or cannot be decoded, or it is not 8-bit grey or RGB.
+        UserError: the file is missing or cannot be decoded, or it is not 8-bit grey or RGB.
     """
     try:
         with Image.open(path, formats=KINDS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise Refusal(
+                raise UserError(
                     f"{path}: {image.width}×{image.height} pixels; an image of a set has at most {MAX_PIXELS:,}"
                 )
             if image.format == "TIFF":
                 check_tiff(path, image)
             arrangement = str(image.tile[0].args) if image.tile else ""
             if image.mode == "RGB" and ";16" in arrangement:  # Pillow would keep one byte of two
-                raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one has 16 bits a channel")
+                raise UserError(f"{path}: an 8-bit grey or RGB image is needed, this one has 16 bits a channel")
             if image.mode == "P" and "transparency" not in image.info:  # some copies of the sets hold palettes
                 image = image.convert("RGB")
             if image.mode not in ("L", "RGB"):
                 kind = f"{image.mode}{' with transparency' if 'transparency' in image.info else ''}"
-                raise Refusal(f"{path}: an 8-bit grey or RGB image is needed, this one is {kind}")
+                raise UserError(f"{path}: an 8-bit grey or RGB image is needed, this one is {kind}")
             return np.asarray(image)
-    except Refusal:
+    except UserError:
         raise
     except FileNotFoundError as error:
-        raise Refusal(f"{path} does not exist") from error
+        raise UserError(f"{path} does not exist") from error
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
-        raise Refusal(f"{path} cannot be read as an image: {error}") from error
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of an image, from its header alone.
 
     Raises:
-        Refusal: the file is missing or no image, or it has more than `MAX_PIXELS`.
+        UserError: the file is missing or no image, or it has more than `MAX_PIXELS`.
     """
     try:
         with Image.open(path, formats=KINDS) as image:
             width, height = image.size
     except Exception as error:  # Pillow's plugins raise many kinds for a damaged header
-        raise Refusal(f"{path} cannot be read as an image: {error}") from error
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
     if width * height > MAX_PIXELS:
-        raise Refusal(f"{path}: {width}×{height} pixels; an image of a set has at most {MAX_PIXELS:,}")
+        raise UserError(f"{path}: {width}×{height} pixels; an image of a set has at most {MAX_PIXELS:,}")
     return height, width
 
 
@@ -213,7 +86,7 @@ def read_luminance(path: Path) -> NDArray[np.uint8]:
     Colour goes through MATLAB's `rgb2ycbcr` on uint8 (Y in 16…235); a one-channel image is used as it is.
 
     Raises:
-        Refusal: as `read_pixels`.
+        UserError: as `read_pixels`.
     """
     pixels = read_pixels(path)
     if pixels.ndim == 2:
@@ -228,3 +101,28 @@ def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArra
     Exact: pixels are moved, never interpolated.
     """
     return [np.fliplr(np.rot90(image, o % 4)) if o >= 4 else np.rot90(image, o) for o in which]
+
+
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+}
+KINDS = tuple(dict.fromkeys(FORMATS.values()))  # as Pillow calls them
+
+
+def check_tiff(path: Path, image: Image.Image) -> None:
+    """What Pillow does not: that the tiles have a sane size, and that no part of the picture is missing."""
+    width, height = image.size
+    side = [int(image.tag_v2.get(tag, 1)) for tag in (322, 323)]  # of a tile
+    if side[0] * side[1] > max(4 * width * height, CHUNK):
+        raise UserError(f"{path} is damaged: a picture of {width}×{height} in tiles of {side[0]}×{side[1]}")
+    parts = [tile for tile in image.tile if tile[0] != "libtiff"]  # libtiff counts for itself
+    covered = sum((right - left) * (lower - upper) for left, upper, right, lower in (part[1] for part in parts))
+    planes = len(image.getbands()) if image.tag_v2.get(284) == 2 else 1
+    if parts and covered < width * height * planes:
+        raise UserError(f"{path} is damaged: it holds {covered / (width * height * planes):.0%} of its picture")

@@ -14,16 +14,16 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-from drrn import Refusal
 from drrn.config import ModelConfig, OptimConfig
-from drrn.cuda_graph import Graphed
+from drrn.errors import UserError
+from drrn.fast.cuda_graph import Graphed
 from drrn.inference import super_resolve
 from drrn.model import DRRN
 from drrn.protocol import score
 from drrn.torch_metrics import SetPSNR, SetSSIM
 
 
-class Diverged(Refusal):
+class Diverged(UserError):
     """The loss or a gradient is no longer a finite number."""
 
 
@@ -178,15 +178,13 @@ class SuperResolution(LightningModule):
         Callbacks start afresh: `trainer.max_time` is a limit for each start.
 
         Raises:
-            Refusal: the checkpoint is of another network or solver.
+            UserError: the checkpoint is of another network or solver.
         """
         for group in ("model", "optim"):
             held, asked = checkpoint["hyper_parameters"][group], self.hparams[group]
-            differing = [
-                f"{group}.{key}={held.get(key)}" for key in asked if held.get(key, asked[key]) != asked[key]
-            ]
+            differing = [f"{group}.{key}={held.get(key)}" for key in asked if held.get(key, asked[key]) != asked[key]]
             if differing:
-                raise Refusal(
+                raise UserError(
                     f"ckpt_path: the checkpoint was trained with {', '.join(differing)}, and going on keeps that. "
                     "Ask for the same, or start a new training from its weights with init_from"
                 )

@@ -8,7 +8,9 @@ and 0.001.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +95,7 @@ def score(
     Returns:
         metric → value.
     """
-    from drrn.metrics import ifc, psnr, ssim  # half of what importing this module would cost
+    from drrn.metrics import ifc, psnr, ssim
 
     border = scale if protocol.crop is None else protocol.crop
     a, b = (shave(_levels(image, protocol.rounding), border) for image in (prediction, truth))
@@ -103,3 +105,19 @@ def score(
 
 def _levels(image: NDArray[np.floating], rounding: str) -> NDArray:
     return to_uint8(image) if rounding == "uint8" else np.clip(image * 255.0, 0, 255)
+
+
+def means(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of images → the plain mean of every metric for each network, set and scale (protocol, step 7).
+
+    A metric that some image of a group lacks is left out there: a mean over a part of a set is not the set's.
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for row in scores:
+        groups[tuple((key, row[key]) for key in ("method", "weights", "set", "scale") if key in row)].append(row)
+    result = []
+    for place, rows in groups.items():
+        metrics = [key for key in rows[0] if key.split("_")[-1] in METRICS and all(key in row for row in rows)]
+        mean = {key: sum(row[key] for row in rows) / len(rows) for key in metrics}
+        result.append({**dict(place), "images": len(rows), **mean})
+    return result

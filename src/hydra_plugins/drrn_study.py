@@ -25,7 +25,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
 import drrn
-from drrn import Refusal
+from drrn.errors import UserError
 
 
 class StudySweeper(BasicSweeper):
@@ -50,13 +50,13 @@ class StudySweeper(BasicSweeper):
         """As Hydra's, but that each of joblib's jobs has its own part of the machine.
 
         Raises:
-            Refusal: the launcher is not installed.
+            UserError: the launcher is not installed.
         """
         package = config.hydra.launcher._target_.rsplit(".", 2)[0]
         if importlib.util.find_spec(package) is None:
-            raise Refusal(f"this hydra/launcher needs {package}: pip install '.[sweep]'")
+            raise UserError(f"this hydra/launcher needs {package}: pip install '.[sweep]'")
         if is_joblib(config):
-            from drrn.machine import OwnPart
+            from drrn.sweep.machine import OwnPart
 
             task_function = OwnPart(task_function, workers(config))
         source, path = str(Path(drrn.__file__).parents[1]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -68,24 +68,26 @@ class StudySweeper(BasicSweeper):
         """Print the plan, run every point once, say what became of each.
 
         Raises:
-            Refusal: a point's configuration is wrong (nothing has started then), or points failed (all the
+            UserError: a point's configuration is wrong (nothing has started then), or points failed (all the
                 others have run).
             SystemExit: the sweep was stopped; what became of its points has been printed.
         """
-        from drrn.config import first_process, run_dir
-        from drrn.records import write_whole
+        from drrn.disk import write_whole
+        from drrn.identity import run_dir
+        from drrn.launch import first_process
 
         jobs = self.jobs(arguments)
         configs = [self.check(job) for job in jobs]
         if not jobs:
-            raise Refusal("hydra.sweeper.points is empty: give at least one point, or null")
+            raise UserError("hydra.sweeper.points is empty: give at least one point, or null")
         runs = unique((run_dir(config), (config, job)) for config, job in zip(configs, jobs, strict=True))
         configs, jobs = [config for _, (config, _) in runs], [job for _, (_, job) in runs]
         if len({config.plan for config in configs}) > 1:
-            raise Refusal("plan is one for the whole sweep: give it once")
+            raise UserError("plan is one for the whole sweep: give it once")
 
-        from drrn.machine import threads
-        from drrn.plan import look, make_plan, outcome, print_outcomes, print_plan
+        from drrn.sweep.machine import threads
+        from drrn.sweep.outcome import outcome, print_outcomes
+        from drrn.sweep.plan import look, make_plan, print_plan
 
         n = workers(self.config)
         first = first_process()  # of several that torchrun or Slurm started: the one that writes and speaks
@@ -122,7 +124,7 @@ class StudySweeper(BasicSweeper):
         if "interrupted" in words:  # by a signal to a job in another process
             raise SystemExit(130)
         if failed := words.count("failed"):
-            raise Refusal(f"{failed} of {len(rows)} points failed; the same command tries them again")
+            raise UserError(f"{failed} of {len(rows)} points failed; the same command tries them again")
         return results
 
     def launch(self, jobs: list[list[str]], errors: list[str]) -> list[JobReturn]:
@@ -172,7 +174,7 @@ class StudySweeper(BasicSweeper):
         """A job's configuration, composed and checked.
 
         Raises:
-            Refusal: it is wrong.
+            UserError: it is wrong.
         """
         from drrn.config import check
 
@@ -181,8 +183,8 @@ class StudySweeper(BasicSweeper):
         composed.pop("hydra")
         try:
             return check(composed, job)
-        except Refusal as error:
-            raise Refusal(f"{error} (in the point {' '.join(job)}; nothing has been started)") from error
+        except UserError as error:
+            raise UserError(f"{error} (in the point {' '.join(job)}; nothing has been started)") from error
 
 
 def tell_apart(points: list[Any], jobs: list[list[str]]) -> None:
@@ -196,8 +198,8 @@ def tell_apart(points: list[Any], jobs: list[list[str]]) -> None:
 
 def stamp(config: Any) -> int:
     """When a run's record was last written, in nanoseconds; 0 if there is none."""
-    from drrn.config import run_dir
-    from drrn.records import FILE
+    from drrn.identity import run_dir
+    from drrn.runs.record import FILE
 
     try:
         return (run_dir(config) / FILE).stat().st_mtime_ns
@@ -214,8 +216,9 @@ def in_a_line(error: BaseException) -> str:
 
 def ended(config: Any) -> bool:
     """Whether a run's record says that a signal ended it."""
-    from drrn.config import run_dir
-    from drrn.plan import record_of, stopped_by_hand
+    from drrn.identity import run_dir
+    from drrn.sweep.outcome import stopped_by_hand
+    from drrn.sweep.plan import record_of
 
     return stopped_by_hand((record_of(run_dir(config)) or {}).get("error", ""))
 
@@ -254,7 +257,7 @@ def is_joblib(config: DictConfig) -> bool:
 
 def workers(config: DictConfig) -> int:
     """Points that the launcher works on at a time, where it says so; else 1."""
-    from drrn.machine import cores
+    from drrn.sweep.machine import cores
 
     n = config.hydra.launcher.get("n_jobs", 1)
     return n if n > 0 else max(1, len(cores()) + 1 + n)  # joblib: -1 for all cores

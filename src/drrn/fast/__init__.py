@@ -1,0 +1,1 @@
+"""What makes it fast: folded inference in strips, memory, compiled training."""

@@ -1,0 +1,107 @@
+"""How much of an image goes through at a time: strips and tiles by the memory that is free."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import torch
+
+from drrn.model import DRRN
+
+ROOM = 1_000_000_000  # bytes that feature maps may take, when twice as many are free
+MAPS = 3  # feature maps alive at the peak of `Stream`: identity, the unit's middle and its output
+STRIP_BYTES = 24_000_000  # of one map on a CPU; with a unit's kept rows below 32 MB, where `keep_heap` ends
+LOW_STRIP_BYTES = 5_000_000  # the same in tiles that were asked for: who asks for them lacks memory
+STRIP_ROWS = 24  # or about so many, where a map of them is larger; two of each unit's 48 are computed twice
+TILE_PIXELS = 1 << 24  # of the strip of an image that tiles make up
+
+
+def free_room(network: DRRN) -> int:
+    """Bytes that feature maps may take: half of the memory now free; on a CPU 1 GB at most."""
+    device = next(network.parameters()).device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if free < max(2 * ROOM, cached):
+            torch.cuda.empty_cache()  # what PyTorch keeps for later; what it keeps for a CUDA graph stays
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return min(ROOM, available_memory() // 2)
+
+
+def at_once(network: DRRN, shape: tuple[int, int], room: int) -> bool:
+    """Whether an image [H, W] needs no strips."""
+    return MAPS * shape[0] * _row_bytes(network, shape[1]) <= room
+
+
+def _row_bytes(network: DRRN, width: int) -> int:
+    """Of a feature map."""
+    return width * network.features * next(network.parameters()).element_size()
+
+
+def most_rows(network: DRRN, width: int, room: int) -> int:
+    """Rows that may go through a stream at a time; 0 or less where what the layers keep needs more than `room`."""
+    return (room // _row_bytes(network, width) - _kept_rows(network)) // MAPS
+
+
+def _kept_rows(network: DRRN) -> int:
+    """Rows of a map that the layers keep, for each by which they lag: a unit four of its input, and four of an
+    identity, two of them beside the new map that they are copied to. And some at the edges of the maps in work.
+    """
+    return 4 * network.receptive_radius + 4 * MAPS
+
+
+def strips(network: DRRN, shape: tuple[int, int], room: int, most: int | None = None) -> list[tuple[int, int]]:
+    """The rows (first, end) of an image [H, W] that go through a stream together: on a CPU, few enough to be fast.
+
+    A map has at most `most` bytes (None: STRIP_BYTES), or STRIP_ROWS where those are more. The last strip is lower
+    than the others, since with it every layer makes up for its lag.
+    """
+    height, width = shape
+    rows, on_cpu = most_rows(network, width, room), next(network.parameters()).device.type == "cpu"
+    if at_once(network, shape, room) and not (on_cpu and rows >= STRIP_ROWS):
+        return [(0, height)]
+    if on_cpu:
+        rows = min(rows, (STRIP_BYTES if most is None else most) // _row_bytes(network, width))
+    rows = max(rows, STRIP_ROWS)
+    if height <= rows:
+        return [(0, height)]
+    rest = height - max(rows - network.receptive_radius, 1)
+    return list(itertools.pairwise([*range(0, rest, _equal(rest, rows)), rest, height]))
+
+
+def tile_shape(network: DRRN, shape: tuple[int, int], room: int) -> tuple[int, int]:
+    """(h, w) of equal tiles of an image [H, W], each streamed within `room`, whichever way it is turned.
+
+    At least twice the receptive radius: a tile computes at most four times what it adds.
+    """
+    (height, width), radius = shape, network.receptive_radius
+    side = room // (_row_bytes(network, 1) * (MAPS * STRIP_ROWS + _kept_rows(network))) - 2 * radius
+    least = max(TILE_PIXELS // width, 4 * radius)  # rows that the caller has in memory
+    return _equal(height, max(min(side, least), 2 * radius)), _equal(width, max(side, 2 * radius))
+
+
+def _equal(length: int, most: int) -> int:
+    """The size of the fewest equal parts of at most so many."""
+    return -(-length // -(-length // most))
+
+
+def available_memory() -> int:
+    """Bytes of memory that can still be had: of the machine, or of the control group if that allows less."""
+    sizes = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    except (OSError, StopIteration, ValueError):  # not Linux
+        try:
+            sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+        except (AttributeError, OSError, ValueError):  # Windows
+            sizes.append(4 * 1024**3)
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        sizes.append(max(0, limit - used))
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        pass
+    return min(sizes)

@@ -1,0 +1,107 @@
+"""What a run is: the name of its structure, its identity, its folder."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from drrn.config import Config, ModelConfig
+
+
+def structure_name(model: ModelConfig) -> str:
+    """The paper's name of a structure: DRRN_B1U9, DRRN_NS_B3U4, DRRN_C_B3U2, VDSR_d20; departures follow."""
+    if model.U == 0:
+        name = f"VDSR_d{model.B + 1}"
+    else:
+        ns, c = "" if model.weight_sharing else "_NS", "" if model.multi_path else "_C"
+        name = f"DRRN{ns}{c}_B{model.B}U{model.U}"
+    if model.features != 128:
+        name += f"_{model.features}f"
+    if model.norm == "none":
+        name += "_noBN"
+    if model.rectified_identity:
+        name += "_rectified"
+    if not model.input_relu:
+        name += "_noinputReLU"
+    return name if model.bias else f"{name}_nobias"
+
+
+# What does not change the result of a run, or only its rounding: left out of a run's identity, so that it
+# can go on with other workers, another logger or on another machine.
+NOT_IDENTITY = {
+    "data": ("root", "patches", "num_workers", "val_scales"),
+    "trainer": (
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "log_every_n_steps",
+        "checkpoint_every",
+        "compile",
+        "cuda_graph",
+    ),
+}
+LATER = (("model", "rectified_identity", False), ("model", "input_relu", True), ("trainer", "tf32", False))
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of a configuration that makes two runs the same experiment."""
+    return _identity(asdict(config))
+
+
+def _identity(whole: dict[str, Any]) -> dict[str, Any]:
+    """`identity` of a configuration as a record keeps it."""
+    kept = {key: copy.copy(whole[key]) for key in ("model", "data", "optim", "trainer", "trainer_extra", "seed")}
+    for group, keys in NOT_IDENTITY.items():
+        for key in keys:
+            kept[group].pop(key, None)
+    devices, nodes = whole["trainer"]["devices"], whole["trainer"]["num_nodes"]
+    devices = str(len(devices) if isinstance(devices, list) else devices)
+    shared_out = (devices, nodes) != ("1", 1) and not whole["trainer"]["sync_batchnorm"]
+    if shared_out and whole["model"]["norm"] == "batch":  # each process normalises by its share of a batch
+        kept["processes"] = [devices, nodes]
+    kept["trainer"]["max_time"] = None  # a run that was stopped by it goes on in the same folder
+    # Keys that came later count only where they are used, so that earlier runs keep their folders.
+    for group, key, default in LATER:
+        if kept[group].get(key, default) == default:
+            kept[group].pop(key, None)
+    if whole["init_from"] is not None:
+        kept["init_from"] = whole["init_from"]
+    if whole["ckpt_path"] not in (None, "last"):  # going on from another run's file is a run of its own
+        kept["ckpt_path"] = whole["ckpt_path"]
+    return kept
+
+
+def experiment(config: Config) -> str:
+    """A digest of what makes two runs the same experiment but for their seed: what may be averaged over seeds."""
+    kept = {key: value for key, value in identity(config).items() if key != "seed"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def budget(config: dict[str, Any], varied: Sequence[str]) -> str:
+    """A digest of what the points of a study share: a run's identity without its seed and what the study varies.
+
+    Args:
+        config: a run's configuration as its record keeps it (`asdict(Config)`).
+        varied: the keys of `model` that are the study's own: B and U for Fig. 6.
+    """
+    kept = {key: value for key, value in _identity(config).items() if key != "seed"}
+    kept["model"] = {key: value for key, value in kept["model"].items() if key not in varied}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_name(config: Config) -> str:
+    """For people and W&B: `DRRN_B1U9 s1`."""
+    return config.name or f"{structure_name(config.model)} s{config.seed}"
+
+
+def run_dir(config: Config) -> Path:
+    """Where a run lives, named by what it is and never by the clock: `runs/main/DRRN_B1U9_s1-3f2a9c01`."""
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    stem = run_name(config).replace(" ", "_").replace("/", "_")
+    return Path(config.output) / config.study / f"{stem}-{digest}"

@@ -1,0 +1,73 @@
+"""How an entry point starts, refuses and exits."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from omegaconf.errors import OmegaConfBaseException
+
+from drrn.errors import UserError
+
+HOME = Path(__file__).resolve().parents[2]  # the clone
+CONF = str(HOME / "conf")
+os.environ.setdefault("DRRN_HOME", str(HOME))  # where conf/config.yaml looks for sweeps/
+
+
+def launched() -> bool:
+    """Whether torchrun, Slurm or `drrn.processes` started this process with others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def first_process() -> bool:
+    """Whether this is the first of the processes that torchrun or Slurm started, or the only one."""
+    return not launched() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Around the task of a Hydra entry point: a refusal is said in a line and exits with 2.
+
+    Hydra lets SystemExit pass and would introduce anything else by "Error executing job with overrides". In a
+    multirun the refusal is the job's result, which the sweeper gathers.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    try:
+        yield
+    except UserError as error:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        _refuse(error)
+
+
+def _refuse(reason: object) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def launch(main: Callable[[], Any]) -> None:
+    """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises to us instead of printing for itself
+    # Read when torch is imported: threads that wait for each other spin for some microseconds and then sleep. By
+    # default they spin for long, and on a machine that is shared with others a step then takes many times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    from hydra.errors import HydraException
+
+    try:
+        main()
+    except KeyboardInterrupt:  # Ctrl-C while there is nothing to keep
+        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # Hydra's words for model=5
+            raise
+        _refuse(f"{error}, in {' '.join(sys.argv[1:])}")
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        cause = f"\n{error.__cause__}" if isinstance(error, HydraException) and error.__cause__ else ""
+        _refuse(f"{error}{cause}")

@@ -1,0 +1,279 @@
+"""People's images: reading what comes, enlarging it, writing it without losing anything in silence.
+
+`drrn.images` reads benchmarks; here are the files that people have: PNG, JPEG, WebP, TIFF and BMP with 8 or 16 bits
+or floating pixels, grey or colour, with palettes, transparency, profiles and orientations.
+
+What becomes of what:
+
+| read | kept as |
+|---|---|
+| grey, grey + alpha, RGB, RGBA of 8 or 16 bits | the same |
+| one bit a pixel | 8-bit grey |
+| palette; with transparency | 8-bit RGB; RGBA |
+| a colour declared transparent (PNG's tRNS) | an alpha channel |
+| CMYK | 8-bit RGB: through its profile to sRGB, or by Pillow's plain formula if it has none |
+| floating TIFF | 32-bit floating TIFF; values outside 0…1 are mapped to 0…1 for the network and back |
+
+Refused by name: NaN or infinity, 32-bit integers, Lab, premultiplied 16-bit alpha.
+
+Files come from anywhere, so only these five formats are ever opened, the size is checked before anything is
+decoded, and whatever a decoder raises becomes a `UserError` that names the file.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drrn.errors import UserError
+from drrn.images import KINDS, check_tiff
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 100_000_000  # an 8-bit picture of this size takes 0.7 GB to read
+
+ORIENTATION, EXIF_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003  # EXIF tags
+
+
+@dataclass
+class Photo:
+    """An image as a person sees it: upright, channels last.
+
+    Attributes:
+        pixels: [H, W, C], uint8, uint16 or float32; C is 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
+        icc: its colour profile, or None.
+        exif: its EXIF data (camera, date, place; no orientation), or None. Not read from TIFF and BMP.
+        notes: what was left out or changed on reading, in words for the user.
+    """
+
+    pixels: NDArray[Any]
+    icc: bytes | None = None
+    exif: Image.Exif | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Photo:
+    """Read an image file, by its content and not by its suffix; of several frames or pages the first.
+
+    Raises:
+        UserError: naming the file: it is missing, not one of the five formats, damaged, truncated, larger than
+            `max_pixels`, or of a kind that the module's table does not list.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    from PIL import Image, UnidentifiedImageError
+
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None  # the same check is made below, with a limit that the user can raise
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata
+            try:
+                return _read_pillow(path, max_pixels)
+            except UnidentifiedImageError:
+                with path.open("rb") as file:
+                    start = file.read(4)
+                if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # TIFF of a kind that Pillow does not know
+                    return _read_tifffile(path, max_pixels)
+                if not start:
+                    raise UserError(f"{path} is empty") from None
+                raise UserError(
+                    f"{path} is not a PNG, JPEG, WebP, TIFF or BMP image, or its header is damaged"
+                ) from None
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise many kinds for a damaged file
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image: {reason}") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise UserError(f"{path} has no pixels: {width}×{height}")
+    if width * height > max_pixels:
+        raise UserError(
+            f"{path} claims {width}×{height} pixels, more than max_pixels = {max_pixels:,}; if that is right, "
+            "raise max_pixels"
+        )
+
+
+def _read_pillow(path: Path, max_pixels: int) -> Photo:
+    """What Pillow knows."""
+    from PIL import Image
+
+    with Image.open(path, formats=KINDS) as image:
+        _check_size(path, *image.size, max_pixels)
+        kind, mode = image.format, image.mode
+        raw = [tile.args if isinstance(tile.args, str) else tile.args[0] for tile in image.tile if tile.args]
+        raw = str(raw[0]) if raw else ""
+        bits = image.tag_v2.get(258, (8,)) if kind == "TIFF" else (8,)  # BitsPerSample
+        if kind == "TIFF" and image.tag_v2.get(284) == 2 and max(bits) > 8:
+            return _read_tifffile(path, max_pixels)  # planes of more than 8 bits, which Pillow muddles
+        if kind == "TIFF":
+            check_tiff(path, image)
+        white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0
+        image.load()
+        info, notes = dict(image.info), []
+        exif, orientation = _exif(image, notes)
+        try:
+            if getattr(image, "is_animated", False):
+                notes.append("only its first picture is read")
+        except Exception:  # a damaged second page does not matter
+            notes.append("only its first picture is read")
+        icc = info.get("icc_profile") or None
+        transparent = info.get("transparency")
+
+        if raw == "LA;16B":  # 16-bit grey + alpha, 4 bytes a pixel, which Pillow shortens to 8 bits
+            pixels = _decode_as(path, "RGBA").view(">u2").astype(np.uint16)
+        elif mode in ("RGB", "RGBA") and raw.split(";")[-1] in ("16B", "16L", "16N"):
+            if raw.startswith("RGBa"):
+                raise UserError(f"{path}: 16 bits with premultiplied alpha; save it with plain alpha first")
+            # Pillow keeps one byte of two: the other one is what it keeps in the other byte order.
+            little = raw.endswith("L") or (raw.endswith("N") and sys.byteorder == "little")
+            pixels = np.asarray(image).astype(np.uint16)
+            image.close()
+            pixels <<= 8
+            pixels |= _decode_as(path, raw.split(";")[0] + (";16B" if little else ";16L"))
+        elif mode.startswith("I;16"):
+            if tuple(bits) not in ((8,), (16,)):
+                raise UserError(f"{path} has {bits[0]} bits a pixel: 8 and 16 are read")
+            pixels = np.asarray(image).astype(np.uint16)[..., None]
+            pixels = 65535 - pixels if white_is_zero else pixels  # with 8 bits Pillow does it
+        elif mode == "F":
+            pixels = np.array(image, dtype=np.float32)[..., None]
+        elif mode == "CMYK":
+            image, icc = _cmyk_to_rgb(image, icc)
+            notes.append("CMYK becomes RGB")
+            pixels = np.asarray(image)
+        elif mode in ("P", "PA"):
+            pixels = np.asarray(image.convert("RGBA" if "transparency" in info or mode == "PA" else "RGB"))
+            transparent = None
+        elif mode in ("1", "L", "LA", "RGB", "RGBA"):
+            pixels = np.asarray(image.convert("L") if mode == "1" else image)
+            pixels = pixels.reshape(*pixels.shape[:2], -1)
+            if isinstance(transparent, int):  # Pillow stretches few-bit greys, but not the one declared transparent
+                transparent *= {"1": 255, "L;2": 85, "L;4": 17}.get(raw, 1)
+        else:
+            raise UserError(f"{path}: pixels of the kind {mode} are not read; save it as RGB or grey first")
+
+    if transparent is not None and pixels.shape[2] in (1, 3):
+        seen = (pixels != np.asarray(transparent, pixels.dtype)).any(axis=2, keepdims=True)
+        pixels = np.concatenate([pixels, seen * pixels.dtype.type(np.iinfo(pixels.dtype).max)], axis=2)
+    if kind == "TIFF":  # Pillow has turned it
+        orientation = 1
+    return Photo(_upright(_finite(path, pixels), orientation), icc, exif, notes)
+
+
+def _decode_as(path: Path, rawmode: str) -> NDArray[np.uint8]:
+    """The file's pixels decoded once more, its bytes taken for another arrangement of the same length."""
+    from PIL import Image
+
+    with Image.open(path, formats=("PNG", "TIFF")) as image:
+        image.tile = [
+            tile._replace(args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:]))
+            for tile in image.tile
+        ]
+        return np.asarray(image)
+
+
+def _exif(image: Image.Image, notes: list[str]) -> tuple[Image.Exif | None, int]:
+    """EXIF data without the orientation, and the orientation 1…8."""
+    try:
+        exif = image.getexif()
+        orientation = exif.get(ORIENTATION, 1)
+        keep = image.format in ("JPEG", "MPO", "PNG", "WEBP") and len(exif) > 0
+        exif.pop(ORIENTATION, None)
+        if keep:
+            exif.tobytes()  # that it can be written
+    except Exception:  # it is nothing that a picture needs
+        notes.append("its EXIF data are damaged and left out")
+        return None, 1
+    if orientation not in range(1, 9):
+        orientation = 1
+    return (exif if keep else None), orientation
+
+
+def _cmyk_to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes | None]:
+    """A CMYK picture as RGB, and the profile of that."""
+    from PIL import ImageCms
+
+    if icc and icc[16:20] == b"CMYK":
+        try:
+            srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+            converted = ImageCms.profileToProfile(image, BytesIO(icc), srgb, outputMode="RGB")
+            return converted, srgb.tobytes()
+        except ImageCms.PyCMSError:  # a damaged profile
+            pass
+    return image.convert("RGB"), None
+
+
+def _read_tifffile(path: Path, max_pixels: int) -> Photo:
+    """TIFF files that Pillow does not know: floating colour, 16-bit grey + alpha, 16-bit planes."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        _check_size(path, page.imagewidth, page.imagelength, max_pixels)
+        samples, dtype = page.samplesperpixel, page.dtype
+        grey = page.photometric in (0, 1)
+        alphas = [int(extra) for extra in page.extrasamples]
+        if (
+            page.photometric not in (0, 1, 2)
+            or dtype is None
+            or dtype.name not in ("uint8", "uint16", "float16", "float32", "float64")
+            or samples - len(alphas) != (1 if grey else 3)
+            or alphas not in ([], [0], [2])
+            or page.imagedepth != 1
+            or page.nbytes > 16 * max_pixels
+            or page.tilewidth * page.tilelength > max(max_pixels, 1 << 20)
+        ):
+            raise UserError(
+                f"{path}: a TIFF of {samples} samples of {dtype or 'an unknown type'} a pixel, photometric "
+                f"{page.photometric}, is not read; save it as grey or RGB with at most one plain alpha channel"
+            )
+        pixels = page.asarray(maxworkers=1)
+        notes = ["only its first picture is read"] if len(file.pages) > 1 else []
+        icc, orientation = page.iccprofile, page.tags.valueof(274, default=1)
+        separate = page.planarconfig == 2 and samples > 1
+    if dtype.kind == "f":
+        pixels = pixels.astype(np.float32)
+    pixels = np.moveaxis(pixels, 0, -1) if separate else pixels.reshape(*pixels.shape[:2], samples)
+    if page.photometric == 0 and dtype.kind == "u":
+        pixels[..., 0] = np.iinfo(dtype).max - pixels[..., 0]
+    orientation = int(orientation) if orientation in range(1, 9) else 1
+    return Photo(_upright(_finite(path, pixels), orientation), icc, None, notes)
+
+
+def _finite(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
+    """The pixels, if all are numbers."""
+    if pixels.dtype.kind == "f":
+        bad = pixels.size - np.count_nonzero(np.isfinite(pixels))
+        if bad:
+            raise UserError(f"{path}: {bad:,} of {pixels.size:,} values are NaN or infinite; replace them first")
+    return pixels
+
+
+def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Apply an EXIF orientation [H, W, C] → [H, W, C] or [W, H, C]."""
+    if orientation >= 5:  # the stored rows are what is seen as columns
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):  # bottom to top
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):  # right to left
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,269 @@
+"""Writing an enlarged picture, strip by strip where the format can."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drrn.errors import UserError
+from drrn.images import FORMATS
+from drrn.photos.enlarge import CHUNK
+from drrn.photos.read import EXIF_HEIGHT, EXIF_IFD, EXIF_WIDTH, Photo
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LONGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels of a side that the format can hold
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def stored_dtype(path: Path, dtype: np.dtype, channels: int, size: tuple[int, int]) -> np.dtype:
+    """The pixel type with which a format can hold a result; asked before hours are spent on computing it.
+
+    Args:
+        path: of the result; its suffix names the format.
+        dtype: of the pixels, uint8, uint16 or float32.
+        channels: 1…4 as in `Photo`.
+        size: (H, W) of the result.
+
+    Returns:
+        `dtype`, or uint8 where a format has no 16 bits.
+
+    Raises:
+        UserError: another suffix, or the format cannot hold transparency, floating pixels or the size.
+    """
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(f"{path}: the name of an output ends in {', '.join(FORMATS)}")
+    dtype = np.dtype(dtype)
+    if dtype.kind == "f" and kind != "TIFF":
+        raise UserError(f"{path}: {kind} holds no floating pixels, of these formats only TIFF does")
+    if channels in (2, 4) and kind in ("JPEG", "BMP"):
+        raise UserError(f"{path}: {kind} holds no transparency, which this image has; PNG, WebP and TIFF do")
+    if max(size) > LONGEST.get(kind, sys.maxsize):
+        raise UserError(
+            f"{path}: {kind} holds at most {LONGEST[kind]:,} pixels a side, not {size[1]:,}×{size[0]:,}; "
+            "PNG and TIFF hold more"
+        )
+    return np.dtype(np.uint8) if dtype == np.uint16 and kind not in ("PNG", "TIFF") else dtype
+
+
+def write_photo(
+    path: Path,
+    strips: Iterator[NDArray[Any]],
+    shape: tuple[int, int, int],
+    dtype: np.dtype,
+    photo: Photo,
+    quality: int = 95,
+) -> list[str]:
+    """Write an image that arrives in strips, whole or not at all, with another's profile and EXIF data.
+
+    PNG and TIFF (deflated) are written as the strips come; JPEG, WebP and BMP hold the result in memory, 4 bytes a
+    pixel.
+
+    Args:
+        path: its suffix names the format; its folder is made.
+        strips: [h, W, C] from the top.
+        shape: (H, W, C) of the whole.
+        dtype: what `stored_dtype` said.
+        photo: whose profile, and for PNG, JPEG and WebP EXIF data, are kept.
+        quality: 1…100 of JPEG and WebP. JPEG keeps the colours' full resolution.
+
+    Returns:
+        What the format could not hold, in words for the user.
+
+    Raises:
+        UserError: the file cannot be written (a full disk, no permission); nothing is left behind.
+    """
+    kind = FORMATS[path.suffix.lower()]
+    notes: list[str] = []
+    exif = None
+    if photo.exif is not None and kind in ("PNG", "JPEG", "WEBP"):
+        exif = _exif_bytes(photo.exif, shape, 65_000 if kind == "JPEG" else None)
+        if exif is None:
+            notes.append("its EXIF data could not be kept")
+    if photo.icc and kind == "BMP":
+        notes.append("BMP holds no colour profile: left out")
+    if dtype != photo.pixels.dtype:
+        notes.append(f"{kind} holds 8 bits a channel: rounded from 16")
+        strips = (_to_eight_bits(strip) for strip in strips)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            if kind == "PNG":
+                _write_png(file, strips, shape, dtype, photo.icc, exif)
+            elif kind == "TIFF":
+                _write_tiff(file, strips, shape, dtype, photo.icc)
+            else:
+                _write_pillow(file, kind, strips, shape, photo.icc, exif, quality)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return notes
+
+
+def _to_eight_bits(strip: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """0…65535 → 0…255, to the nearest."""
+    return ((strip.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _exif_bytes(exif: Image.Exif, shape: tuple[int, int, int], longest: int | None) -> bytes | None:
+    """EXIF data with the new size; None if they cannot be written."""
+    try:
+        inner = exif.get_ifd(EXIF_IFD)
+        if EXIF_WIDTH in inner:
+            exif[EXIF_IFD] = {**inner, EXIF_WIDTH: shape[1], EXIF_HEIGHT: shape[0]}
+        data = exif.tobytes()
+    except Exception:  # odd values in files of odd programs
+        return None
+    return data if longest is None or len(data) <= longest else None
+
+
+def _write_pillow(
+    file: BinaryIO,
+    kind: str,
+    strips: Iterator[NDArray[np.uint8]],
+    shape: tuple[int, int, int],
+    icc: bytes | None,
+    exif: bytes | None,
+    quality: int,
+) -> None:
+    """JPEG, WebP or BMP."""
+    from PIL import Image
+
+    height, width, channels = shape
+    canvas, top = Image.new(("L", "LA", "RGB", "RGBA")[channels - 1], (width, height)), 0
+    for strip in strips:
+        canvas.paste(Image.fromarray(strip[..., 0] if channels == 1 else strip), (0, top))
+        top += len(strip)
+    options: dict[str, Any] = {}
+    if kind != "BMP":
+        options = {"quality": quality, **({"icc_profile": icc} if icc else {}), **({"exif": exif} if exif else {})}
+    if kind == "JPEG":
+        options["subsampling"] = 0
+    # Without a descriptor Pillow writes through Python; by itself it overlooks a write that a full disk cut short.
+    canvas.save(SimpleNamespace(write=file.write, flush=file.flush), kind, **options)
+
+
+def _write_tiff(
+    file: BinaryIO,
+    strips: Iterator[NDArray[Any]],
+    shape: tuple[int, int, int],
+    dtype: np.dtype,
+    icc: bytes | None,
+) -> None:
+    """Deflate with the horizontal predictor (integers), strip by strip."""
+    import tifffile
+
+    _, width, channels = shape
+    rows = max(1, (CHUNK // 4) // (width * channels))
+
+    def segments() -> Iterator[bytes]:
+        for part in _in_rows(strips, rows):
+            if dtype.kind == "u":  # differences to the pixel on the left
+                part = np.diff(part, axis=1, prepend=np.zeros_like(part[:, :1]))
+            yield zlib.compress(np.ascontiguousarray(part).tobytes(), 6)
+
+    tifffile.imwrite(
+        file,
+        segments(),
+        shape=shape if channels > 1 else shape[:2],
+        dtype=dtype,
+        photometric="rgb" if channels >= 3 else "minisblack",
+        planarconfig="contig" if channels > 1 else None,
+        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        rowsperstrip=rows,
+        compression="zlib",
+        predictor=dtype.kind == "u",
+        metadata=None,
+        software=False,
+        iccprofile=icc,
+    )
+
+
+def _in_rows(strips: Iterator[NDArray[Any]], rows: int) -> Iterator[NDArray[Any]]:
+    """The same rows in strips of `rows` each; the last may be lower."""
+    held: list[NDArray[Any]] = []
+    for strip in strips:
+        held.append(strip)
+        while sum(map(len, held)) >= rows:
+            whole = np.concatenate(held)
+            yield whole[:rows]
+            held = [whole[rows:]]
+    if sum(map(len, held)):
+        yield np.concatenate(held)
+
+
+def _write_png(
+    file: BinaryIO,
+    strips: Iterator[NDArray[Any]],
+    shape: tuple[int, int, int],
+    dtype: np.dtype,
+    icc: bytes | None,
+    exif: bytes | None,
+) -> None:
+    """PNG of 8 or 16 bits, row by row: Pillow writes no 16-bit colour and needs the whole image in memory."""
+
+    def chunk(name: bytes, data: bytes) -> None:
+        file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
+
+    height, width, channels = shape
+    step = channels * dtype.itemsize  # bytes of a pixel
+    colour_type = (0, 4, 2, 6)[channels - 1]
+    file.write(b"\x89PNG\r\n\x1a\n")
+    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * dtype.itemsize, colour_type, 0, 0, 0))
+    if icc:
+        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc))
+    if exif:
+        chunk(b"eXIf", exif.removeprefix(b"Exif\0\0"))
+    deflate, previous = zlib.compressobj(6), np.zeros((1, width * step), np.uint8)
+    for strip in strips:
+        stored = np.ascontiguousarray(strip, dtype=dtype.newbyteorder(">"))
+        rows = stored.view(np.uint8).reshape(len(strip), width * step)
+        data = deflate.compress(_png_filtered(rows, previous, step).tobytes())
+        if data:
+            chunk(b"IDAT", data)
+        previous = rows[-1:]
+    chunk(b"IDAT", deflate.flush())
+    chunk(b"IEND", b"")
+
+
+def _png_filtered(rows: NDArray[np.uint8], previous: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
+    """Each row by the one of PNG's filters that leaves the smallest differences (PNG, ch. 9 and 12.7).
+
+    Args:
+        rows: [n, bytes]. previous: the row above them [1, bytes]. step: bytes to the pixel on the left.
+
+    Returns:
+        [n, 1 + bytes], the filter's number first.
+    """
+    up = np.concatenate([previous, rows[:-1]]).astype(np.int16)
+    left, corner = np.zeros_like(up), np.zeros_like(up)
+    left[:, step:], corner[:, step:] = rows[:, :-step], up[:, :-step]
+    to_left, to_up = np.abs(up - corner), np.abs(left - corner)  # |p − a|, |p − b| of Paeth, p = a + b − c
+    to_corner = np.abs(left + up - 2 * corner)
+    paeth = np.where((to_left <= to_up) & (to_left <= to_corner), left, np.where(to_up <= to_corner, up, corner))
+    best = np.empty((len(rows), 1 + rows.shape[1]), np.uint8)
+    smallest = np.full(len(rows), np.iinfo(np.int64).max)
+    for number, guess in ((0, None), (1, left), (2, up), (4, paeth)):
+        difference = rows if guess is None else (rows - guess).astype(np.uint8)
+        size = np.abs(difference.view(np.int8).astype(np.int16)).sum(axis=1, dtype=np.int64)
+        better = size < smallest
+        best[better, 0], best[better, 1:], smallest[better] = number, difference[better], size[better]
+    return best

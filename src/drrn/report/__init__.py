@@ -1,0 +1,1 @@
+"""Tables, figures, pictures and the page, from records and scores alone."""

@@ -1,0 +1,132 @@
+"""The run record: one JSON a run, enough to check a result by hand and to make it again.
+
+Tables and figures read nothing but these files, so they need no account and no network.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from drrn.config import Config
+from drrn.errors import UserError
+from drrn.identity import experiment, run_name, structure_name
+from drrn.protocol import PAPER
+
+FORMAT = 1
+FILE = "record.json"
+PACKAGES = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "torchmetrics",
+    "wandb",
+    "h5py",
+    "numpy",
+    "scipy",
+    "pillow",
+)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A run record.
+
+    Raises:
+        UserError: it is missing, not JSON, or of a format that this version does not read.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable run record: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{path} is not a run record of format {FORMAT}")
+    return record
+
+
+def finished_record(folder: Path) -> Path | None:
+    """The record of a run that is finished, here or in another study's folder; None if it is not.
+
+    Fig. 8's DRRN_B3U4 is Fig. 6's and Table 4's too: folders are named by what a run is, so it has one name.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    own, others = folder / FILE, sorted(folder.parents[1].glob(f"*/{folder.name}/{FILE}"))
+    paths = [*([own] if own.is_file() else []), *others]
+    return next((path for path in paths if read_record(path)["status"] == "finished"), None)
+
+
+def find_records(folder: Path) -> list[dict[str, Any]]:
+    """All run records below a folder, by path; each gains `path`.
+
+    Raises:
+        UserError: there is none.
+    """
+    paths = sorted(folder.rglob(FILE))
+    if not paths:
+        raise UserError(f"no run record ({FILE}) below {folder}: train something first, or name another folder")
+    return [{**read_record(path), "path": str(path)} for path in paths]
+
+
+def git_commit() -> dict[str, Any] | None:
+    """Commit of the source tree and whether it has uncommitted changes; None outside a clone."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit."""
+    import torch
+
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "git": git_commit(),
+    }
+
+
+def run_record(config: Config, network: Any) -> dict[str, Any]:
+    """The record of a run that is about to start; `status`, `budget` and `scores` are filled in as it goes.
+
+    Args:
+        config: the whole checked configuration.
+        network: a `drrn.model.DRRN`.
+    """
+    return {
+        "format": FORMAT,
+        "name": run_name(config),
+        "study": config.study,
+        "status": "running",
+        "experiment": experiment(config),
+        "seed": config.seed,
+        "structure": {
+            "name": structure_name(config.model),
+            "depth": network.depth,
+            "conv_weights": network.conv_weight_count,
+            "parameters": sum(p.numel() for p in network.parameters()),
+        },
+        "protocol": asdict(PAPER),
+        "config": asdict(config),
+        **environment(),
+    }

@@ -1,0 +1,1 @@
+"""Sweeps: the plan, its cost, what became of each point, the machine shared out."""

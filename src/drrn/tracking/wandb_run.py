@@ -1,0 +1,276 @@
+"""A run in Weights & Biases. Tracking never decides over a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from drrn.config import Config
+from drrn.identity import run_name, structure_name
+from drrn.tracking.wandb_files import ended, history, mend, runs
+
+if TYPE_CHECKING:
+    from drrn.module import SuperResolution
+
+
+log = logging.getLogger(__name__)
+
+PICTURES = 3  # test images drawn side by side: the first of the first set, so that runs can be compared
+FINISH_SECONDS = 180  # for uploading at the end (logger.mode=online); what is left stays on the disk
+ARTIFACTS = {"none": (), "weights": ("weights",), "checkpoints": ("weights", "checkpoint")}
+
+
+def progress(module: SuperResolution, batch_size: int) -> tuple[int, dict[str, float]]:
+    """Optimiser steps done, and the same as patches and as passes over the data.
+
+    Lightning's own count is one behind while it validates, another behind after a resume, and its epoch is 0.
+    """
+    steps = module.trainer.global_step
+    return steps, {"patches_seen": steps * batch_size, "epoch": steps / module.hparams["steps_per_epoch"]}
+
+
+class Tracker(Logger):
+    """A run of ours as one W&B run, however often it is interrupted.
+
+    W&B's step is the optimiser step and its x-axis `patches_seen`. Steps that are done again after a crash are
+    not logged again: the history of all legs together holds every metric at every step at most once.
+
+    Args:
+        config: the checked configuration.
+        folder: the run's folder; W&B's files go to `wandb/` below it.
+        record: the run record. Its `wandb_id` says which W&B run to go on with; `tracking` is kept here:
+            kind, mode, folder, and `problem`, None or what went wrong first.
+        module: the module in training, which knows the steps.
+    """
+
+    current: Tracker | None = None  # the one that `finish` ends
+
+    def __init__(self, config: Config, folder: Path, record: dict[str, Any], module: SuperResolution) -> None:
+        super().__init__()
+        self.config, self.folder, self.record, self.module = config, folder, record, module
+        self.run: Any = None
+        self.logged: dict[str, int] = {}  # metric → the highest step that it was logged at, in any leg
+        self.state = {"kind": "wandb", "mode": config.logger.mode, "folder": None, "problem": None}
+        if rank_zero_only.rank == 0:
+            record["tracking"] = self.state
+            Tracker.current = self
+            self._attempt("start", self._start)
+
+    # ------------------------------------------------------------------ what Lightning calls
+
+    @property
+    def name(self) -> str:
+        """The W&B project."""
+        return self.config.logger.project
+
+    @property
+    def version(self) -> str:
+        """The W&B run."""
+        return self.record["wandb_id"]
+
+    @property
+    def save_dir(self) -> str:
+        """The run's folder."""
+        return str(self.folder)
+
+    def log_hyperparams(self, *arguments: Any, **more: Any) -> None:
+        """The W&B run was started with the whole configuration."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """A training or validation line; the test's scores come from the record (`results`)."""
+        steps, where = progress(self.module, self.config.data.batch_size)
+        new = {
+            key: value
+            for key, value in metrics.items()
+            if key != "epoch" and not key.startswith("test/") and self.logged.get(key, -1) < steps
+        }
+        if new and self._attempt("log", lambda: self.run.log({**new, **where}, step=steps)):
+            self.logged |= dict.fromkeys(new, steps)
+
+    # ------------------------------------------------------------------ from start to finish
+
+    def _attempt(self, what: str, call: Callable[[], Any]) -> bool:
+        """Call W&B; at the first failure say so, and from then on only try to end the W&B run."""
+        if (self.run is None and what != "start") or (self.state["problem"] is not None and what != "finish"):
+            return False
+        try:
+            call()
+        except Exception as error:  # every kind: W&B's own, the disk's, the socket's
+            self._complain(f"W&B failed at {what}: {type(error).__name__}: {error}")
+            return False
+        return True
+
+    def _complain(self, problem: str) -> None:
+        if self.state["problem"] is None:
+            self.state["problem"] = problem
+            kept = "What it has is kept" if self.run is not None else "Nothing is tracked"
+            log.warning("%s. %s; the run and its record go on without it.", problem, kept)
+
+    def _start(self) -> None:
+        import wandb
+
+        config, record, mode = self.config, self.record, self.config.logger.mode
+        for path in runs(self.folder, record["wandb_id"]):
+            for step, row in history(path):
+                self.logged |= {key: max(step, self.logged.get(key, -1)) for key in row}
+            mend(path)
+        model, structure, steps = config.model, record["structure"], self.module.hparams["max_steps"]
+        arguments = {
+            "project": config.logger.project,
+            "name": run_name(config),
+            "group": config.study,
+            "tags": [structure_name(model), f"B{model.B}", f"U{model.U}", f"d{structure['depth']}"],
+            "id": record["wandb_id"],
+            "resume": "allow",
+            "dir": self.folder,
+            "config": {
+                **record["config"],
+                "d": structure["depth"],
+                "k": structure["conv_weights"],
+                **{
+                    key: record.get(key)
+                    for key in ("structure", "experiment", "patches", "protocol", "versions", "machine", "git")
+                },
+                "budget": {"steps": steps, "patches": steps * config.data.batch_size},
+            },
+        }
+
+        def init(mode: str) -> Any:
+            settings = wandb.Settings(
+                silent=True,
+                console="off",  # train.log has what was said; captured output would pass through W&B's service
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
+            )
+            return wandb.init(**arguments, mode=mode, settings=settings)
+
+        if mode == "online":
+            try:
+                _end_service()  # its settings may be those of an earlier run
+                wandb.setup(wandb.Settings(mode="online", silent=True))
+                if not wandb.login(prompt=False, verify=False):  # `init` would ask at a terminal, and wait
+                    raise RuntimeError("no account is configured (`wandb login`)")
+                self.run = init(mode)
+            except Exception as error:
+                mode = self.state["mode"] = "offline"
+                log.warning("logger.mode=online does not work: %s. Tracked offline; upload it later.", error)
+                _end_service()
+        if self.run is None:
+            self.run = init(mode)
+        if mode != "disabled":
+            record["wandb_id"] = self.run.id  # under a W&B agent, the agent's
+            self.state["folder"] = f"wandb/{Path(self.run.dir).parent.name}"
+        self.run.define_metric("patches_seen")
+        self.run.define_metric("*", step_metric="patches_seen", step_sync=True)
+        if mode == "offline":
+            log.info("W&B is offline; `wandb sync %s` uploads it", self.folder / "wandb/offline-run-*")
+
+    def results(self) -> None:
+        """What a finished evaluation leaves. The scores come first: the rest may fail where they do not."""
+        for call in (self._scores, self._media, self._artifacts):
+            self._attempt("results", call)
+
+    def _scores(self) -> None:
+        """A row of its own, after all others, and the run's summary: means by set and scale, budget, status."""
+        record = self.record
+        means = {
+            f"test/{row['set']}_x{row['scale']}/{key}": value
+            for row in record["means"]
+            for key, value in row.items()
+            if key not in ("set", "scale")
+        }
+        last = max([record["budget"]["steps"], *self.logged.values()]) + 1
+        self.run.log({"patches_seen": record["budget"]["patches"], **means}, step=last)
+        budget = {f"budget/{key}": value for key, value in record["budget"].items()}
+        self.run.summary.update({**means, **budget, "status": record["status"]})
+
+    def _media(self) -> None:
+        """Into the same row: the table of all images' scores, and pictures."""
+        import wandb
+
+        columns = list(dict.fromkeys(key for row in self.record["scores"] for key in row))
+        rows = [[row.get(key) for key in columns] for row in self.record["scores"]]
+        table = wandb.Table(columns=columns, data=rows)
+        pictures = {key: wandb.Image(pixels) for key, pixels in self._pictures().items()}
+        before = os.environ.get("WANDB_DATA_DIR")
+        # W&B uploads the table later from a copy there: in the run's folder, not in somebody's home.
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.folder.resolve() / "wandb"))
+        try:
+            self.run.log({"scores": table, **pictures})
+        finally:
+            if before is None:
+                del os.environ["WANDB_DATA_DIR"]
+
+    def _pictures(self) -> dict[str, np.ndarray]:
+        """`pictures/Set5_x3/baby` → [H, W, 4] uint8, ground truth, bicubic and this network side by side."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        from drrn.inference import super_resolve
+        from drrn.report.pictures import side_by_side
+        from drrn.sets import image_files
+
+        if not self.record["scores"]:
+            return {}
+        scales = sorted({row["scale"] for row in self.record["scores"]})
+        scale, first = scales[len(scales) // 2], self.record["scores"][0]["set"]
+        chosen = [r["image"] for r in self.record["scores"] if (r["set"], r["scale"]) == (first, scale)][:PICTURES]
+        pictures = {}
+        try:
+            (place,) = (name for name in self.config.data.val if Path(name).name == first)
+            files = {path.name: path for path in image_files(place, Path(self.config.data.root), complete=False)}
+            network = {self.record["structure"]["name"]: lambda x: super_resolve(self.module.network, x)}
+            for image in chosen:
+                figure = side_by_side(files[image], scale, network)
+                canvas = FigureCanvasAgg(figure)
+                canvas.draw()
+                pictures[f"pictures/{first}_x{scale}/{Path(image).stem}"] = np.asarray(canvas.buffer_rgba())
+        except Exception as error:  # nothing that W&B did, and no reason to lose the scores
+            log.warning("no picture of %s for W&B: %s: %s", first, type(error).__name__, error)
+        return pictures
+
+    def _artifacts(self) -> None:
+        """The weights, or also the last checkpoint (weights and momentum), with aliases for status and step."""
+        import wandb
+
+        steps = self.record["budget"]["steps"]
+        files = {
+            "weights": self.folder / "weights.safetensors",
+            "checkpoint": self.folder / "checkpoints" / f"step{steps:08d}.ckpt",
+        }
+        for kind in ARTIFACTS[self.config.logger.artifacts]:
+            path = files[kind]
+            about = {"structure": self.record["structure"], "steps": steps, "means": self.record["means"]}
+            artifact = wandb.Artifact(f"{self.folder.name}-{kind}", "model", metadata=about)
+            artifact.add_file(str(path), policy="immutable")  # uploaded from where it is, not from a copy
+            self.run.log_artifact(artifact, aliases=[self.record["status"], f"step{steps}"])
+            log.info("W&B artifact %s: %.1f MB", artifact.name, path.stat().st_size / 1e6)
+
+    def finish(self, failed: bool) -> None:
+        """End the W&B run, and make sure that its file on the disk is whole."""
+        folder = self.state["folder"]
+        self._attempt("finish", lambda: self.run.finish(exit_code=int(failed)))
+        _end_service()  # which writes what is left
+        if folder is not None:
+            path = self.folder / folder / f"run-{self.record['wandb_id']}.wandb"
+            if not ended(path):
+                self._complain(f"{path} is not whole: is the disk full?")
+            if self.state["mode"] == "online" and self.state["problem"] is not None:
+                log.warning("Upload what W&B does not have: wandb sync %s", path.parent)
+
+
+def _end_service() -> None:
+    """End W&B's service process: a run's last rows are on the disk, and the next run starts its own."""
+    import contextlib
+
+    with contextlib.suppress(Exception):  # the import too: a signal may have ended the first one half-way
+        import wandb
+
+        wandb.teardown()

@@ -1,0 +1,1 @@
+"""Weights on disk: ours, the ports', Caffe's; export."""

@@ -1,0 +1,120 @@
+"""Our networks for other programs: ONNX, and torch.export's program (what torch recommends over TorchScript)."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drrn.disk import write_whole
+from drrn.errors import UserError
+from drrn.model import DRRN
+
+SIZES = ((24, 20), (3, 17), (41, 50))  # height and width, on which an exported network is held against ours
+TOLERANCE = 1e-5  # on a scale of 0…1
+
+# How to use an exported network: it goes into the file.
+USE = {
+    "input": "x [1, 1, height, width] float32: luminance Y / 255 of the low-resolution image (MATLAB's rgb2ycbcr, "
+    "Y in 16…235), enlarged by the scale with MATLAB's bicubic imresize, neither rounded nor clamped",
+    "output": "y, same shape: super-resolved luminance, to be clamped to 0…1",
+    "colour": "only Y goes through the network; Cb and Cr are enlarged bicubically, then ycbcr2rgb",
+}
+
+
+def export_onnx(network: DRRN, about: dict[str, Any], path: Path) -> float:
+    """Write a network as ONNX with dynamic height and width, shared weights once.
+
+    Args:
+        network: in evaluation mode.
+        about: what is known of it, for the metadata: `drrn` as JSON, `scales`, and how to use it (`USE`).
+        path: to write.
+
+    Returns:
+        The largest difference to our output under onnxruntime, at several sizes.
+
+    Raises:
+        UserError: the extra `export` is not installed, the outputs differ, or the file cannot be written.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 — torch.onnx needs it
+    except ImportError as error:
+        raise UserError(f"ONNX needs {error.name}: pip install 'drrn[export]'") from error
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, of which nothing is used
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        exported = torch.onnx.export(program(network), input_names=["x"], output_names=["y"], verbose=False)
+    model = exported.model_proto
+    graph = model.graph
+    del graph.value_info[:]
+    for part in (graph, *graph.node, *graph.input, *graph.output):
+        del part.metadata_props[:]  # where in torch's graph each of them was
+    for part in (graph.input[0], graph.output[0]):
+        for axis, name in ((2, "height"), (3, "width")):
+            part.type.tensor_type.shape.dim[axis].dim_param = name
+    facts = {**USE, "scales": ",".join(map(str, about.get("scales") or [])), "drrn": json.dumps(about)}
+    onnx.helper.set_model_props(model, facts)
+    onnx.checker.check_model(model)
+    serialised = model.SerializeToString()
+    session = onnxruntime.InferenceSession(serialised, providers=["CPUExecutionProvider"])
+    difference = largest_difference(network, lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]))
+    write_whole(path, lambda partial: partial.write_bytes(serialised))
+    return difference
+
+
+def export_program(network: DRRN, about: dict[str, Any], path: Path) -> float:
+    """Write a network as torch.export's program (.pt2), which `torch.export.load(path).module()` runs.
+
+    Arguments, result and errors as of `export_onnx`; the metadata are the extra file `drrn.json`.
+    """
+    exported = program(network)
+    facts = json.dumps({**USE, "scales": about.get("scales") or [], "drrn": about}, ensure_ascii=False)
+    difference = largest_difference(network, exported.module())
+    content = io.BytesIO()  # torch.export.save wants the suffix .pt2 of a path
+    torch.export.save(exported, content, extra_files={"drrn.json": facts})
+    write_whole(path, lambda partial: partial.write_bytes(content.getvalue()))
+    return difference
+
+
+def program(network: DRRN) -> torch.export.ExportedProgram:
+    """The network's graph for any height and width from 2 pixels on, without where its source is."""
+    height, width = (torch.export.Dim(name, min=2) for name in ("height", "width"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        exported = torch.export.export(
+            network, (torch.zeros(1, 1, *SIZES[0]),), dynamic_shapes=({2: height, 3: width},)
+        )
+    for node in exported.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return exported
+
+
+def largest_difference(network: DRRN, other: Callable[[Tensor], Tensor]) -> float:
+    """Between the outputs of a network and of its exported form, at `SIZES`, on values beyond 0…1 too.
+
+    Raises:
+        UserError: it is above `TOLERANCE` (of the largest value, where that is above 1).
+    """
+    worst = 0.0
+    generator = torch.Generator().manual_seed(1)
+    for height, width in SIZES:
+        x = torch.rand(1, 1, height, width, generator=generator) * 1.2 - 0.1
+        with torch.inference_mode():
+            ours, theirs = network(x), other(x)
+        difference = (ours - theirs).abs().max().item() if theirs.shape == ours.shape else float("inf")
+        if not difference <= TOLERANCE * max(1.0, ours.abs().max().item()):
+            raise UserError(
+                f"the exported network differs from ours by {difference:.3g} at {height}×{width}: not written"
+            )
+        worst = max(worst, difference)
+    return worst

@@ -1,0 +1,87 @@
+"""Weights that others trained, read without running anything that their files say.
+
+Four forms, told apart by what a file holds:
+
+    caffe        the authors' DRRN and VDSR (tyshiwo/DRRN_CVPR17), and huangzehao/caffe-vdsr
+    jt827859032  jt827859032/DRRN-pytorch: a pickled module, `input`, `conv1`, `conv2`, `output`
+    yjn870       yjn870/DRRN-pytorch: a state dict, `rbs.{b}.h0…`, `rbs.{b}.ru…`, `rec…`
+    twtygqyy     twtygqyy/pytorch-vdsr: a pickled module, `input`, `residual_layer.{i}.conv`, `output`
+
+Caffe's is protobuf, of which the wire format is all that is needed here. The others are pickles in one of
+torch's two containers. They are read by a machine of our own that knows tensors, plain containers and the names
+of these networks' modules, and calls nothing: a module becomes the dict of its attributes. Sizes are held
+against what the file has before memory is taken for them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from drrn.errors import UserError
+from drrn.weights.caffe import caffe_layers, read_caffe
+from drrn.weights.files import Foreign, container, read_bytes
+from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
+from drrn.weights.ports import NAMES, READERS
+
+
+def recognise(path: Path) -> str:
+    """The form of a weight file by its content: "drrn" for this project's own, or one of `FORMS`.
+
+    Raises:
+        UserError: it is none of them, damaged, or holds what is not read here (by name).
+    """
+    data = read_bytes(path)
+    try:
+        kind = container(data)
+        if kind == "safetensors":
+            return "drrn"
+        if kind == "protobuf":
+            try:
+                caffe_layers(data)
+            except ValueError as error:
+                raise ValueError(f"neither torch's nor safetensors, and as Caffe's protobuf: {error}") from error
+            return "caffe"
+        root = read_torch(data)
+        if is_lightning(root):
+            return "drrn"
+        names = set(named_tensors(root))
+        for form, pattern in NAMES.items():
+            if names and all(re.fullmatch(pattern, name) for name in names):
+                return form
+        some = ", ".join(repr(name[:40]) for name in sorted(names)[:4])
+        raise ValueError(f"its tensors ({some}, …) are named as in none of {', '.join(NAMES)}")
+    except Exception as error:  # zipfile, struct and torch raise many kinds for a damaged file
+        raise UserError(f"{path} is not a weight file that is known here: {error}") from error
+
+
+def read_foreign(path: Path, form: str, U: int | None = None) -> Foreign:
+    """Read a foreign file.
+
+    Args:
+        path: the file.
+        form: one of `FORMS`.
+        U: residual units of a block, for the forms that share weights and so do not show it; if None it is
+            taken from a file name that says B1U25.
+
+    Raises:
+        UserError: the file is damaged, hostile or not of this form, or U is not to be known.
+    """
+    data = read_bytes(path)
+    try:
+        if form == "caffe":
+            return read_caffe(data, U)
+        tensors = read_tensors(named_tensors(read_torch(data)))
+        for name in tensors:
+            if not re.fullmatch(NAMES[form], name):
+                raise ValueError(f"its tensor {name[:80]!r} is not one of that form")
+        return READERS[form](tensors, U, path.stem)
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{path} cannot be read as {form}: {error} is missing") from error
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as {form}: {error}") from error
+
+
+FORMS = ("caffe", *READERS)

@@ -1,0 +1,149 @@
+"""Weights on disk: one safetensors file that says what network it holds.
+
+The metadata key `drrn` is JSON: {"format": 1, "model": {fields of ModelConfig}, "scales": […], "origin": …, …,
+"digest": SHA-256 of the tensors}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from drrn.config import DEEPEST, ModelConfig
+from drrn.disk import write_whole
+from drrn.errors import UserError
+from drrn.model import DRRN
+from drrn.weights.files import container, read_bytes
+from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
+
+FORMAT = 1
+
+
+def save_weights(path: Path, network: DRRN, model: ModelConfig, about: dict[str, Any]) -> None:
+    """Write a network as safetensors, whole or not at all.
+
+    Args:
+        path: to write.
+        network: whose parameters and BatchNorm statistics are stored, shared ones once.
+        model: its structure.
+        about: further facts: training scales, origin.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    facts = {"format": FORMAT, "model": asdict(model), **about, "digest": digest(tensors)}
+    content = save_safetensors(tensors, {"drrn": json.dumps(facts)})  # its save_file makes files private (0600)
+    write_whole(path, lambda partial: partial.write_bytes(content))
+
+
+def save_checkpoint(path: Path, network: DRRN, model: ModelConfig, about: dict[str, Any]) -> None:
+    """Write a network as a Lightning checkpoint without an optimiser, whole or not at all.
+
+    `init_from=` and `SuperResolution.load_from_checkpoint(path, optim=…)` take it; a run cannot go on from it.
+    """
+    from lightning.pytorch import __version__
+
+    checkpoint = {
+        "pytorch-lightning_version": __version__,
+        "epoch": 0,
+        "global_step": about.get("steps") or 0,
+        "hyper_parameters": {"model": asdict(model)},
+        "state_dict": {f"network.{name}": tensor.cpu() for name, tensor in network.state_dict().items()},
+        "drrn": about,
+    }
+    write_whole(path, lambda partial: torch.save(checkpoint, partial))
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values, in the order of the names."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def build(model: ModelConfig, state: dict[str, Tensor]) -> DRRN:
+    """A network in evaluation mode from its structure and its state dict, float32.
+
+    The structure is held against the tensors before memory is taken for it.
+
+    Raises:
+        ValueError: they do not fit together, or a value is not finite.
+    """
+    depth = (1 + 2 * model.U) * model.B + 1
+    if not depth <= DEEPEST:
+        raise ValueError(f"B = {model.B} and U = {model.U} make {depth:,} layers")
+    with torch.device("meta"):
+        network = DRRN(**asdict(model))
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for name in wanted.keys() | state.keys():
+        have = tuple(state[name].shape) if name in state else None
+        if wanted.get(name) != have:
+            words = ("none" if shape is None else f"{list(shape)}" for shape in (wanted.get(name), have))
+            raise ValueError("tensor {!r}: the structure has {}, the file {}".format(name[:80], *words))
+        if not torch.isfinite(state[name]).all():
+            raise ValueError(f"tensor {name!r} holds values that are not finite")
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def load_network(path: Path) -> tuple[DRRN, dict[str, Any]]:
+    """A network in evaluation mode and what its file says of it.
+
+    Reads our safetensors and our Lightning checkpoints, told apart by content; neither can execute code.
+
+    Raises:
+        UserError: the file is missing, damaged or not one of these.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    data = read_bytes(path)
+    try:
+        if container(data) == "safetensors":
+            state = load_safetensors(data)
+            about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["drrn"])
+            if about.get("format", FORMAT) > FORMAT:
+                raise ValueError(f"it is of format {about['format']}; a newer version of this project reads it")
+            if about.get("digest", digest(state)) != digest(state):
+                raise ValueError("its tensors are not those that its digest was made of: damaged")
+        else:
+            root = read_torch(data)
+            if not is_lightning(root):
+                raise ValueError("no Lightning checkpoint of this project")
+            about = {**root.get("drrn", {}), "model": root["hyper_parameters"]["model"]}
+            about["steps"] = root.get("global_step")
+            stored = named_tensors({n: s for n, s in root["state_dict"].items() if n.startswith("network.")})
+            state = {name.removeprefix("network."): tensor for name, tensor in read_tensors(stored).items()}
+        for key, kind in (("origin", str), ("scales", list), ("source", dict)):
+            if not isinstance(about.get(key), kind | None):
+                raise ValueError(f"what it says of its {key} is not as this project writes it")
+        network = build(ModelConfig(**about["model"]), state)
+    except Exception as error:  # torch and safetensors raise many kinds for a damaged file
+        raise UserError(
+            f"{path} is not weights of ours ({type(error).__name__}: {error}); give weights.safetensors or a .ckpt "
+            "of this project, or convert it first: python src/convert.py input=FILE output=FILE.safetensors"
+        ) from error
+    return network, about
+
+
+def initial_state(path: Path, model: ModelConfig) -> dict[str, Tensor]:
+    """What a fine-tuning starts from: the state dict of a file of ours, whose structure has to be `model`.
+
+    Raises:
+        UserError: the file cannot be read, or holds another structure; the text says what to type.
+    """
+    network, about = load_network(path)
+    held, asked = asdict(ModelConfig(**about["model"])), asdict(model)
+    differing = [key for key in asked if held[key] != asked[key]]
+    if differing:
+        words = " ".join(f"model.{key}={str(held[key]).lower()}" for key in differing)
+        raise UserError(f"init_from = {str(path)!r} holds another network than model.* describes; add {words}")
+    return network.state_dict()

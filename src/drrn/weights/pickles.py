@@ -1,0 +1,385 @@
+"""torch's pickles read by a machine that calls nothing."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickletools
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from drrn.weights.files import LIMIT, container
+
+
+@dataclass(eq=False)
+class Storage:
+    """The numbers behind tensors: torch.FloatStorage and its like, read when a tensor needs them."""
+
+    dtype: torch.dtype
+    numel: int
+    read: Callable[[], bytes] | None = None
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: numbers of a storage from `offset` on, `stride` apart."""
+
+    storage: Storage
+    offset: Any
+    size: Any
+    stride: Any
+
+    def tensor(self) -> Tensor:
+        """The tensor, floating ones as float32.
+
+        Raises:
+            ValueError: it reaches beyond its storage, or the storage beyond the file.
+        """
+        storage, offset = self.storage, _count(self.offset)
+        if not isinstance(self.size, tuple) or len(self.size) > 4 or len(self.size) != len(self.stride):
+            raise ValueError("a tensor of an impossible size")
+        size, stride = [_count(n) for n in self.size], [_count(n) for n in self.stride]
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if 0 in size or math.prod(size) > storage.numel or last >= storage.numel:
+            raise ValueError(f"a tensor of size {size} in a storage of {storage.numel:,} numbers")
+        raw = storage.read() if storage.read else b""
+        if len(raw) != storage.numel * storage.dtype.itemsize:
+            raise ValueError(f"a storage of {storage.numel:,} numbers has {len(raw):,} bytes: truncated")
+        values = torch.frombuffer(bytearray(raw), dtype=storage.dtype).as_strided(size, stride, offset)
+        return values.float().contiguous() if values.is_floating_point() else values.contiguous()
+
+
+class Global(NamedTuple):
+    """A name in a pickle. It is never looked up."""
+
+    module: str
+    name: str
+
+
+class Module(NamedTuple):
+    """What a pickled torch.nn.Module becomes: its attributes."""
+
+    attributes: dict[str, Any]
+
+
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+LAYERS = {"Conv2d", "ReLU", "BatchNorm2d", "Sequential", "ModuleList", "DataParallel"}
+NETWORKS = {"DRRN", "RecursiveBlock", "ResidualUnit", "ConvLayer", "Net", "VDSR", "Conv_ReLU_Block"}
+
+
+def _is_module(name: Global) -> bool:
+    layer = name.name in LAYERS and name.module.startswith("torch.nn.")
+    return layer or (name.name in NETWORKS and not name.module.startswith("torch"))
+
+
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    return {_key(key): value for key, value in pairs}
+
+
+def _stored(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
+    """`torch._utils._rebuild_tensor`, and `_v2` with requires_grad, hooks and metadata after it."""
+    base, storage = storage
+    if not isinstance(storage, Storage):
+        raise TypeError("a tensor without a storage")
+    return Stored(storage, base + _count(offset), size, stride)
+
+
+# What a pickle may call, and what is done instead.
+CALLS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("torch._utils", "_rebuild_tensor"): _stored,
+    ("torch._utils", "_rebuild_tensor_v2"): _stored,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("torch.nn.parameter", "Parameter"): lambda data, *_: data,
+    ("torch.nn.backends.thnn", "_get_thnn_function_backend"): lambda: None,  # Module._backend until torch 1.4
+    ("torch", "Size"): tuple,
+    ("torch", "device"): lambda *_: None,
+    ("__builtin__", "set"): list,
+    ("builtins", "set"): list,
+}
+
+
+def _known(name: Global) -> Global:
+    storage = name.module in ("torch", "torch.cuda") and name.name in STORAGES
+    if not storage and tuple(name) not in CALLS and not _is_module(name):
+        shown = f"{name.module}.{name.name}"[:100]
+        raise ValueError(
+            f"it names {shown!r}, which is no tensor, no plain container and no part of these networks; nothing in "
+            "a foreign file is run"
+        )
+    return name
+
+
+def _key(key: Any) -> Any:
+    """A dict's key: text or a number (hashing nested tuples can be made to take forever)."""
+    if not isinstance(key, str | int):
+        raise ValueError(f"a dict key that is a {type(key).__name__}")
+    return key
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise ValueError("a size, stride or offset that is not a count")
+    return value
+
+
+def unpickle(file: io.BytesIO, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """One pickle from a file's position on, as data: nothing is imported, called or constructed.
+
+    Args:
+        file: left after the pickle's STOP.
+        persistent: what a persistent id stands for.
+
+    Returns:
+        None, bool, int, float, str, bytes, list, tuple, dict, `Stored`, `Module` or `Global`; sets as lists.
+
+    Raises:
+        ValueError: damaged, or something else is in it, by name.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    def fill(items: list[Any]) -> None:
+        if not isinstance(stack[-1], dict):
+            raise TypeError("items for what is no dict")
+        stack[-1].update((_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
+
+    def extend(items: list[Any]) -> None:
+        if not isinstance(stack[-1], list):
+            raise TypeError("items for what is no list")
+        stack[-1].extend(items)
+
+    try:
+        for opcode, arg, _ in pickletools.genops(file):
+            match opcode.name:
+                case "PROTO" | "FRAME":
+                    pass
+                case "STOP":
+                    return stack.pop()
+                case "MARK":
+                    marks.append(len(stack))
+                case "NONE":
+                    stack.append(None)
+                case "NEWTRUE" | "NEWFALSE":
+                    stack.append(opcode.name == "NEWTRUE")
+                case (
+                    "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT"
+                    | "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE"
+                    | "BINUNICODE8" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8"
+                ):  # fmt: skip
+                    stack.append(arg)
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    count = int(opcode.name[-1])
+                    stack[-count:] = [tuple(stack[-count:])]
+                case "TUPLE":
+                    stack.append(tuple(since_mark()))
+                case "EMPTY_LIST" | "EMPTY_SET":
+                    stack.append([])
+                case "LIST" | "FROZENSET":
+                    stack.append(since_mark())
+                case "APPEND":
+                    extend([stack.pop()])
+                case "APPENDS" | "ADDITEMS":
+                    extend(since_mark())
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "DICT":
+                    items = since_mark()
+                    stack.append({})
+                    fill(items)
+                case "SETITEM":
+                    items = stack[-2:]
+                    del stack[-2:]
+                    fill(items)
+                case "SETITEMS":
+                    fill(since_mark())
+                case "POP":
+                    stack.pop()
+                case "POP_MARK":
+                    since_mark()
+                case "DUP":
+                    stack.append(stack[-1])
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    memo[arg] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    stack.append(memo[arg])
+                case "GLOBAL":
+                    stack.append(_known(Global(*arg.split(" ", 1))))
+                case "STACK_GLOBAL":
+                    name, module = stack.pop(), stack.pop()
+                    if not isinstance(name, str) or not isinstance(module, str):
+                        raise TypeError("a name that is no text")
+                    stack.append(_known(Global(module, name)))
+                case "REDUCE":
+                    arguments, function = stack.pop(), stack.pop()
+                    if not isinstance(function, Global) or function not in CALLS:
+                        raise TypeError("a call of what is no function")
+                    stack.append(CALLS[function](*arguments))
+                case "NEWOBJ":
+                    arguments, function = stack.pop(), stack.pop()
+                    if arguments != () or not isinstance(function, Global) or not _is_module(function):
+                        raise TypeError("an object that is no module")
+                    stack.append(Module({}))
+                case "BUILD":
+                    attributes = stack.pop()
+                    if isinstance(stack[-1], Module) and isinstance(attributes, dict):
+                        stack[-1].attributes.update(attributes)
+                    elif not isinstance(stack[-1], dict | Stored):  # a state dict's _metadata, a parameter's hooks
+                        raise TypeError("attributes for what has none")
+                case "BINPERSID" if persistent:
+                    stack.append(persistent(stack.pop()))
+                case _:
+                    raise ValueError(f"opcode {opcode.name} {str(arg)[:80]!r} is not run here")
+    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a damaged or foreign pickle ({type(error).__name__}: {error})") from error
+    raise ValueError("a pickle without an end")
+
+
+def _persistent(identity: Any, storages: dict[str, Storage]) -> Any:
+    """A persistent id of torch → (offset, storage), or a module's class.
+
+    ("storage", torch.FloatStorage, key, location, numel[, view]) with view None or (key, offset, numel) of a
+    part, in files of 2017; ("module", class, file, source) is the class with its source, which is left alone.
+    """
+    kind, name, *rest = identity
+    if kind == "module":
+        return name
+    if kind != "storage" or not isinstance(rest[0], str):
+        raise TypeError("a persistent id that is not torch's")
+    key, numel = rest[0], _count(rest[2])
+    dtype = STORAGES[name.name]
+    storage = storages.setdefault(key, Storage(dtype, numel))
+    if (storage.dtype, storage.numel) != (dtype, numel):
+        raise TypeError(f"storage {key[:40]!r} is described in two ways")
+    view = rest[3] if len(rest) > 3 else None
+    return (_count(view[1]) if view else 0), storage
+
+
+def read_torch(data: bytes) -> Any:
+    """The object in a file of `torch.save`, as `unpickle` gives it, from either of torch's containers.
+
+    Raises:
+        ValueError: damaged, compressed, of another byte order, or something that is not read here.
+    """
+    storages: dict[str, Storage] = {}
+    if container(data) == "legacy":
+        return _read_legacy(io.BytesIO(data), storages)
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("a zip file, but not one of torch.save")
+        prefix = pickles[0].removesuffix("data.pkl")
+
+        def record(name: str) -> bytes:
+            info = archive.getinfo(prefix + name)
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data):
+                raise ValueError(f"record {name[:40]!r} is compressed or larger than the file")
+            return archive.read(info)
+
+        if f"{prefix}byteorder" in archive.namelist() and record("byteorder") != b"little":
+            raise ValueError("its byte order is not little-endian")
+        root = unpickle(io.BytesIO(record("data.pkl")), lambda identity: _persistent(identity, storages))
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError) as error:
+        raise ValueError(f"a damaged zip file ({error})") from error
+    for key, storage in storages.items():
+        storage.read = partial(record, f"data/{key}")
+    return root
+
+
+def _read_legacy(file: io.BytesIO, storages: dict[str, Storage]) -> Any:
+    """torch before 1.6: pickles of a magic number, protocol 1001, the system and the object, then the storages.
+
+    These are a pickled list of keys, then for each an int64 count and the numbers.
+    """
+    unpickle(file)  # the magic number, known from `container`
+    protocol, system = unpickle(file), unpickle(file)
+    if protocol != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ValueError("torch's legacy container of another protocol or byte order")
+    root = unpickle(file, lambda identity: _persistent(identity, storages))
+    keys = unpickle(file)
+    if not isinstance(keys, list):
+        raise ValueError("no list of storages")
+    left = len(file.getbuffer()) - file.tell()
+    for key in keys:
+        storage = storages.get(key) if isinstance(key, str) else None
+        if storage is None or int.from_bytes(file.read(8), "little", signed=True) != storage.numel:
+            raise ValueError("a storage that no tensor uses, or of another size than they say: truncated?")
+        size = storage.numel * storage.dtype.itemsize
+        left -= 8 + size
+        if left < 0:
+            raise ValueError(f"a storage of {storage.numel:,} numbers where fewer are left: truncated")
+        storage.read = partial(bytes, file.read(size))
+    return root
+
+
+def is_lightning(root: Any) -> bool:
+    """Whether an unpickled object is a checkpoint of this project's Lightning module."""
+    hyper = root.get("hyper_parameters") if isinstance(root, dict) else None
+    return isinstance(hyper, dict) and isinstance(hyper.get("model"), dict) and "state_dict" in root
+
+
+def named_tensors(root: Any) -> dict[str, Stored]:
+    """The parameters and buffers of an unpickled module or state dict.
+
+    Either may stand under `model` or `state_dict` in a dict; DataParallel's `module.` is dropped.
+    """
+    if isinstance(root, dict):
+        root = root.get("model", root.get("state_dict", root))
+    tensors: dict[str, Any] = {}
+    if isinstance(root, dict):
+        tensors = {str(name): value for name, value in root.items()}
+    elif isinstance(root, Module):
+        pending = [("", root)]
+        for prefix, module in pending:  # grows as it goes
+            if not isinstance(module, Module) or len(pending) > 10_000 or len(prefix) > 1000:
+                raise ValueError("modules that are not a network's")
+            for kind in ("_parameters", "_buffers"):
+                for name, value in dict(module.attributes.get(kind, {})).items():
+                    if value is not None:
+                        tensors[f"{prefix}{name}"] = value
+            for name, child in dict(module.attributes.get("_modules", {})).items():
+                pending.append((f"{prefix}{name}.", child))
+    if any(not isinstance(value, Stored) for value in tensors.values()):
+        raise ValueError("neither a module nor a state dict")
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
+
+
+def read_tensors(stored: dict[str, Stored]) -> dict[str, Tensor]:
+    """Their values.
+
+    Raises:
+        ValueError: one reaches beyond its storage, or together they are larger than any network.
+    """
+    if sum(s.storage.numel * s.storage.dtype.itemsize for s in stored.values()) > LIMIT:
+        raise ValueError(f"its tensors ask for more than {LIMIT:,} bytes")
+    return {name: s.tensor() for name, s in stored.items()}

@@ -1,0 +1,184 @@
+"""Tables and pictures: cells by hand, missing ones shown as missing, files in every format."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drrn.errors import UserError
+from drrn.protocol import PAPER
+from drrn.report.pictures import FIG7, Box, save, side_by_side
+from drrn.report.tables import (
+    MISSING,
+    Measurement,
+    ablation_table,
+    benchmark_table,
+    over_seeds,
+    paper_numbers,
+    runs_table,
+    signed,
+)
+
+PROTOCOL = vars(PAPER) | {}
+
+
+def measurement(method: str, seed: int | None, psnr: float, ssim: float = 0.9, **changes: object) -> Measurement:
+    """Set5 ×3 unless changed."""
+    place = {"set_name": "Set5", "scale": 3, "images": 5, "steps": 100, "protocol": PROTOCOL, "source": "here"}
+    return Measurement(method=method, seed=seed, values={"psnr": psnr, "ssim": ssim}, **(place | changes))
+
+
+def test_table2_cells() -> None:
+    """Paper, ours as mean ± sample deviation over seeds, the difference; missing cells are missing."""
+    table = benchmark_table(
+        [measurement("DRRN_B1U9", 1, 33.90, 0.9230), measurement("DRRN_B1U9", 2, 33.94, 0.9234)],
+        "table2",
+        ("psnr", "ssim"),
+    )
+    rows = {(row[0], row[1]): row[2:] for row in table.rows}
+    assert len(rows) == 12  # every set and scale of the paper
+    assert rows["Set5", "×3"] == ["33.93 / 0.9234", "33.92±0.03 / 0.9232±0.0003", "−0.01 / −0.0002"]
+    assert rows["Set14", "×2"] == ["33.19 / 0.9133", MISSING, MISSING]
+    assert "100 steps" in table.columns[3]
+    assert any("2 seeds" in note for note in table.notes)
+
+
+def test_a_part_of_a_set_is_no_set() -> None:
+    """Four images of Urban100 are shown as such and not compared with the paper's hundred."""
+    table = benchmark_table(
+        [measurement("Bicubic", None, 21.0, set_name="Urban100", images=4)], "table2", ("psnr", "ssim")
+    )
+    row = next(row for row in table.rows if row[:2] == ["Urban100", "×3"])
+    assert "4 of 100 images" in row[3]
+    assert row[4] == MISSING
+
+
+def test_two_protocols_are_refused() -> None:
+    """Also when only the crop differs."""
+    other = measurement("DRRN_B1U25", 1, 34.0, protocol=PROTOCOL | {"crop": 6}, source="there")
+    with pytest.raises(UserError, match=r"here.*there"):
+        benchmark_table([measurement("DRRN_B1U9", 1, 33.9), other], "table2", ("psnr", "ssim"))
+
+
+def test_other_budgets_are_other_columns() -> None:
+    """Two budgets of one structure never meet in one mean."""
+    table = benchmark_table(
+        [measurement("DRRN_B1U9", 1, 33.0), measurement("DRRN_B1U9", 1, 34.0, steps=999)], "table2", ("psnr",)
+    )
+    row = next(row for row in table.rows if row[:2] == ["Set5", "×3"])
+    assert (row[3], row[6]) == ("33.00", "34.00")
+
+
+def test_table4() -> None:
+    """The five variants with their ticks in the paper's order; narrow stand-ins go by their own names."""
+    table = ablation_table(
+        [
+            measurement("DRRN_B3U4", 1, 33.95),
+            measurement("VDSR_d28", 1, 33.90),
+            measurement("DRRN_C_B3U4_16f", 1, 30),
+        ]
+    )
+    assert [row[0].split(",")[0] for row in table.rows] == [
+        "VDSR_d28",
+        "DRRN_NS_C",
+        "DRRN_NS",
+        "DRRN_C_B3U4_16f",
+        "DRRN_B3U4",
+    ]
+    assert table.rows[0][1:] == ["×", "×", "×", "33.86", "33.90", "+0.04"]
+    assert table.rows[2][-2:] == [MISSING, MISSING]
+    assert table.rows[4][1:] == ["✓", "✓", "✓", "33.99", "33.95", "−0.04"]
+
+
+def test_formats() -> None:
+    """Markdown, CSV and LaTeX hold the same cells."""
+    table = benchmark_table([measurement("DRRN_B1U9", 1, 33.90)], "table2", ("psnr",))
+    assert list(csv.reader(table.csv().splitlines()))[1:] == table.rows
+    lines = [line for line in table.markdown().splitlines() if line.startswith("| Set5")]
+    assert [cell.strip() for cell in lines[1].strip("|").split("|")] == table.rows[1]
+    latex = table.latex()
+    assert r"DRRN\_B1U9 paper" in latex
+    assert latex.count(r"\\") == len(table.rows) + 1
+    assert "×" not in latex
+
+
+def test_numbers() -> None:
+    """Signs, zeros, single values."""
+    assert signed(-0.001, 2) == "0.00"
+    assert signed(-0.25, 2) == "−0.25"
+    assert over_seeds([], "psnr") == MISSING
+    assert over_seeds([33.333], "psnr") == "33.33"
+    assert len(paper_numbers("table2")) == 96
+
+
+def test_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
+    """Titles, the scores of the whole image, the right pixels in the panels; PNG and PDF."""
+    box = Box(10, 20, 30, 24)
+    figure = side_by_side(tiny_images / "chelsea.png", 2, {"better": lambda x: x + 0.01}, box)
+    whole, truth, bicubic, better = figure.axes
+    original = np.asarray(Image.open(tiny_images / "chelsea.png"))
+    np.testing.assert_array_equal(whole.images[0].get_array(), original[:74, :90])
+    np.testing.assert_array_equal(truth.images[0].get_array(), original[20:44, 10:40])
+    shown = bicubic.images[0].get_array().astype(float)
+    assert shown.shape == (24, 30, 3)
+    assert 1 < np.abs(shown - original[20:44, 10:40]).mean() < 30  # blurred, but the same place
+    assert [axis.get_title() for axis in figure.axes[1:]] == ["ground truth", "bicubic", "better"]
+    assert "dB" in bicubic.get_xlabel()
+    assert bicubic.get_xlabel() != better.get_xlabel()
+    paths = save(figure, tmp_path / "sub" / "chelsea_x2")
+    assert [path.suffix for path in paths] == [".png", ".pdf"]
+    with Image.open(paths[0]) as image:
+        assert image.size[0] > 600
+    assert paths[1].read_bytes().startswith(b"%PDF")
+    assert len(list((tmp_path / "sub").iterdir())) == 2
+    with pytest.raises(UserError, match="not inside"):
+        side_by_side(tiny_images / "chelsea.png", 2, {}, Box(80, 0, 30, 10))
+
+
+def test_presets_are_inside_their_images(drrn_data: Path) -> None:
+    """The three images of Fig. 7 exist and hold their boxes."""
+    for set_name, file, scale, box in FIG7.values():
+        if not (drrn_data / set_name / file).is_file():
+            pytest.skip(f"{set_name}/{file} is not under DRRN_DATA")
+        with Image.open(drrn_data / set_name / file) as image:
+            assert box.left + box.width <= image.width - image.width % scale
+            assert box.top + box.height <= image.height - image.height % scale
+
+
+def test_report_refusals(entry_point: Callable, tmp_path: Path) -> None:
+    """Nothing to report, absent files, no records."""
+    for arguments, named in (
+        ((), "nothing to report"),
+        (("scores=[nowhere.json]",), "nowhere.json"),
+        ((f"runs={tmp_path}",), "record.json"),
+        (("compare=nowhere.png",), "nowhere.png"),
+        (("compare=ppt3", "box=[1,2,3]"), "box"),
+    ):
+        code, _, err = entry_point("report", *arguments, f"output={tmp_path / 'out'}")
+        assert code == 2, arguments
+        assert named in err
+        assert "Traceback" not in err
+
+
+def test_runs_table() -> None:
+    """A row for bicubic, then one a run."""
+    means = [
+        {"set": "s", "scale": 2, "images": 1, "psnr": 31.0, "ssim": 0.9, "bicubic_psnr": 30.0, "bicubic_ssim": 0.8}
+    ]
+    record = {
+        "name": "DRRN_B1U2 s1",
+        "structure": {"depth": 6, "conv_weights": 4896},
+        "budget": {"steps": 1500},
+        "means": means,
+    }
+    table = runs_table([record, json.loads(json.dumps({**record, "name": "other s1", "means": []}))])
+    assert table.rows == [
+        ["bicubic", "", "0", "", "30.00 / 0.8000"],
+        ["DRRN_B1U2 s1", "6", "4,896", "1,500", "31.00 / 0.9000"],
+    ]

@@ -1,0 +1,142 @@
+"""Several points at once: joblib, submitit (a local job, the script for Slurm), Ray where it is installed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from drrn.runs.record import FILE, read_record
+from drrn.sweep.machine import Ended, OwnPart, cores
+
+SMALL = (
+    "model.features=2", "data.scales=[2]", "data.val_scales=[2]", "data.batch_size=2", "data.num_workers=0",
+    "trainer.max_steps=1", "trainer.accelerator=cpu", "logger=none", "plan=none",
+)  # fmt: skip
+
+
+@pytest.fixture
+def sweep(entry_point: Callable, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """`sweep("hydra/launcher=machine", "model.B=1,2")` → exit code, output, errors, states by name."""
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # restored afterwards
+
+    def run(*overrides: str) -> tuple[int, str, str, dict[str, str]]:
+        data = (f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path}")
+        code, out, err = entry_point("train", "-m", *overrides, *SMALL, *data)
+        records = [read_record(path) for path in tmp_path.rglob(FILE)]
+        return code, out, err, {record["structure"]["name"]: record["status"] for record in records}
+
+    return run
+
+
+def test_joblib_trains_points_at_the_same_time(sweep: Callable) -> None:
+    code, out, err, states = sweep("hydra/launcher=machine", "model.U=0", "model.B=1,2")
+    assert code == 0, out + err
+    assert states == {"VDSR_d2_2f": "finished", "VDSR_d3_2f": "finished"}
+    assert "2 of 2 points done" in out
+
+
+def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)  # another test's processes have their parts
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+
+    def where(seconds: float) -> tuple:
+        import multiprocessing
+        import time
+
+        time.sleep(seconds)  # so that the other process has to take a job
+        affinity = tuple(sorted(os.sched_getaffinity(0)))
+        return os.getpid(), affinity, os.environ["CUDA_VISIBLE_DEVICES"], multiprocessing.get_start_method()
+
+    task = OwnPart(where, 2)
+    jobs = Parallel(n_jobs=2, backend="loky", pre_dispatch="n_jobs", batch_size=1)(
+        delayed(task)(seconds) for seconds in (0.3, 0.3, 0.1, 0.1, 0.1)
+    )
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)
+    parts = {job[0]: job[1:] for job in jobs}
+    assert set(jobs) == {(pid, *part) for pid, part in parts.items()}  # a process never changes its part
+    assert {gpu for _, gpu, _ in parts.values()} == {"4", "7"}
+    assert {method for *_, method in parts.values()} != {"loky"}
+    if len(cores()) > 1:
+        first, second = (set(affinity) for affinity, *_ in parts.values())
+        assert not first & second
+        assert first | second == set(cores())
+
+
+def test_a_stopped_process_begins_no_further_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And brings an Exception home, which Hydra reports; joblib would kill the others for a KeyboardInterrupt."""
+    monkeypatch.setattr(OwnPart, "lock", "held")
+    monkeypatch.setattr(OwnPart, "ended", False)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def interrupted(cfg: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Ended, match="KeyboardInterrupt"):
+        OwnPart(interrupted, 1)(None)
+    with pytest.raises(Ended, match="before this point began"):
+        OwnPart(lambda cfg: pytest.fail("begun"), 1)(None)
+
+
+def test_submitit_trains_in_a_job_of_its_own(sweep: Callable) -> None:
+    code, out, err, states = sweep("hydra/launcher=submitit_local", "model.U=0", "model.B=1")
+    assert code == 0, out + err
+    assert states == {"VDSR_d2_2f": "finished"}
+
+
+def test_the_script_for_slurm(sweep: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An `sbatch` that keeps the script and refuses it: the array, a GPU each, told in time, queued again."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sbatch", "srun"):
+        (programs / name).write_text(
+            f'#!/bin/sh\ncp "$1" {tmp_path}/script.sh\necho "no such partition" >&2\nexit 1\n'
+        )
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    code, out, _, states = sweep(
+        "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "study=fig6", "model.U=0", "model.B=1,2,3"
+    )
+    assert code == 2
+    assert states == {}
+    assert out.count("no such partition") == 3
+    script = (tmp_path / "script.sh").read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, re.MULTILINE))
+    wanted = {
+        "array": "0-2%3", "partition": "gpu", "gpus-per-node": "1", "cpus-per-task": "4", "ntasks-per-node": "1",
+        "time": "1440", "signal": "USR2@180", "job-name": "drrn_fig6",
+    }  # fmt: skip
+    assert wanted.items() <= options.items()
+    assert re.search(r"^srun .*python\S* -u -m submitit.core._submit", script, re.MULTILINE)
+
+
+def test_a_launcher_that_is_not_installed_says_what_to_install(
+    sweep: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if "_ray_" in name else real(name, *a))
+    code, _, err, _ = sweep("hydra/launcher=cluster", "model.U=0", "model.B=1,2")
+    assert code == 2
+    assert "pip install '.[sweep]'" in err
+
+
+def test_ray_trains_on_a_local_cluster(sweep: Callable) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is in the extra `sweep`, not in requirements.lock")
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="hydra-ray-launcher is not installed")
+    try:
+        code, out, err, states = sweep(
+            "hydra/launcher=cluster", "+hydra.launcher.ray.init.include_dashboard=false", "model.U=0", "model.B=1,2"
+        )
+    finally:
+        ray.shutdown()
+    assert code == 0, out + err
+    assert states == {"VDSR_d2_2f": "finished", "VDSR_d3_2f": "finished"}

@@ -1,0 +1,258 @@
+"""What a sweep says before and after: counts against torch's own, estimates, states, outcomes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import drrn.sweep.plan
+import train
+from drrn.disk import write_json
+from drrn.errors import UserError
+from drrn.identity import run_dir
+from drrn.model import DRRN
+from drrn.runs.record import FILE, run_record
+from drrn.sweep.cost import Speed, count_bytes, measure, multiplications, operations
+from drrn.sweep.outcome import outcome
+from drrn.sweep.plan import Point, look, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+STRUCTURES = [
+    ("model.B=1", "model.U=9"),
+    ("model.B=3", "model.U=2", "model.features=5"),
+    ("model=drrn_ns", "model.B=2", "model.U=3"),
+    ("model=drrn_c", "model.B=2", "model.U=1"),
+    ("model=vdsr", "model.B=7"),
+]
+
+
+@pytest.mark.parametrize("overrides", STRUCTURES, ids=" ".join)
+def test_operations_are_those_that_torch_counts(configure: Callable, overrides: tuple[str, ...]) -> None:
+    config = configure(*overrides, "data.batch_size=3", tiny=False)
+    with torch.device("meta"):
+        network, x = DRRN(**asdict(config.model)), torch.rand(3, 1, 31, 31)
+        with FlopCounterMode(display=False) as forward:
+            network(x)
+        with FlopCounterMode(display=False) as step:
+            network(x).sum().backward()
+    assert forward.get_total_flops() == 2 * multiplications(config.model) * x.numel()
+    assert step.get_total_flops() == operations(config)
+
+
+MEASURE = """
+import json, re, sys
+import torch
+from drrn.model import DRRN
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+def step(model, n, p):
+    network, x = DRRN(**model).to(memory_format=torch.channels_last), torch.rand(n, 1, p, p)
+    optimiser = torch.optim.SGD(network.parameters(), lr=1e-9, momentum=0.9)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=sys.argv[4] == "bf16-mixed"):
+            prediction = network(x)
+        (prediction.float() - x).square().sum().backward()
+        optimiser.step(), optimiser.zero_grad()
+        del prediction
+model = json.loads(sys.argv[1])
+step({**model, "U": 1, "features": 4}, 1, 8)  # what libraries need by themselves
+before = peak()
+step(model, int(sys.argv[2]), int(sys.argv[3]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is told how to behave as glibc's is")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_counted_memory_is_the_memory_that_a_step_takes(configure: Callable, precision: str) -> None:
+    """In a process of its own, whose allocator gives memory back at once (glibc by default keeps up to twice)."""
+    import json
+
+    config = configure(
+        "model.U=4", "model.features=32", "data.batch_size=48", f"trainer.precision={precision}", tiny=False
+    )
+    words = [json.dumps(asdict(config.model)), "48", str(config.data.patch_size), precision]
+    path = {"PYTHONPATH": str(ROOT / "src"), "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *words],
+        env={**os.environ, **path},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert count_bytes(config) == pytest.approx(int(run.stdout), rel=0.15)
+
+
+def test_memory_is_a_devices_share(configure: Callable) -> None:
+    whole = configure("data.batch_size=64", "model.features=8", tiny=False)
+    parts = configure(
+        "data.batch_size=64",
+        "model.features=8",
+        "trainer.accumulate_grad_batches=4",
+        "trainer.devices=2",
+        tiny=False,
+    )
+    assert count_bytes(parts) == pytest.approx(count_bytes(whole) / 8, rel=0.1)
+
+
+def test_real_steps_and_images_are_timed(configure: Callable) -> None:
+    """Through Lightning, with the configured precision; what it takes is not a test's business, that it is."""
+    before = torch.get_num_threads()
+    speed = measure(configure("data.batch_size=6", "trainer.precision=bf16-mixed"), threads=1)
+    assert speed.step > 0
+    assert speed.evaluation > 0
+    assert torch.get_num_threads() == before
+    with pytest.raises(UserError):
+        measure(configure("trainer.accelerator=tpu"))
+
+
+def test_an_estimate_is_a_line_through_the_ends(configure: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of the cheapest and the costliest are timed; images cost what their pixels cost."""
+    timed = []
+
+    def known(config: object, threads: int | None) -> Speed:
+        timed.append(config.model.U)
+        return Speed(0.25 + 1e-9 * operations(config), 1e6)
+
+    monkeypatch.setattr(drrn.sweep.plan, "measure", known)
+    long = ("trainer.max_steps=1000", "trainer.val_check_interval=300", "data.scales=[2,3]", "data.val_scales=[3]")
+    configs = [configure(f"model.U={U}", *long) for U in (2, 5, 1)]
+    plan = make_plan(configs)
+    assert sorted(timed) == [1, 5]
+    pixels = (75 * 91 + 64 * 55) * (3 * 1 + 2)  # three validations at one scale, the end at two
+    for config, point in zip(configs, plan.points, strict=True):
+        steps = 1000 * (0.25 + 1e-9 * operations(config))
+        assert point.seconds == pytest.approx(steps + 2 * multiplications(config.model) * pixels / 1e6)
+        assert point.bytes == count_bytes(config)
+    seconds = [point.seconds for point in plan.points]
+    assert plan.seconds == pytest.approx(sum(seconds))
+    assert make_plan(configs, workers=3).seconds == pytest.approx(max(seconds))
+
+
+def test_a_short_sweep_is_not_delayed_by_its_estimate(configure: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drrn.sweep.plan, "measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(drrn.sweep.plan, "count_bytes", lambda *_: pytest.fail("counted"))
+    plan = make_plan([configure("trainer.max_steps=100"), configure("trainer.max_steps=50", "model.U=1")])
+    assert "too short" in plan.note
+    assert plan.seconds is None
+
+
+def write(config: object, status: str, error: str | None = None, step: int | None = None) -> None:
+    """A record, and a checkpoint's name."""
+    with torch.device("meta"):
+        record = run_record(config, DRRN(**asdict(config.model)))
+    write_json(run_dir(config) / FILE, {**record, "status": status} | ({"error": error} if error else {}))
+    if step is not None:
+        folder = run_dir(config) / "checkpoints"
+        folder.mkdir()
+        (folder / f"step{step:08d}.ckpt").touch()
+
+
+def test_a_points_state_is_what_its_record_says(configure: Callable, tmp_path: Path) -> None:
+    def config(seed: int, *more: str) -> object:
+        return configure(f"seed={seed}", "trainer.max_steps=90", f"output={tmp_path}", *more)
+
+    write(config(2), "finished")
+    write(config(3), "running", step=40)
+    write(config(4), "failed", "ValueError: x")
+    write(config(5, "study=other"), "finished")
+    states = [(p.before, p.first, p.steps) for p in map(look, map(config, range(1, 6)))]
+    assert states == [("new", 0, 90), ("finished", 0, 0), ("resume", 40, 50), ("failed", 0, 90), ("finished", 0, 0)]
+    assert look(config(3, "ckpt_path=null")).first == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "error", "touched", "word"),
+    [
+        ("new", "finished", "", True, "done"),
+        ("resume", "finished", "", True, "resumed"),
+        ("failed", "finished", "", True, "retried"),
+        ("finished", "finished", "", False, "skipped"),
+        ("new", "failed", "Diverged: the loss is nan", True, "failed"),
+        ("new", None, "UserError: trainer.foo", False, "failed"),
+        ("new", "stopped", "", True, "stopped"),
+        ("new", "stopped", "SIGTERM: a signal ended it", True, "interrupted"),
+        ("new", "failed", "KeyboardInterrupt: ", True, "interrupted"),
+        ("new", "running", "", True, "interrupted"),
+        ("new", "running", "TerminatedWorkerError: killed", True, "failed"),
+        ("failed", "failed", "", False, "not started"),
+        ("resume", "running", "", False, "not started"),
+        ("new", None, "Ended: before this point began", False, "not started"),
+        ("resume", "running", "UserError: it is being trained by another process", False, "elsewhere"),
+    ],
+)
+def test_what_became_of_a_point(
+    configure: Callable, tmp_path: Path, before: str, status: str | None, error: str, touched: bool, word: str
+) -> None:
+    config = configure(f"output={tmp_path}")
+    if status is not None:
+        write(config, status, error if status in ("stopped", "failed") else None)
+    point = Point(config, before, 0, 1, 1, 1.0)
+    brought = "" if status in ("stopped", "finished") else error
+    assert outcome(point, touched, brought)[0] == word
+
+
+def test_plan_only_prints_and_starts_nothing(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
+    small = (f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", "model.features=2", "data.batch_size=2")
+    for overrides in (("model.U=1",), ("-m", "model.U=1,2", "model.B=2")):
+        code, out, err = entry_point("train", *overrides, *small, "plan=only", f"output={tmp_path}/runs")
+        assert code == 0, err
+        for said in ("d", "k", "operations/step", "memory", "464,056", "GB"):
+            assert said in out
+    assert "In all" in out
+    assert "DRRN_B2U2_2f s1" in out
+    assert not (tmp_path / "runs").exists()
+    code, out, err = entry_point("train", *small, "plan=maybe")
+    assert code == 2
+    assert "plan" in err
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_signal_ends_the_sweep_with_its_table(
+    entry_point: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    """The first point is done, the second is stopped, the third never begins."""
+
+    def fake(config: object) -> None:
+        if config.model.U == 2:
+            write(config, "stopped", "SIGTERM: a signal ended it")
+            raise stop
+        write(config, "finished")
+
+    monkeypatch.setattr(train, "train", fake)
+    words = ("train", "-m", "model.U=1,2,3", "model.features=2", f"output={tmp_path}")
+    code, out, _ = entry_point(*words, "trainer.max_steps=1")
+    assert code == (stop.code if isinstance(stop, SystemExit) else 130)
+    rows = {line.split()[1]: line for line in out.split("What became of it")[1].splitlines() if "DRRN" in line}
+    for name, word in (("B1U1", "done"), ("B1U2", "interrupted"), ("B1U3", "not started")):
+        assert word in rows[f"DRRN_{name}_2f"]
+    assert "1 of 3 points done" in out
+    code, out, _ = entry_point("train", "-m", "model.U=1", "model.features=2", "trainer.max_steps=1",
+                               f"output={tmp_path}")  # fmt: skip
+    assert code == 0
+    assert "skipped" in out
+
+
+def test_failed_points_are_named_with_their_reasons(
+    entry_point: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(config: object) -> None:
+        if config.model.U == 1:
+            raise UserError("no image is as large as a patch")
+        write(config, "finished")
+
+    monkeypatch.setattr(train, "train", fake)
+    code, out, err = entry_point("train", "-m", "model.U=1,2", "plan=none", f"output={tmp_path}")
+    assert code == 2
+    assert "no image is as large as a patch" in out
+    assert "1 of 2 points done" in out
+    assert "1 of 2 points failed; the same command tries them again" in err

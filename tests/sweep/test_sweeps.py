@@ -1,0 +1,279 @@
+"""Every configuration that is shipped is run, for a step, with tiny networks and data: the files of conf/'s groups
+and of sweeps/, whatever is added to them later."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+import train as entry
+from drrn.config import check
+from drrn.identity import run_dir, structure_name
+from drrn.runs.record import FILE, read_record
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = ("model", "data", "optim", "trainer", "logger", "experiment", "budget")
+SHIPPED = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
+AGENTS = sorted((ROOT / "sweeps" / "wandb").glob("*.yaml"))
+
+# What makes any of them a matter of a second: one step, few features, no other machine than this one.
+SMALL = (
+    "model.features=2", "data.scales=[2]", "data.val_scales=[2]", "data.batch_size=2", "data.num_workers=0",
+    "trainer.max_steps=1", "trainer.max_epochs=null", "trainer.max_time=null", "trainer.val_check_interval=9",
+    "trainer.accumulate_grad_batches=1", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1",
+    "trainer.strategy=auto", "trainer.log_every_n_steps=1",
+)  # fmt: skip
+
+
+@pytest.fixture
+def small(tiny_images: Path, tmp_path: Path) -> tuple[str, ...]:
+    return (*SMALL, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path}")
+
+
+def finished_runs(folder: Path) -> list[dict]:
+    records = [read_record(path) for path in sorted(folder.rglob(FILE))]
+    for record in records:
+        assert record["status"] == "finished"
+        assert record["budget"]["steps"] == 1
+        assert {row["image"] for row in record["scores"]} == {"camera.png", "chelsea.png"}
+    return records
+
+
+@pytest.mark.parametrize(("group", "name"), SHIPPED, ids=[f"{group}={name}" for group, name in SHIPPED])
+def test_every_configuration_trains_for_a_step(
+    group: str, name: str, entry_point: Callable, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    logger = () if group == "logger" else ("logger=none",)
+    plus = "+" if group == "budget" else ""  # a budget is no group of its own: it overrides others
+    code, _, err = entry_point("train", f"{plus}{group}={name}", *logger, *small)
+    assert code == 0, err
+    (record,) = finished_runs(tmp_path)
+    as_written = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+    if group in ("model", "optim"):  # what the file says is what was run
+        ran = record["config"][group]
+        kept = {
+            key: value for key, value in as_written.items() if key not in ("defaults", "features", "checkpointing")
+        }
+        assert {key: ran[key] for key in kept} == kept
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_runs_each_of_its_points(
+    name: str, entry_point: Callable, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    points = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())["hydra"]["sweeper"]["points"]
+    code, out, err = entry_point("train", f"sweeps={name}", "logger=none", *small)
+    assert code == 0, out + err
+    records = finished_runs(tmp_path)
+    assert len(records) == len(points)  # none is lost, none is the same run as another
+    assert f"{len(points)} of {len(points)} points done" in out
+    for point in points:
+        wanted = {key: value for key, value in point.items() if key.startswith("model.")}
+        assert any(
+            all(record["config"]["model"][key.removeprefix("model.")] == value for key, value in wanted.items())
+            for record in records
+        ), point
+
+
+def as_shipped(*overrides: str) -> object:
+    """A configuration without the tiny overrides, composed and checked; nothing is run."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return check(compose("config", list(overrides)))
+
+
+@cache
+def points_as_shipped(name: str) -> list:
+    points = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())["hydra"]["sweeper"]["points"]
+    return [as_shipped(f"sweeps={name}", *(f"{key}={value}" for key, value in point.items())) for point in points]
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_is_right_as_it_is_shipped(name: str) -> None:
+    """With its own budget and data, too, every point passes the checks and has a folder of its own."""
+    configs = points_as_shipped(name)
+    assert len({run_dir(config) for config in configs}) == len(configs)
+    assert {config.study for config in configs} == {name}
+
+
+@pytest.mark.parametrize(("name", "table"), [("fig6", "fig6"), ("fig8", "fig8"), ("table4", "table4")])
+def test_a_papers_study_holds_the_papers_points(name: str, table: str) -> None:
+    """Structures and depths of data/paper/; a VDSR has no B and U there, only a depth."""
+    if name not in SWEEPS:
+        pytest.skip(f"sweeps/{name}.yaml does not exist yet")
+    with (ROOT / "data" / "paper" / f"{table}.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if "does not name it" not in row.get("note", "")]
+    expected = set()
+    for row in rows:
+        method = row.get("method") or "DRRN"
+        if name == "fig8" and method == "DRRN_NS_C":
+            continue  # the caption's name; Sec. 4.5 compares DRRN with chains of "the same parameter number"
+        expected.add(f"VDSR_d{row['depth']}" if method == "VDSR" else f"{method}_B{row['B']}U{row['U']}")
+    configs = points_as_shipped(name)
+    assert {structure_name(config.model) for config in configs} == expected
+    for config in configs:
+        assert config.model.features == 128
+        assert (config.data.train, config.data.scales) == (["T91", "BSD200"], [2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*(ROOT / "conf").glob("*/*.yaml"), *(ROOT / "conf").glob("hydra/*/*.yaml"), *(ROOT / "sweeps").glob("*.yaml")],
+    ids=lambda p: p.stem,
+)
+def test_every_file_opens_with_what_it_is_and_how_to_run_it(path: Path) -> None:
+    """The commands in the headers compose: they are not prose."""
+    head = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        head.append(line)
+    commands = [line for line in head if re.match(r"#   python src/(train|prepare)\.py", line)]
+    assert commands, f"{path} names no command"
+    for command in commands:
+        words = shlex.split(re.split(r"\s{2,}\(", command.removeprefix("#").strip())[0], comments=True)
+        overrides = [word for word in words[2:] if word != "-m"]
+        overrides = [re.sub(r"=([^\[\],]+),.*$", r"=\1", word) for word in overrides]  # the first of a choice
+        as_shipped(*overrides)
+
+
+def agents_command(path: Path, point: int = 0) -> list[str]:
+    """The command that `wandb agent` makes of a sweep file for one of its points, by W&B's own functions."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    sweep = yaml.safe_load(path.read_text())
+    chosen = {}
+    for key, spec in sweep["parameters"].items():
+        values = spec.get("values", [spec.get("value")])
+        chosen[key] = {"value": values[point if key == "hydra.sweeper.points" else 0]}
+    known = create_sweep_command_args({"args": chosen})
+    known |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}
+    command: list[str] = []
+    for word in create_sweep_command(sweep["command"]):
+        command += known[word[2:-1]] if word.startswith("${") else [word]
+    return command
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda p: p.stem)
+def test_a_wandb_queue_holds_the_points_of_its_study(path: Path) -> None:
+    """Read from the command line as Hydra reads it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    key = "hydra.sweeper.points="
+    points = []
+    for index in range(len(yaml.safe_load(path.read_text())["parameters"][key[:-1]]["values"])):
+        (override,) = (word for word in agents_command(path, index) if word.startswith(key))
+        parsed = OverridesParser.create().parse_override(override)
+        assert not parsed.is_sweep_override()
+        points += parsed.value()
+    study = yaml.safe_load((ROOT / "sweeps" / path.name).read_text())
+    assert points == study["hydra"]["sweeper"]["points"]
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda p: p.stem)
+def test_a_wandb_agents_command_trains_one_point(
+    path: Path,
+    entry_point: Callable,
+    small: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its last one; with the environment that the agent makes, but for the server (offline)."""
+    last = len(points_as_shipped(path.stem)) - 1
+    env, interpreter, program, *overrides = agents_command(path, last)
+    assert (env, interpreter, ROOT / program) == ("/usr/bin/env", "python", ROOT / "src" / "train.py")
+    assert "logger.mode=online" in overrides
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc12345")
+    monkeypatch.setenv("WANDB_RUN_ID", "run54321")
+    code, out, err = entry_point("train", *overrides, "logger=none", *small)
+    assert code == 0, out + err
+    (record,) = finished_runs(tmp_path)
+    assert record["structure"]["name"] == structure_name(points_as_shipped(path.stem)[last].model) + "_2f"
+    assert record["study"] == path.stem
+    assert record["wandb_id"] == "run54321"  # the run that the server knows, not one of ours
+
+
+# ---------------------------------------------------------------------- the sweeper
+
+
+def jobs_of(*arguments: str, points: list[dict] | None = None) -> list[list[str]]:
+    """The overrides of the jobs that the sweeper would start."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+    from hydra.types import HydraContext, RunMode
+
+    from hydra_plugins.drrn_study import StudySweeper
+
+    loader = ConfigLoaderImpl(create_config_search_path(str(ROOT / "conf")))
+    sweeper = StudySweeper(points=points)
+    config = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
+    sweeper.setup(
+        hydra_context=HydraContext(config_loader=loader, callbacks=None),
+        task_function=entry.main,
+        config=config,
+    )
+    return sweeper.jobs(list(arguments))
+
+
+def test_choices_on_the_command_line_are_a_grid() -> None:
+    assert {tuple(sorted(job)) for job in jobs_of("model.B=1,3", "model.U=9,25")} == {
+        ("model.B=1", "model.U=9"), ("model.B=1", "model.U=25"), ("model.B=3", "model.U=9"),
+        ("model.B=3", "model.U=25"),
+    }  # fmt: skip
+
+
+def test_points_are_multiplied_by_the_command_line_and_give_way_to_it() -> None:
+    points = [{"model.B": 1, "model.U": 2}, {"model.B": 3, "name": None}]
+    assert {tuple(sorted(job)) for job in jobs_of("seed=1,2", points=points)} == {
+        ("model.B=1", "model.U=2", "seed=1"), ("model.B=1", "model.U=2", "seed=2"),
+        ("model.B=3", "name=null", "seed=1"), ("model.B=3", "name=null", "seed=2"),
+    }  # fmt: skip
+    jobs = {tuple(sorted(job)) for job in jobs_of("model.U=7", points=points[:1])}
+    assert jobs == {("model.B=1", "model.U=7")}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        None,
+        0.5,
+        1e-4,
+        7,
+        "text",
+        "null",
+        "1",
+        "",
+        [2, 3],
+        ["a b", None],
+        "a=b, [c]",
+        "it's",
+        "/a/b c.png",
+        {"a": 1},
+    ],
+)
+def test_a_points_value_of_any_kind_reaches_the_configuration(value: object) -> None:
+    """Through Hydra's grammar, which reads None, commas and brackets in its own way."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    ((override,),) = jobs_of(points=[{"model.x": value}])
+    parsed = OverridesParser.create().parse_override(override)
+    assert not parsed.is_sweep_override()
+    assert parsed.value() == value
+
+
+def test_points_that_are_the_same_run_are_run_once(
+    entry_point: Callable, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    code, out, _ = entry_point("train", "-m", "model.B=1,2,1", "model.U=0", "logger=none", *small)
+    assert code == 0
+    assert "2 of 2 points done" in out
+    assert len(finished_runs(tmp_path)) == 2
