@@ -1,8 +1,8 @@
 """How many threads to compute with: as many as the machine has cores free when a command starts.
 
 Threads of a convolution wait for each other at its end. Beside one busy process on two cores a training step (B1U5,
-16 features, batch 32) with two threads takes 3.3 times as long as with one; no setting of how they wait mends it. So a
-command looks at the machine while it imports torch, says what it takes in a line, and keeps to it.
+16 features, batch 32) with two threads takes 3.3 times as long as with one; no setting of how they wait mends it.
+So a command looks at the machine while it imports torch, says what it takes in a line, and keeps to it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Watch:
 
 
 def free_threads(cores: int, others: float, quota: float | None) -> Threads:
-    """Threads for `cores` cores of which other processes keep `others` (0…cores) busy; a half-busy core counts as busy.
+    """Threads for `cores` cores of which others keep `others` (0…cores) busy; one half busy counts as busy.
 
     Args:
         quota: cores' worth of time that the control group may use; None for no limit.
