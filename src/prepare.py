@@ -11,17 +11,19 @@ import logging
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from drrn.config import DataConfig, check
+from drrn.config import DataConfig
 from drrn.launch import CONF, launch, refusing
+from drrn.runs.request import request
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
     """The training configuration decides what is needed; only `data.*` matters here."""
     with refusing():
-        prepare(check(cfg).data)
+        prepare(request(cfg, HydraConfig.get().overrides.task).data)
 
 
 def prepare(data: DataConfig) -> None:

@@ -4,7 +4,7 @@
     python src/train.py -m model.B=1,3 model.U=9,25
 
 Each run has its own folder, named by what it is, with its log, its checkpoints, its weights
-(`weights.safetensors`) and its record (`record.json`). The same command again goes on where it was interrupted;
+(`weights.safetensors`) and its record (`record.json`). The same command again resumes where it was interrupted;
 `from_record=FILE` trains again what a record describes.
 """
 
@@ -14,8 +14,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from drrn.config import check
 from drrn.launch import CONF, launch, refusing
+from drrn.runs.request import request
 from drrn.runs.run import train
 
 
@@ -23,7 +23,7 @@ from drrn.runs.run import train
 def main(cfg: DictConfig) -> None:
     """Check the configuration before anything heavy is imported, then train."""
     with refusing():
-        config = check(cfg, HydraConfig.get().overrides.task)
+        config = request(cfg, HydraConfig.get().overrides.task)
         if config.plan == "only":
             from drrn.sweep.plan import make_plan, print_plan
 

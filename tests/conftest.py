@@ -107,12 +107,13 @@ def configure(tiny_images: Path) -> Callable:
     """`configure("model.B=2", …)` → the checked `Config` of a tiny run, composed by Hydra from conf/."""
     from hydra import compose, initialize_config_dir
 
-    from drrn.config import Config, check
+    from drrn.config import Config
+    from drrn.runs.request import request
 
     def configure(*overrides: str, tiny: bool = True) -> Config:
         base = (*TINY, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]") if tiny else ()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return check(compose("config", [*base, *overrides]))
+            return request(compose("config", [*base, *overrides]))
 
     return configure
 

@@ -20,8 +20,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from drrn.config import Config, check, typed
+from drrn.config import Config, typed
 from drrn.errors import UserError
+from drrn.runs.request import request
 from hydra_plugins.drrn_study import literal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,7 +178,7 @@ def composed(name: str) -> DictConfig:
 
 def checked(name: str, cfg: DictConfig) -> Any:
     if name == "train":
-        return check(cfg)
+        return request(cfg)
     module = importlib.import_module(ROOMS[name])
     if name == "upscale":
         options = typed(module.Options, cfg)

@@ -15,36 +15,30 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING, DictConfig
 
-from drrn.config import check_choices, check_sets, paths, typed
+from drrn.config import check_sets, key, paths, typed
 from drrn.errors import UserError
 
 FORMAT = 1
-CHOICES = {
-    "method": ("network", "bicubic"),
-    "protocol": ("paper",),
-    "color": ("y", "rgb"),
-    "rounding": ("uint8", "float"),
-}
 
 
 @dataclass
 class EvaluateConfig:
     """What conf/evaluate.yaml documents."""
 
-    method: str = MISSING
+    method: str = key("what is scored", choices=("network", "bicubic"))
     checkpoint: Any = MISSING
     sets: list[str] = MISSING
-    scales: list[int] = MISSING
+    scales: list[int] = key("of the evaluation", at_least=2)
     metrics: list[str] = MISSING
     output: str = MISSING
     images: str | None = MISSING
     root: str = MISSING
-    workers: int = MISSING
+    workers: int = key("processes", at_least=1, below=1001)
     check_protocol: bool = MISSING
-    protocol: str = MISSING
-    crop: int | None = MISSING
-    color: str = MISSING
-    rounding: str = MISSING
+    protocol: str = key("its name", choices=("paper",))
+    crop: int | None = key("pixels shaved off each side; null: the scale", at_least=0)
+    color: str = key("luminance, or all channels", choices=("y", "rgb"))
+    rounding: str = key("of what is compared", choices=("uint8", "float"))
 
 
 class Method(NamedTuple):
@@ -85,19 +79,14 @@ def check(cfg: DictConfig) -> EvaluateConfig:
         UserError: a wrong key, type or value.
     """
     config = typed(EvaluateConfig, cfg)
-    check_choices(config, CHOICES)
     for metric in config.metrics:
         if metric not in ("psnr", "ssim", "ifc"):
             raise UserError(f"metrics: {metric!r} is not one of psnr, ssim, ifc")
-    if not config.scales or min(config.scales) < 2:
-        raise UserError(f"scales = {config.scales}: whole numbers of at least 2")
+    if not config.scales:
+        raise UserError("scales is empty: whole numbers of at least 2")
     if not config.metrics:
         raise UserError("metrics is empty")
     check_sets("sets", config.sets)
-    if not 1 <= config.workers <= 1000:
-        raise UserError(f"workers = {config.workers}: must be 1…1000")
-    if config.crop is not None and config.crop < 0:
-        raise UserError(f"crop = {config.crop}: must be at least 0 pixels")
     config.checkpoint = paths("checkpoint", config.checkpoint)
     if config.method == "network" and not config.checkpoint:
         raise UserError("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic")

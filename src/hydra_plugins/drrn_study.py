@@ -176,13 +176,13 @@ class StudySweeper(BasicSweeper):
         Raises:
             UserError: it is wrong.
         """
-        from drrn.config import check
+        from drrn.runs.request import request
 
         composed = self.hydra_context.config_loader.load_sweep_config(self.config, job)
         OmegaConf.set_struct(composed, False)
         composed.pop("hydra")
         try:
-            return check(composed, job)
+            return request(composed, job)
         except UserError as error:
             raise UserError(f"{error} (in the point {' '.join(job)}; nothing has been started)") from error
 

@@ -19,7 +19,6 @@ from hydra import compose, initialize_config_dir
 from stress_kill import compare, kill, logged, run_folder, start, wait_for_checkpoint
 
 from conftest import TINY
-from drrn.config import check
 from drrn.disk import locked
 from drrn.errors import UserError
 from drrn.identity import run_dir
@@ -28,6 +27,7 @@ from drrn.module import SuperResolution
 from drrn.runs import run as train
 from drrn.runs.checkpoints import NEEDED, damage, newest_checkpoint
 from drrn.runs.record import FILE, read_record
+from drrn.runs.request import request
 from drrn.runs.stop import Stopped, StopSignals
 from drrn.weights.ours import load_network
 
@@ -172,7 +172,7 @@ def test_a_signal_while_the_patches_are_built_ends_the_run_at_once(
 def test_ctrl_c_before_there_is_anything_to_keep_is_no_traceback(
     entry_point: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("train.check", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("train.request", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     code, out, err = entry_point("train", f"output={tmp_path}")
     assert code == 130
     assert "train.py: interrupted" in err
@@ -532,7 +532,7 @@ def test_a_record_of_a_run_begun_afresh_goes_on_where_it_was(straight: Callable,
         (tmp_path / FILE).write_text(json.dumps(record))
         with initialize_config_dir(CONF, version_base="1.3"):
             cfg = compose("config", [f"from_record={tmp_path / FILE}"])
-        assert check(cfg, [f"from_record={tmp_path / FILE}"]).ckpt_path == meant
+        assert request(cfg, [f"from_record={tmp_path / FILE}"]).ckpt_path == meant
 
 
 def test_what_is_not_as_it_was_is_said(straight: Callable, configure: Callable, capsys: Any, tmp_path: Path) -> None:

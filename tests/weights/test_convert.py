@@ -20,12 +20,13 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
 
-from drrn.config import ModelConfig, check
+from drrn.config import ModelConfig
 from drrn.errors import UserError
 from drrn.identity import structure_name
 from drrn.launch import CONF
 from drrn.model import DRRN
 from drrn.runs import run as train
+from drrn.runs.request import request
 from drrn.weights import convert as command
 from drrn.weights.ours import digest, initial_state, load_network, save_checkpoint, save_weights
 
@@ -456,7 +457,7 @@ def test_training_starts_from_the_file(tmp_path) -> None:
 
     def config(*more: str):
         with initialize_config_dir(CONF, version_base="1.3"):
-            return check(compose("config", [*arguments, *more]), more)
+            return request(compose("config", [*arguments, *more]), more)
 
     with pytest.raises(UserError, match=r"model\.U=1"):
         train.train(config("model.U=2"))

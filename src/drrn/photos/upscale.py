@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from drrn.config import check_choices
+from drrn.config import key
 from drrn.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from drrn.model import DRRN
 
 
-CHOICES = {"method": ("network", "bicubic")}
 MEMORY = 2_000_000_000  # bytes beside the loaded image, everything included
 WORKING = 600_000_000  # of these, what strips, decoders, encoders and the weights take
 PAPER_SCALES = [2, 3, 4]
@@ -37,14 +36,14 @@ class Options:
     output: str | None = MISSING  # file, or folder
     scale: float | None = MISSING  # above 1
     checkpoint: str | None = MISSING  # weights; needed by method=network
-    method: str = MISSING  # network, bicubic
+    method: str = key("what enlarges", choices=("network", "bicubic"))
     overwrite: bool = MISSING  # replace existing outputs
     suffix: str | None = MISSING  # format of outputs in a folder; None: the input's own
-    quality: int = MISSING  # JPEG, WebP: 1…100
+    quality: int = key("of JPEG and WebP", at_least=1, below=101)
     self_ensemble: bool = MISSING  # average over 8 orientations
-    tile: int | None = MISSING  # side of a tile, pixels; None: strips, by memory
+    tile: int | None = key("side of a tile, pixels; None: strips, by memory", at_least=1)
     device: str = MISSING  # auto, or torch's name of one
-    max_pixels: int = MISSING  # largest input; results at most 16 times as many
+    max_pixels: int = key("largest input; results at most 16 times as many", at_least=1)
 
 
 def check(options: Options) -> None:
@@ -54,24 +53,17 @@ def check(options: Options) -> None:
         UserError: by the key's name.
     """
     example = "python src/upscale.py input=photo.jpg scale=3 checkpoint=weights.safetensors output=big.png"
-    for key in ("input", "output", "scale"):
-        if getattr(options, key) in (None, "", []):
-            raise UserError(f"{key} is missing: {example}")
+    for name in ("input", "output", "scale"):
+        if getattr(options, name) in (None, "", []):
+            raise UserError(f"{name} is missing: {example}")
     if not (math.isfinite(options.scale) and options.scale > 1):
         raise UserError(f"scale = {options.scale}: must be a number above 1")
-    check_choices(options, CHOICES)
     if options.method == "network" and not options.checkpoint:
         raise UserError("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic")
     if options.method == "bicubic" and options.checkpoint:
         raise UserError("checkpoint: method=bicubic uses none; leave out one of the two")
-    if options.tile is not None and options.tile < 1:
-        raise UserError(f"tile = {options.tile}: must be at least 1, or null")
-    if not 1 <= options.quality <= 100:
-        raise UserError(f"quality = {options.quality}: must be 1…100")
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", options.device):
         raise UserError(f"device = {options.device!r}: allowed are auto, cpu, cuda, cuda:1, mps, xpu")
-    if options.max_pixels < 1:
-        raise UserError(f"max_pixels = {options.max_pixels}: must be at least 1")
 
 
 def plan(options: Options) -> list[tuple[Path, Path]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from drrn.config import paths, typed
+from drrn.config import key, paths, typed
 from drrn.errors import UserError
 
 
@@ -21,7 +21,7 @@ class ReportConfig:
     scores: list[str] = MISSING
     output: str = MISSING
     compare: str | None = MISSING
-    scale: int | None = MISSING
+    scale: int | None = key("of the comparison", at_least=2)
     box: list[int] | None = MISSING
     checkpoint: list[str] = MISSING
     root: str = MISSING
@@ -36,16 +36,14 @@ def check(cfg: DictConfig) -> ReportConfig:
     config = typed(ReportConfig, cfg)
     config.study = paths("study", config.study)
     config.runs = paths("runs", config.runs) or ["runs"] * bool(config.study)
-    if config.scale is not None and config.scale < 2:
-        raise UserError(f"scale = {config.scale}: must be at least 2")
     if config.box is not None and (len(config.box) != 4 or min(config.box) < 0):
         raise UserError(f"box = {config.box}: four whole numbers, left, top, width, height")
     if not (config.runs or config.scores or config.compare):
         raise UserError("nothing to report: give runs=FOLDER, scores=[FILE], study=NAME or compare=IMAGE")
-    for key in ("scores", "checkpoint"):
-        for path in getattr(config, key):
+    for name in ("scores", "checkpoint"):
+        for path in getattr(config, name):
             if not Path(path).is_file():
-                raise UserError(f"{key}: {path} does not exist")
+                raise UserError(f"{name}: {path} does not exist")
     return config
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, DictConfig
 
-from drrn.config import ModelConfig, typed
+from drrn.config import ModelConfig, key, typed
 from drrn.errors import UserError
 from drrn.identity import structure_name
 
@@ -28,8 +28,8 @@ class ConvertConfig:
     input: str | None = MISSING
     output: str | None = MISSING
     form: str | None = MISSING
-    U: int | None = MISSING
-    scales: list[int] | None = MISSING
+    U: int | None = key("residual units, where the file does not say", at_least=0)
+    scales: list[int] | None = key("that the weights were trained for", at_least=2)
     info: bool = MISSING
     overwrite: bool = MISSING
 
@@ -48,10 +48,8 @@ def check(cfg: DictConfig) -> ConvertConfig:
     if config.form is not None and config.form not in READ + WRITTEN:
         allowed = ", ".join(dict.fromkeys(READ + WRITTEN))
         raise UserError(f"form = {config.form!r}: allowed are {allowed}, or null to recognise it")
-    if config.U is not None and config.U < 0:
-        raise UserError(f"U = {config.U}: must be at least 0")
-    if config.scales is not None and (not config.scales or min(config.scales) < 2):
-        raise UserError(f"scales = {config.scales}: whole numbers of at least 2")
+    if config.scales == []:
+        raise UserError("scales = []: whole numbers of at least 2, or null")
     if config.output is None:
         if not config.info:
             raise UserError(

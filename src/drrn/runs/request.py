@@ -1,0 +1,66 @@
+"""What was asked for: a composed configuration and the command line → a checked `Config`.
+
+A record (`from_record=`) or weights (`init_from=`) that the configuration names are read here, for every entry point
+and every point of a sweep alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from drrn.config import Config, ModelConfig, check
+from drrn.errors import UserError
+
+
+def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that is trained.
+
+    Args:
+        cfg: as Hydra composed it.
+        overrides: what the command line says. With `init_from` the network is the file's, unless `model` or a
+            key of it is among them; with `from_record` they are what differs from the record.
+
+    Raises:
+        UserError: as `config.check`, or a record that cannot be trained again.
+    """
+    if cfg.get("from_record") is not None:
+        cfg = _recorded(cfg, overrides)
+    config = check(cfg)
+    asked = [o.lstrip("+~") for o in overrides]
+    asked = [o for o in asked if o.startswith("model") and not o.startswith("model.checkpointing")]
+    if config.init_from is not None and not asked:
+        from drrn.weights.ours import load_network
+
+        config.model = ModelConfig(**load_network(Path(config.init_from))[1]["model"])
+    return config
+
+
+def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of the record that `from_record` names, but for this machine's folders and `overrides`."""
+    from drrn.runs.record import read_record
+
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    path = Path(str(cfg.from_record))
+    try:
+        recorded = read_record(path).get("config")
+    except UserError as error:
+        raise UserError(f"from_record: {error}") from error
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("trainer"), dict):
+        raise UserError(f"from_record = {str(path)!r}: the record has no configuration")
+    recorded["trainer"] |= recorded.pop("trainer_extra", None) or {}
+    if recorded.get("ckpt_path") is None:
+        recorded.pop("ckpt_path", None)  # it set aside what that run found; this one resumes itself
+    merged = OmegaConf.merge(cfg, recorded)
+    here = ["from_record", "data.root", "data.patches", "output"]
+    for key in (*here, *(override.lstrip("+~").partition("=")[0] for override in overrides)):
+        if key in ("experiment", "sweeps"):
+            raise UserError(
+                f"from_record and {key}: the record is the whole configuration; give single keys beside it"
+            )
+        if not key.startswith("hydra"):
+            OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    return merged
