@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from drrn.config import ModelConfig
-from drrn.weights.files import Foreign
+from drrn.errors import printable
+from drrn.weights.files import OVERSHOOT, Foreign
 
 
 def path_of_layers(B: int, U: int, weight_sharing: bool) -> Iterator[tuple[str, str]]:
@@ -75,8 +76,7 @@ def _text(values: list[int | memoryview]) -> str:
         return ""
     if isinstance(values[-1], int):
         raise ValueError("a number where a name should be: not Caffe's")
-    text = bytes(values[-1][:100]).decode(errors="replace")
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return printable(bytes(values[-1][:100]).decode(errors="replace"))
 
 
 def _integers(values: list[int | memoryview]) -> list[int]:
@@ -191,7 +191,7 @@ class Convolution(NamedTuple):
     relu: bool
 
 
-def read_caffe(data: bytes, U: int | None = None) -> Foreign:
+def read_caffe(data: bytes, U: int | None, stem: str) -> Foreign:
     """A `.caffemodel` of the DRRN family.
 
     Layers follow one another as Caffe runs them; of each convolution BatchNorm, Scale and ReLU stand before it.
@@ -215,7 +215,7 @@ def read_caffe(data: bytes, U: int | None = None) -> Foreign:
         if bare:
             raise ValueError(f"there is no ReLU before {', '.join(bare[:3])}")
     if not first_relu:
-        notes.append("no ReLU before the first convolution: negative overshoot of the bicubic input is kept")
+        notes.append(OVERSHOOT)
     chain = any(b.startswith("eltwise") for layer in layers if layer.type == "Eltwise" for b in layer.bottoms)
 
     norms = {c.norm is not None for c in convolutions}

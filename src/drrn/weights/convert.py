@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
 
 from drrn.config import ModelConfig, key, typed
-from drrn.errors import UserError
+from drrn.errors import UserError, printable
 from drrn.identity import structure_name
+from drrn.weights.ports import PORTS
 
 if TYPE_CHECKING:
     from drrn.model import DRRN
 
-
-SUFFIXES = {".safetensors": "drrn", ".ckpt": "lightning", ".onnx": "onnx", ".pt2": "torch_export"}
-READ = ("drrn", "caffe", "jt827859032", "yjn870", "twtygqyy")
-WRITTEN = tuple(SUFFIXES.values())
+READ = ("drrn", "caffe", "matlab", *PORTS)
+WRITTEN = {".safetensors": "drrn", ".ckpt": "lightning", ".onnx": "onnx", ".pt2": "torch_export"}  # by suffix
 
 
 @dataclass
 class ConvertConfig:
     """What conf/convert.yaml documents."""
 
-    input: str | None = MISSING
-    output: str | None = MISSING
-    form: str | None = MISSING
+    input: str | None = key("the weight file to read")
+    output: str | None = key("the file to write; its suffix says what")
+    form: str | None = key("null: recognised by content", choices=tuple(dict.fromkeys((*READ, *WRITTEN.values()))))
     U: int | None = key("residual units, where the file does not say", at_least=0)
     scales: list[int] | None = key("that the weights were trained for", at_least=2)
-    info: bool = MISSING
-    overwrite: bool = MISSING
+    info: bool = key("print what the file holds")
+    overwrite: bool = key("write over output if it is there")
 
 
 def check(cfg: DictConfig) -> ConvertConfig:
@@ -45,21 +44,16 @@ def check(cfg: DictConfig) -> ConvertConfig:
         raise UserError("input is missing: name the weight file to read")
     if not Path(config.input).is_file():
         raise UserError(f"input = {config.input!r}: no such file")
-    if config.form is not None and config.form not in READ + WRITTEN:
-        allowed = ", ".join(dict.fromkeys(READ + WRITTEN))
-        raise UserError(f"form = {config.form!r}: allowed are {allowed}, or null to recognise it")
     if config.scales == []:
         raise UserError("scales = []: whole numbers of at least 2, or null")
     if config.output is None:
         if not config.info:
-            raise UserError(
-                "output is missing: name the file to write (.safetensors, .ckpt, .onnx, .pt2), or info=true"
-            )
+            raise UserError(f"output is missing: name the file to write ({', '.join(WRITTEN)}), or info=true")
         return config
     output = Path(config.output)
-    if output.suffix not in SUFFIXES:
-        raise UserError(f"output = {config.output!r}: its suffix says what to write, one of {', '.join(SUFFIXES)}")
-    if config.form in WRITTEN and config.form not in READ and config.form != SUFFIXES[output.suffix]:
+    if output.suffix not in WRITTEN:
+        raise UserError(f"output = {config.output!r}: its suffix says what to write, one of {', '.join(WRITTEN)}")
+    if config.form not in (None, *READ, WRITTEN[output.suffix]):
         raise UserError(f"form = {config.form!r} and output = {config.output!r}: they say two different things")
     if output.exists() and (not config.overwrite or output.samefile(config.input)):
         raise UserError(f"{output} is there already: choose another name, or overwrite=true")
@@ -74,24 +68,24 @@ def convert(config: ConvertConfig) -> None:
     """
     form, network, about, notes = read(config)
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     if config.info:
         print(describe(Path(config.input), form, network, about))
     if config.output is None:
         return
-    from drrn.weights.export import export_onnx, export_program
-    from drrn.weights.ours import save_checkpoint, save_weights
+    from drrn.weights import export, ours
 
+    writers = {
+        "drrn": ours.save_weights,
+        "lightning": ours.save_checkpoint,
+        "onnx": export.export_onnx,
+        "torch_export": export.export_program,
+    }
     output, model = Path(config.output), ModelConfig(**about["model"])
     facts = {key: value for key, value in about.items() if key not in ("format", "model", "digest")}
-    exports = {".onnx": export_onnx, ".pt2": export_program}
-    if output.suffix in exports:
-        difference = exports[output.suffix](network, about, output)
-        print(f"{output}: {structure_name(model)}, differs from ours by at most {difference:.1e}")
-        return
-    save = save_weights if output.suffix == ".safetensors" else save_checkpoint
-    save(output, network, model, facts)
-    print(f"{output}: {structure_name(model)} from {form}")
+    difference = writers[WRITTEN[output.suffix]](output, network, model, facts)
+    said = f"from {form}" if difference is None else f"differs from ours by at most {difference:.1e}"
+    print(f"{output}: {structure_name(model)}, {said}")
 
 
 def read(config: ConvertConfig) -> tuple[str, DRRN, dict[str, Any], list[str]]:
@@ -100,19 +94,17 @@ def read(config: ConvertConfig) -> tuple[str, DRRN, dict[str, Any], list[str]]:
     Raises:
         UserError: it cannot be read.
     """
-    from dataclasses import asdict
-
     from drrn.images import sha256
     from drrn.weights.foreign import read_foreign, recognise
     from drrn.weights.ours import build, load_network
 
     path = Path(config.input)
     form = config.form if config.form in READ else recognise(path)
+    notes: list[str] = []
     if form == "drrn":
         network, about = load_network(path)
         if config.U not in (None, about["model"]["U"]):
             raise UserError(f"U = {config.U}: {path} holds U = {about['model']['U']}")
-        notes = []
     else:
         foreign = read_foreign(path, form, config.U)
         try:
@@ -151,8 +143,7 @@ def describe(path: Path, form: str, network: DRRN, about: dict[str, Any]) -> str
         "origin": ", ".join(origin),
         "paper": f"departs from it: {'; '.join(departures)}" if departures else "fits it",
     }
-    text = {key: "".join(c if c.isprintable() else "?" for c in str(value)) for key, value in lines.items()}
-    return "\n".join(f"{key:10} {value}" for key, value in text.items())
+    return "\n".join(f"{key:10} {printable(value)}" for key, value in lines.items())
 
 
 def departures_from_paper(model: ModelConfig) -> list[str]:

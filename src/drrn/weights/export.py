@@ -7,15 +7,16 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from drrn.config import ModelConfig
 from drrn.disk import write_whole
 from drrn.errors import UserError
-from drrn.model import DRRN
 
 SIZES = ((24, 20), (3, 17), (41, 50))  # height and width, on which an exported network is held against ours
 TOLERANCE = 1e-5  # on a scale of 0…1
@@ -29,13 +30,14 @@ USE = {
 }
 
 
-def export_onnx(network: DRRN, about: dict[str, Any], path: Path) -> float:
+def export_onnx(path: Path, network: nn.Module, model: ModelConfig, about: dict[str, Any]) -> float:
     """Write a network as ONNX with dynamic height and width, shared weights once.
 
     Args:
-        network: in evaluation mode.
-        about: what is known of it, for the metadata: `drrn` as JSON, `scales`, and how to use it (`USE`).
         path: to write.
+        network: in evaluation mode.
+        model: its structure.
+        about: what else is known of it, for the metadata: `drrn` as JSON, `scales`, and how to use it (`USE`).
 
     Returns:
         The largest difference to our output under onnxruntime, at several sizes.
@@ -54,25 +56,29 @@ def export_onnx(network: DRRN, about: dict[str, Any], path: Path) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.onnx.export(program(network), input_names=["x"], output_names=["y"], verbose=False)
-    model = exported.model_proto
-    graph = model.graph
+    proto = exported.model_proto
+    graph = proto.graph
     del graph.value_info[:]
     for part in (graph, *graph.node, *graph.input, *graph.output):
         del part.metadata_props[:]  # where in torch's graph each of them was
     for part in (graph.input[0], graph.output[0]):
         for axis, name in ((2, "height"), (3, "width")):
             part.type.tensor_type.shape.dim[axis].dim_param = name
-    facts = {**USE, "scales": ",".join(map(str, about.get("scales") or [])), "drrn": json.dumps(about)}
-    onnx.helper.set_model_props(model, facts)
-    onnx.checker.check_model(model)
-    serialised = model.SerializeToString()
+    facts = {
+        **USE,
+        "scales": ",".join(map(str, about.get("scales") or [])),
+        "drrn": json.dumps({"model": asdict(model), **about}),
+    }
+    onnx.helper.set_model_props(proto, facts)
+    onnx.checker.check_model(proto)
+    serialised = proto.SerializeToString()
     session = onnxruntime.InferenceSession(serialised, providers=["CPUExecutionProvider"])
     difference = largest_difference(network, lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]))
     write_whole(path, lambda partial: partial.write_bytes(serialised))
     return difference
 
 
-def export_program(network: DRRN, about: dict[str, Any], path: Path) -> float:
+def export_program(path: Path, network: nn.Module, model: ModelConfig, about: dict[str, Any]) -> float:
     """Write a network as torch.export's program (.pt2), which `torch.export.load(path).module()` runs.
 
     Arguments, result and errors as of `export_onnx`; the metadata are the extra file `drrn.json`.
@@ -86,7 +92,7 @@ def export_program(network: DRRN, about: dict[str, Any], path: Path) -> float:
     return difference
 
 
-def program(network: DRRN) -> torch.export.ExportedProgram:
+def program(network: nn.Module) -> torch.export.ExportedProgram:
     """The network's graph for any height and width from 2 pixels on, without where its source is."""
     height, width = (torch.export.Dim(name, min=2) for name in ("height", "width"))
     with warnings.catch_warnings():
@@ -99,7 +105,7 @@ def program(network: DRRN) -> torch.export.ExportedProgram:
     return exported
 
 
-def largest_difference(network: DRRN, other: Callable[[Tensor], Tensor]) -> float:
+def largest_difference(network: nn.Module, other: Callable[[Tensor], Tensor]) -> float:
     """Between the outputs of a network and of its exported form, at `SIZES`, on values beyond 0…1 too.
 
     Raises:

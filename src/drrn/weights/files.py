@@ -1,24 +1,27 @@
-"""A weight file's bytes and what kind of container they are."""
+"""A weight file's bytes, what kind of container they are, and what a reader finds in it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drrn.config import ModelConfig
 from drrn.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LIMIT = 1 << 30  # bytes of a file; the paper's largest network, B17U1, takes 30 MB
+LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # pytorch/pytorch: torch/serialization.py
+OVERSHOOT = "no ReLU before the first convolution: negative overshoot of the bicubic input is kept"
 
 
 class Foreign(NamedTuple):
     """What a foreign file holds, in our terms."""
 
     form: str
-    model: ModelConfig
-    state: dict[str, Tensor]  # the state dict of DRRN(**model), not yet checked against it
+    model: ModelConfig | dict[str, Any]  # a DRRN's structure, or another network's with its name as `network`
+    state: dict[str, Tensor]  # the network's state dict, not yet checked against the structure
     origin: str
     scales: list[int]  # that it was trained for; empty if nobody says
     notes: list[str]  # what its reader should know
@@ -28,10 +31,12 @@ def read_bytes(path: Path) -> bytes:
     """A whole file.
 
     Raises:
-        UserError: it is missing, unreadable or larger than `LIMIT`.
+        UserError: it is missing, unreadable, no regular file (a FIFO, a device) or larger than `LIMIT`.
     """
     try:
         size = path.stat().st_size
+        if not path.is_file():  # /dev/zero never ends, and a FIFO may never begin
+            raise UserError(f"{path} cannot be read: it is no regular file")
         if size > LIMIT:
             raise UserError(f"{path} has {size:,} bytes: no network of this family needs more than {LIMIT:,}")
         return path.read_bytes()
@@ -40,19 +45,21 @@ def read_bytes(path: Path) -> bytes:
 
 
 def container(data: bytes) -> str:
-    """By the first bytes: "zip" and "legacy" (torch's two), "safetensors", else "protobuf"."""
+    """By the first bytes: "zip" and "legacy" (torch's two), "safetensors", "matlab", else "protobuf".
+
+    Raises:
+        ValueError: a container that is known and not read.
+    """
     if data[:4] == b"PK\x03\x04":
         return "zip"
     if data[:1] == b"\x80" and LEGACY_MAGIC in data[:32]:
         return "legacy"
     if data[257:262] == b"ustar":
         raise ValueError("it is torch's container of 2016 (a tar); load and save it with torch 0.2 to 2.5 first")
+    if data[:8] == b"\x89HDF\r\n\x1a\n" or data[:10] == b"MATLAB 7.3":
+        raise ValueError("it is HDF5 (MATLAB's -v7.3, or Keras's); in MATLAB: save -v7 FILE model")
+    if data[:6] == b"MATLAB" and data[126:128] in (b"IM", b"MI"):
+        return "matlab"
     if 2 <= int.from_bytes(data[:8], "little") <= len(data) - 8 and data[8:9] == b"{":
         return "safetensors"
     return "protobuf"
-
-
-# ---------------------------------------------------------------------------------------- torch's containers
-# pytorch/pytorch: torch/serialization.py; opcodes: Python's pickletools.
-
-LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")

@@ -1,16 +1,14 @@
 """Weights that others trained, read without running anything that their files say.
 
-Four forms, told apart by what a file holds:
+The forms, told apart by what a file holds:
 
     caffe        the authors' DRRN and VDSR (tyshiwo/DRRN_CVPR17), and huangzehao/caffe-vdsr
+    matlab       VDSR of its authors (J. Kim), a `.mat`
     jt827859032  jt827859032/DRRN-pytorch: a pickled module, `input`, `conv1`, `conv2`, `output`
     yjn870       yjn870/DRRN-pytorch: a state dict, `rbs.{b}.h0…`, `rbs.{b}.ru…`, `rec…`
     twtygqyy     twtygqyy/pytorch-vdsr: a pickled module, `input`, `residual_layer.{i}.conv`, `output`
 
-Caffe's is protobuf, of which the wire format is all that is needed here. The others are pickles in one of
-torch's two containers. They are read by a machine of our own that knows tensors, plain containers and the names
-of these networks' modules, and calls nothing: a module becomes the dict of its attributes. Sizes are held
-against what the file has before memory is taken for them.
+The last three are pickles in one of torch's two containers (`drrn.weights.pickles`).
 """
 
 from __future__ import annotations
@@ -21,8 +19,12 @@ from pathlib import Path
 from drrn.errors import UserError
 from drrn.weights.caffe import caffe_layers, read_caffe
 from drrn.weights.files import Foreign, container, read_bytes
+from drrn.weights.matlab_file import read_vdsr
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
-from drrn.weights.ports import NAMES, READERS
+from drrn.weights.ports import PORTS
+
+WHOLE = {"caffe": read_caffe, "matlab": read_vdsr}  # form → its reader of (bytes, U, the file's stem)
+FORMS = (*WHOLE, *PORTS)
 
 
 def recognise(path: Path) -> str:
@@ -36,6 +38,8 @@ def recognise(path: Path) -> str:
         kind = container(data)
         if kind == "safetensors":
             return "drrn"
+        if kind == "matlab":
+            return "matlab"
         if kind == "protobuf":
             try:
                 caffe_layers(data)
@@ -46,11 +50,11 @@ def recognise(path: Path) -> str:
         if is_lightning(root):
             return "drrn"
         names = set(named_tensors(root))
-        for form, pattern in NAMES.items():
-            if names and all(re.fullmatch(pattern, name) for name in names):
+        for form, port in PORTS.items():
+            if names and all(re.fullmatch(port.names, name) for name in names):
                 return form
         some = ", ".join(repr(name[:40]) for name in sorted(names)[:4])
-        raise ValueError(f"its tensors ({some}, …) are named as in none of {', '.join(NAMES)}")
+        raise ValueError(f"its tensors ({some}, …) are named as in none of {', '.join(PORTS)}")
     except Exception as error:  # zipfile, struct and torch raise many kinds for a damaged file
         raise UserError(f"{path} is not a weight file that is known here: {error}") from error
 
@@ -69,19 +73,16 @@ def read_foreign(path: Path, form: str, U: int | None = None) -> Foreign:
     """
     data = read_bytes(path)
     try:
-        if form == "caffe":
-            return read_caffe(data, U)
+        if form in WHOLE:
+            return WHOLE[form](data, U, path.stem)
         tensors = read_tensors(named_tensors(read_torch(data)))
         for name in tensors:
-            if not re.fullmatch(NAMES[form], name):
+            if not re.fullmatch(PORTS[form].names, name):
                 raise ValueError(f"its tensor {name[:80]!r} is not one of that form")
-        return READERS[form](tensors, U, path.stem)
+        return PORTS[form].read(tensors, U, path.stem)
     except UserError:
         raise
     except KeyError as error:
         raise UserError(f"{path} cannot be read as {form}: {error} is missing") from error
-    except Exception as error:
+    except Exception as error:  # as above
         raise UserError(f"{path} cannot be read as {form}: {error}") from error
-
-
-FORMS = ("caffe", *READERS)

@@ -1,7 +1,7 @@
 """Weights on disk: one safetensors file that says what network it holds.
 
-The metadata key `drrn` is JSON: {"format": 1, "model": {fields of ModelConfig}, "scales": […], "origin": …, …,
-"digest": SHA-256 of the tensors}.
+The metadata key `drrn` is JSON: {"format": 1, "model": {arguments of the network, and its name as `network` if it is
+no DRRN}, "scales": […], "origin": …, …, "digest": SHA-256 of the tensors}.
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from drrn.config import DEEPEST, ModelConfig
 from drrn.disk import write_whole
-from drrn.errors import UserError
+from drrn.errors import UserError, printable
 from drrn.model import DRRN
 from drrn.weights.files import container, read_bytes
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
 
 FORMAT = 1
+# What a file may say of itself, and as what; another type is refused.
+FACTS = {"format": int, "model": dict, "digest": str, "origin": str, "scales": list, "source": dict, "notes": list,
+         "seed": int, "steps": int, "experiment": str}  # fmt: skip
 
 
-def save_weights(path: Path, network: DRRN, model: ModelConfig, about: dict[str, Any]) -> None:
+def save_weights(path: Path, network: nn.Module, model: ModelConfig, about: dict[str, Any]) -> None:
     """Write a network as safetensors, whole or not at all.
 
     Args:
@@ -42,10 +45,10 @@ def save_weights(path: Path, network: DRRN, model: ModelConfig, about: dict[str,
     write_whole(path, lambda partial: partial.write_bytes(content))
 
 
-def save_checkpoint(path: Path, network: DRRN, model: ModelConfig, about: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, network: nn.Module, model: ModelConfig, about: dict[str, Any]) -> None:
     """Write a network as a Lightning checkpoint without an optimiser, whole or not at all.
 
-    `init_from=` and `SuperResolution.load_from_checkpoint(path, optim=…)` take it; a run cannot go on from it.
+    `init_from=` and `SuperResolution.load_from_checkpoint(path, optim=…)` take it; no run can resume from it.
     """
     from lightning.pytorch import __version__
 
@@ -82,12 +85,13 @@ def build(model: ModelConfig, state: dict[str, Tensor]) -> DRRN:
         raise ValueError(f"B = {model.B} and U = {model.U} make {depth:,} layers")
     with torch.device("meta"):
         network = DRRN(**asdict(model))
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    wanted = network.state_dict()
     for name in wanted.keys() | state.keys():
-        have = tuple(state[name].shape) if name in state else None
-        if wanted.get(name) != have:
-            words = ("none" if shape is None else f"{list(shape)}" for shape in (wanted.get(name), have))
-            raise ValueError("tensor {!r}: the structure has {}, the file {}".format(name[:80], *words))
+        shapes = [list(tensors[name].shape) if name in tensors else "none" for tensors in (wanted, state)]
+        if shapes[0] != shapes[1]:
+            raise ValueError("tensor {!r}: the structure has {}, the file {}".format(name[:80], *shapes))
+        if state[name].is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(f"tensor {name!r} holds {state[name].dtype}, which are no weights")
         if not torch.isfinite(state[name]).all():
             raise ValueError(f"tensor {name!r} holds values that are not finite")
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
@@ -103,28 +107,11 @@ def load_network(path: Path) -> tuple[DRRN, dict[str, Any]]:
     Raises:
         UserError: the file is missing, damaged or not one of these.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"checkpoint {path} does not exist")
     data = read_bytes(path)
     try:
-        if container(data) == "safetensors":
-            state = load_safetensors(data)
-            about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["drrn"])
-            if about.get("format", FORMAT) > FORMAT:
-                raise ValueError(f"it is of format {about['format']}; a newer version of this project reads it")
-            if about.get("digest", digest(state)) != digest(state):
-                raise ValueError("its tensors are not those that its digest was made of: damaged")
-        else:
-            root = read_torch(data)
-            if not is_lightning(root):
-                raise ValueError("no Lightning checkpoint of this project")
-            about = {**root.get("drrn", {}), "model": root["hyper_parameters"]["model"]}
-            about["steps"] = root.get("global_step")
-            stored = named_tensors({n: s for n, s in root["state_dict"].items() if n.startswith("network.")})
-            state = {name.removeprefix("network."): tensor for name, tensor in read_tensors(stored).items()}
-        for key, kind in (("origin", str), ("scales", list), ("source", dict)):
-            if not isinstance(about.get(key), kind | None):
-                raise ValueError(f"what it says of its {key} is not as this project writes it")
+        state, about = _read_safetensors(data) if container(data) == "safetensors" else _read_lightning(data)
         network = build(ModelConfig(**about["model"]), state)
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         raise UserError(
@@ -132,6 +119,53 @@ def load_network(path: Path) -> tuple[DRRN, dict[str, Any]]:
             "of this project, or convert it first: python src/convert.py input=FILE output=FILE.safetensors"
         ) from error
     return network, about
+
+
+def _read_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    state = load_safetensors(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    about = checked_facts(json.loads(header["__metadata__"]["drrn"]))
+    if about.get("format", FORMAT) > FORMAT:
+        raise ValueError(f"it is of format {about['format']}; a newer version of this project reads it")
+    if about.get("digest", digest(state)) != digest(state):
+        raise ValueError("its tensors are not those that its digest was made of: damaged")
+    return state, about
+
+
+def _read_lightning(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    root = read_torch(data)
+    if not is_lightning(root):
+        raise ValueError("no Lightning checkpoint of this project")
+    facts = root.get("drrn", {})
+    if not isinstance(facts, dict) or not isinstance(root["state_dict"], dict):
+        raise ValueError("its `drrn` or its `state_dict` is no dict")
+    steps = root.get("global_step")
+    about = checked_facts({**facts, "model": root["hyper_parameters"]["model"], "steps": steps})
+    stored = named_tensors({n: s for n, s in root["state_dict"].items() if str(n).startswith("network.")})
+    return {name.removeprefix("network."): tensor for name, tensor in read_tensors(stored).items()}, about
+
+
+def checked_facts(about: Any) -> dict[str, Any]:
+    """What a file says of itself, made fit to be printed.
+
+    Raises:
+        ValueError: a fact or an argument of the network is of another type than this project writes.
+    """
+    if not isinstance(about, dict):
+        raise ValueError("what it says of itself is no dict")
+    for key, kind in FACTS.items():
+        value = about.get(key)
+        if not isinstance(value, kind) and (value is not None or key == "model"):
+            raise ValueError(f"what it says of its {key} is not as this project writes it")
+    if not all(type(scale) is int and scale > 1 for scale in about.get("scales") or ()):
+        raise ValueError("what it says of its scales is not as this project writes it")
+    hints = get_type_hints(DRRN.__init__)
+    for key, value in about["model"].items():
+        if type(value) is not hints.get(key):
+            raise ValueError(f"its network has {key} = {value!r}, which is no argument of a DRRN")
+    if about.get("origin"):
+        about["origin"] = printable(about["origin"])
+    return about
 
 
 def initial_state(path: Path, model: ModelConfig) -> dict[str, Tensor]:

@@ -1,4 +1,13 @@
-"""torch's pickles read by a machine that calls nothing."""
+"""torch's pickles read by a machine that calls nothing.
+
+The machine knows tensors, plain containers and the names of the ports' modules; a module becomes the dict of its
+attributes. Sizes are held against what the file has before memory is taken for them. Opcodes: Python's pickletools.
+
+`pickle.Unpickler` with `find_class` is not as safe: it takes memory by a memo index of the file (4 GB for 2²⁸,
+measured), it hashes whatever the file makes a key of (of nested tuples: for ever), and BUILD sets attributes on the
+very stand-ins that `find_class` returns. `torch.load(weights_only=True)` hashes such keys too, and reads no modules.
+So our own checkpoints are read here as well: one reader for torch's files.
+"""
 
 from __future__ import annotations
 

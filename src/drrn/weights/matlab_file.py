@@ -1,0 +1,155 @@
+"""MATLAB's files (v5 to v7): as much of them as networks need.
+
+Format: MathWorks, "MAT-File Format" (R2023a), chapter 1. `scipy.io.loadmat` takes the memory that a file of 184
+bytes asks for (2.3 GB, measured) before it looks whether the file holds it; here every size is held against what
+is there.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drrn.config import ModelConfig
+from drrn.weights.caffe import path_of_layers
+from drrn.weights.files import OVERSHOOT, Foreign
+
+NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # mi… types
+MATRIX, COMPRESSED = 14, 15
+CELL, STRUCT, DOUBLE, UINT64 = 1, 2, 6, 15  # mx… classes; DOUBLE to UINT64 are arrays of numbers
+COMPLEX = 0x08  # of an array's flags
+DEEPEST = 10  # cells in structs in cells
+INFLATION = 64  # real weights hardly become smaller; zlib can make a thousand bytes of one
+
+
+class Element(NamedTuple):
+    """A piece of a file: a type and its bytes."""
+
+    type: int
+    data: memoryview
+
+
+class Reader:
+    """Elements of a file, in its byte order."""
+
+    def __init__(self, order: str, size: int) -> None:
+        self.order = order  # "<" or ">"
+        self.room = INFLATION * size + 1  # bytes that compressed elements may still become
+
+    def integers(self, data: memoryview, kind: str = "u4") -> list[int]:
+        """The whole numbers in some bytes."""
+        return np.frombuffer(data, self.order + kind).tolist()
+
+    def elements(self, data: memoryview) -> list[Element]:
+        """The elements that follow one another in some bytes; compressed ones are inflated."""
+        found, at = [], 0
+        while len(data) - at >= 8:
+            kind, size = self.integers(data[at : at + 8])
+            start = at + 8
+            if kind >> 16:  # small: type and size share a word, and four bytes of data follow
+                kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
+                at += 8
+            else:
+                at = start + size + (-size % 8) * (kind != COMPRESSED)
+            if start + size > len(data) or len(found) > 100_000:
+                raise ValueError("an element reaches beyond its end: truncated or damaged")
+            if kind == COMPRESSED:
+                found += self.elements(self._inflate(data[start : start + size]))
+            else:
+                found.append(Element(kind, data[start : start + size]))
+        return found
+
+    def _inflate(self, data: memoryview) -> memoryview:
+        inflater = zlib.decompressobj()
+        content = inflater.decompress(data, self.room)
+        self.room -= len(content)
+        if self.room <= 0 or not inflater.eof:
+            raise ValueError(f"it is truncated, or inflates to more than {INFLATION} times its size")
+        return memoryview(content)
+
+    def matrix(self, data: memoryview, depth: int = 0) -> tuple[str, Any]:
+        """miMATRIX → (name, what it is): an array of numbers, a list of a cell's contents, a dict of a struct's."""
+        parts = self.elements(data)
+        if len(parts) < 3 or depth > DEEPEST:
+            raise ValueError("an array without shape or name, or too deep")
+        flags = self.integers(parts[0].data)[0]
+        shape, name = self.integers(parts[1].data, "i4"), bytes(parts[2].data).decode("latin-1")
+        count, kind, rest = math.prod(shape), flags & 0xFF, parts[3:]
+        if not 2 <= len(shape) <= 8 or min(shape) < 0:
+            raise ValueError(f"array {name[:40]!r} has an impossible shape")
+        if kind == CELL:
+            if count != len(rest):
+                raise ValueError(f"cell {name[:40]!r} says {count:,} and holds {len(rest):,}")
+            return name, [self._inner(part, depth) for part in rest]
+        if kind == STRUCT and count == 1 and len(rest) >= 2:
+            length = self.integers(rest[0].data, "i4")[0]
+            text = bytes(rest[1].data)
+            if length < 1 or len(text) // length != len(rest) - 2:
+                raise ValueError(f"struct {name[:40]!r} has not as many fields as names")
+            names = [text[i : i + length].split(b"\0")[0].decode("latin-1") for i in range(0, len(text), length)]
+            return name, {field: self._inner(part, depth) for field, part in zip(names, rest[2:], strict=True)}
+        if not DOUBLE <= kind <= UINT64 or not rest or rest[0].type not in NUMBERS:
+            raise ValueError(f"{name[:40]!r} is no array of numbers, no cell, no single struct: not read here")
+        if flags >> 8 & COMPLEX:
+            raise ValueError(f"array {name[:40]!r} is complex; weights are real")
+        values = np.frombuffer(rest[0].data, self.order + NUMBERS[rest[0].type])
+        if len(values) != count:
+            raise ValueError(f"array {name[:40]!r} says {shape} and holds {len(values):,} values")
+        return name, values.reshape(shape, order="F")
+
+    def _inner(self, part: Element, depth: int) -> Any:
+        if part.type != MATRIX:
+            raise ValueError("what a cell or a struct holds is no array")
+        return self.matrix(part.data, depth + 1)[1]
+
+
+def read_variables(data: bytes) -> dict[str, Any]:
+    """The variables of a file by name: arrays (Fortran order), lists for cells, dicts for structs.
+
+    Raises:
+        ValueError: damaged, larger than its bytes allow, or something that is no data.
+    """
+    reader = Reader("<" if data[126:128] == b"IM" else ">", len(data))
+    try:
+        parts = reader.elements(memoryview(data)[128:])
+        return dict(reader.matrix(part.data) for part in parts if part.type == MATRIX)
+    except (IndexError, zlib.error) as error:
+        raise ValueError(f"a damaged MATLAB file ({error})") from error
+
+
+def read_vdsr(data: bytes, U: int | None, stem: str) -> Foreign:
+    """VDSR of its authors (J. Kim et al., CVPR 2016): struct `model` with the cells `weight` and `bias`.
+
+    A layer's filters stand as [3, 3, in, out] and its biases as [out, 1]. MATLAB's convolution layers (MatConvNet)
+    correlate, as torch does. The first layer takes its input as it is.
+    """
+    if U:
+        raise ValueError(f"it is a VDSR, which has U = 0, not {U}")
+    found = read_variables(data)
+    model = found.get("model")
+    if not isinstance(model, dict) or not all(isinstance(model.get(key), list) for key in ("weight", "bias")):
+        some = ", ".join(repr(name[:40]) for name in list(found)[:4])
+        raise ValueError(f"it holds {some or 'nothing'}, not a struct `model` with the cells `weight` and `bias`")
+    depth = len(model["weight"])
+    if depth < 2 or len(model["bias"]) != depth:
+        raise ValueError(f"it has {depth} weights and {len(model['bias'])} biases; a VDSR has two layers or more")
+    state: dict[str, Tensor] = {}
+    for i, (conv, _) in enumerate(path_of_layers(depth - 1, 0, True)):
+        weight, bias = model["weight"][i], model["bias"][i]
+        if not isinstance(weight, np.ndarray) or not isinstance(bias, np.ndarray):
+            raise ValueError(f"layer {i + 1} holds no arrays")
+        filters = weight.reshape(*weight.shape, *[1] * (4 - weight.ndim))  # MATLAB drops last axes of 1
+        if filters.ndim != 4 or filters.shape[:2] != (3, 3):
+            raise ValueError(f"layer {i + 1} has filters of {list(weight.shape)}; [3, 3, in, out] is needed")
+        state[f"{conv}.weight"] = torch.from_numpy(np.array(filters.transpose(3, 2, 0, 1), np.float32, order="C"))
+        state[f"{conv}.bias"] = torch.from_numpy(np.array(bias.ravel(), np.float32))
+    structure = ModelConfig(
+        B=depth - 1, U=0, features=len(state["blocks.0.conv.weight"]), norm="none", bias=True,
+        weight_sharing=True, multi_path=True, input_relu=False,
+    )  # fmt: skip
+    return Foreign("matlab", structure, state, "VDSR of its authors (MATLAB)", [2, 3, 4], [OVERSHOOT])
