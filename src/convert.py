@@ -13,7 +13,8 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from drrn.launch import CONF, launch, refusing
+from drrn.home import CONF
+from drrn.launch import launch, refusing
 from drrn.weights.convert import check, convert
 
 

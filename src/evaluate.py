@@ -14,7 +14,8 @@ import hydra
 from omegaconf import DictConfig
 
 from drrn.evaluation import check, evaluate
-from drrn.launch import CONF, launch, refusing
+from drrn.home import CONF
+from drrn.launch import launch, refusing
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")

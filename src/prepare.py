@@ -15,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from drrn.config import DataConfig
-from drrn.launch import CONF, launch, refusing
+from drrn.home import CONF
+from drrn.launch import launch, refusing
 from drrn.runs.request import request
 
 

@@ -14,7 +14,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from drrn.launch import CONF, launch, refusing
+from drrn.home import CONF
+from drrn.launch import launch, refusing
 from drrn.runs.request import request
 from drrn.runs.run import train
 

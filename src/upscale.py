@@ -12,7 +12,8 @@ import hydra
 from omegaconf import DictConfig
 
 from drrn.config import typed
-from drrn.launch import CONF, launch, refusing
+from drrn.home import CONF
+from drrn.launch import launch, refusing
 from drrn.photos.upscale import Options, check, plan, upscale
 
 

@@ -13,10 +13,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from drrn.errors import UserError
 
-HOME = Path(__file__).resolve().parents[2]  # the clone
-CONF = str(HOME / "conf")
-os.environ.setdefault("DRRN_HOME", str(HOME))  # where conf/config.yaml looks for sweeps/
-
 
 def launched() -> bool:
     """Whether torchrun, Slurm or `drrn.processes` started this process with others."""

@@ -21,8 +21,8 @@ from stress_kill import compare, kill, logged, run_folder, start, wait_for_check
 from conftest import TINY
 from drrn.disk import locked
 from drrn.errors import UserError
+from drrn.home import CONF
 from drrn.identity import run_dir
-from drrn.launch import CONF
 from drrn.module import SuperResolution
 from drrn.runs import run as train
 from drrn.runs.checkpoints import NEEDED, damage, newest_checkpoint

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from drrn.config import ModelConfig
 from drrn.errors import UserError
+from drrn.home import CONF
 from drrn.identity import structure_name
-from drrn.launch import CONF
 from drrn.model import DRRN
 from drrn.runs import run as train
 from drrn.runs.request import request

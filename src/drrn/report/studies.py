@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from drrn.config import ModelConfig
 from drrn.errors import UserError
+from drrn.home import CONF
 from drrn.identity import budget, structure_name
-from drrn.launch import CONF
 from drrn.model import DRRN
 from drrn.report.tables import DIGITS, IMAGES, MISSING, Table, describe, over_seeds, paper_numbers
 

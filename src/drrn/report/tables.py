@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from drrn.errors import UserError
+from drrn.home import DATA
 from drrn.protocol import means
 
-PAPER = Path(__file__).resolve().parents[3] / "data" / "paper"
+PAPER = DATA / "paper"
 MISSING = "–"  # a cell that nobody has measured
 # Structures that the paper calls otherwise; the second is Kim's own VDSR, whose numbers Table 2 cites.
 IN_PAPER = {"VDSR_d20_64f": "VDSR", "VDSR_d20_64f_noBN_noinputReLU": "VDSR"}

@@ -1,0 +1,69 @@
+"""`drrn train`, `drrn upscale`, …: the scripts of src/ as one command, wherever the package is installed.
+
+What follows the name is what the script takes, `key=value`. `drrn upscale` takes plain words too:
+
+    drrn upscale photo.jpg -x 2
+    drrn upscale holidays -x 3 -o holidays_x3
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+
+from drrn.launch import launch
+
+COMMANDS = {
+    "train": "train a network, or a grid of them",
+    "evaluate": "score bicubic and networks on image sets",
+    "upscale": "enlarge photographs",
+    "convert": "read weights from elsewhere, write ours for others",
+    "report": "tables, figures and pictures from what was run",
+    "prepare": "fetch the images and build the patch file",
+}
+WORDS = {"-x": "scale", "--scale": "scale", "-o": "output", "--output": "output", "-c": "checkpoint"}
+
+
+def main() -> None:
+    """Run the command that the first word names."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name not in COMMANDS:
+        lines = "\n".join(f"  drrn {command:9} {what}" for command, what in COMMANDS.items())
+        print(f"{lines}\n\n`drrn train --help` shows a command's keys and examples.")
+        sys.exit(0 if name in ("-h", "--help") else 2)
+    if name == "upscale":
+        arguments = plain_words(arguments)
+    sys.argv = [f"drrn {name}", *arguments]
+    inside = f"drrn.commands.{name}"  # src/NAME.py, as pyproject.toml installs it
+    launch(importlib.import_module(inside if _installed(inside) else name).main)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a clone with src/ on the path
+        return False
+
+
+def plain_words(arguments: Sequence[str]) -> list[str]:
+    """`photo.jpg -x 2 -o big.png` as `input=[photo.jpg] scale=2 output=big.png`; what is `key=value` stays."""
+    inputs, keys, rest = [], [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word in WORDS and rest:
+            keys.append(f"{WORDS[word]}={quoted(rest.pop(0))}")
+        elif word.startswith("-") or "=" in word:
+            keys.append(word)
+        else:
+            inputs.append(word)
+    if len(inputs) == 1:
+        return [f"input={quoted(inputs[0])}", *keys]
+    return [f"input=[{','.join(map(quoted, inputs))}]", *keys] if inputs else keys
+
+
+def quoted(word: str) -> str:
+    """Any word in the grammar of Hydra's command line, where a backslash counts only before a quotation mark."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), word) + "'"

@@ -1,0 +1,84 @@
+"""The command `drrn` and the package that `pip install .` makes: whole, and at work in any folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from drrn.command_line import COMMANDS, plain_words
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("photo.jpg|-x|2", {"input": "photo.jpg", "scale": "2"}),
+        ("a (1).png|-x|2.5|-o|b, c's.png", {"input": "a (1).png", "scale": "2.5", "output": "b, c's.png"}),
+        ("a.png|b=c.png|-x|3|--output|x", {"input": "a.png", "b": "c.png", "scale": "3", "output": "x"}),
+        ("a\\b.png|c\\'d\\", {"input": ["a\\b.png", "c\\'d\\"]}),
+        ("input=[a.png]|scale=2|--help", {"input": ["a.png"], "scale": 2}),
+    ],
+)
+def test_plain_words_are_keys(words: str, expected: dict[str, object]) -> None:
+    """By Hydra's own parser, which is what reads them next."""
+    made = [word for word in plain_words(words.split("|")) if word != "--help"]
+    parsed = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(made)}
+    assert {key: [*map(str, v)] if isinstance(v, list) else v for key, v in parsed.items()} == expected
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as `pip install .` leaves it, without what it depends on (which is here)."""
+    folder, pip = tmp_path_factory.mktemp("installed"), [sys.executable, "-m", "pip", "--quiet"]
+    clone = tmp_path_factory.mktemp("clone") / "drrn"  # a build leaves its traces beside the sources
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in files.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/")):
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            (clone / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, clone], check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_installed_package_is_whole(installed: Path) -> None:
+    for name in ("conf", "sweeps", "data/paper"):
+        ours = {p.relative_to(ROOT / name) for p in (ROOT / name).rglob("*") if p.suffix in (".yaml", ".csv")}
+        ours -= {p for p in ours if name == "sweeps" and p.parts[0] == "wandb"}  # made for a clone
+        assert ours
+        assert ours <= {p.relative_to(installed / "drrn" / name) for p in (installed / "drrn" / name).rglob("*")}
+    modules = {p.relative_to(ROOT / "src") for p in (ROOT / "src").rglob("*.py") if p.parent != ROOT / "src"}
+    assert modules <= {p.relative_to(installed) for p in installed.rglob("*.py")}
+    assert {p.stem for p in (installed / "drrn/commands").glob("*.py")} == set(COMMANDS)
+
+
+def test_the_installed_command_works_in_any_folder(installed: Path, tmp_path: Path) -> None:
+    def drrn(*words: str, code: int = 0) -> str:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("DRRN_")}
+        environment |= {"PYTHONPATH": str(installed), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        script = "import sys; from drrn.command_line import main; sys.argv[0] = 'drrn'; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    assert all(f"drrn {name}" in drrn() for name in COMMANDS)
+    assert "drrn upscale" in drrn("nonsense", code=2)
+    assert "model.B" in drrn("train", "model.B=0", code=2)
+    assert "DRRN_B3U4" in drrn("train", "sweeps=table4", "+budget=cpu", "seed=1,2", "plan=only")
+    said = drrn("evaluate", "method=bicubic", "sets=[demo_test]", "scales=[3]", "output=scores.json")
+    assert "29.65" in said
+    picture = ROOT / "docs/demo.png"
+    drrn("upscale", str(picture), "-x", "1.5", "-o", "big (1).png", "method=bicubic")
+    assert (tmp_path / "big (1).png").is_file()
+    assert not (tmp_path / "data").exists()  # what is fetched goes to the user's cache
