@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
@@ -16,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import drrn.sets
+from drrn.config import check_sets
 from drrn.errors import UserError
-from drrn.images import orientations, read_luminance, read_pixels
-from drrn.sets import DEMO_SETS, FETCHED_SETS, fetch, image_files, registered
+from drrn.images import check_whole, image_size, orientations, read_luminance, read_pixels
+from drrn.sets import DEMO_SETS, fetch, find_images, image_files, registered_sets, set_label
 
 # ---------------------------------------------------------------------- a server, and a registry that points at it
 
@@ -149,20 +152,21 @@ def test_a_failed_download_names_file_and_url_and_leaves_nothing(
 def test_a_registry_line_of_another_form_is_refused(line: str, tmp_path: Path) -> None:
     path = tmp_path / "registry.txt"
     path.write_text(f"# first\n{line}\n")
-    with pytest.raises(UserError, match="line 2"):
-        registered("Set5", path)
+    with pytest.raises(UserError, match=r"registry\.txt.*line"):
+        fetch("Set5", tmp_path, path)
 
 
 def test_a_missing_registry_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.txt is missing"):
-        registered("Set5", tmp_path / "nowhere.txt")
+        fetch("Set5", tmp_path, tmp_path / "nowhere.txt")
 
 
 def test_the_registry_of_the_project() -> None:
     """291 training images and the four benchmarks, each with a digest and an address of its own."""
-    files = {name: registered(name) for name in FETCHED_SETS}
-    counts = {name: len(listed) for name, listed in files.items()}
-    assert counts == {"T91": 91, "BSD200": 200, "Set5": 5, "Set14": 14, "BSD100": 100, "Urban100": 100}
+    counts = {"T91": 91, "BSD200": 200, "Set5": 5, "Set14": 14, "BSD100": 100, "Urban100": 100}
+    assert registered_sets() == counts
+    lines = [line.split() for line in drrn.sets.REGISTRY.read_text().splitlines()]
+    files = {s: {name: (sha, url) for name, sha, url in lines if name.startswith(f"{s}/")} for s in counts}
     entries = [entry for listed in files.values() for entry in listed.values()]
     assert all(len(sha) == len("sha256:") + 64 and url.startswith("https://") for sha, url in entries)
     assert len({url for _, url in entries}) == len(entries) == 510
@@ -180,15 +184,14 @@ def test_the_images_in_drrn_data_are_the_registered_ones(
     monkeypatch.setattr(drrn.sets, "_download", lambda *_: pytest.fail("nothing has to be downloaded"))
     if not (drrn_data / name).is_dir():
         pytest.skip(f"{name} is not in DRRN_DATA")
-    assert len(image_files(name, drrn_data)) == len(registered(name))
+    assert len(image_files(name, drrn_data)) == registered_sets()[name]
 
 
 def test_of_a_set_that_is_partly_there_the_present_images_are_taken(
     registry: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Urban100 is often incomplete: measuring takes what there is, and fetches only when there is none."""
-    monkeypatch.setattr(registered, "__defaults__", (registry,))
-    monkeypatch.setattr(fetch, "__defaults__", (registry, True))
+    monkeypatch.setattr(drrn.sets, "REGISTRY", registry)
     root = tmp_path / "data"
     assert len(image_files("Set5", root, complete=False)) == 2
     (root / "Set5/b.png").unlink()
@@ -222,10 +225,83 @@ def test_a_demo_set_that_is_not_shipped_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_folder_is_a_set(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a.jpg", "c.bmp", "notes.txt", ".hidden"):
+    for name in ("b.PNG", "a.jpg", "c.bmp", "notes.txt", ".hidden", "._a.png", ".b.jpg"):  # macOS leaves such
         (tmp_path / name).write_bytes(b"")
-    (tmp_path / "folder.png").mkdir()
-    assert [path.name for path in image_files(str(tmp_path), Path("unused"))] == ["a.jpg", "b.PNG", "c.bmp"]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.png").symlink_to("a.jpg")
+    assert [path.name for path in image_files(str(tmp_path), Path("unused"))] == [
+        "a.jpg",
+        "b.PNG",
+        "c.bmp",
+        "link.png",
+    ]
+
+
+@pytest.mark.parametrize("what", ["folder", "link to nothing", "loop", "pipe", "bytes", "escape"])
+def test_what_looks_like_a_member_and_is_none_is_named(what: str, tmp_path: Path) -> None:
+    """A mean over what is left would not be the set's."""
+    png(skimage.data.camera()[:20, :20], tmp_path / "a.png")
+    bad = tmp_path / {"bytes": "caf\udce9.png", "escape": "\x1b[2J.png"}.get(what, "b.png")
+    if what == "folder":
+        bad.mkdir()
+    elif what == "pipe":
+        os.mkfifo(bad)
+    elif what in ("bytes", "escape"):
+        png(skimage.data.camera()[:20, :20], bad)
+    else:
+        bad.symlink_to("nowhere.png" if what == "link to nothing" else "b.png")
+    with pytest.raises(UserError) as refusal:
+        image_files(str(tmp_path), Path("unused"))
+    shown = {"bytes": r"caf\xe9.png", "escape": r"\x1b[2J.png"}.get(what, "b.png")
+    assert f"{tmp_path}/{shown}" in str(refusal.value)
+    str(refusal.value).encode()
+    if what not in ("bytes", "escape"):
+        assert dict(find_images(tmp_path))[bad].startswith("is ")
+
+
+def test_images_of_other_formats_are_named_and_no_members(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "b.gif", "c.HEIC"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in image_files(str(tmp_path), Path("unused"))] == ["a.png"]
+    for name in ("b.gif", "c.HEIC"):
+        assert f"{tmp_path / name} is not read" in caplog.text
+
+
+def test_images_of_a_folder_with_its_folders(tmp_path: Path) -> None:
+    for name in ("a.png", "sub.png/b.png", ".trash/c.png", "sub.png/.d.png", "sub/e.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "again").symlink_to(".")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    found = {str(path.relative_to(tmp_path)): wrong for path, wrong in find_images(tmp_path, deep=True)}
+    assert {name for name, wrong in found.items() if wrong is None} == {"a.png", "sub.png/b.png"}
+    assert {name for name, wrong in found.items() if wrong} == {"loop.png", "sub/e.gif"}
+
+
+def test_a_set_is_called_by_what_it_holds(
+    registry: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drrn.sets, "REGISTRY", registry)
+    files = fetch("Set5", tmp_path / "data")
+    assert set_label("Set5", files) == "Set5"
+    assert set_label(str(tmp_path / "data/Set5"), files) == "Set5"
+    png(skimage.data.camera()[:20, :20], tmp_path / "data/Set5/mine.png")
+    assert set_label(str(tmp_path / "data/Set5"), [*files, tmp_path / "data/Set5/mine.png"]) == "data/Set5"
+    monkeypatch.chdir(tmp_path / "data")
+    (tmp_path / "imgs[hr]").mkdir()
+    assert set_label(".", files) == "data"
+    assert set_label("../imgs[hr]", files) == "imgs[hr]"
+
+
+def test_a_new_set_is_lines_in_the_registry(
+    registry: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["/m.png"] = content = png(skimage.data.camera()[:20, :20], tmp_path / "m.png")
+    registry.write_text(registry.read_text() + f"Manga109/m.png {digest(content)} {server.url}/m.png\n")
+    monkeypatch.setattr(drrn.sets, "REGISTRY", registry)
+    check_sets("sets", ["Manga109", "Set5"])
+    assert registered_sets() == {"Set5": 2, "T91": 1, "Manga109": 1}
+    assert image_files("Manga109", tmp_path) == [tmp_path / "Manga109/m.png"]
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
@@ -310,6 +386,51 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match=r"bomb\.png"):
         read_luminance(path)
+
+
+@pytest.mark.parametrize("kind", ["png", "deflate", "tiles"])
+def test_no_bit_flipped_in_the_pixels_gives_others(kind: str, tmp_path: Path) -> None:
+    """PNG and deflate TIFF have checksums; Pillow skips the one, libtiff stops before the other."""
+    pixels, path = skimage.data.chelsea()[90:154, 120:190], tmp_path / "image.tif"
+    if kind == "png":
+        whole, where = png(pixels, path.with_suffix(".png")), [(41, 7000)]
+        path = path.with_suffix(".png")
+    else:
+        import tifffile
+
+        tifffile.imwrite(
+            path, pixels, compression="zlib", photometric="rgb", tile=(32, 32) if kind == "tiles" else None
+        )
+        whole = path.read_bytes()
+        with Image.open(path) as image:
+            tags = image.tag_v2
+        places = zip(*(tags.get(a) or tags[b] for a, b in ((273, 324), (279, 325))), strict=True)
+        where = [(at, at + length) for at, length in places]
+    np.testing.assert_array_equal(read_pixels(path), pixels)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.integers(*where[rng.integers(len(where))])] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        for read in (read_pixels, image_size):
+            with pytest.raises(UserError, match=rf"{path.name} (is damaged|cannot be read)"):
+                read(path)
+
+
+def test_a_fax_that_libtiff_cannot_decode_is_refused(tmp_path: Path) -> None:
+    """libtiff says "bad code word" on stderr and makes something up."""
+    image = Image.fromarray(skimage.data.camera()[:64, :64]).convert("1")
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF", compression="group4")
+    path, damaged = tmp_path / "fax.tif", bytearray(buffer.getvalue())
+    path.write_bytes(damaged)
+    with Image.open(path) as opened:
+        check_whole(path, opened)
+        place = opened.tag_v2[273][0] + opened.tag_v2[279][0] // 2
+    damaged[place] ^= 0x55
+    path.write_bytes(damaged)
+    with Image.open(path) as opened, pytest.raises(UserError, match="fax"):
+        check_whole(path, opened)
 
 
 # ---------------------------------------------------------------------- orientations

@@ -20,8 +20,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from drrn.errors import UserError
-from drrn.sets import IMAGE_SETS
+from drrn.errors import UserError, printable
+from drrn.sets import is_set, known_sets
 
 T = TypeVar("T")
 DEEPEST = 10_000  # layers; the paper's deepest network has 52
@@ -335,10 +335,12 @@ def check_sets(name: str, sets: Sequence[str]) -> None:
     for one in sets:
         if os.sep in one and not Path(one).is_dir():
             raise UserError(f"{name}: the folder {one!r} does not exist")
-        if one not in IMAGE_SETS and not Path(one).is_dir():
+        if one != printable(one):
+            raise UserError(f"{name}: {one}: a name with bytes that are not UTF-8 or control codes; rename it")
+        if not is_set(one):
             raise UserError(
                 f"{name}: no set and no folder named {one!r}: give a folder of images, or one of "
-                f"{', '.join(IMAGE_SETS)}"
+                f"{', '.join(known_sets())}"
             )
 
 

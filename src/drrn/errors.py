@@ -1,6 +1,24 @@
-"""The error that only the user can mend, and words from files made fit to be printed."""
+"""The error that only the user can mend, and texts that a terminal can show."""
 
 from __future__ import annotations
+
+import unicodedata
+
+
+def printable(text: object) -> str:
+    """A text without what a terminal obeys: escapes, controls, marks that turn the direction of reading.
+
+    The bytes of a file name that are not UTF-8 (lone surrogates in Python) are written as `\\xe9`, so that the text
+    can be printed and encoded anywhere; line breaks as `\\n`.
+    """
+    return "".join(
+        c
+        if c.isprintable() or unicodedata.category(c) == "Zs"
+        else f"\\x{ord(c) - 0xDC00:02x}"
+        if 0xDC80 <= ord(c) <= 0xDCFF
+        else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
 
 
 class UserError(Exception):
@@ -9,7 +27,5 @@ class UserError(Exception):
     Its text names the value or file and says what to do. Entry points print it without a traceback.
     """
 
-
-def printable(text: object) -> str:
-    """A name or a sentence from somebody's file as a terminal may get it: no escapes, no line breaks."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
+    def __init__(self, text: object) -> None:
+        super().__init__("\n".join(map(printable, str(text).split("\n"))))

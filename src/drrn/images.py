@@ -1,30 +1,52 @@
-"""Where images come from: folders, the benchmark sets, scikit-image's photographs; and how they are read.
-
-A *set* is a folder of images. `T91`, `BSD200` (together the 291 training images), `Set5`, `Set14`, `BSD100`
-and `Urban100` are folders of that name under the data root, listed with SHA-256 and URL in
-`data/registry.txt` and fetched from there when absent. `demo_train` and `demo_test` are photographs inside
-scikit-image's wheel. Any other name is taken as the path of a folder.
-"""
+"""One image of a set: how it is read, checked, turned. (People's photographs are `drrn.photos`.)"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from drrn.errors import UserError
 from drrn.matlab import rgb2y
-from drrn.photos.enlarge import CHUNK
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 50_000_000  # far above any benchmark image
+LARGEST_TILE = 1 << 20  # pixels of a TIFF's tile that are fine whatever the size of the picture
+PIECE = 1 << 20  # bytes that are read or decompressed at a time
+
+# Every list of formats is made of these: suffix → what Pillow calls it.
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+}
+KINDS = tuple(dict.fromkeys(FORMATS.values()))
+# Images too, but in no set: they are named where one would expect them to be read. None: Pillow does not know it.
+OTHER_FORMATS = {
+    ".gif": "GIF",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".pnm": "PPM",
+    ".jp2": "JPEG2000",
+    ".avif": "AVIF",
+    ".heic": None,
+    ".heif": None,
+    ".jxl": None,
+}
 
 
 def sha256(path: Path) -> str:
@@ -33,51 +55,59 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """An 8-bit image, [H, W] if it is grey and [H, W, 3] if it is colour.
+# ---------------------------------------------------------------------- reading
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image of a set with its size, kind and checksums checked, its pixels not decoded yet.
 
     Raises:
-        UserError: the file is missing or cannot be decoded, or it is not 8-bit grey or RGB.
+        UserError: the file is missing, no image or damaged; or it is not 8-bit grey or RGB; or it is too large.
     """
+    from PIL import Image
+
     try:
+        if not path.is_file():
+            raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
         with Image.open(path, formats=KINDS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
                     f"{path}: {image.width}×{image.height} pixels; an image of a set has at most {MAX_PIXELS:,}"
                 )
-            if image.format == "TIFF":
-                check_tiff(path, image)
+            check_whole(path, image)
             arrangement = str(image.tile[0].args) if image.tile else ""
             if image.mode == "RGB" and ";16" in arrangement:  # Pillow would keep one byte of two
                 raise UserError(f"{path}: an 8-bit grey or RGB image is needed, this one has 16 bits a channel")
-            if image.mode == "P" and "transparency" not in image.info:  # some copies of the sets hold palettes
-                image = image.convert("RGB")
-            if image.mode not in ("L", "RGB"):
+            palette = image.mode == "P" and "transparency" not in image.info  # in some copies of the sets
+            if image.mode not in ("L", "RGB") and not palette:
                 kind = f"{image.mode}{' with transparency' if 'transparency' in image.info else ''}"
                 raise UserError(f"{path}: an 8-bit grey or RGB image is needed, this one is {kind}")
-            return np.asarray(image)
+            yield image
     except UserError:
         raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image, from its header alone.
+def read_pixels(path: Path) -> NDArray[np.uint8]:
+    """An 8-bit image, [H, W] if it is grey and [H, W, 3] if it is colour.
 
     Raises:
-        UserError: the file is missing or no image, or it has more than `MAX_PIXELS`.
+        UserError: the file is missing, damaged or cannot be decoded, or it is not 8-bit grey or RGB.
     """
-    try:
-        with Image.open(path, formats=KINDS) as image:
-            width, height = image.size
-    except Exception as error:  # Pillow's plugins raise many kinds for a damaged header
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{path}: {width}×{height} pixels; an image of a set has at most {MAX_PIXELS:,}")
-    return height, width
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB") if image.mode == "P" else image)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image; nothing is decoded.
+
+    Raises:
+        UserError: as `read_pixels`, but for damage that only decoding shows.
+    """
+    with _opened(path) as image:
+        return image.height, image.width
 
 
 def read_luminance(path: Path) -> NDArray[np.uint8]:
@@ -89,9 +119,7 @@ def read_luminance(path: Path) -> NDArray[np.uint8]:
         UserError: as `read_pixels`.
     """
     pixels = read_pixels(path)
-    if pixels.ndim == 2:
-        return pixels
-    return rgb2y(pixels)
+    return pixels if pixels.ndim == 2 else rgb2y(pixels)
 
 
 def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArray]:
@@ -103,26 +131,72 @@ def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArra
     return [np.fliplr(np.rot90(image, o % 4)) if o >= 4 else np.rot90(image, o) for o in which]
 
 
-FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".bmp": "BMP",
-}
-KINDS = tuple(dict.fromkeys(FORMATS.values()))  # as Pillow calls them
+# ---------------------------------------------------------------------- what Pillow does not check
 
 
-def check_tiff(path: Path, image: Image.Image) -> None:
-    """What Pillow does not: that the tiles have a sane size, and that no part of the picture is missing."""
-    width, height = image.size
-    side = [int(image.tag_v2.get(tag, 1)) for tag in (322, 323)]  # of a tile
-    if side[0] * side[1] > max(4 * width * height, CHUNK):
+def check_whole(path: Path, image: Image.Image) -> None:
+    """The damage that Pillow does not see: wrong checksums, missing parts, code words that mean nothing.
+
+    Args:
+        path: a file.
+        image: that file, opened by Pillow, not decoded yet.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if image.format == "PNG":
+        with path.open("rb") as file:
+            _check_png(path, file)
+    elif image.format == "TIFF":
+        _check_tiff(path, image)
+
+
+def _check_png(path: Path, file: BinaryIO) -> None:
+    """Compare the checksums of the chunks that a picture needs (Pillow skips those of its pixels)."""
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        left, kind = int.from_bytes(head[:4], "big"), head[4:]
+        checksum = zlib.crc32(kind)
+        while left and (piece := file.read(min(left, PIECE))):
+            checksum, left = zlib.crc32(piece, checksum), left - len(piece)
+        stored = file.read(4)
+        if len(stored) == 4 and kind[:1].isupper() and int.from_bytes(stored, "big") != checksum:
+            raise UserError(f"{path} is damaged: the checksum of its {kind.decode('latin-1')} part is wrong")
+        if kind == b"IEND":
+            return
+
+
+def _check_tiff(path: Path, image: Image.Image) -> None:
+    """Tiles of a sane size, no part of the picture missing, zlib's checksums, fax codes that libtiff knows."""
+    (width, height), tags = image.size, image.tag_v2
+    side = [int(tags.get(tag, 1)) for tag in (322, 323)]  # of a tile
+    if side[0] * side[1] > max(4 * width * height, LARGEST_TILE):
         raise UserError(f"{path} is damaged: a picture of {width}×{height} in tiles of {side[0]}×{side[1]}")
     parts = [tile for tile in image.tile if tile[0] != "libtiff"]  # libtiff counts for itself
     covered = sum((right - left) * (lower - upper) for left, upper, right, lower in (part[1] for part in parts))
-    planes = len(image.getbands()) if image.tag_v2.get(284) == 2 else 1
+    planes = len(image.getbands()) if tags.get(284) == 2 else 1
     if parts and covered < width * height * planes:
         raise UserError(f"{path} is damaged: it holds {covered / (width * height * planes):.0%} of its picture")
+    if tags.get(259) in (8, 32946):  # deflate; libtiff stops before the checksum where a strip is full
+        places = zip(*(tags.get(a, tags.get(b, ())) for a, b in ((273, 324), (279, 325))), strict=False)
+        room = 64 * width * height + PIECE  # bytes: no picture of this size has more
+        with path.open("rb") as file:
+            for at, length in places:
+                file.seek(at)
+                _check_deflated(path, file.read(min(length, path.stat().st_size)), room)
+    if tags.get(259) in (2, 3, 4):  # fax: libtiff says on stderr what it cannot decode, and decodes something else
+        code = "import sys; from PIL import Image; Image.open(sys.argv[1], formats=['TIFF']).load()"
+        said = subprocess.run([sys.executable, "-W", "ignore", "-c", code, path], stderr=subprocess.PIPE)
+        if said.stderr:
+            raise UserError(f"{path} is damaged: its fax code means nothing somewhere")
+
+
+def _check_deflated(path: Path, content: bytes, room: int) -> None:
+    """Decompress to the end, where the checksum stands; what comes out, `room` bytes at most, is not kept."""
+    stream = zlib.decompressobj()
+    try:
+        while content and not stream.eof and room > 0:
+            room -= len(stream.decompress(content, PIECE))
+            content = stream.unconsumed_tail
+    except zlib.error as error:
+        raise UserError(f"{path} is damaged: {error}") from error

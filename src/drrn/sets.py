@@ -1,19 +1,29 @@
-"""Named sets of images: listed in the registry, fetched and verified, or a folder."""
+"""Named sets of images: what `data/registry.txt` lists, photographs of scikit-image, or a folder.
+
+A *set* is a folder of images. `T91`, `BSD200` (together the 291 training images), `Set5`, `Set14`, `BSD100` and
+`Urban100` are folders of that name under the data root, listed with SHA-256 and URL in the registry and fetched from
+there when absent; lines in the registry make another one. `demo_train` and `demo_test` are photographs inside
+scikit-image's wheel. Any other name is taken as the path of a folder.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from drrn.errors import UserError
+from drrn.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from pooch import Pooch
 
 log = logging.getLogger(__name__)
 
 REGISTRY = Path(__file__).resolve().parents[2] / "data" / "registry.txt"
-
-IMAGE_SETS = ("T91", "BSD200", "Set5", "Set14", "BSD100", "Urban100", "demo_train", "demo_test")
 
 # Photographs only (no text pages, drawings, microscopy), and no scene on both sides of the split. Brick, grass and
 # gravel are photographs too, but such textures teach a small network little about the held-out ones.
@@ -21,31 +31,57 @@ DEMO_SETS = {
     "demo_train": ("astronaut.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"),
     "demo_test": ("camera.png", "chelsea.png", "coffee.png"),
 }
-FETCHED_SETS = tuple(name for name in IMAGE_SETS if name not in DEMO_SETS)
 TIMEOUT = 20  # seconds without a byte after which a download is tried again
 
 
-def registered(set_name: str, registry: Path = REGISTRY) -> dict[str, tuple[str, str]]:
-    """The files of one set in the registry: "Set5/baby.bmp" → ("sha256:…", URL).
+# ---------------------------------------------------------------------- the registry
+
+
+def registered_sets() -> dict[str, int]:
+    """The sets of the registry and how many images each has, in the order in which they stand there."""
+    return _counted(REGISTRY)
+
+
+@cache
+def _counted(registry: Path) -> dict[str, int]:
+    lines = registry.read_text().splitlines() if registry.is_file() else []
+    names = [line.split()[0] for line in lines if line.strip() and line[0] != "#"]
+    return dict(Counter(name.rpartition("/")[0] for name in names))
+
+
+def known_sets() -> list[str]:
+    """Every set that has a name."""
+    return [*registered_sets(), *DEMO_SETS]
+
+
+def is_set(name: str) -> bool:
+    """Whether a name is a known set's or a folder's."""
+    return name in DEMO_SETS or Path(name).is_dir() or name in registered_sets()
+
+
+def _registry(root: Path, path: Path) -> Pooch:
+    """The registered files: `.registry` "Set5/baby.bmp" → "sha256:…", `.urls` the same name → URL.
 
     Raises:
-        UserError: if the registry is absent or a line of it is not `name sha256:digest URL`.
+        UserError: the registry is absent, or a line of it is not `name sha256:digest URL`.
     """
-    if not registry.is_file():
-        raise UserError(f"{registry} is missing: it lists what to download; restore it from the repository")
-    files = {}
-    for number, line in enumerate(registry.read_text().splitlines(), start=1):
-        fields = line.split()
-        if not fields or fields[0].startswith("#"):
-            continue
-        if len(fields) != 3 or not fields[1].startswith("sha256:"):
-            raise UserError(f"{registry}, line {number}: expected `name sha256:digest URL`, found {line!r}")
-        if fields[0].startswith(f"{set_name}/"):
-            files[fields[0]] = (fields[1], fields[2])
-    return files
+    import pooch
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing: it lists what to download; restore it from the repository")
+    pooch.get_logger().setLevel(logging.WARNING)
+    fetcher = pooch.create(path=root, base_url="", registry=None, retry_if_failed=2)
+    try:
+        fetcher.load_registry(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error}") from error
+    for name, digest in fetcher.registry.items():
+        if not digest.startswith("sha256:") or name not in fetcher.urls:
+            raise UserError(f"{path}: the line of {name} is not `name sha256:digest URL`")
+    return fetcher
 
 
-def fetch(set_name: str, root: Path, registry: Path = REGISTRY, complete: bool = True) -> list[Path]:
+def fetch(set_name: str, root: Path, registry: Path | None = None, complete: bool = True) -> list[Path]:
     """The registered files of a set under `root`, each verified by its SHA-256.
 
     Present files are left alone; absent ones are downloaded by pooch, which writes to a temporary name,
@@ -54,7 +90,7 @@ def fetch(set_name: str, root: Path, registry: Path = REGISTRY, complete: bool =
     Args:
         set_name: "Set5", …
         root: the data root.
-        registry: the list of files.
+        registry: the list of files; None is the project's.
         complete: False downloads only when no file of the set is there, and otherwise takes those that are.
 
     Raises:
@@ -62,21 +98,22 @@ def fetch(set_name: str, root: Path, registry: Path = REGISTRY, complete: bool =
     """
     from drrn.images import sha256
 
-    files = registered(set_name, registry)
-    present = [name for name in files if (root / name).is_file()]
+    fetcher = _registry(root, registry or REGISTRY)
+    names = [name for name in fetcher.registry if name.rpartition("/")[0] == set_name]
+    present = [name for name in names if (root / name).is_file()]
     for name in present:
-        if (found := f"sha256:{sha256(root / name)}") != files[name][0]:
+        if (found := f"sha256:{sha256(root / name)}") != fetcher.registry[name]:
             raise UserError(
-                f"{root / name} is not the file that {registry.name} lists ({files[name][0]}): it is {found}. "
+                f"{root / name} is not the file that the registry lists ({fetcher.registry[name]}): it is {found}. "
                 "Delete it to have it fetched again, or point data.root (DRRN_DATA) elsewhere."
             )
-    if present and not complete:
-        if len(present) < len(files):
-            _warn_of_a_part(set_name, len(present), len(files), root)
+    missing = [name for name in names if name not in present]
+    if missing and present and not complete:
+        _warn_of_a_part(set_name, len(present), len(names), root)
         return [root / name for name in present]
-    if len(present) < len(files):
-        _download([name for name in files if name not in present], files, root)
-    return [root / name for name in files]
+    if missing:
+        _download(missing, fetcher, root)
+    return [root / name for name in names]
 
 
 @cache  # once for each set, however often it is listed
@@ -85,26 +122,21 @@ def _warn_of_a_part(set_name: str, present: int, whole: int, root: Path) -> None
                 present, whole, set_name, root)  # fmt: skip
 
 
-def _download(missing: list[str], files: dict[str, tuple[str, str]], root: Path) -> None:
+def _download(missing: list[str], fetcher: Pooch, root: Path) -> None:
     import pooch
     from rich.progress import track
 
-    pooch.get_logger().setLevel(logging.WARNING)
-    fetcher = pooch.create(
-        path=root,
-        base_url="",
-        registry={name: files[name][0] for name in missing},
-        urls={name: files[name][1] for name in missing},
-        retry_if_failed=2,
-    )
-    for name in track(missing, description=f"Fetching {missing[0].split('/')[0]} ({len(missing)} files)"):
+    for name in track(missing, description=f"Fetching {missing[0].rpartition('/')[0]} ({len(missing)} files)"):
         try:
             fetcher.fetch(name, downloader=pooch.HTTPDownloader(timeout=TIMEOUT))
         except Exception as error:  # pooch raises its own, requests' and OS errors alike
             raise UserError(
-                f"{name} could not be fetched from {files[name][1]}: {error}. Try again, or put the file at "
-                f"{root / name} yourself (expected {files[name][0]})."
+                f"{name} could not be fetched from {fetcher.urls[name]}: {error}. Try again, or put the file at "
+                f"{root / name} yourself (expected {fetcher.registry[name]})."
             ) from error
+
+
+# ---------------------------------------------------------------------- the members of a set
 
 
 def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
@@ -117,10 +149,9 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
             often incomplete) and fetches only when there is none.
 
     Raises:
-        UserError: the folder does not exist or holds no image, or a file cannot be fetched.
+        UserError: the folder does not exist or holds no image, something in it looks like an image and is none, a
+            name in it is not UTF-8, or a file cannot be fetched.
     """
-    from drrn.images import FORMATS
-
     if set_name in DEMO_SETS:
         package = importlib.util.find_spec("skimage")
         if package is None or package.submodule_search_locations is None:
@@ -130,15 +161,91 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
         if absent:
             raise UserError(f"this scikit-image does not ship {', '.join(absent)}: install the locked version")
         return [folder / name for name in DEMO_SETS[set_name]]
-    if set_name in FETCHED_SETS:
+    if set_name in registered_sets():
         return sorted(fetch(set_name, root, complete=complete))
     folder = Path(set_name)
     if not folder.is_dir():
+        _registry(root, REGISTRY)  # that it is there
         raise UserError(
-            f"no set and no folder named {set_name!r}: give a folder of images, or one of "
-            f"{', '.join((*FETCHED_SETS, *DEMO_SETS))}"
+            f"no set and no folder named {set_name!r}: give a folder of images, or one of {', '.join(known_sets())}"
         )
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS and path.is_file())
+    return folder_images(folder)
+
+
+def folder_images(folder: Path) -> list[Path]:
+    """The image files of a folder, by name: all of what looks like an image, or a refusal.
+
+    Raises:
+        UserError: there is none, one cannot be read or has a name that no record can hold.
+    """
+    from drrn.images import FORMATS
+
+    files = []
+    try:
+        found = list(find_images(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error}") from error
+    for path, wrong in found:
+        if wrong and path.suffix.lower() in FORMATS:
+            raise UserError(f"{path} {wrong}: take it out of the set, or mend it")
+        if wrong:
+            _warn_of_another(path, wrong)
+        elif path.name != printable(path.name):
+            raise UserError(f"{path}: a name with bytes that are not UTF-8 or control codes; rename it")
+        else:
+            files.append(path)
     if not files:
         raise UserError(f"{folder} holds no image ({', '.join(FORMATS)})")
     return files
+
+
+def find_images(folder: Path, deep: bool = False) -> Iterator[tuple[Path, str | None]]:
+    """All in a folder that looks like an image by its suffix, by name; hidden files do not.
+
+    Args:
+        folder: a folder.
+        deep: look into its folders too, but for hidden ones and links.
+
+    Yields:
+        (path, None) for a file, (path, what is wrong with it) for what cannot be read: a link to nothing or to
+        itself, a pipe, a folder called x.png, or a format that sets do not have.
+    """
+    from drrn.images import FORMATS, OTHER_FORMATS
+
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        suffix = path.suffix.lower()
+        if suffix in FORMATS and not path.is_file() and not (deep and path.is_dir()):
+            is_link = path.is_symlink() and not path.exists()
+            yield path, "is a link to nothing" if is_link else "is not a file"
+        elif suffix in OTHER_FORMATS and not path.is_dir():
+            yield path, f"is not read: sets are of {', '.join(FORMATS)}"
+        elif suffix in FORMATS and path.is_file():
+            yield path, None
+        if deep and path.is_dir() and not path.is_symlink():
+            yield from find_images(path, deep)
+
+
+@cache  # once for each file
+def _warn_of_another(path: Path, wrong: str) -> None:
+    log.warning("%s %s", printable(path), wrong)
+
+
+def set_label(set_name: str, files: list[Path]) -> str:
+    """What tables and records call a set: a known one by its name, a folder by its own.
+
+    A folder is called Set5 only if all its images are Set5's; another one of that name has its parent's before it.
+    """
+    if set_name in known_sets():
+        return set_name
+    folder = Path(set_name).resolve()
+    if folder.name not in known_sets():
+        return folder.name or str(folder)
+    from drrn.images import sha256
+
+    listed = {
+        digest for name, digest in _registry(folder, REGISTRY).registry.items() if name.startswith(f"{folder.name}/")
+    }
+    same = {f"sha256:{sha256(path)}" for path in files} <= listed
+    return folder.name if same else f"{folder.parent.name}/{folder.name}"

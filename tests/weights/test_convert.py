@@ -321,7 +321,7 @@ def test_info_says_what_a_file_holds_and_whether_it_fits_the_paper(tmp_path, cap
     assert said["d"] == "20 layers"
     assert said["k"].startswith("297,216 ")  # Sec. 4.3
     assert (said["form"], said["norm"], said["paper"]) == ("drrn", "batch", "fits it")
-    assert (said["scales"], said["origin"]) == ("×2, ×3, ×4", "a?[31mb")
+    assert (said["scales"], said["origin"]) == ("×2, ×3, ×4", "a\\x1b[31mb")
     said = info(capsys, input=port_file(tmp_path), U=25)
     assert said["d"] == "52 layers"
     for words in ("no BatchNorm", "no biases", "a ReLU on every identity", "4 features"):

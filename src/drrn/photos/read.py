@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrn.errors import UserError
-from drrn.images import KINDS, check_tiff
+from drrn.images import KINDS, check_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -124,8 +124,7 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
         bits = image.tag_v2.get(258, (8,)) if kind == "TIFF" else (8,)  # BitsPerSample
         if kind == "TIFF" and image.tag_v2.get(284) == 2 and max(bits) > 8:
             return _read_tifffile(path, max_pixels)  # planes of more than 8 bits, which Pillow muddles
-        if kind == "TIFF":
-            check_tiff(path, image)
+        check_whole(path, image)
         white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0
         image.load()
         info, notes = dict(image.info), []

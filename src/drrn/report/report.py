@@ -49,8 +49,9 @@ def check(cfg: DictConfig) -> ReportConfig:
 
 def report(config: ReportConfig) -> None:
     """Write everything that the given records and files allow."""
-    from drrn.report.tables import IMAGES, ablation_table, benchmark_table, from_record, from_scores, runs_table
+    from drrn.report.tables import ablation_table, benchmark_table, from_record, from_scores, runs_table
     from drrn.runs.record import find_records
+    from drrn.sets import registered_sets
 
     output = Path(config.output)
     records = [record for folder in config.runs for record in find_records(Path(folder))]
@@ -58,7 +59,7 @@ def report(config: ReportConfig) -> None:
     measured += [m for path in config.scores for m in from_scores(Path(path))]
     if records:
         write_table(runs_table(records), output / "runs")
-    if any(m.set_name in IMAGES for m in measured) or config.scores:
+    if any(m.set_name in registered_sets() for m in measured) or config.scores:
         write_table(benchmark_table(measured, "table2", ("psnr", "ssim")), output / "table2")
     with_ifc = [m for m in measured if "ifc" in m.values]
     if with_ifc:

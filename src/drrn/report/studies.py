@@ -24,7 +24,8 @@ from drrn.errors import UserError
 from drrn.home import CONF
 from drrn.identity import budget, structure_name
 from drrn.model import DRRN
-from drrn.report.tables import DIGITS, IMAGES, MISSING, Table, describe, over_seeds, paper_numbers
+from drrn.report.tables import DIGITS, MISSING, Table, describe, over_seeds, paper_numbers
+from drrn.sets import registered_sets
 
 ABLATION = ("B", "U", "weight_sharing", "multi_path")
 STRUCTURE = (*ABLATION, "features", "norm", "bias", "input_relu", "rectified_identity")
@@ -98,7 +99,7 @@ class Point:
 
 def _score(run: dict[str, Any], place: tuple[str, int], metric: str) -> float | None:
     for row in run.get("means", ()):
-        if (row["set"], row["scale"]) == place and row["images"] == IMAGES.get(row["set"], row["images"]):
+        if (row["set"], row["scale"]) == place and row["images"] == registered_sets().get(row["set"], row["images"]):
             return row.get(metric)
     return None
 

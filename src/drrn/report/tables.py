@@ -19,12 +19,12 @@ from typing import Any
 from drrn.errors import UserError
 from drrn.home import DATA
 from drrn.protocol import means
+from drrn.sets import registered_sets
 
 PAPER = DATA / "paper"
 MISSING = "–"  # a cell that nobody has measured
 # Structures that the paper calls otherwise; the second is Kim's own VDSR, whose numbers Table 2 cites.
 IN_PAPER = {"VDSR_d20_64f": "VDSR", "VDSR_d20_64f_noBN_noinputReLU": "VDSR"}
-IMAGES = {"Set5": 5, "Set14": 14, "BSD100": 100, "Urban100": 100}
 DIGITS = {"psnr": 2, "ssim": 4, "ifc": 3}
 
 
@@ -201,7 +201,7 @@ def _group(measurements: list[Measurement]) -> dict[tuple[str, str], dict[tuple[
 def _part(cell: list[Measurement], set_name: str) -> str:
     """What to say of means over a part of a set, which do not compare with means over the whole; else ""."""
     counted = sorted({m.images for m in cell})
-    whole = IMAGES.get(set_name, counted[-1])
+    whole = registered_sets().get(set_name, counted[-1])
     return "" if counted == [whole] else f" ({', '.join(map(str, counted))} of {whole} images)"
 
 
@@ -214,7 +214,7 @@ def benchmark_table(measurements: list[Measurement], name: str, metrics: tuple[s
     protocol = one_protocol(measurements)
     groups = _group(measurements)
     paper = {(r["method"], r["dataset"], int(r["scale"])): r for r in paper_numbers(name)}
-    known = any(m.set_name in IMAGES for m in measurements)
+    known = any(m.set_name in registered_sets() for m in measurements)
     places = list(dict.fromkeys((d, s) for _, d, s in paper)) if known else []
     places = list(dict.fromkeys([*places, *(p for cells in groups.values() for p in cells)]))
     columns = ["set", "scale"]

@@ -247,12 +247,12 @@ def evaluation_pixels(config: Config, first: int) -> int:
     """
     from PIL import Image
 
-    from drrn.sets import FETCHED_SETS, image_files
+    from drrn.sets import image_files, registered_sets
 
     data, trainer, pixels = config.data, config.trainer, 0
     validations = trainer.max_steps // trainer.val_check_interval - first // trainer.val_check_interval
     for name in data.val:
-        if name in FETCHED_SETS and not (Path(data.root) / name).is_dir():
+        if name in registered_sets() and not (Path(data.root) / name).is_dir():
             continue
         for file in image_files(name, Path(data.root), complete=False):
             with Image.open(file) as image:
