@@ -1,11 +1,14 @@
-"""Whole writes and locks."""
+"""Whole writes, locks, and what is asked of a file before it is read or written."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    where = f"{os.getpid()}-{threading.get_native_id()}"
+    partial = path.parent / f".{path.name[-40:]}.{where}.partial"  # short: names end at 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -34,7 +38,64 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except Exception as error:  # libraries raise their own kinds for a full or read-only disk
         raise UserError(f"{path} could not be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong is being said
+            partial.unlink(missing_ok=True)
+
+
+def check_output(name: str, path: Path, folder: bool = False) -> None:
+    """Refuse, before the work, an output that could not be written after it. Nothing is left on the disk.
+
+    Args:
+        name: the key that gives it, for the message.
+        path: of the file, or of the folder, that will be written; folders above it need not exist.
+        folder: whether it is a folder.
+
+    Raises:
+        UserError: it is a folder for a file or a file for a folder, its name is too long, or its place is read-only.
+    """
+    if "\0" in str(path) or (not folder and path.name in ("", "..")):
+        raise UserError(f"{name} = {str(path)!r}: name a file")
+    try:
+        long = next((part for part in path.parts if len(os.fsencode(part)) > 255), None)
+        if long is not None:
+            raise UserError(f"{name}: a name of {len(os.fsencode(long))} bytes ({long[:20]}…): at most 255")
+        kind = path.stat().st_mode if os.path.lexists(path) else None
+        if kind is not None and stat.S_ISDIR(kind) != folder:
+            raise UserError(f"{name} = {path}: is {'no folder' if folder else 'a folder: name a file in it'}")
+        if kind is not None and not folder and not stat.S_ISREG(kind):
+            raise UserError(f"{name} = {path}: is no regular file")
+        place = path if kind is not None and folder else path.parent
+        while not os.path.lexists(place):
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):  # the honest question: rights, file systems and quotas all have a say
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} = {path}: cannot be written there: {reason}") from error
+
+
+def check_regular(path: Path, at_most: int) -> int:
+    """Refuse what would be read for ever or fill the memory: pipes, devices, folders, huge files.
+
+    Args:
+        path: of a file that is about to be read; links are followed.
+        at_most: bytes.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        UserError: it is missing, no regular file, or larger.
+    """
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is no regular file")
+    if found.st_size > at_most:
+        raise UserError(f"{path} has {found.st_size:,} bytes: at most {at_most:,} are read")
+    return found.st_size
 
 
 def _flush(path: Path) -> None:
@@ -47,12 +108,15 @@ def _flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file whole or not at all, in UTF-8 whatever the locale.
+
+    File names that are not UTF-8 come as lone surrogates, which JSON can only hold as escapes.
+    """
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"  # before any file: what fails here is our bug
-    write_whole(path, lambda partial: partial.write_text(text))
+    write_whole(path, lambda partial: partial.write_bytes(text.encode("utf-8", "backslashreplace")))
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file; the kernel lets go of it when the process ends, however it ends. The file stays.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,12 +28,16 @@ def first_process() -> bool:
 def refusing() -> Iterator[None]:
     """Around the task of a Hydra entry point: a refusal is said in a line and exits with 2.
 
+    Paths count from where the command was given, whatever `hydra.job.chdir` says.
+
     Hydra lets SystemExit pass and would introduce anything else by "Error executing job with overrides". In a
     multirun the refusal is the job's result, which the sweeper gathers.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    if HydraConfig.initialized():
+        os.chdir(HydraConfig.get().runtime.cwd)
     try:
         yield
     except UserError as error:
@@ -50,6 +54,8 @@ def _refuse(reason: object) -> NoReturn:
 def launch(main: Callable[[], Any]) -> None:
     """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises to us instead of printing for itself
+    with suppress(AttributeError):  # no stream of Python's own
+        sys.stdout.reconfigure(errors="replace")  # a terminal without "×" or "γ" shows "?"; stderr escapes them
     # Read when torch is imported: threads that wait for each other spin for some microseconds and then sleep. By
     # default they spin for long, and on a machine that is shared with others a step then takes many times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

@@ -125,13 +125,14 @@ def test_a_signal_keeps_the_step_and_the_same_command_goes_on(
     assert stopped.value.code == 128 + number
     assert [signal.getsignal(s) for s in StopSignals.SIGNALS] == before
     record = read_record(folder / FILE)
-    assert (record["status"], record["error"]) == ("stopped", f"{number.name}: a signal ended it")
+    assert (record["status"], record["ended_by"]) == ("stopped", f"signal {number.name}")
     assert record["budget"]["steps"] == kept
     assert checkpoint(folder)["global_step"] == kept
     assert f"stopped by {number.name} at step {kept}; the same command goes on from there: python" in caplog.text
 
     train.train(config)  # `send` sends once
     compare(straight(*overrides), folder)
+    assert read_record(folder / FILE)["ended_by"] is None
     assert "error" not in read_record(folder / FILE)
 
 

@@ -230,7 +230,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         train.train(configure(*overrides))
     folder = run_dir(configure(*overrides))
     record = read_record(folder / FILE)
-    assert record["status"] == "failed"
+    assert (record["status"], record["ended_by"]) == ("failed", "error")
     assert "Interruption: the machine is gone" in record["error"]
     assert "Traceback" in (folder / "train.log").read_text()
     assert last_checkpoint(folder)["global_step"] == at
@@ -277,7 +277,7 @@ def test_a_run_that_was_stopped_goes_on(
         folder = trained(configure(*overrides))
     record = read_record(folder / FILE)
     steps = math.ceil(after / micro)
-    assert record["status"] == "stopped"
+    assert (record["status"], record["ended_by"]) == ("stopped", "timer")
     assert record["budget"]["steps"] == steps
     assert last_checkpoint(folder)["global_step"] == steps
     assert trained(configure(*overrides)) == folder  # the same command, which has its hour again

@@ -195,7 +195,7 @@ def failure(record: Path) -> str | None:
     return held["error"] if held.get("status") == "failed" else None
 
 
-def note_failure(record: Path, error: str) -> str:
+def note_failure(record: Path, error: str, ended_by: str = "error") -> str:
     """Make sure that a run's record says that it failed, and why: what failed first counts.
 
     Returns:
@@ -203,5 +203,5 @@ def note_failure(record: Path, error: str) -> str:
     """
     before = failure(record)
     if before is None and record.is_file():  # not on another machine, nor before there was one
-        write_json(record, {**read_record(record), "status": "failed", "error": error})
+        write_json(record, {**read_record(record), "status": "failed", "ended_by": ended_by, "error": error})
     return before or error

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from drrn.config import Config
+from drrn.disk import check_regular
 from drrn.errors import UserError
 from drrn.identity import experiment, run_name, structure_name
 from drrn.protocol import PAPER
 
 FORMAT = 1
 FILE = "record.json"
+LARGEST = 1 << 28  # bytes of a record; one of 100,000 rows has 20 MB
 PACKAGES = (
     "torch",
     "lightning",
@@ -42,8 +44,9 @@ def read_record(path: Path) -> dict[str, Any]:
         UserError: it is missing, not JSON, or of a format that this version does not read.
     """
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        check_regular(path, LARGEST)
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"{path} is not a readable run record: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is not a run record of format {FORMAT}")
@@ -60,7 +63,7 @@ def finished_record(folder: Path) -> Path | None:
     """
     own, others = folder / FILE, sorted(folder.parents[1].glob(f"*/{folder.name}/{FILE}"))
     paths = [*([own] if own.is_file() else []), *others]
-    return next((path for path in paths if read_record(path)["status"] == "finished"), None)
+    return next((path for path in paths if read_record(path).get("status") == "finished"), None)
 
 
 def find_records(folder: Path) -> list[dict[str, Any]]:
@@ -88,13 +91,20 @@ def git_commit() -> dict[str, Any] | None:
         return None
 
 
+def _version(package: str) -> str | None:
+    """None for what is not installed, such as wandb with `logger=csv`."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine and commit."""
     import torch
 
     return {
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -109,6 +119,10 @@ def environment() -> dict[str, Any]:
 def run_record(config: Config, network: Any) -> dict[str, Any]:
     """The record of a run that is about to start; `status`, `budget` and `scores` are filled in as it goes.
 
+    `status` is "running", "finished", "stopped" or "failed". `ended_by` says what ended it before its end: "signal
+    SIGTERM" (or another), "timer" (`trainer.max_time`), "user error", "error"; else null. Programs decide on these
+    two; `error` is text for people. Records of earlier versions have no `ended_by`.
+
     Args:
         config: the whole checked configuration.
         network: a `drrn.model.DRRN`.
@@ -118,6 +132,7 @@ def run_record(config: Config, network: Any) -> dict[str, Any]:
         "name": run_name(config),
         "study": config.study,
         "status": "running",
+        "ended_by": None,
         "experiment": experiment(config),
         "seed": config.seed,
         "structure": {

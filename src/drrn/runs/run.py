@@ -191,7 +191,10 @@ def train(config: Config) -> None:
         trainer.test(module, datamodule=data, verbose=False)
         record["scores"], record["means"] = module.scores, means(module.scores)
         record["validation"] = module.validation
-        record["status"] = "finished" if trainer.global_step >= data.max_steps else "stopped"
+        if trainer.global_step >= data.max_steps:
+            record["status"] = "finished"
+        else:
+            record["status"], record["ended_by"] = "stopped", "timer"
         for row in record["means"]:
             log.info(
                 "%s ×%d: PSNR %.2f dB (bicubic %.2f), SSIM %.4f (bicubic %.4f), %d images",
@@ -301,21 +304,25 @@ def recorded(path: Path, record: dict, stop: StopSignals) -> Iterator[None]:
     except BaseException as error:
         elsewhere = failure(path) if rank_zero_only.rank == 0 and not isinstance(error, UserError) else None
         if elsewhere is not None:  # another process failed, and this one lost it or was ended
-            record["status"], record["error"] = "failed", elsewhere
+            record |= {"status": "failed", "ended_by": "error", "error": elsewhere}
             log.error("%s failed: %s", record["name"], elsewhere)
             raise
         if stop.asked is not None or isinstance(error, Stopped):  # a worker may have been ended before we were
             stopped = error if isinstance(error, Stopped) else Stopped(stop.asked)
-            record["status"], record["error"] = "stopped", f"{stopped}: a signal ended it"
+            record |= {"status": "stopped", "ended_by": f"signal {stopped}", "error": f"{stopped}: a signal ended it"}
             step = record.get("budget", {}).get("steps", 0)
             command = shlex.join(word for word in sys.argv if word != "ckpt_path=null")  # that starts afresh
             log.warning(
                 "stopped by %s at step %d; the same command goes on from there: python %s", stopped, step, command
             )
             raise stopped from None
-        record["status"], record["error"] = "failed", f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyboardInterrupt):
+            record |= {"status": "stopped", "ended_by": "signal SIGINT", "error": "KeyboardInterrupt"}
+            raise
+        by = "user error" if isinstance(error, UserError) else "error"
+        record |= {"status": "failed", "ended_by": by, "error": f"{type(error).__name__}: {error}"}
         if rank_zero_only.rank > 0:
-            note_failure(path, f"{record['error']} (in process {rank_zero_only.rank})")
+            note_failure(path, f"{record['error']} (in process {rank_zero_only.rank})", by)
         if not isinstance(error, UserError | SystemExit):
             log.exception("%s failed", record["name"])  # into the run's log too
         raise

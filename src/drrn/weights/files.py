@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drrn.config import ModelConfig
+from drrn.disk import check_regular
 from drrn.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,14 +32,10 @@ def read_bytes(path: Path) -> bytes:
     """A whole file.
 
     Raises:
-        UserError: it is missing, unreadable, no regular file (a FIFO, a device) or larger than `LIMIT`.
+        UserError: it is missing, unreadable, no regular file or larger than `LIMIT`.
     """
+    check_regular(path, LIMIT)  # /dev/zero never ends, and a FIFO may never begin
     try:
-        size = path.stat().st_size
-        if not path.is_file():  # /dev/zero never ends, and a FIFO may never begin
-            raise UserError(f"{path} cannot be read: it is no regular file")
-        if size > LIMIT:
-            raise UserError(f"{path} has {size:,} bytes: no network of this family needs more than {LIMIT:,}")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
