@@ -92,7 +92,7 @@ def check_regular(path: Path, at_most: int) -> int:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path} is no regular file")
+        raise UserError(f"{path} cannot be read: it is no regular file")
     if found.st_size > at_most:
         raise UserError(f"{path} has {found.st_size:,} bytes: at most {at_most:,} are read")
     return found.st_size
