@@ -34,7 +34,7 @@ def resolve(name: str, node: Any, kind: type) -> tuple[type, dict[str, Any]]:
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{name}._target_ = {path!r}: there is no such class ({error})") from error
     if not isinstance(found, type) or not issubclass(found, kind):
         raise UserError(f"{name}._target_ = {path!r}: is no {kind.__module__}.{kind.__name__}")
