@@ -61,7 +61,12 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from hydra.errors import HydraException
 
+    from drrn.help import explained, show
+
     try:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            show(sys.modules[main.__module__].__doc__ or "", sys.argv[1:])
+            return
         main()
     except KeyboardInterrupt:  # Ctrl-C while there is nothing to keep
         print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -70,6 +75,7 @@ def launch(main: Callable[[], Any]) -> None:
         if not str(error).startswith("Config group override"):  # Hydra's words for model=5
             raise
         _refuse(f"{error}, in {' '.join(sys.argv[1:])}")
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        cause = f"\n{error.__cause__}" if isinstance(error, HydraException) and error.__cause__ else ""
-        _refuse(f"{error}{cause}")
+    except HydraException as error:
+        _refuse(explained(error, sys.argv[1:]))
+    except (UserError, OmegaConfBaseException) as error:
+        _refuse(error)

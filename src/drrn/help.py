@@ -1,0 +1,149 @@
+"""What a command says of itself, and how it answers what it does not understand.
+
+`--help` shows what the command does, two examples, its groups, and every key with its value and its comment in conf/.
+Hydra's own errors become one line each, with what was probably meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+from drrn.home import CONF, HOME
+
+CONFIGS = {"train": "config", "prepare": "config"}  # the others' are called as they are
+GROUPS = {"train": None, "prepare": ("data",)}  # None: all of conf/ and sweeps/
+
+
+def command() -> str:
+    """The command's name: `train` for src/train.py and for `drrn train`."""
+    return Path(sys.argv[0]).stem.split()[-1]
+
+
+def show(about: str, arguments: Sequence[str]) -> None:
+    """Print the help of the command that runs.
+
+    Args:
+        about: its docstring: a sentence, and examples.
+        arguments: of the command line; what they override is shown as they set it.
+    """
+    name = command()
+    cfg = composed(CONFIGS.get(name, name), [a for a in arguments if not a.startswith("-")])
+    lines = [about.strip(), ""]
+    if groups := list(choices(name)):
+        width = max(len(group) for group, _ in groups)
+        lines += ["Groups (group=name):", *(f"  {group:{width}}  {', '.join(n)}" for group, n in groups), ""]
+    lines.append("Keys (key=value; -m key=a,b for several):" if name == "train" else "Keys (key=value):")
+    known = comments()
+    for key, value in flat(cfg):
+        text, comment = f"  {key}={shown(value)}", known.get((name, key), "")
+        lines.append(f"{text:34}  # {comment}" if comment else text)
+    lines += ["", "Hydra's own options: --hydra-help. More: README.md, docs/, conf/."]
+    print("\n".join(lines))
+
+
+def composed(config: str, overrides: Sequence[str] = ()) -> Any:
+    """A command's configuration as Hydra composes it."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose(config, list(overrides))
+
+
+def choices(name: str) -> Iterator[tuple[str, list[str]]]:
+    """A command's groups and what there is to choose."""
+    wanted = GROUPS.get(name, ())
+    for folder in [*sorted(Path(CONF).iterdir()), HOME / "sweeps"]:
+        if folder.is_dir() and folder.name != "hydra" and (wanted is None or folder.name in wanted):
+            yield folder.name, sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def flat(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a configuration with its value, `model.B`."""
+    for key in cfg:
+        value = cfg._get_node(key)
+        if OmegaConf.is_dict(value) and len(value):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", cfg[key] if not OmegaConf.is_interpolation(cfg, key) else value._value()
+
+
+def shown(value: Any) -> str:
+    """As it is typed."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return "[" + ",".join(map(shown, value)) + "]" if OmegaConf.is_list(value) else str(value)
+
+
+def comments() -> dict[tuple[str, str], str]:
+    """(command, key) → what conf/ says beside it; keys of groups with the group's name in front."""
+    found: dict[tuple[str, str], str] = {}
+    line = re.compile(r"^(\w+):(?:.*?\s#\s(.*)|.*)$")
+    files = [(path, path.read_text().splitlines()) for path in sorted(Path(CONF).rglob("*.yaml"))]
+    for path, lines in sorted(files, key=lambda file: -len(file[1])):  # a group's basis before what departs from it
+        group = path.parent.relative_to(CONF).as_posix()
+        commands = [c for c in ("train", "prepare") if group != "." or path.stem == "config"] or [path.stem]
+        for text in lines:
+            if match := line.match(text):
+                for name in commands:
+                    key = match[1] if group == "." else f"{group}.{match[1]}"
+                    found.setdefault((name, key), match[2] or "")
+    return found
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean model.B?`, or nothing."""
+    by_small = {known.lower(): known for known in words}
+    near = difflib.get_close_matches(word.lower(), by_small, n=1, cutoff=0.6)
+    return f"; did you mean {by_small[near[0]]}?" if near else ""
+
+
+def explained(error: Exception, arguments: Sequence[str]) -> str:
+    """One of Hydra's errors in a line that says what to type."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    if isinstance(error, OverrideParseException):
+        key, equals, value = error.override.partition("=")
+        if not equals:
+            return f"{error.override!r}: give KEY=VALUE, such as {CONFIGS.get(command(), 'input=photo.jpg')}"
+        quoted = value.replace('"', '\\"')
+        return (
+            f"{error.override!r} has characters that mean something to Hydra: quote the value once more, "
+            f"""'{key}="{quoted}"'"""
+        )
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={name}: allowed are {', '.join(error.options)}{closest(name, error.options)}"
+    several = [a for a in arguments if is_sweep(a)]
+    if several and "-m" not in arguments and "--multirun" not in arguments:
+        key, _, value = several[0].partition("=")
+        return f"{several[0]}: several values make a sweep: add -m; a list is typed {key}=[{value}]"
+    if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
+        key = error.__cause__.full_key or ""
+        name = command()
+        known = [k for k, _ in flat(composed(CONFIGS.get(name, name)))] + [group for group, _ in choices(name)]
+        if "." not in key:  # model.b says `model.b`, modle.B only `modle`
+            key = next((a.partition("=")[0] for a in arguments if a.startswith(f"{key}.")), key)
+        return f"{key}: there is no such key{closest(key, known)} (`--help` lists them)"
+    lines = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
+    return " ".join(" ".join(lines).split())
+
+
+def is_sweep(argument: str) -> bool:
+    """Whether `key=a,b` gives several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(argument).is_sweep_override()
+    except HydraException:
+        return False

@@ -1,0 +1,61 @@
+"""`--help`, and what a command answers to keys, groups and values that it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from drrn.command_line import COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_opens_with_a_sentence_and_two_examples(name: str, entry_point: Callable) -> None:
+    code, out, err = entry_point(name, "--help")
+    assert (code, err) == (0, "")
+    about, _, keys = out.partition("Keys (key=value")
+    assert about.split("\n")[0].endswith((".", ":"))
+    assert about.count(f"python src/{name}.py") >= 2
+    lines = [line for line in keys.splitlines() if line.startswith("  ")]
+    assert len(lines) > 5
+    assert sum(" # " in line for line in lines) > 0.7 * len(lines)
+    assert ("Groups" in out) == (name in ("train", "prepare"))
+    assert "hydra." not in keys
+
+
+def test_help_shows_what_overrides_make_of_it(entry_point: Callable) -> None:
+    out = entry_point("train", "--help", "model=vdsr", "optim=quick")[1]
+    assert "model.B=19" in out
+    assert "optim.schedule=cosine" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "words"),
+    [
+        ("train", "modle.B=1", ["modle.B", "did you mean model.B?"]),
+        ("train", "model.b=1", ["model.b", "did you mean model.B?"]),
+        ("train", "optm=quick", ["optm", "did you mean optim?"]),
+        ("train", "optim=realease", ["paper, quick, release", "did you mean release?"]),
+        ("train", "trainer.precison=16-mixed", ["did you mean trainer.precision?"]),
+        ("train", "seed=1,2", ["add -m"]),
+        ("train", "ckpt_path=epoch=3-step=40.ckpt", ["""'ckpt_path="epoch=3-step=40.ckpt"'"""]),
+        ("upscale", "input=photo (1).png", ["""'input="photo (1).png"'"""]),
+        ("upscale", "inptu=photo.png", ["did you mean input?"]),
+        ("upscale", "photo.png", ["input=photo.jpg"]),
+        ("evaluate", "set=[Set5]", ["did you mean sets?"]),
+    ],
+)
+def test_a_slip_is_answered_in_one_line(name: str, argument: str, words: list[str], entry_point: Callable) -> None:
+    code, out, err = entry_point(name, argument)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"{name}.py: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_what_the_answer_says_to_type_works(entry_point: Callable) -> None:
+    """The quoting that is proposed reaches the command as the user's file name."""
+    err = entry_point("upscale", 'input="photo (1).png"', "scale=2", "method=bicubic", "output=b.png")[2]
+    assert "photo (1).png" in err
+    assert "quote" not in err
