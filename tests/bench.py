@@ -223,7 +223,7 @@ def reader(path: str, pairs: int, ours: bool) -> Callable[[], Any]:
     def read() -> None:
         if ours:
             data = Patches(Path(path))
-            loader = pair_loader(data, ShuffledBatches(len(data), 128, 1, max(1, pairs // 128)), 2)
+            loader = pair_loader(data, ShuffledBatches(len(data), 128, 1, steps=max(1, pairs // 128)), 2)
         else:
             data = PlainPatches(Path(path), len(Patches(Path(path))))
             sampler = np.random.default_rng(1).permutation(len(data))[:pairs].tolist()

@@ -147,12 +147,37 @@ def test_a_batch_larger_than_the_data_is_refused(configure: Callable, inline_poo
 
 def test_tasks_are_sets_times_scales(configure: Callable, tiny_images: Path, inline_pool: None) -> None:
     data = prepared(configure("data.scales=[2,3,4]", "data.val_scales=[3]", f"data.val=[{tiny_images},demo_test]"))
-    sets = (str(tiny_images), "demo_test")
+    sets = ("tiny", "demo_test")
     for stage in ("fit", "validate"):
         assert data.evaluation_tasks(stage) == [(name, 3) for name in sets]
     assert data.evaluation_tasks("test") == [(name, scale) for name in sets for scale in (2, 3, 4)]
     assert [str(task) for task in data.evaluation_tasks("test")[:2]] == ["tiny_x2", "tiny_x3"]
     assert str(Task("demo_test", 4)) == "demo_test_x4"
+
+
+def test_a_folder_that_is_not_set5_is_not_called_so(
+    configure: Callable, tiny_images: Path, tmp_path: Path, inline_pool: None
+) -> None:
+    shutil.copytree(tiny_images, tmp_path / "mine/Set5")
+    data = prepared(configure(f"data.val=[{tmp_path}/mine/Set5]"))
+    assert [str(task) for task in data.evaluation_tasks("test")] == ["mine/Set5_x2"]
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "checksum"])
+def test_an_image_that_cannot_be_measured_is_refused_before_any_patch_is_cut(
+    kind: str, configure: Callable, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_images, tmp_path / "val")
+    bad = tmp_path / "val/chelsea.png"
+    if kind == "RGBA":
+        Image.open(bad).convert("RGBA").save(bad)
+    else:
+        content = bytearray(bad.read_bytes())
+        content[200] ^= 1
+        bad.write_bytes(content)
+    monkeypatch.setattr("drrn.datamodule.prepare_patches", lambda *_: pytest.fail("too early"))
+    with pytest.raises(UserError, match=r"chelsea\.png"):
+        prepared(configure(f"data.val=[{tmp_path / 'val'}]"))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

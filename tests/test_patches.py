@@ -31,6 +31,7 @@ from PIL import Image
 import drrn.matlab
 import drrn.patch_build
 import drrn.patches
+from drrn.config import DataConfig
 from drrn.datamodule import pair_loader, turned
 from drrn.errors import UserError
 from drrn.images import image_size, orientations, read_luminance
@@ -584,7 +585,7 @@ def test_images_that_change_during_a_build_are_noticed(
         return read_luminance(path)
 
     monkeypatch.setattr(drrn.patch_build, "read_luminance", read_after_a_change)
-    with pytest.raises(UserError, match="does not exist" if change == "gone" else "changed while"):
+    with pytest.raises(UserError, match="cannot be read" if change == "gone" else "changed while"):
         prepare_patches("tiny", Recipe((str(images),), scales=(2,)), ANYWHERE, folder, workers=1)
     assert_nothing_left(folder)
 
@@ -643,7 +644,7 @@ def test_what_is_written_past_the_page_cache_is_what_was_meant(
     before = rng.integers(0, 256, 20 * page, dtype=np.uint8).tobytes()
     path = tmp_path / "file"
     path.write_bytes(before)
-    open_, pwrite, direct, supported = os.open, os.pwrite, [], False
+    open_, pwrite, special, direct, supported = os.open, os.pwrite, set(), [], False
     with suppress(OSError, AttributeError):
         os.close(os.open(path, os.O_WRONLY | os.O_DIRECT))
         supported = True
@@ -651,14 +652,19 @@ def test_what_is_written_past_the_page_cache_is_what_was_meant(
         monkeypatch.delattr(os, "O_DIRECT", raising=False)
 
     def opened(path: Path, flags: int, *rest: int) -> int:
-        if way == "not opened so" and flags & os.O_DIRECT:
+        past_the_cache = flags & getattr(os, "O_DIRECT", 0)
+        if way == "not opened so" and past_the_cache:
             raise OSError(errno.EINVAL, "not here")
-        return open_(path, flags, *rest)
+        descriptor = open_(path, flags, *rest)
+        if past_the_cache:
+            special.add(descriptor)
+        return descriptor
 
     def written(descriptor: int, content: NDArray, at: int) -> int:
-        if way == "not written so" and direct:
-            raise OSError(errno.EINVAL, "not here")
-        direct.append(at)
+        if descriptor in special:
+            if way == "not written so" and direct:
+                raise OSError(errno.EINVAL, "not here")
+            direct.append(at)
         return pwrite(descriptor, content[:page] if way != "directly" else content, at)
 
     monkeypatch.setattr(os, "open", opened)
@@ -871,6 +877,28 @@ def test_patches_pickle_without_their_handle(tiny_patches: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("how", ["in place", "replaced", "longer", "touched"])
+def test_a_file_that_is_changed_in_use_is_noticed(how: str, tiny_patches: Path, tmp_path: Path) -> None:
+    path = tmp_path / "patches.h5"
+    shutil.copy(tiny_patches, path)
+    patches = Patches(path)
+    patches[np.arange(4)]
+    patches.check_unchanged()
+    if how == "replaced":
+        shutil.copy2(path, tmp_path / "other")
+        (tmp_path / "other").rename(path)
+    elif how == "touched":
+        os.utime(path, (1, 1))
+    else:
+        with path.open("r+b") as file:
+            file.seek(0 if how == "longer" else -5, os.SEEK_END)
+            file.write(b"other")
+    with pytest.raises(UserError, match=r"patches\.h5 was changed while it was in use"):
+        pickle.loads(pickle.dumps(patches)).check_unchanged()
+    path.unlink()
+    patches.check_unchanged()  # whoever has it open reads on
+
+
 # ---------------------------------------------------------------------- order
 
 
@@ -941,7 +969,9 @@ def test_processes_and_micro_batches_partition_every_batch(micro: int, world: in
 def test_batches_that_cannot_be_made_are_refused_by_key() -> None:
     with pytest.raises(UserError, match=r"data\.batch_size = 11.*10 pairs"):
         ShuffledBatches(10, 11, seed=0)
+    data = DataConfig(batch_size=8)
     with pytest.raises(UserError, match=r"data\.batch_size = 8.*3 micro-batches × 1"):
-        ShuffledBatches(100, 8, seed=0, micro=3)
+        data.share(3)
     with pytest.raises(UserError, match=r"data\.batch_size = 8.*2 micro-batches × 3"):
-        ShuffledBatches(100, 8, seed=0, micro=2, world=3)
+        data.share(2, 3)
+    assert data.share(2, 2) == 2

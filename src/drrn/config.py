@@ -78,6 +78,20 @@ class DataConfig:
     batch_size: int = key("pairs of an optimiser step, over all devices and micro-batches", at_least=1)
     num_workers: int = key("processes that read patches", at_least=0, below=2**10)
 
+    def share(self, micro: int, processes: int = 1) -> int:
+        """Pairs of one process's micro-batch.
+
+        Raises:
+            UserError: they do not divide the batch.
+        """
+        if self.batch_size % (micro * processes):
+            shares = f"{micro} micro-batches × {processes} processes"
+            raise UserError(
+                f"data.batch_size = {self.batch_size} is the whole batch of a step: it must be a multiple "
+                f"of {shares} (trainer.accumulate_grad_batches = {micro})"
+            )
+        return self.batch_size // (micro * processes)
+
     def rules(self) -> None:
         """Sets that exist."""
         for name in ("train", "val"):
@@ -198,12 +212,7 @@ class Config:
 
     def rules(self) -> None:
         """What one group alone does not show; files that exist."""
-        micro = self.trainer.accumulate_grad_batches
-        if self.data.batch_size % micro:
-            raise UserError(
-                f"data.batch_size = {self.data.batch_size} is the whole batch of a step: it must be a multiple of "
-                f"trainer.accumulate_grad_batches = {micro}"
-            )
+        self.data.share(self.trainer.accumulate_grad_batches)
         if self.trainer.cuda_graph and (self.trainer_extra or {}).get("detect_anomaly"):
             raise UserError(
                 "trainer.cuda_graph = True and trainer.detect_anomaly = True: a graph cannot look for NaN"

@@ -13,25 +13,41 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from drrn.config import Config
+from drrn.config import Config, DataConfig
 from drrn.errors import UserError
 from drrn.images import image_size, orientations, read_luminance
 from drrn.metrics import SSIM_WINDOW
 from drrn.patch_build import prepare_patches
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches
 from drrn.protocol import prepare
-from drrn.sets import image_files
+from drrn.sets import image_files, set_label
 from drrn.workers import end_with_parent
 
 
 class Task(NamedTuple):
-    """One cell of a results table: a set at a scale."""
+    """One cell of a results table: a set, by its label, at a scale."""
 
     set_name: str
     scale: int
 
     def __str__(self) -> str:
-        return f"{Path(self.set_name).name}_x{self.scale}"
+        return f"{self.set_name}_x{self.scale}"
+
+
+def evaluation_sets(data: DataConfig) -> dict[str, list[Path]]:
+    """The sets to measure on, by label, each image looked at before hours of training.
+
+    Raises:
+        UserError: an image cannot be read, or is too small to be scored at the largest scale.
+    """
+    sets = {}
+    for name in data.val:
+        files = image_files(name, Path(data.root), complete=False)
+        for file in files:
+            check_size(file, max(*data.scales, *data.val_scales))
+        if sets.setdefault(label := set_label(name, files), files) is not files:
+            raise UserError(f"data.val: {name} is {label}, which is there already")
+    return sets
 
 
 def check_size(file: Path, scale: int) -> None:
@@ -48,7 +64,7 @@ def check_size(file: Path, scale: int) -> None:
 
 def _start_worker(worker: int) -> None:
     """Keep a terminal's Ctrl-C and a cluster's SIGTERM, sent to the run's group, from ending the workers of a step
-    that the run will still finish (`drrn.callbacks.StopSignals`); it ends them itself. When it is killed they end
+    that the run will still finish (`runs.stop.StopSignals`); it ends them itself. When it is killed they end
     too: PyTorch's own watch over it then waits for batches to leave through a pipe that nobody reads."""
     os.setpgrp()
     end_with_parent()
@@ -116,7 +132,7 @@ class SuperResolutionData(LightningDataModule):
     """Training patches and evaluation sets of a run.
 
     To Lightning the whole run is one epoch: `ShuffledBatches` counts the data's own epochs, so that a run can
-    stop and go on at any step. `prepare_data` may be called in every process: they wait for one another.
+    stop and be resumed at any step. `prepare_data` may be called in every process: they wait for one another.
 
     Args:
         config: a checked configuration; `data`, `seed` and `trainer` are used.
@@ -130,24 +146,30 @@ class SuperResolutionData(LightningDataModule):
     def prepare_data(self) -> None:
         """Fetch what is missing, build the patch file if it is not there, and settle the run's length."""
         data, root = self.data, Path(self.data.root)
+        self.sets = evaluation_sets(data)
         path = prepare_patches(data.name, Recipe.of(data), root, Path(data.patches), max(1, data.num_workers))
-        for name in data.val:
-            for file in image_files(name, root, complete=False):
-                check_size(file, max(*data.scales, *data.val_scales))
         self.patches = Patches(path, turns=8 if self.data.augment == "online" else 1)
         self.steps_per_epoch = self._batches().steps_per_epoch
         if self.max_epochs is not None:  # epochs of the data
             self.max_steps = max(1, round(self.max_epochs * self.steps_per_epoch))
 
     def _batches(self, **process: int) -> ShuffledBatches:
-        return ShuffledBatches(
-            len(self.patches), self.data.batch_size, self.seed, self.max_steps, micro=self.micro, **process
-        )
+        length, batch_size = len(self.patches), self.data.batch_size
+        return ShuffledBatches(length, batch_size, self.seed, steps=self.max_steps, micro=self.micro, **process)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep; Lightning calls this for every checkpoint, which must not rest on other patches.
+
+        Raises:
+            UserError: the patch file was changed since the run began.
+        """
+        self.patches.check_unchanged()
+        return {}
 
     def evaluation_tasks(self, stage: str) -> list[Task]:
         """Sets × scales: `data.val_scales` while training, every trained scale at the end."""
         scales = self.data.scales if stage == "test" else self.data.val_scales
-        return [Task(name, scale) for name in self.data.val for scale in scales]
+        return [Task(label, scale) for label in self.sets for scale in scales]
 
     def train_dataloader(self) -> DataLoader:
         """Batches of stored integers; the hooks below make them floats on the device."""
@@ -159,7 +181,7 @@ class SuperResolutionData(LightningDataModule):
     def _evaluation_dataloaders(self, stage: str) -> list[DataLoader]:
         loaders = []
         for task in self.evaluation_tasks(stage):
-            files = image_files(task.set_name, Path(self.data.root), complete=False)
+            files = self.sets[task.set_name]
             # Each process takes every world-size-th image: nothing is padded, nothing counted twice. One that
             # has none left gets an empty item: it takes part in the evaluation, which the others wait for.
             mine = files[self.trainer.global_rank :: self.trainer.world_size]

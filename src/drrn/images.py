@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from drrn.disk import check_regular
 from drrn.errors import UserError
 from drrn.matlab import rgb2y
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 50_000_000  # far above any benchmark image
 LARGEST_TILE = 1 << 20  # pixels of a TIFF's tile that are fine whatever the size of the picture
+LARGEST_FILE = 1 << 30  # bytes
 PIECE = 1 << 20  # bytes that are read or decompressed at a time
 
 # Every list of formats is made of these: suffix → what Pillow calls it.
@@ -68,8 +70,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     from PIL import Image
 
     try:
-        if not path.is_file():
-            raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+        check_regular(path, LARGEST_FILE)
         with Image.open(path, formats=KINDS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(

@@ -6,7 +6,6 @@ import gc
 import math
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -310,7 +309,7 @@ class SuperResolution(LightningModule):
         with torch.autocast(x.device.type, enabled=False):  # in float32 and in strips, as src/evaluate.py scores
             y = super_resolve(self.network, x[0, 0].float().cpu().numpy())
         prediction = torch.from_numpy(y)[None, None].to(x)
-        row: dict[str, Any] = {"set": Path(task.set_name).name, "scale": task.scale, "image": image}
+        row: dict[str, Any] = {"set": task.set_name, "scale": task.scale, "image": image}
         for name in ("psnr", "ssim"):
             metric = self.metrics[f"{name}_{dataloader_idx}"]
             row[name] = metric(prediction, truth, shave=task.scale).item()  # this image's value

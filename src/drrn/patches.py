@@ -126,6 +126,11 @@ def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
         raise UserError(f"{path} is damaged or not a patch file ({error}). {advice}") from error
 
 
+def _state(path: Path) -> tuple[int, int, int]:
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
 class Patches:
     """Pairs of a patch file by index, a whole batch in one call.
 
@@ -144,6 +149,7 @@ class Patches:
 
     def __init__(self, path: Path, turns: int = 1) -> None:
         self.path, self.turns = path, turns
+        self.seen = _state(path)
         with h5py.File(path, "r") as file:
             self.stored, self.size, _ = file["data"].shape
             self.data_at, self.label_at = (file[key].id.get_offset() for key in ("data", "label"))
@@ -167,6 +173,22 @@ class Patches:
             _read(self._file, y[a:b], self.label_at + int(row[a]) * y[0].nbytes)
         return (x, y) if self.turns == 1 else (x, y, turn)
 
+    def check_unchanged(self) -> None:
+        """Make sure that nobody has written to the file, or put another in its place, since it was opened first.
+
+        Its inode, size and time of the last change are compared: a new file of that name and any plain write show,
+        a write that sets the time back does not. A file that was deleted is still whole for who has it open.
+
+        Raises:
+            UserError: it is not what it was.
+        """
+        if self.path.exists() and _state(self.path) != self.seen:
+            raise UserError(
+                f"{self.path} was changed while it was in use: what was trained since the last checkpoint may rest "
+                "on other patches. Delete it to have it built again, then run the same command: it resumes from "
+                "that checkpoint."
+            )
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}
 
@@ -179,12 +201,13 @@ class ShuffledBatches:
     itself, which a disk does many times more slowly. An epoch's last incomplete batch is left out; which
     pairs that is differs from epoch to epoch.
 
-    The order depends on nothing but the arguments, so a run goes on exactly where it was: batch `start` of a
+    The order depends on nothing but the arguments, so a run resumes exactly where it was: batch `start` of a
     resumed run is the batch that the interrupted one would have read next.
 
     Args:
         length: pairs in all.
-        batch_size: pairs of an optimiser step, over all processes and micro-batches.
+        batch_size: pairs of an optimiser step, over all processes and micro-batches (`DataConfig.share` says
+            whether they divide it).
         seed: the run's seed.
         steps: optimiser steps of the whole run; None for one epoch.
         start: optimiser steps already taken.
@@ -192,7 +215,7 @@ class ShuffledBatches:
         rank, world: this process's share of every micro-batch.
 
     Raises:
-        UserError: the batch is larger than the data or cannot be shared evenly.
+        UserError: the batch is larger than the data.
     """
 
     def __init__(
@@ -200,6 +223,7 @@ class ShuffledBatches:
         length: int,
         batch_size: int,
         seed: int,
+        *,
         steps: int | None = None,
         start: int = 0,
         micro: int = 1,
@@ -208,11 +232,6 @@ class ShuffledBatches:
     ) -> None:
         if batch_size > length:
             raise UserError(f"data.batch_size = {batch_size} is more than the {length} pairs there are")
-        if batch_size % (micro * world):
-            raise UserError(
-                f"data.batch_size = {batch_size} is the whole batch of a step: it must be a multiple of "
-                f"{micro} micro-batches × {world} processes"
-            )
         self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
         self.steps = self.steps_per_epoch if steps is None else steps
         self.micro, self.rank, self.world = micro, rank, world

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drrn.errors import UserError, printable
+from drrn.home import DATA
 
 if TYPE_CHECKING:
     from pooch import Pooch
 
 log = logging.getLogger(__name__)
 
-REGISTRY = Path(__file__).resolve().parents[2] / "data" / "registry.txt"
+REGISTRY = DATA / "registry.txt"
 
 # Photographs only (no text pages, drawings, microscopy), and no scene on both sides of the split. Brick, grass and
 # gravel are photographs too, but such textures teach a small network little about the held-out ones.

@@ -270,7 +270,7 @@ def test_batchnorms_averages_are_the_mean_over_the_processes(machines: SimpleNam
     data.prepare_data()
     patches = Patches(data.patches.path)
     decay, mean, variance, weight = config.optim.bn_average, 0.0, 0.0, 0.0
-    for indices in ShuffledBatches(len(patches), 12, config.seed, 4):
+    for indices in ShuffledBatches(len(patches), 12, config.seed, steps=4):
         x, _ = patches[indices]
         data.trainer = SimpleNamespace(training=True)
         shares = data.on_after_batch_transfer((torch.from_numpy(x), torch.zeros(12, 31, 31)), 0)[0].split(6)

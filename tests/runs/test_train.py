@@ -547,6 +547,31 @@ def test_a_network_learns_the_photograph_it_sees(configure: Callable, tmp_path: 
     assert np.isfinite(mean["bicubic_ssim"])
 
 
+def test_patches_that_are_changed_in_place_end_the_run(
+    configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint rests on other pairs than those that the record names."""
+    config = configure(
+        f"output={tmp_path / 'runs'}", f"data.patches={tmp_path}", "trainer.max_steps=9", "trainer.checkpoint_every=2"
+    )
+    read, reads = Patches.__getitem__, []
+
+    def read_after_a_change(patches: Patches, indices: np.ndarray) -> tuple:
+        reads.append(indices)
+        if len(reads) == 7:
+            with patches.path.open("r+b") as file:
+                file.seek(-100, os.SEEK_END)
+                file.write(b"other")
+        return read(patches, indices)
+
+    monkeypatch.setattr(Patches, "__getitem__", read_after_a_change)
+    with pytest.raises(UserError, match="was changed while it was in use"):
+        train.train(config)
+    (path,) = (tmp_path / "runs").rglob(FILE)
+    assert read_record(path)["status"] == "failed"
+    assert sorted(path.parent.glob("checkpoints/*"))[-1].name in ("step00000004.ckpt", "step00000006.ckpt")
+
+
 def test_an_interrupted_run_does_not_go_on_with_other_images(configure: Callable, tmp_path: Path) -> None:
     """The images of a folder may change between two starts; the run's folder is the same, its data is not."""
     from drrn.disk import write_json

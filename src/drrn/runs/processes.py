@@ -67,12 +67,7 @@ class Processes:
                 f"process{'es were' if there > 1 else ' was'} started: give torchrun or srun as many on each node "
                 "as trainer.devices says (docs/distributed.md)"
             )
-        share = asked.accumulate_grad_batches * self.number
-        if config.data.batch_size % share:
-            raise UserError(
-                f"data.batch_size = {config.data.batch_size} is the whole batch of a step: it must be a multiple "
-                f"of {asked.accumulate_grad_batches} micro-batches × {self.number} processes"
-            )
+        config.data.share(asked.accumulate_grad_batches, self.number)
         if self.number > 1 and asked.sync_batchnorm and isinstance(trainer.accelerator, CPUAccelerator):
             raise UserError(
                 "trainer.sync_batchnorm = True: PyTorch's SyncBatchNorm runs on GPUs only; with false each process "

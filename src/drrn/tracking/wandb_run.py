@@ -215,7 +215,6 @@ class Tracker(Logger):
 
         from drrn.inference import super_resolve
         from drrn.report.pictures import side_by_side
-        from drrn.sets import image_files
 
         if not self.record["scores"]:
             return {}
@@ -224,8 +223,7 @@ class Tracker(Logger):
         chosen = [r["image"] for r in self.record["scores"] if (r["set"], r["scale"]) == (first, scale)][:PICTURES]
         pictures = {}
         try:
-            (place,) = (name for name in self.config.data.val if Path(name).name == first)
-            files = {path.name: path for path in image_files(place, Path(self.config.data.root), complete=False)}
+            files = {path.name: path for path in self.module.trainer.datamodule.sets[first]}
             network = {self.record["structure"]["name"]: lambda x: super_resolve(self.module.network, x)}
             for image in chosen:
                 figure = side_by_side(files[image], scale, network)
