@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from drrn import inference
-from drrn.fast import folded
+from drrn.errors import UserError
+from drrn.fast import folded, precision
+from drrn.fast import prepared as prepared_module
 from drrn.fast import strips as sizes
 from drrn.fast.folded import Folded
+from drrn.fast.prepared import forget, prepared
 from drrn.fast.stream import Stream
 from drrn.fast.strips import most_rows, tile_shape
 from drrn.images import read_luminance
 from drrn.inference import super_resolve, super_resolve_strips
 from drrn.model import DRRN
-from drrn.protocol import prepare
+from drrn.matlab import to_uint8
+from drrn.protocol import prepare, score
 from drrn.sets import image_files
 
 FAMILY = {
@@ -77,7 +81,12 @@ def tensor(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x.astype(np.float32))[None, None]
 
 
-def whole(network: DRRN, x: np.ndarray) -> np.ndarray:
+def at_once(network: DRRN, x: torch.Tensor) -> torch.Tensor:
+    """The folded network on the whole image."""
+    return Stream(Folded(network), x.shape[2])(x)
+
+
+def whole(network: nn.Module, x: np.ndarray) -> np.ndarray:
     """The plain network on the whole image."""
     with torch.no_grad():
         return network(tensor(x))[0, 0].numpy()
@@ -90,13 +99,12 @@ def whole(network: DRRN, x: np.ndarray) -> np.ndarray:
 def test_the_folded_network_is_the_network(structure, norm, onednn, monkeypatch):
     network = lively(norm=norm, **structure)
     with torch.backends.mkldnn.flags(enabled=onednn):
-        folded = Folded(network)
-        assert folded.rec.fused == (onednn and torch.backends.mkldnn.is_available())
+        assert Folded(network).rec.fused == (onednn and torch.backends.mkldnn.is_available())
         for shape in ((37, 50), (1, 1), (1, 40), (40, 1)):
             x = photograph(*shape) - 0.2  # where bicubic overshoots there are values below 0: ReLUs of x show
             expected = whole(network, x)
             assert np.abs(expected - x).max() > 1e-3  # it does something
-            np.testing.assert_allclose(folded(tensor(x))[0, 0].numpy(), expected, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(at_once(network, tensor(x))[0, 0].numpy(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("features", [1, 5, 16, 33])
@@ -110,7 +118,7 @@ def test_batches_go_through_the_folded_network():
     network = lively(B=1, U=2)
     x = torch.cat([tensor(photograph(20, 30)), tensor(photograph(40, 30)[20:])])
     with torch.no_grad():
-        torch.testing.assert_close(Folded(network)(x), network(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(at_once(network, x), network(x), rtol=0, atol=1e-5)
 
 
 def test_the_network_is_left_as_it_was_and_its_mode_does_not_matter():
@@ -176,7 +184,7 @@ def test_a_stream_leaves_cudnn_on_but_for_tf32(monkeypatch):
     monkeypatch.setattr(cudnn, "allow_tf32", True)
     monkeypatch.setattr(cudnn, "benchmark", True)
     with torch.backends.mkldnn.flags(enabled=False):
-        Folded(network)(tensor(photograph(9, 9)))
+        at_once(network, tensor(photograph(9, 9)))
     assert set(seen) == {(True, False, False)}
     assert (cudnn.allow_tf32, cudnn.benchmark) == (True, True)
 
@@ -204,7 +212,7 @@ def test_strips_compute_little_twice(U):
     x = np.zeros((600, 30), np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizes, "STRIP_BYTES", 0)
-        assert len(sizes.strips(network, x.shape, sizes.ROOM)) == 600 // 24 + 1
+        assert len(sizes.strips(prepared(network), x.shape, sizes.ROOM)) == 600 // 24 + 1
         pixels = computed(network, lambda: super_resolve(network, x))
     assert 2 * U * x.size < pixels < 1.05 * 2 * U * x.size
 
@@ -212,16 +220,16 @@ def test_strips_compute_little_twice(U):
 def test_a_large_image_goes_through_in_strips_within_its_room():
     """A 24-megapixel photograph by the paper's largest network: no overlap, and 1 GB is enough."""
     network = DRRN(1, 25, features=128)
-    assert most_rows(network, 6000, sizes.ROOM) >= sizes.STRIP_ROWS
-    strips = sizes.strips(network, (4000, 6000), sizes.ROOM)
+    assert most_rows(prepared(network), 6000, sizes.ROOM) >= sizes.STRIP_ROWS
+    strips = sizes.strips(prepared(network), (4000, 6000), sizes.ROOM)
     assert max(end - first for first, end in strips) == 24
     assert sum(strips, ()) == (0, *(end for _, end in strips for _ in range(2)))[:-1]  # they follow each other
-    heights = [end - first for first, end in sizes.strips(network, (512, 512), sizes.ROOM)]
+    heights = [end - first for first, end in sizes.strips(prepared(network), (512, 512), sizes.ROOM)]
     assert 24 < max(heights) <= sizes.STRIP_BYTES // (4 * 128 * 512)  # as high as is fast
-    assert sizes.strips(network, (70, 100), sizes.ROOM) == [(0, 70)]  # a small one at once
-    assert sizes.strips(network, (10, 20_000), sizes.ROOM) == [(0, 10)]  # a low one needs no rows kept
-    assert len(sizes.strips(network, (90, 7000), sizes.ROOM)) == 1  # keeping rows would need more
-    assert most_rows(network, 12000, sizes.ROOM) < sizes.STRIP_ROWS  # tiles
+    assert sizes.strips(prepared(network), (70, 100), sizes.ROOM) == [(0, 70)]  # a small one at once
+    assert sizes.strips(prepared(network), (10, 20_000), sizes.ROOM) == [(0, 10)]  # a low one needs no rows kept
+    assert len(sizes.strips(prepared(network), (90, 7000), sizes.ROOM)) == 1  # keeping rows would need more
+    assert most_rows(prepared(network), 12000, sizes.ROOM) < sizes.STRIP_ROWS  # tiles
 
 
 @pytest.mark.parametrize("shape", [(150, 70), (20, 90)])
@@ -243,7 +251,7 @@ def test_strips_and_tiles_by_the_memory_there_is(shape, monkeypatch):
     assert asked[10**9][-1][1] == shape[0]
     assert all(end == first for (_, end), (first, _) in itertools.pairwise(asked[10**9]))  # they follow each other
     assert (len(asked[10**9]) > 1) == (shape[0] > 24)
-    assert most_rows(network, shape[1], 30_000) < 0
+    assert most_rows(prepared(network), shape[1], 30_000) < 0
     assert len(asked[30_000]) == -(-shape[0] // (2 * network.receptive_radius))  # tiles of the least size
 
 
@@ -287,6 +295,7 @@ def test_a_smaller_overlap_would_show(monkeypatch):
     assert np.abs(super_resolve(network, x, tile=11) - expected).max() < 1e-6 * scale
     enough = network.receptive_radius
     monkeypatch.setattr(DRRN, "receptive_radius", property(lambda self: enough - 1))
+    forget(network)
     assert np.abs(super_resolve(network, x, tile=11) - expected).max() > 1e-5 * scale
 
 
@@ -348,7 +357,7 @@ def test_self_ensemble_is_the_mean_over_the_eight_orientations(tile, strips, mon
     room=st.integers(0, 10**9),
 )
 def test_tile_shapes_cover_the_image_and_fit(height, width, U, features, room):
-    network = NetworkLike(1, U, features)
+    network = Ready(1, U, features)
     h, w = tile_shape(network, (height, width), room)
     assert 1 <= h <= height
     assert 1 <= w <= width
@@ -360,35 +369,32 @@ def test_tile_shapes_cover_the_image_and_fit(height, width, U, features, room):
         assert h * width <= sizes.TILE_PIXELS
 
 
-class NetworkLike:
+class Ready:
     """What the division of an image asks of a network, which takes its time to make."""
+
+    device, itemsize, streams = torch.device("cpu"), 4, True
 
     def __init__(self, B: int, U: int, features: int) -> None:
         self.features, self.receptive_radius = features, (1 + 2 * U) * B + 1
 
-    def parameters(self):
-        return iter([torch.zeros(1)])
-
 
 def test_the_room_follows_the_memory_that_is_free(monkeypatch):
-    network = DRRN(1, 1, features=2)
     monkeypatch.setattr(sizes, "available_memory", lambda: 64 * 10**9)
-    assert sizes.free_room(network) == sizes.ROOM
+    assert sizes.free_room(torch.device("cpu")) == sizes.ROOM
     monkeypatch.setattr(sizes, "available_memory", lambda: 5 * 10**8)
-    assert sizes.free_room(network) == 2.5 * 10**8
+    assert sizes.free_room(torch.device("cpu")) == 2.5 * 10**8
 
 
 @pytest.mark.parametrize(
     ("free", "kept", "room"), [(8e9, 2e9, 4e9), (3e9, 5e9, 4e9), (1e9, 5e8, 7.5e8), (1e9, 0, 5e8)]
 )
 def test_the_room_on_a_gpu_counts_what_pytorch_keeps_where_that_is_much(monkeypatch, free, kept, room):
-    network = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda:1"))]))
     memory = {"free": int(free), "kept": int(kept)}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory["free"], 10**10))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100 + memory["kept"])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: memory.update(free=sum(memory.values()), kept=0))
-    assert sizes.free_room(network) == room
+    assert sizes.free_room(torch.device("cuda:1")) == room
 
 
 def test_available_memory_is_a_sane_number():
@@ -415,22 +421,24 @@ def said_by(code: str) -> str:
     ).stdout
 
 
-def test_three_feature_maps_are_alive_at_the_peak():
+@pytest.mark.parametrize(("precision", "size"), [("float32", 4), ("bf16", 2)])
+def test_three_feature_maps_are_alive_at_the_peak(precision, size):
     """In a process of its own, by the operating system's count."""
     if not Path("/proc/self/status").is_file():
         pytest.skip("the peak is read from Linux's /proc")
     code = """
 import torch
 from drrn.fast.folded import Folded
+from drrn.fast.stream import Stream
 from drrn.fast.strips import MAPS
 from drrn.model import DRRN
 status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
-folded = Folded(DRRN(1, 2, features=32).eval())
-folded(torch.rand(1, 1, 64, 64))
+folded = Folded(DRRN(1, 2, features=32).eval(), "{precision}")
+Stream(folded, 64)(torch.rand(1, 1, 64, 64))
 before = status("VmRSS")
-folded(torch.rand(1, 1, 1000, 1000))
-print((status("VmHWM") - before) / (1000 * 1000 * 32 * 4), MAPS)
-"""
+Stream(folded, 1000)(torch.rand(1, 1, 1000, 1000))
+print((status("VmHWM") - before) / (1000 * 1000 * 32 * {size}), MAPS)
+""".format(precision=precision, size=size)
     maps, said = map(float, said_by(code).split())
     assert 2 < maps < said + 0.3
 
@@ -452,13 +460,14 @@ def test_strips_take_the_room_that_they_were_given(structure):
 import numpy as np
 from drrn import inference
 from drrn.fast import strips as sizes
+from drrn.fast.prepared import prepared
 from drrn.model import DRRN
 status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
 network = DRRN(**{structure}, features=32).eval()
 sizes.STRIP_BYTES, row, shape = 0, 32 * 4 * 18_000, (100, 18_000)
 rows = sizes.STRIP_ROWS
-room = next(room for room in range(0, 10**9, row) if sizes.most_rows(network, shape[1], room) == rows)
-assert len(sizes.strips(network, shape, room)) > 3
+room = next(room for room in range(0, 10**9, row) if sizes.most_rows(prepared(network), shape[1], room) == rows)
+assert len(sizes.strips(prepared(network), shape, room)) > 3
 inference.super_resolve(network, np.zeros((40, 40)))
 x = np.ones(shape, np.float32)
 before = status("VmRSS")
@@ -477,13 +486,14 @@ def test_memory_of_strips_is_not_had_from_the_kernel_again_and_again():
     code = """
 import resource
 import numpy as np
+from drrn.fast.prepared import prepared
 from drrn.fast.strips import ROOM, strips
 from drrn.inference import super_resolve
 from drrn.fast.memory import keep_heap
 from drrn.model import DRRN
 {before}
 network, x, pages = DRRN(1, 1, features=32).eval(), np.zeros((900, 256), np.float32), []
-assert len(strips(network, x.shape, ROOM)) > 1
+assert len(strips(prepared(network), x.shape, ROOM)) > 1
 for _ in range(16):
     super_resolve(network, x)
     pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
@@ -491,22 +501,6 @@ print(pages[-1] - pages[7])  # the heap settles in the first images: small block
 """
     without, kept = (int(said_by(code.format(before=before))) for before in ("", "keep_heap()"))
     assert max(1000, 10 * kept) < without
-
-
-def test_blocks_beyond_the_heap_come_in_huge_pages():
-    if "[madvise]" not in (HUGE.read_text() if HUGE.is_file() else ""):
-        pytest.skip("Linux gives huge pages always, or never")
-    code = """
-import resource, torch
-from drrn.fast.memory import ask_for_huge_pages
-{before}
-torch.ones(10)
-pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(32 << 20)  # 128 MB
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - pages)
-"""
-    small, huge = (int(said_by(code.format(before=before))) for before in ("", "ask_for_huge_pages()"))
-    assert huge < small / 10
 
 
 @pytest.mark.parametrize("x", [np.zeros((3, 4, 1)), np.zeros(5), np.zeros((0, 4))], ids=["3-D", "1-D", "empty"])
@@ -519,3 +513,179 @@ def test_wrong_shapes_are_refused(x):
 def test_wrong_tiles_are_refused(tile):
     with pytest.raises(ValueError, match=f"tile = {tile}"):
         super_resolve(DRRN(1, 1, features=2), np.zeros((4, 4)), tile)
+
+
+# ---------------------------------------------------------------------- what is prepared
+
+
+def test_a_network_is_folded_once_and_again_when_it_changes(monkeypatch):
+    folded_now, fold = [], prepared_module.FOLDINGS[DRRN]
+    monkeypatch.setitem(prepared_module.FOLDINGS, DRRN, lambda *args: folded_now.append(args[1]) or fold(*args))
+    network, x = lively(B=1, U=1), photograph(9, 9)
+    before = super_resolve(network, x)
+    np.testing.assert_array_equal(super_resolve(network, x), before)
+    super_resolve(network, x, precision="bf16")
+    super_resolve(network, x)
+    assert folded_now == ["float32", "bf16"]
+    other = lively(seed=1, B=1, U=1)
+    changes = {
+        "a solver's step": lambda: torch.optim.SGD([network.conv_rec.weight], 1.0).step(),
+        "loaded": lambda: network.load_state_dict(other.state_dict()),
+        "a running average": lambda: network.norm_rec.running_mean.add_(0.1),
+        "a replaced tensor": lambda: setattr(network.conv_rec, "weight", nn.Parameter(network.conv_rec.weight * 2)),
+        "moved": lambda: network.double(),
+    }
+    network.conv_rec.weight.grad = torch.ones_like(network.conv_rec.weight)
+    for what, change in changes.items():
+        change()
+        network.float()
+        y = super_resolve(network, x)
+        np.testing.assert_allclose(y, whole(network, x), rtol=0, atol=1e-5, err_msg=what)
+        assert np.abs(y - before).max() > 1e-4 or what == "moved"
+        before = y
+    with torch.no_grad():
+        network.conv_rec.weight.data.mul_(2)  # PyTorch does not count it, nor what a CUDA graph writes
+    forget(network)
+    np.testing.assert_allclose(super_resolve(network, x), whole(network, x), rtol=0, atol=1e-5)
+
+
+def test_what_was_prepared_goes_with_the_network():
+    network = lively(B=1, U=1)
+    super_resolve(network, photograph(9, 9))
+    held = len(prepared_module._kept)
+    del network
+    gc.collect()
+    assert len(prepared_module._kept) < held
+
+
+def test_a_tensor_gives_a_tensor():
+    network, x = lively(B=1, U=1), photograph(20, 30)
+    y = super_resolve(network, torch.from_numpy(x))
+    assert (y.dtype, y.shape) == (torch.float32, x.shape)
+    assert not y.is_inference()
+    np.testing.assert_array_equal(y.numpy(), super_resolve(network, x))
+
+
+def test_synchronised_batchnorms_are_folded_and_other_norms_refused():
+    network, x = lively(B=1, U=2), photograph(20, 20)
+    expected = whole(network, x)
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network).eval()
+    np.testing.assert_allclose(super_resolve(network, x), expected, rtol=0, atol=1e-5)
+    network.norm_rec = nn.GroupNorm(1, 8)
+    with pytest.raises(TypeError, match="GroupNorm"):
+        super_resolve(network, x)
+
+
+class Toy(nn.Module):
+    """A network that nobody knows how to fold."""
+
+    receptive_radius = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+                                    nn.Conv2d(6, 1, 3, padding=1))  # fmt: skip
+        self.layers[1].running_mean.fill_(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layers(x)
+
+
+@pytest.mark.parametrize("how", [{}, {"tile": 9}, {"room": 20_000}, {"self_ensemble": True}, {"precision": "bf16"}])
+def test_any_network_goes_through_as_it_is(how):
+    torch.manual_seed(0)
+    network, x = Toy().eval(), photograph(41, 33)
+    expected = whole(network, x)
+    if how.get("self_ensemble"):
+        turned = [np.rot90(x[:, :: 1 - 2 * m], q) for m in (0, 1) for q in range(4)]
+        back = [np.rot90(whole(network, t.copy()), -q)[:, :: 1 - 2 * m]
+                for t, (m, q) in zip(turned, itertools.product((0, 1), range(4)), strict=True)]  # fmt: skip
+        expected = np.mean(back, axis=0)
+    network.train()
+    network.layers[1].eval()
+    parts = list(super_resolve_strips(network, lambda a, b: x[a:b], x.shape, **how))
+    assert (len(parts) > 1) == ("tile" in how or "room" in how)
+    np.testing.assert_allclose(np.concatenate(parts), expected, rtol=0, atol=1e-5)
+    assert [m.training for m in network.modules()] == [True, True, True, False, True, True]
+
+
+# ---------------------------------------------------------------------- bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("onednn", [True, False], ids=["oneDNN", "plain"])
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("structure", FAMILY.values(), ids=FAMILY)
+def test_bfloat16_is_the_same_to_its_rounding(structure, norm, onednn):
+    """Of feature maps; an image rounded to 8 bits of mantissa would be off by 1/512 before anything else."""
+    network = lively(norm=norm, **structure)
+    x = photograph(37, 50) - 0.2
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        forget(network)
+        y, exact = super_resolve(network, x, precision="bf16"), whole(network, x)
+    residual = np.abs(exact - x).max()
+    assert 0 < np.abs(y - exact).max() < 0.06 * residual
+    assert np.sqrt(np.mean((y - exact) ** 2)) < 0.01 * residual
+
+
+def test_the_first_convolution_stays_in_float32():
+    """A change of the image that bfloat16 would round away is seen, through a network that hands it on."""
+    network = DRRN(1, 0, features=2, norm="none")
+    with torch.no_grad():
+        for conv in (network.blocks[0].conv, network.conv_rec):
+            conv.weight.zero_()
+        network.blocks[0].conv.weight[:, 0, 1, 1] = torch.tensor([64.0, 64.0])
+        network.blocks[0].conv.bias.fill_(-64 * 0.75)
+        network.conv_rec.weight[0, :, 1, 1] = 1 / 64
+    x = np.full((5, 5), 0.7513, np.float32)  # between 0.75 and 0.754, bfloat16's steps
+    y = super_resolve(network, x, precision="bf16")
+    np.testing.assert_allclose(y, x + 2 * 0.0013, rtol=0, atol=2e-5)
+
+
+def test_strips_of_bfloat16_are_the_whole(monkeypatch):
+    network, x = lively(B=1, U=3), photograph(90, 40)
+    at_once = super_resolve(network, x, precision="bf16")
+    monkeypatch.setattr(sizes, "STRIP_BYTES", 0)
+    assert len(sizes.strips(prepared(network, "bf16"), x.shape, sizes.ROOM)) > 2
+    np.testing.assert_allclose(super_resolve(network, x, precision="bf16"), at_once, rtol=0, atol=1e-3)
+
+
+def test_auto_is_the_fastest_that_is_in_hardware(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for amx, avx, expected in ((True, False, "bf16"), (False, True, "bf16"), (False, False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        monkeypatch.setattr(precision, "onednn", lambda dtype: True)
+        assert precision.chosen("auto", cpu) == expected
+    for hardware, expected in ((True, "bf16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, h=hardware: h)
+        assert precision.chosen("auto", gpu) == expected
+    assert precision.chosen("auto", torch.device("mps")) == "float32"
+    assert precision.chosen("tf32", gpu) == "tf32"
+    with pytest.raises(UserError, match="precision = tf32: only NVIDIA"):
+        precision.chosen("tf32", cpu)
+
+
+def published(name: str) -> DRRN:
+    """Published weights, as src/convert.py reads them."""
+    folder = os.environ.get("DRRN_WEIGHTS")
+    if not folder:
+        pytest.skip("set DRRN_WEIGHTS to the folder that holds vdsr_291_adam.caffemodel")
+    return convert(Path(folder) / name)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_bfloat16_scores_as_float32(scale, drrn_data):
+    """Published weights on Set5: within 0.002 dB at each scale, and photographs the same to a grey level."""
+    network = published("vdsr_291_adam.caffemodel")
+    scores = {"float32": [], "bf16": []}
+    for path in image_files("Set5", drrn_data):
+        x, truth = prepare(read_luminance(path), scale)
+        results = {name: super_resolve(network, x, precision=name) for name in scores}
+        for name, y in results.items():
+            scores[name].append(score(y, truth, scale)["psnr"])
+        grey = [to_uint8(y).astype(int) for y in results.values()]
+        assert (np.abs(grey[0] - grey[1]) <= 1).mean() >= 0.999, path.name
+    exact, fast = (np.mean(values) for values in scores.values())
+    assert exact == pytest.approx({2: 37.5205, 3: 33.6536, 4: 31.2482}[scale], abs=5e-4)  # the plain module's
+    assert fast == pytest.approx(exact, abs=0.002)

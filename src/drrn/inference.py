@@ -1,29 +1,23 @@
-"""Running a trained network on whole images: any size, in bounded memory, as fast as is simple.
+"""Super-resolving whole images with any network: any size, in bounded memory.
 
-What the speed is made of (CPU, 128 features; `Folded` gives the same output to rounding):
-
-- BatchNorm disappears. Before its ReLU it is an affine map a channel; where the tensor in front of it is needed
-  nowhere else it is folded into the convolution that made that tensor, and into the identity added there.
-- The sum and the ReLU that follow a convolution run inside it (oneDNN post-ops), while its result is in cache.
-  Elsewhere (CUDA, a CPU without oneDNN) they run in place after it.
-- Channels last, weights in oneDNN's own order, three feature maps in work at any time.
-- An image goes through in strips, and each layer keeps the rows that it needs again (`Stream`): maps small enough
-  that memory need not be had from the kernel afresh (`machine.keep_heap`), and no overlap to compute twice.
-
-Further ideas belong into `Convolution` (another kernel) or `Stream` (another order of work); everything above them
-divides images.
+`drrn.fast.prepared` makes a network ready: folded where `FOLDINGS` knows how, otherwise as it is. Everything here
+divides images. A folded network takes an image in strips of its whole width, and each layer keeps the rows that it
+needs again, so nothing is computed twice. Any other network takes a large image in tiles that overlap by its
+receptive radius, and so does a folded one where tiles are asked for or memory is short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from drrn.fast.folded import Folded
-from drrn.fast.stream import Stream
+from drrn.fast.precision import chosen
+from drrn.fast.prepared import Prepared, forget, prepared
 from drrn.fast.strips import (
     LOW_STRIP_BYTES,
     STRIP_BYTES,
@@ -34,57 +28,66 @@ from drrn.fast.strips import (
     strips,
     tile_shape,
 )
-from drrn.images import orientations
-from drrn.model import DRRN
+
+__all__ = ["forget", "super_resolve", "super_resolve_strips"]
+
+Image = TypeVar("Image", NDArray[np.floating], Tensor)
+Rows = Callable[[int, int], NDArray[np.floating] | Tensor]
+Progress = Callable[[int, int], None]
 
 
 def super_resolve(
-    network: DRRN,
-    x: NDArray[np.floating],
+    network: nn.Module,
+    x: Image,
     tile: int | None = None,
     self_ensemble: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> NDArray[np.float32]:
+    progress: Progress | None = None,
+    precision: str = "float32",
+) -> Image:
     """The network's estimate of an image of any size; in parts when it is large, with the same result.
 
     Args:
-        network: on any device; BatchNorm uses its running statistics whatever mode the network is in.
-        x: interpolated luminance [H, W], 0…1.
+        network: [N, 1, H, W] → [N, 1, H, W] with a `receptive_radius`, on any device; BatchNorm uses its running
+            statistics whatever mode the network is in. What is prepared for it is kept for the next image.
+        x: interpolated luminance [H, W], 0…1; a tensor may be on any device.
         tile: side in pixels of what a tile adds to the result; it is computed with `receptive_radius` more
             pixels on every side that is not a border of the image. None: strips as wide as the image, which need
             no such overlap, or large tiles where there is no memory for them or the image is turned.
         self_ensemble: average the results for the 8 orientations of the image; takes 8 times as long.
         progress: called with (parts done, parts in all), first with 0.
+        precision: "float32", "tf32", "bf16", or "auto" for the fastest that the device computes in hardware.
 
     Returns:
-        [H, W], not clamped. The division changes it by rounding only (1e-5).
+        [H, W], float32, not clamped; an array for an array, a tensor on the network's device for a tensor. The
+        division changes it by rounding only (1e-5).
 
     Raises:
         ValueError: `x` is not [H, W] with at least one pixel, or `tile` is below 1.
+        UserError: the device has no such precision.
     """
-    x = np.asarray(x)
-    if x.ndim != 2 or x.size == 0:
-        raise ValueError(f"x is [H, W] with at least one pixel, not {x.shape}")
-    result, top = np.empty(x.shape, np.float32), 0
-    for strip in super_resolve_strips(network, lambda a, b: x[a:b], x.shape, tile, self_ensemble, progress):
-        result[top : top + len(strip)] = strip
-        top += len(strip)
-    return result
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"x is [H, W] with at least one pixel, not {tuple(x.shape)}")
+    parts = _parts(
+        network, lambda a, b: x[a:b], tuple(x.shape), tile, self_ensemble, progress, None, precision
+    )
+    y = torch.cat(list(parts))
+    return y if isinstance(x, Tensor) else y.cpu().numpy()
 
 
 def super_resolve_strips(
-    network: DRRN,
-    rows: Callable[[int, int], NDArray[np.floating]],
+    network: nn.Module,
+    rows: Rows,
     shape: tuple[int, int],
     tile: int | None = None,
     self_ensemble: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     room: int | None = None,
+    precision: str = "float32",
 ) -> Iterator[NDArray[np.float32]]:
     """`super_resolve` for an image that is never in memory as a whole.
 
     Args:
-        network, tile, self_ensemble, progress: as in `super_resolve`.
+        network, tile, self_ensemble, progress, precision: as in `super_resolve`.
         rows: called with (first, last + 1), gives those rows of the interpolated luminance [rows, W], 0…1, from
             the top. With tiles, neighbouring calls overlap by twice the receptive radius.
         shape: (H, W) of the whole.
@@ -94,32 +97,48 @@ def super_resolve_strips(
         Strips [h, W] of the result, from the top.
 
     Raises:
-        ValueError: `tile` is below 1.
+        ValueError, UserError: as `super_resolve`.
     """
+    for part in _parts(network, rows, shape, tile, self_ensemble, progress, room, precision):
+        yield part.cpu().numpy()
+
+
+def _parts(
+    network: nn.Module,
+    rows: Rows,
+    shape: tuple[int, int],
+    tile: int | None,
+    self_ensemble: bool,
+    progress: Progress | None,
+    room: int | None,
+    precision: str,
+) -> Iterator[Tensor]:
+    """Strips [h, W] of the result on the network's device, float32."""
     if tile is not None and tile < 1:
         raise ValueError(f"tile = {tile}: a tile has at least 1 pixel")
-    room = free_room(network) if room is None else room
-    fits = at_once(network, shape, room) or most_rows(network, shape[1], room) >= STRIP_ROWS
-    streams = tile is None and not self_ensemble and fits
-    folded, progress = Folded(network), progress or (lambda done, total: None)
-    if streams:
-        yield from _stream(folded, rows, shape, strips(network, shape, room), progress)
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    ready = prepared(network, chosen(precision, device))
+    room = free_room(device) if room is None else room
+    progress = progress or (lambda done, total: None)
+    fits = at_once(ready, shape, room) or most_rows(ready, shape[1], room) >= STRIP_ROWS
+    if tile is None and not self_ensemble and fits:
+        yield from _run(ready, rows, shape, strips(ready, shape, room), progress)
         return
 
-    def whole(x: NDArray[np.floating]) -> NDArray[np.float32]:
-        parts = strips(network, x.shape, room, LOW_STRIP_BYTES if tile else STRIP_BYTES)
-        return np.concatenate(list(_stream(folded, lambda a, b: x[a:b], x.shape, parts, lambda a, b: None)))
+    def whole(x: Tensor) -> Tensor:
+        parts = strips(ready, x.shape, room, LOW_STRIP_BYTES if tile else STRIP_BYTES)
+        return torch.cat(list(_run(ready, lambda a, b: x[a:b], x.shape, parts, lambda done, total: None)))
 
-    (height, width), radius = shape, network.receptive_radius
-    tile_height, tile_width = (tile, tile) if tile else tile_shape(network, shape, room)
+    (height, width), radius = shape, ready.receptive_radius
+    tile_height, tile_width = (tile, tile) if tile else tile_shape(ready, shape, room)
     tops, lefts = range(0, height, tile_height), range(0, width, tile_width)
     done, total = 0, len(tops) * len(lefts)
     progress(done, total)
     for top in tops:
         bottom = min(top + tile_height, height)
         above, below = max(top - radius, 0), min(bottom + radius, height)
-        x = np.asarray(rows(above, below), dtype=np.float32)
-        strip = np.empty((bottom - top, width), np.float32)
+        x = _tensor(rows(above, below)).to(device)
+        strip = torch.empty((bottom - top, width), device=device)
         for left in lefts:
             right = min(left + tile_width, width)
             before, after = max(left - radius, 0), min(right + radius, width)
@@ -131,28 +150,29 @@ def super_resolve_strips(
         yield strip
 
 
-def _stream(
-    folded: Folded,
-    rows: Callable[[int, int], NDArray[np.floating]],
-    shape: tuple[int, int],
-    parts: list[tuple[int, int]],
-    progress: Callable[[int, int], None],
-) -> Iterator[NDArray[np.float32]]:
+def _run(
+    ready: Prepared, rows: Rows, shape: tuple[int, int], parts: list[tuple[int, int]], progress: Progress
+) -> Iterator[Tensor]:
     """An image in strips of its whole width, rows (first, end) of it at a time."""
-    stream = Stream(folded, shape[0])
+    put = ready.open(shape[0])
     progress(0, len(parts))
     for done, (first, end) in enumerate(parts, start=1):
-        x = torch.from_numpy(np.array(rows(first, end), np.float32))
-        y = stream(x.to(folded.device, folded.dtype)[None, None])[0, 0].float().cpu().numpy()
+        x = _tensor(rows(first, end)).to(ready.device, ready.dtype)
+        y = put(x[None, None])[0, 0].float()
         progress(done, len(parts))
         if len(y):
             yield y
 
 
-def ensemble(whole: Callable[[NDArray], NDArray], x: NDArray[np.floating]) -> NDArray[np.float32]:
-    """The mean of `whole` over the 8 orientations, each turned back [h, w] → [h, w]."""
-    total = np.zeros(x.shape, np.float64)
-    for o, turned in enumerate(orientations(x)):
-        y = whole(turned)
-        total += np.rot90(np.fliplr(y) if o >= 4 else y, -(o % 4))
-    return (total / 8).astype(np.float32)
+def _tensor(x: NDArray[np.floating] | Tensor) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x, np.float32))
+
+
+def ensemble(whole: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The mean of `whole` over the paper's 8 orientations (Sec. 4.2), each turned back [h, w] → [h, w]."""
+    total = torch.zeros_like(x)
+    for mirrored in (False, True):
+        for quarters in range(4):
+            y = torch.rot90(whole(torch.rot90(x.fliplr() if mirrored else x, quarters)), -quarters)
+            total += y.fliplr() if mirrored else y
+    return total / 8

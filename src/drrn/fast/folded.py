@@ -1,4 +1,7 @@
-"""A network folded for inference: BatchNorm into the convolutions, sums and ReLUs fused."""
+"""DRRN folded for inference: BatchNorm into the convolutions, sums and ReLUs fused.
+
+What it is worth (two cores with AVX-512, B1U9, 128 features, 288×288, `make bench`): docs/performance.md, "inference".
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drrn.fast.precision import onednn
 from drrn.model import DRRN
 
 Affine = tuple[Tensor, Tensor] | None  # scale and shift of every channel; None: there is no BatchNorm
 
 
-# ---------------------------------------------------------------------- the network, folded
-
-
 def affine(norm: nn.Module) -> Affine:
-    """BatchNorm in evaluation mode as scale and shift of every channel, float64 [C]; None for no norm."""
-    if not isinstance(norm, nn.BatchNorm2d):
+    """BatchNorm in evaluation mode as scale and shift of every channel, float64 [C]; None for no norm.
+
+    Raises:
+        TypeError: neither a BatchNorm (synchronised or not) nor an Identity.
+    """
+    if isinstance(norm, nn.Identity):
         return None
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        raise TypeError(f"{type(norm).__name__} cannot be folded into a convolution")
     values = norm.running_mean, norm.running_var, norm.weight, norm.bias
     mean, var, weight, bias = (value.detach().cpu().double() for value in values)
     scale = weight / torch.sqrt(var + norm.eps)
@@ -32,22 +39,28 @@ class Convolution:
     Args:
         conv: weights and bias; copied.
         after: affine map of every output channel, folded into them.
+        dtype: in which it computes.
+        out: of its result; None: `dtype`. What comes in may have either.
+        layout: of weights and feature maps in memory.
     """
 
-    def __init__(self, conv: nn.Conv2d, after: Affine) -> None:
-        weight, bias = conv.weight, conv.bias
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        after: Affine,
+        dtype: torch.dtype = torch.float32,
+        out: torch.dtype | None = None,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
+        weight, bias = conv.weight.detach(), conv.bias
         if after is not None:
             scale, shift = after
             weight = weight.cpu().double() * scale[:, None, None, None]
             bias = shift if bias is None else bias.cpu().double() * scale + shift
-        self.bias = None if bias is None else bias.to(conv.weight)
-        self.weight = weight.to(conv.weight).contiguous(memory_format=torch.channels_last)
-        self.fused = (
-            self.weight.device.type == "cpu"
-            and self.weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled
-        )
+        self.dtype, self.out = dtype, out or dtype
+        self.bias = None if bias is None else bias.detach().to(conv.weight.device, dtype)
+        self.weight = weight.to(conv.weight.device, dtype).contiguous(memory_format=layout)
+        self.fused = self.weight.device.type == "cpu" and onednn(dtype)
         if self.fused:
             size = [1, self.weight.shape[1], 256, 256]  # a typical tile; only the order of the weights follows it
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, [1, 1], [1, 1], [1, 1], 1, size)
@@ -57,7 +70,9 @@ class Convolution:
 
         Not `padded`, there are no zeros above and below x: [N, C', H - 2, W].
         """
-        padding = [int(padded), 1]
+        return self._convolved(x.to(self.dtype), add, relu, [int(padded), 1]).to(self.out)
+
+    def _convolved(self, x: Tensor, add: Tensor | None, relu: bool, padding: list[int]) -> Tensor:
         if self.fused:  # the operators that Inductor emits on CPUs; torch's version is pinned
             geometry = (padding, [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
             if add is None:
@@ -93,21 +108,34 @@ class Folded:
     """
 
     @torch.inference_mode()
-    def __init__(self, network: DRRN) -> None:
+    def __init__(self, network: DRRN, precision: str = "float32") -> None:
+        """Prepare it.
+
+        Args:
+            network: on any device.
+            precision: of `drrn.fast.precision`. In bf16 the first and the last convolution and the global residual
+                stay in float32: bfloat16 would round the image to steps of 1/256, and the network sharpens that.
+        """
         parameter = next(network.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.tf32 = parameter.device, precision == "tf32"
+        self.wide = torch.promote_types(parameter.dtype, torch.float32)  # of what comes in and goes out
+        self.dtype = torch.bfloat16 if precision == "bf16" else self.wide  # of the feature maps
+        plain = self.device.type == "mps" or (self.device.type == "cuda" and precision == "float32")
+        self.layout = torch.contiguous_format if plain else torch.channels_last  # tensor cores want channels last
         packed: dict[nn.Conv2d, Convolution] = {}
 
         def convolution(conv: nn.Conv2d, after: Affine) -> Convolution:
-            if after is not None:
-                return Convolution(conv, after)
-            if conv not in packed:  # shared by all units when no BatchNorm tells them apart
-                packed[conv] = Convolution(conv, None)
-            return packed[conv]
+            shared = after is None  # by all units when no BatchNorm tells them apart
+            if shared and conv in packed:
+                return packed[conv]
+            first, last = conv is network.blocks[0].conv, conv is network.conv_rec
+            dtype, out = self.wide if first or last else self.dtype, self.wide if last else self.dtype
+            made = Convolution(conv, after, dtype, out, self.layout)
+            return packed.setdefault(conv, made) if shared else made
 
         blocks = list(network.blocks)
         self.rectified, self.input_relu = network.rectified_identity, blocks[0].input_relu
-        self.first = self._channels(affine(blocks[0].norm))
+        self.first = self._channels(affine(blocks[0].norm), self.wide)
         self.blocks = []
         for b, block in enumerate(blocks):
             following = affine(blocks[b + 1].norm if b + 1 < len(blocks) else network.norm_rec)
@@ -128,19 +156,13 @@ class Folded:
             self.blocks.append((conv, self._channels(norms[0]), units))
         self.rec = convolution(network.conv_rec, None)
 
-    def _channels(self, values: Affine) -> Affine:
+    def _channels(self, values: Affine, dtype: torch.dtype | None = None) -> Affine:
         """Scale and shift [C] → [1, C, 1, 1] as the feature maps are."""
-        return values and tuple(v.to(self.device, self.dtype)[None, :, None, None] for v in values)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """What `network(x)` gives [N, 1, H, W] → [N, 1, H, W]."""
-        from drrn.fast.stream import Stream
-
-        return Stream(self, x.shape[2])(x)
+        return values and tuple(v.to(self.device, dtype or self.dtype)[None, :, None, None] for v in values)
 
 
-def _activate(H: Tensor, norm: Affine, out: Tensor, relu: bool = True) -> Tensor:
+def activate(H: Tensor, norm: Affine, out: Tensor, relu: bool = True) -> Tensor:
     """ReLU(norm(H)) into `out`."""
     if norm is not None:
-        H = torch.mul(H, norm[0], out=out).add_(norm[1])
+        H = torch.addcmul(norm[1], H, norm[0], out=out)
     return torch.clamp_min(H, 0, out=out) if relu else out.copy_(H)

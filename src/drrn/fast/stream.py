@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drrn.fast.folded import Convolution, Folded, Unit, _activate
+from drrn.fast.folded import Convolution, Folded, Unit, activate
+from drrn.fast.precision import tf32
 
 
 class Rows:
     """Those rows of a feature map that are needed again, while the map is made from top to bottom."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: torch.memory_format) -> None:
+        self.layout = layout
         self.first = 0  # row of the image at which `map` begins
         self.map: Tensor | None = None  # [N, C, h, W]
         self.kept: Tensor | None = None  # what `forget` left
@@ -40,7 +42,7 @@ class Rows:
         n, c, h, w = like.shape
         held = 0 if self.map is None else self.map.shape[2]
         size, kind = (n, c, held + h + spoilt[1], w), {"dtype": like.dtype, "device": like.device}
-        joined = torch.empty(size, memory_format=torch.channels_last, **kind)
+        joined = torch.empty(size, memory_format=self.layout, **kind)
         work(joined[:, :, held - spoilt[0] :])
         if held:
             joined[:, :, :held] = self.map
@@ -50,7 +52,7 @@ class Rows:
         """Let go of the rows above row `until` of the image."""
         rest = self.map[:, :, until - self.first :]
         if self.kept is None or self.kept.shape != rest.shape:
-            self.kept = rest.clone(memory_format=torch.channels_last)
+            self.kept = rest.clone(memory_format=self.layout)
         else:  # again and again into the same memory: glibc before 2.38 does not fill its gaps with aligned blocks
             self.kept.copy_(rest)
         self.map, self.first = self.kept, until
@@ -69,9 +71,10 @@ class Stream:
 
     def __init__(self, folded: Folded, height: int) -> None:
         self.folded, self.height, self.end = folded, height, 0
-        self.x = Rows()
-        self.inputs = [[Rows() for _ in range(1 + len(units))] for _, _, units in folded.blocks] + [[Rows()]]
-        self.identities = [[Rows() for _ in units] for _, _, units in folded.blocks]
+        make = partial(Rows, folded.layout)
+        self.x = make()
+        self.inputs = [[make() for _ in range(1 + len(units))] for _, _, units in folded.blocks] + [[make()]]
+        self.identities = [[make() for _ in units] for _, _, units in folded.blocks]
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:
@@ -84,9 +87,9 @@ class Stream:
         self.end, nothing = rows[1], x[:, :, :0]
         if self.end > self.height:
             raise ValueError(f"{self.end} rows came of an image of {self.height}")
-        with _float32():
+        with tf32(folded.tf32):
             self.x.append(F.relu(x) if folded.rectified else x.clone())
-            self.inputs[0][0].fill(x, lambda out: _activate(x, folded.first, out, folded.input_relu))
+            self.inputs[0][0].fill(x, lambda out: activate(x, folded.first, out, folded.input_relu))
             for b, (conv, norm, units) in enumerate(folded.blocks):
                 a, *following = [*self.inputs[b], self.inputs[b + 1][0]]
                 H, rows = self._convolve(conv, a, rows, relu=not units)  # H⁰
@@ -98,7 +101,7 @@ class Stream:
                 identity = self.identities[b][0]
                 identity.append(H)
                 H = identity[rows[0] : rows[1]]
-                following[0].fill(H, lambda out, H=H, norm=norm: _activate(H, norm, out))
+                following[0].fill(H, lambda out, H=H, norm=norm: activate(H, norm, out))
                 if folded.rectified:
                     H.relu_()  # from here on it is an identity only
                 del H
@@ -170,19 +173,7 @@ class Stream:
             chain.fill(H, lambda out: add(out, None, False), spoilt)
             del q
             H = chain[first:end]
-            following.fill(H, lambda out: _activate(H, norm, out))
+            following.fill(H, lambda out: activate(H, norm, out))
             if self.folded.rectified:
                 H.relu_()
         return first, end
-
-
-@contextmanager
-def _float32() -> Iterator[None]:
-    """Without TF32, which is off by 1e-3, and without trying cuDNN's algorithms for every height of a strip."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32, cudnn.benchmark
-    cudnn.allow_tf32 = cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, cudnn.benchmark = before

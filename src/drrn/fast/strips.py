@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from pathlib import Path
 
 import torch
 
-from drrn.model import DRRN
+from drrn.fast.prepared import Prepared
 
 ROOM = 1_000_000_000  # bytes that feature maps may take, when twice as many are free
 MAPS = 3  # feature maps alive at the peak of `Stream`: identity, the unit's middle and its output
@@ -18,9 +19,8 @@ STRIP_ROWS = 24  # or about so many, where a map of them is larger; two of each 
 TILE_PIXELS = 1 << 24  # of the strip of an image that tiles make up
 
 
-def free_room(network: DRRN) -> int:
+def free_room(device: torch.device) -> int:
     """Bytes that feature maps may take: half of the memory now free; on a CPU 1 GB at most."""
-    device = next(network.parameters()).device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -30,54 +30,64 @@ def free_room(network: DRRN) -> int:
     return min(ROOM, available_memory() // 2)
 
 
-def at_once(network: DRRN, shape: tuple[int, int], room: int) -> bool:
+def at_once(ready: Prepared, shape: tuple[int, int], room: int) -> bool:
     """Whether an image [H, W] needs no strips."""
-    return MAPS * shape[0] * _row_bytes(network, shape[1]) <= room
+    return MAPS * shape[0] * _row_bytes(ready, shape[1]) <= room
 
 
-def _row_bytes(network: DRRN, width: int) -> int:
+def _row_bytes(ready: Prepared, width: int) -> int:
     """Of a feature map."""
-    return width * network.features * next(network.parameters()).element_size()
+    return width * ready.features * ready.itemsize
 
 
-def most_rows(network: DRRN, width: int, room: int) -> int:
-    """Rows that may go through a stream at a time; 0 or less where what the layers keep needs more than `room`."""
-    return (room // _row_bytes(network, width) - _kept_rows(network)) // MAPS
+def most_rows(ready: Prepared, width: int, room: int) -> int:
+    """Rows that may go through a stream at a time; 0 or less where what the layers keep needs more than `room`, or
+    where rows come all at once.
+    """
+    if not ready.streams:
+        return 0
+    return (room // _row_bytes(ready, width) - _kept_rows(ready)) // MAPS
 
 
-def _kept_rows(network: DRRN) -> int:
+def _kept_rows(ready: Prepared) -> int:
     """Rows of a map that the layers keep, for each by which they lag: a unit four of its input, and four of an
     identity, two of them beside the new map that they are copied to. And some at the edges of the maps in work.
     """
-    return 4 * network.receptive_radius + 4 * MAPS
+    return 4 * ready.receptive_radius + 4 * MAPS
 
 
-def strips(network: DRRN, shape: tuple[int, int], room: int, most: int | None = None) -> list[tuple[int, int]]:
+def strips(ready: Prepared, shape: tuple[int, int], room: int, most: int | None = None) -> list[tuple[int, int]]:
     """The rows (first, end) of an image [H, W] that go through a stream together: on a CPU, few enough to be fast.
 
     A map has at most `most` bytes (None: STRIP_BYTES), or STRIP_ROWS where those are more. The last strip is lower
     than the others, since with it every layer makes up for its lag.
     """
     height, width = shape
-    rows, on_cpu = most_rows(network, width, room), next(network.parameters()).device.type == "cpu"
-    if at_once(network, shape, room) and not (on_cpu and rows >= STRIP_ROWS):
+    rows, on_cpu = most_rows(ready, width, room), ready.device.type == "cpu"
+    if not ready.streams:
+        return [(0, height)]
+    if at_once(ready, shape, room) and not (on_cpu and rows >= STRIP_ROWS):
         return [(0, height)]
     if on_cpu:
-        rows = min(rows, (STRIP_BYTES if most is None else most) // _row_bytes(network, width))
+        rows = min(rows, (STRIP_BYTES if most is None else most) // _row_bytes(ready, width))
     rows = max(rows, STRIP_ROWS)
     if height <= rows:
         return [(0, height)]
-    rest = height - max(rows - network.receptive_radius, 1)
+    rest = height - max(rows - ready.receptive_radius, 1)
     return list(itertools.pairwise([*range(0, rest, _equal(rest, rows)), rest, height]))
 
 
-def tile_shape(network: DRRN, shape: tuple[int, int], room: int) -> tuple[int, int]:
-    """(h, w) of equal tiles of an image [H, W], each streamed within `room`, whichever way it is turned.
+def tile_shape(ready: Prepared, shape: tuple[int, int], room: int) -> tuple[int, int]:
+    """(h, w) of equal tiles of an image [H, W], each computed within `room`, whichever way it is turned.
 
     At least twice the receptive radius: a tile computes at most four times what it adds.
     """
-    (height, width), radius = shape, network.receptive_radius
-    side = room // (_row_bytes(network, 1) * (MAPS * STRIP_ROWS + _kept_rows(network))) - 2 * radius
+    (height, width), radius = shape, ready.receptive_radius
+    pixel = _row_bytes(ready, 1)
+    if ready.streams:
+        side = room // (pixel * (MAPS * STRIP_ROWS + _kept_rows(ready))) - 2 * radius
+    else:
+        side = math.isqrt(room // (pixel * MAPS)) - 2 * radius
     least = max(TILE_PIXELS // width, 4 * radius)  # rows that the caller has in memory
     return _equal(height, max(min(side, least), 2 * radius)), _equal(width, max(side, 2 * radius))
 

@@ -1,0 +1,54 @@
+"""In which numbers a network computes: float32, TF32 or bfloat16, and which of them is fast on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from drrn.errors import UserError
+
+PRECISIONS = ("float32", "tf32", "bf16")  # and "auto", where a command offers it
+
+
+def chosen(precision: str, device: torch.device) -> str:
+    """One of `PRECISIONS`; "auto" becomes the fastest that the device computes in hardware.
+
+    Raises:
+        UserError: TF32 where there is none.
+    """
+    if precision == "auto":
+        return "bf16" if _has_bf16(device) else "float32"
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"precision = tf32: only NVIDIA's GPUs have it, not {device.type}; float32 or bf16")
+    return precision
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster there: it must be in hardware, since an emulation is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return in_hardware and onednn(torch.bfloat16)
+    return False
+
+
+def onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's fused convolutions take this type on this CPU."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """With or without TF32, which is off by 1e-3; without trying cuDNN's algorithms for every height of a strip."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = on, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before

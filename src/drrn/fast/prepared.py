@@ -1,0 +1,108 @@
+"""A network made ready for inference, once: the one seam between `drrn.inference` and what makes it fast.
+
+`FOLDINGS` says which classes can be folded. Every other network runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from drrn.fast.folded import Folded
+from drrn.fast.precision import tf32
+from drrn.fast.stream import Stream
+from drrn.model import DRRN
+
+Opened = Callable[[Tensor], Tensor]  # the image's next rows [N, 1, h, W] → the rows complete now [N, 1, h', W]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What divides and runs an image needs of a network.
+
+    Attributes:
+        open: called with an image's height, gives what its rows are put into.
+        streams: whether rows may come in portions; otherwise all come at once.
+        device, dtype: of the input.
+        itemsize: bytes of a value of a feature map.
+        features: channels of the widest feature map.
+        receptive_radius: pixels to each side that one output pixel depends on.
+    """
+
+    open: Callable[[int], Opened]
+    streams: bool
+    device: torch.device
+    dtype: torch.dtype
+    itemsize: int
+    features: int
+    receptive_radius: int
+
+
+def fold_drrn(network: DRRN, precision: str) -> Callable[[int], Opened]:
+    """BatchNorm folded, sums and ReLUs fused, rows in portions."""
+    return partial(Stream, Folded(network, precision))
+
+
+FOLDINGS: dict[type, Callable[..., Callable[[int], Opened]]] = {DRRN: fold_drrn}
+
+_kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list, Prepared]]] = WeakKeyDictionary()
+
+
+def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
+    """The network ready to run. Folded once, and again when one of its tensors was changed, moved or replaced.
+
+    PyTorch counts the changes of a tensor, but not those that a CUDA graph makes: `forget` after such a training.
+
+    Args:
+        network: in any mode; BatchNorm uses its running statistics.
+        precision: one of `PRECISIONS`. A network without a folding computes in float32 where bf16 is asked for.
+    """
+    tensors = [*network.parameters(), *network.buffers()]
+    fold, first = FOLDINGS.get(type(network)), next(iter(tensors), torch.empty(0))
+    if fold is None:
+        return _prepared(network, partial(_whole, network, precision), first, first.dtype, first.itemsize)
+    state = [None if t.is_inference() else (id(t), t.data_ptr(), t._version) for t in tensors]
+    known = _kept.setdefault(network, {})
+    if precision not in known or known[precision][0] != state or None in state:
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        size = 2 if precision == "bf16" else dtype.itemsize
+        known[precision] = state, _prepared(network, fold(network, precision), first, dtype, size, streams=True)
+    return known[precision][1]
+
+
+def forget(network: nn.Module) -> None:
+    """Prepare the network afresh the next time."""
+    _kept.pop(network, None)
+
+
+def _prepared(
+    network: nn.Module,
+    open: Callable[[int], Opened],
+    first: Tensor,
+    dtype: torch.dtype,
+    itemsize: int,
+    streams: bool = False,
+) -> Prepared:
+    features = max((layer.out_channels for layer in network.modules() if hasattr(layer, "out_channels")), default=1)
+    return Prepared(open, streams, first.device, dtype, itemsize, features, network.receptive_radius)
+
+
+def _whole(network: nn.Module, precision: str, height: int) -> Opened:
+    """A network as it is, in evaluation mode for as long as it runs."""
+
+    def run(x: Tensor) -> Tensor:
+        modes = [(module, module.training) for module in network.modules()]
+        network.eval()
+        try:
+            with torch.inference_mode(), tf32(precision == "tf32"):
+                return network(x)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    return run
