@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from drrn.datamodule import pair_loader
 from drrn.fast.cuda_graph import Graphed
 from drrn.fast.folded import Convolution
-from drrn.fast.memory import freed_memory_kept, keep_heap
+from drrn.fast.memory import freed_memory_kept
 from drrn.images import orientations, read_pixels
 from drrn.inference import super_resolve, super_resolve_strips
 from drrn.matlab import rgb2ycbcr
@@ -153,7 +153,6 @@ def plain_inference(U: int, side: int, norm: str, features: int) -> Callable[[],
 
 def our_inference(U: int, side: int, norm: str, features: int) -> Callable[[], Any]:
     """With the heap as evaluate.py and upscale.py keep it."""
-    keep_heap()
     x, ours = np.random.default_rng(0).random((side, side), np.float32), network(U, norm, features).eval()
     return synchronised(lambda: super_resolve(ours, x))
 
@@ -631,7 +630,6 @@ def uneven(seconds: Sequence[float]) -> float:
 
 def shares(U: int, side: int, features: int, images: int) -> Callable[[], Any]:
     """A share of so many images at each call, in the strips that evaluate.py and upscale.py take."""
-    keep_heap()
     x, ours = np.random.default_rng(0).random((side, side), np.float32), network(U, "batch", features).eval()
     endless = (super_resolve_strips(ours, lambda a, b: x[a:b], x.shape) for _ in itertools.count())
     strips, done, due = itertools.chain.from_iterable(endless), 0, 0.0
@@ -646,7 +644,6 @@ def shares(U: int, side: int, features: int, images: int) -> Callable[[], Any]:
 
 
 def tiled(side: int, features: int) -> Callable[[], Any]:
-    keep_heap()
     x, ours = np.zeros((side, side), np.float32), network(1, "batch", features).eval()
     x += 0.5  # its pages are there before the count begins
     super_resolve(ours, x[:40, :40])

@@ -281,12 +281,10 @@ def run_network(checkpoint: Path, x: Any, workers: int) -> Any:
 
     import torch
 
-    from drrn.fast.memory import keep_heap
     from drrn.inference import super_resolve
     from drrn.weights.ours import load_network
 
     if checkpoint not in _networks:
-        keep_heap()
         network, _ = load_network(checkpoint)
         if torch.cuda.is_available():
             torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is True; scores are those of float32

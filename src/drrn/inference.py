@@ -67,9 +67,7 @@ def super_resolve(
     """
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"x is [H, W] with at least one pixel, not {tuple(x.shape)}")
-    parts = _parts(
-        network, lambda a, b: x[a:b], tuple(x.shape), tile, self_ensemble, progress, None, precision
-    )
+    parts = _parts(network, lambda a, b: x[a:b], tuple(x.shape), tile, self_ensemble, progress, None, precision)
     y = torch.cat(list(parts))
     return y if isinstance(x, Tensor) else y.cpu().numpy()
 

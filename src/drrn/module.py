@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from drrn.config import ModelConfig, OptimConfig
 from drrn.errors import UserError
 from drrn.fast.cuda_graph import Graphed
-from drrn.inference import super_resolve
+from drrn.inference import forget, super_resolve
 from drrn.model import DRRN
 from drrn.protocol import score
 from drrn.torch_metrics import SetPSNR, SetSSIM
@@ -321,6 +321,7 @@ class SuperResolution(LightningModule):
     def _begin(self) -> None:
         """A fresh list of rows; float32 without TF32 (`trainer.tf32`), as src/evaluate.py scores."""
         self.rows = []
+        forget(self.network)  # a CUDA graph changes weights without PyTorch's notice
         self.tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
 
     def _finish(self, stage: str) -> None:

@@ -1,6 +1,6 @@
 """DRRN folded for inference: BatchNorm into the convolutions, sums and ReLUs fused.
 
-What it is worth (two cores with AVX-512, B1U9, 128 features, 288×288, `make bench`): docs/performance.md, "inference".
+What it is worth on a CPU and a GPU stands in docs/performance.md, "Inference".
 """
 
 from __future__ import annotations

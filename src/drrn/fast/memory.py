@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
@@ -19,22 +17,6 @@ def keep_freed_memory() -> None:
     The price is a process that does not shrink and a heap with gaps.
     """
     _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1})
-
-
-def keep_heap() -> None:
-    """From now on glibc keeps the end of its heap when that is free (Linux; elsewhere nothing).
-
-    A stream of strips frees its feature maps after every layer. By glibc's own rule many of them go back to the
-    kernel at once and come again, zeroed. Blocks of 32 MB or more are still mapped and given back.
-    """
-    _mallopt({M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 2**31 - 1})
-
-
-def ask_for_huge_pages() -> None:
-    """Let torch, from its first tensor on, ask Linux for pages of 2 MB, which take less time than many of 4 KB."""
-    with suppress(OSError):  # not Linux, or without such pages
-        if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
-            os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @contextmanager

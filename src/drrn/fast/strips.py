@@ -13,7 +13,7 @@ from drrn.fast.prepared import Prepared
 
 ROOM = 1_000_000_000  # bytes that feature maps may take, when twice as many are free
 MAPS = 3  # feature maps alive at the peak of `Stream`: identity, the unit's middle and its output
-STRIP_BYTES = 24_000_000  # of one map on a CPU; with a unit's kept rows below 32 MB, where `keep_heap` ends
+STRIP_BYTES = 24_000_000  # of one map on a CPU; with a unit's kept rows below 32 MB, which glibc keeps in its heap
 LOW_STRIP_BYTES = 5_000_000  # the same in tiles that were asked for: who asks for them lacks memory
 STRIP_ROWS = 24  # or about so many, where a map of them is larger; two of each unit's 48 are computed twice
 TILE_PIXELS = 1 << 24  # of the strip of an image that tiles make up

@@ -137,11 +137,8 @@ def upscale(options: Options, jobs: list[tuple[Path, Path]]) -> int:
 
     network = None
     if options.method == "network":
-        from drrn.fast.memory import ask_for_huge_pages, keep_heap
         from drrn.weights.ours import load_network
 
-        keep_heap()
-        ask_for_huge_pages()  # feature maps of wide photographs are too large for that heap
         device = choose_device(options.device)
         network, about = load_network(Path(options.checkpoint))
         network = network.to(device)
@@ -230,8 +227,8 @@ def room_beside(canvas: int, network: DRRN) -> int:
     """Bytes that feature maps may take when a result of so many bytes is in memory too."""
     from drrn.fast.strips import ROOM, free_room
 
-    room = free_room(network)
-    on_cpu = next(network.parameters()).device.type == "cpu"
+    device = next(network.parameters()).device
+    room, on_cpu = free_room(device), device.type == "cpu"
     return min(room, max(MEMORY - WORKING - canvas, ROOM // 8)) if on_cpu else room
 
 
