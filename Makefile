@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report test stress lint data bench lock fig6 fig8 table4
+.PHONY: help install demo report test stress lint data bench lock queues fig6 fig8 table4
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ data: install  ## fetch the 291 training images and Set5, and build the patch fi
 
 bench: install  ## measure every claim about speed on this machine, in turn with plain versions (35 minutes, idle)
 	$(RUN) tests/bench.py
+
+queues: install  ## make sweeps/wandb/*.yaml, W&B's sweep files, from the studies in sweeps/
+	PYTHONPATH=src $(RUN) -m drrn.sweep.queues
 
 lock: install  ## renew requirements.lock from pyproject.toml
 	$(VENV)/bin/pip-compile --quiet --strip-extras --extra dev --extra export --no-emit-index-url --no-emit-find-links \

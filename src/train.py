@@ -26,9 +26,9 @@ def main(cfg: DictConfig) -> None:
     with refusing():
         config = request(cfg, HydraConfig.get().overrides.task)
         if config.plan == "only":
-            from drrn.sweep.plan import make_plan, print_plan
+            from drrn.sweep.plan import look, make_plan, print_plan
 
-            print_plan(make_plan([config], always=True))
+            print_plan(make_plan([look(config)], always=True))
         else:
             train(config)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from drrn.errors import UserError
+from drrn.errors import InUse, UserError
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -125,14 +125,14 @@ def locked(path: Path, what: str) -> Iterator[None]:
         what: what another process does that holds it, for the message.
 
     Raises:
-        UserError: another process holds it.
+        InUse: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise UserError(f"{what} by another process (it holds {path}): wait for it, or end it") from error
+        raise InUse(f"{what} by another process (it holds {path}): wait for it, or end it") from error
     try:
         yield
     finally:

@@ -29,3 +29,7 @@ class UserError(Exception):
 
     def __init__(self, text: object) -> None:
         super().__init__("\n".join(map(printable, str(text).split("\n"))))
+
+
+class InUse(UserError):
+    """Another process works on it at this moment."""

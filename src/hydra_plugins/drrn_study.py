@@ -1,9 +1,8 @@
 """How a study's points become jobs: a Hydra sweeper (Hydra finds sweepers in this package's name).
 
 Hydra's own sweeper makes the Cartesian product of the command line. A study of the paper is a list of chosen
-points (Fig. 6 is not a full grid), so this one multiplies `hydra.sweeper.points` by the command line's choices,
-drops repetitions, checks every point before the first one starts, prints what they will cost, and says at the
-end what became of each, whichever launcher ran them.
+points (Fig. 6 is not a full grid), so this one multiplies `hydra.sweeper.points` by the command line's choices and
+checks every job before the first one starts. What is then done with them is `drrn.sweep`.
 """
 
 from __future__ import annotations
@@ -12,16 +11,12 @@ import importlib.util
 import itertools
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from omegaconf import DictConfig, OmegaConf
 
 import drrn
@@ -44,120 +39,47 @@ class StudySweeper(BasicSweeper):
         points: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(max_batch_size, params)
-        self.points = [dict(point) for point in points or [{}]]
+        self.points = points
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """As Hydra's, but that each of joblib's jobs has its own part of the machine.
 
         Raises:
-            UserError: the launcher is not installed.
+            UserError: a key of the sweeper is wrong, or the launcher is not installed.
         """
-        package = config.hydra.launcher._target_.rsplit(".", 2)[0]
+        batch, points = self.max_batch_size, self.points
+        if batch is not None and (type(batch) is not int or batch < 1):
+            raise UserError(f"hydra.sweeper.max_batch_size = {batch}: at least 1, or null for all jobs")
+        if points is not None and not (points and all(isinstance(point, dict | DictConfig) for point in points)):
+            raise UserError(f"hydra.sweeper.points = {points}: a list of at least one {{key: value}}, or null")
+        from drrn.sweep.machine import OwnPart, is_joblib, workers
+
+        launcher = config.hydra.launcher
+        package = launcher._target_.rsplit(".", 2)[0]
         if importlib.util.find_spec(package) is None:
             raise UserError(f"this hydra/launcher needs {package}: pip install '.[sweep]'")
-        if is_joblib(config):
-            from drrn.sweep.machine import OwnPart
-
-            task_function = OwnPart(task_function, workers(config))
+        self.n = workers(launcher)
+        if is_joblib(launcher) and self.n > 1:
+            task_function = OwnPart(task_function, self.n)
         source, path = str(Path(drrn.__file__).parents[1]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
         if source not in path:  # a clone's src/ is on no other process's path
             os.environ["PYTHONPATH"] = os.pathsep.join([source, *filter(None, path)])
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if isinstance(task_function, OwnPart):
+            self.launcher.joblib["initializer"] = task_function.take
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        """Print the plan, run every point once, say what became of each.
+        """Check every job, then run them (`drrn.sweep.run.run_sweep`).
 
         Raises:
-            UserError: a point's configuration is wrong (nothing has started then), or points failed (all the
-                others have run).
-            SystemExit: the sweep was stopped; what became of its points has been printed.
+            UserError: a job's configuration is wrong (nothing has started then), or jobs failed.
+            SystemExit: the sweep was stopped.
         """
-        from drrn.disk import write_whole
-        from drrn.identity import run_dir
-        from drrn.launch import first_process
+        asked = [(self.check(job), job) for job in self.jobs(arguments)]
 
-        jobs = self.jobs(arguments)
-        configs = [self.check(job) for job in jobs]
-        if not jobs:
-            raise UserError("hydra.sweeper.points is empty: give at least one point, or null")
-        runs = unique((run_dir(config), (config, job)) for config, job in zip(configs, jobs, strict=True))
-        configs, jobs = [config for _, (config, _) in runs], [job for _, (_, job) in runs]
-        if len({config.plan for config in configs}) > 1:
-            raise UserError("plan is one for the whole sweep: give it once")
+        from drrn.sweep.run import run_sweep
 
-        from drrn.sweep.machine import threads
-        from drrn.sweep.outcome import outcome, print_outcomes
-        from drrn.sweep.plan import look, make_plan, print_plan
-
-        n = workers(self.config)
-        first = first_process()  # of several that torchrun or Slurm started: the one that writes and speaks
-        if configs[0].plan == "none" or not first:
-            points = [look(config) for config in configs]
-            tell_apart(points, jobs)
-        else:
-            plan = make_plan(configs, n, threads(n), always=configs[0].plan == "only")
-            points = plan.points
-            tell_apart(points, jobs)
-            print_plan(plan)
-        if configs[0].plan == "only":
-            return []
-
-        folder = Path(self.config.hydra.sweep.dir)
-        if first:
-            write_whole(folder / "multirun.yaml", lambda path: OmegaConf.save(self.config, path))
-        stamps = [stamp(config) for config in configs]
-        errors = [""] * len(jobs)
-        try:
-            with stoppable(patient=is_joblib(self.config)):
-                results = self.launch(jobs, errors)
-        except KeyboardInterrupt as error:
-            raise SystemExit(130) from error  # as a shell has it; no traceback
-        finally:
-            changed = [stamp(config) != before for config, before in zip(configs, stamps, strict=True)]
-            rows = [
-                (point, *outcome(point, touched, error))
-                for point, touched, error in zip(points, changed, errors, strict=True)
-            ]
-            if first:
-                print_outcomes(rows, folder)
-        words = [word for _, word, _ in rows]
-        if "interrupted" in words:  # by a signal to a job in another process
-            raise SystemExit(130)
-        if failed := words.count("failed"):
-            raise UserError(f"{failed} of {len(rows)} points failed; the same command tries them again")
-        return results
-
-    def launch(self, jobs: list[list[str]], errors: list[str]) -> list[JobReturn]:
-        """Hand the jobs to the launcher; `errors` gains what each job raised.
-
-        A job that dies (killed, out of memory) takes joblib's other jobs with it: what had not begun by then is
-        launched again, as long as something has begun.
-        """
-        results: list[JobReturn] = []
-        numbers = list(range(len(jobs)))
-        for batch in self.split_overrides_to_chunks(numbers, self.max_batch_size):
-            left = list(batch)
-            while left:
-                if is_joblib(self.config):  # no process without a job: Ctrl-C would break it
-                    self.launcher.joblib["n_jobs"] = min(workers(self.config), len(left))
-                before = [stamp(self.check(jobs[i])) for i in left]
-                try:
-                    returned = self.launcher.launch([jobs[i] for i in left], initial_job_idx=left[0])
-                except Exception as error:
-                    after = [stamp(self.check(jobs[i])) for i in left]
-                    begun = [i for i, b, a in zip(left, before, after, strict=True) if a != b]
-                    for i in begun or left:
-                        errors[i] = in_a_line(error)
-                    if any(ended(self.check(jobs[i])) for i in begun):
-                        raise KeyboardInterrupt from error
-                    left = [i for i in left if i not in begun] if begun else []
-                    continue
-                for i, result in zip(left, returned, strict=True):
-                    if result.status != JobStatus.COMPLETED:
-                        errors[i] = in_a_line(result._return_value)
-                results += returned
-                left = []
-        return results
+        return run_sweep(asked, self.launcher, self.config, self.n)
 
     def jobs(self, arguments: list[str]) -> list[list[str]]:
         """The overrides of every job: each point with each combination of the command line's choices."""
@@ -166,7 +88,7 @@ class StudySweeper(BasicSweeper):
         named = {override.partition("=")[0] for override in itertools.chain(*combinations)}
         return [
             [*(f"{key}={literal(value)}" for key, value in point.items() if key not in named), *combination]
-            for point in self.points
+            for point in self.points or [{}]
             for combination in combinations
         ]
 
@@ -184,83 +106,7 @@ class StudySweeper(BasicSweeper):
         try:
             return request(composed, job)
         except UserError as error:
-            raise UserError(f"{error} (in the point {' '.join(job)}; nothing has been started)") from error
-
-
-def tell_apart(points: list[Any], jobs: list[list[str]]) -> None:
-    """Give points of one name what differs in their overrides: `optim.lr=0.1`."""
-    names = [point.name for point in points]
-    for point, job, name in zip(points, jobs, names, strict=True):
-        if names.count(name) > 1:
-            alike = [other for other, its in zip(jobs, names, strict=True) if its == name]
-            point.apart = " ".join(o for o in job if not all(o in other for other in alike))
-
-
-def stamp(config: Any) -> int:
-    """When a run's record was last written, in nanoseconds; 0 if there is none."""
-    from drrn.identity import run_dir
-    from drrn.runs.record import FILE
-
-    try:
-        return (run_dir(config) / FILE).stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-def in_a_line(error: BaseException) -> str:
-    """An error's kind and text; of a trace from another process its last line, where the text is."""
-    lines = [line for line in str(error).splitlines() if line and not line.startswith(("-", "You can check"))]
-    text = lines[-1] if any("Traceback" in line for line in lines) else " ".join(lines)
-    return f"{type(error).__name__}: {text}"
-
-
-def ended(config: Any) -> bool:
-    """Whether a run's record says that a signal ended it."""
-    from drrn.identity import run_dir
-    from drrn.sweep.outcome import stopped_by_hand
-    from drrn.sweep.plan import record_of
-
-    return stopped_by_hand((record_of(run_dir(config)) or {}).get("error", ""))
-
-
-@contextmanager
-def stoppable(patient: bool) -> Iterator[None]:
-    """SIGTERM ends the sweep as Ctrl-C does, with its table; a job in this process handles both for itself.
-
-    Args:
-        patient: the first Ctrl-C waits for the jobs in other processes, which the terminal has told too.
-    """
-
-    def terminate(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    def wait(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nwaiting for the points to save their checkpoints; Ctrl-C again ends them at once\n")
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, terminate)
-        if patient:
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, wait)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def is_joblib(config: DictConfig) -> bool:
-    """Whether joblib launches the points."""
-    return "joblib" in config.hydra.launcher._target_
-
-
-def workers(config: DictConfig) -> int:
-    """Points that the launcher works on at a time, where it says so; else 1."""
-    from drrn.sweep.machine import cores
-
-    n = config.hydra.launcher.get("n_jobs", 1)
-    return n if n > 0 else max(1, len(cores()) + 1 + n)  # joblib: -1 for all cores
+            raise UserError(f"{error} (in the job {' '.join(job)}; nothing has been started)") from error
 
 
 def literal(value: Any) -> str:
@@ -275,8 +121,3 @@ def literal(value: Any) -> str:
     if isinstance(value, str) and (value.lower() in words or not re.fullmatch(r"[A-Za-z_][\w./-]*", value)):
         return "'" + value.replace("'", "\\'") + "'"
     return str(value)
-
-
-def unique(pairs: Any) -> list[tuple[Any, Any]]:
-    """(key, value) pairs without those whose key was there before."""
-    return list({key: (key, value) for key, value in reversed(list(pairs))}.values())[::-1]

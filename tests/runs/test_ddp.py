@@ -288,7 +288,7 @@ def test_the_second_process_writes_and_says_nothing(machines: SimpleNamespace) -
     """It has patches of its own; the first one has everything else, once."""
     (_, out, _), second = machines.results
     assert second == (0, "", "")
-    assert out.count("of 6 points done") == 1
+    assert out.count("of 6 runs done") == 1
     first, other = machines.folders
     assert len(list((first / "patches").glob("*.h5"))) == len(list((other / "patches").glob("*.h5"))) == 1
     assert not [
@@ -314,7 +314,7 @@ def test_train_starts_the_processes_that_trainer_devices_names(
         )
     )  # fmt: skip
     assert code == 0, err
-    assert "1 of 1 points done" in out
+    assert "1 of 1 runs done" in out
     assert err.count("step 4/4") == err.count("finished:") == 1
     assert "Traceback" not in err
     assert "Initializing distributed" not in err
@@ -332,7 +332,7 @@ def test_a_process_that_fails_ends_the_others_and_the_sweep_goes_on(
         start(sys.executable, "src/train.py", "-m", *arguments, "trainer.devices=2", f"output={tmp_path}")
     )
     assert code == 2, out + err
-    assert "1 of 2 points done" in out
+    assert "1 of 2 runs done" in out
     assert "failed" in out  # why is folded into a column there
     assert "Traceback" not in err
     records = sorted((read_record(path) for path in tmp_path.rglob(FILE)), key=lambda record: record["status"])

@@ -423,10 +423,10 @@ def records_by_rate(folder: Path) -> dict[float, tuple[Path, dict]]:
 def test_a_failing_job_neither_stops_nor_renames_the_others(multirun: tuple) -> None:
     _, here, done = multirun
     assert done.returncode == 2, done.stderr
-    assert "2 of 3 points done" in done.stdout
+    assert "2 of 3 runs done" in done.stdout
     assert "optim.lr=1000000000000.0" in done.stdout  # which one
     assert "Diverged" in done.stdout
-    assert "1 of 3 points failed" in done.stderr
+    assert "1 of 3 runs failed" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     runs = records_by_rate(here / "runs/grid")
     assert set(runs) == {0.001, 1e12, 0.002}
@@ -465,7 +465,7 @@ def test_the_same_multirun_again_tries_only_what_failed(multirun: tuple, entry_p
     code, out, err = entry_point("train", *command[1:], "logger=none")
     assert code == 2
     assert out.count("is finished") == 2
-    assert "1 of 3 points failed" in err
+    assert "1 of 3 runs failed" in err
     assert {rate: folder for rate, (folder, _) in records_by_rate(here).items()} == before
     assert (before[0.001] / "weights.safetensors").stat().st_mtime_ns == kept
 
@@ -488,7 +488,7 @@ def test_an_unexpected_error_in_a_job_does_not_stop_the_others(
         "trainer.max_steps=1", "logger=none", "trainer.accelerator=cpu", f"output={tmp_path}",
     )  # fmt: skip
     assert code != 0
-    assert "1 of 2 points done" in out
+    assert "1 of 2 runs done" in out
     assert "Interruption: a bug" in out
     statuses = {r["structure"]["name"]: r["status"] for r in map(read_record, tmp_path.rglob(FILE))}
     assert statuses == {"VDSR_d2_2f": "failed", "VDSR_d3_2f": "finished"}

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from drrn.runs.record import FILE, read_record
-from drrn.sweep.machine import Ended, OwnPart, cores
+from drrn.sweep.machine import Ended, NotBegun, OwnPart, cores
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = (
     "model.features=2", "data.scales=[2]", "data.val_scales=[2]", "data.batch_size=2", "data.num_workers=0",
@@ -32,18 +40,10 @@ def sweep(entry_point: Callable, tiny_images: Path, tmp_path: Path, monkeypatch:
     return run
 
 
-def test_joblib_trains_points_at_the_same_time(sweep: Callable) -> None:
-    code, out, err, states = sweep("hydra/launcher=machine", "model.U=0", "model.B=1,2")
-    assert code == 0, out + err
-    assert states == {"VDSR_d2_2f": "finished", "VDSR_d3_2f": "finished"}
-    assert "2 of 2 points done" in out
-
-
 def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
 
-    get_reusable_executor().shutdown(wait=True, kill_workers=True)  # another test's processes have their parts
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.delenv("OMP_NUM_THREADS")
 
@@ -56,7 +56,7 @@ def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.Monkey
         return os.getpid(), affinity, os.environ["CUDA_VISIBLE_DEVICES"], multiprocessing.get_start_method()
 
     task = OwnPart(where, 2)
-    jobs = Parallel(n_jobs=2, backend="loky", pre_dispatch="n_jobs", batch_size=1)(
+    jobs = Parallel(n_jobs=2, backend="loky", pre_dispatch="n_jobs", batch_size=1, initializer=task.take)(
         delayed(task)(seconds) for seconds in (0.3, 0.3, 0.1, 0.1, 0.1)
     )
     get_reusable_executor().shutdown(wait=True, kill_workers=True)
@@ -70,19 +70,67 @@ def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.Monkey
         assert first | second == set(cores())
 
 
-def test_a_stopped_process_begins_no_further_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_process_begins_no_further_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """And brings an Exception home, which Hydra reports; joblib would kill the others for a KeyboardInterrupt."""
-    monkeypatch.setattr(OwnPart, "lock", "held")
-    monkeypatch.setattr(OwnPart, "ended", False)
     monkeypatch.setattr("signal.signal", lambda *_: None)
 
     def interrupted(cfg: object) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(Ended, match="KeyboardInterrupt"):
-        OwnPart(interrupted, 1)(None)
-    with pytest.raises(Ended, match="before this point began"):
-        OwnPart(lambda cfg: pytest.fail("begun"), 1)(None)
+    part = OwnPart(interrupted, 1)
+    with pytest.raises(Ended) as ended:
+        part(None)
+    assert not isinstance(ended.value, NotBegun)
+    part.task = lambda cfg: pytest.fail("begun")
+    with pytest.raises(NotBegun):
+        part(None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
+def test_joblib_runs_two_at_a_time_and_a_signal_to_the_sweep_alone_ends_them(
+    number: signal.Signals, tiny_images: Path, tmp_path: Path
+) -> None:
+    """A short run is done; two long ones keep their step; killed outright, the sweep leaves no process behind."""
+    data = (f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path}")
+    long = "trainer.max_steps:1000000,trainer.val_check_interval:1000000,trainer.checkpoint_every:1000000"
+    points = "[{model.B:1}," + ",".join(f"{{model.B:{B},{long}}}" for B in (2, 3, 4)) + "]"
+    small = [word for word in SMALL if not word.startswith("trainer.max_steps")]
+    sweep = subprocess.Popen(
+        [sys.executable, str(ROOT / "src/train.py"), "-m", "hydra/launcher=machine", "model.U=0", *small, *data,
+         f"hydra.sweeper.points={points.replace('B:1', 'B:1,trainer.max_steps:1')}"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+
+    def said(words: str) -> int:
+        return sum(words in path.read_text() for path in tmp_path.rglob("train.log"))
+
+    try:
+        wait_for(lambda: said("finished:") == 1 and said("steps/s") == 2)
+        processes = psutil.Process(sweep.pid).children(recursive=True)
+        os.kill(sweep.pid, number)
+        out, _ = sweep.communicate()
+        wait_for(lambda: not any(process.is_running() and process.status() != "zombie" for process in processes))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(sweep.pid, signal.SIGKILL)
+    records = {path.parent: read_record(path) for path in tmp_path.rglob(FILE)}
+    assert sorted(record["status"] for record in records.values()) == ["finished", "stopped", "stopped"]
+    for folder in records:
+        assert list(folder.glob("checkpoints/step*.ckpt"))
+    if number == signal.SIGINT:
+        assert sweep.returncode == 130
+        assert "1 of 4 runs done" in out
+        assert out.count("interrupted") == 2
+        assert out.count("not started") == 1
+
+
+def wait_for(there: Callable[[], bool]) -> None:
+    """However slow the machine is: three minutes at most."""
+    for _ in range(1800):
+        if there():
+            return
+        time.sleep(0.1)
+    pytest.fail("in vain")
 
 
 def test_submitit_trains_in_a_job_of_its_own(sweep: Callable) -> None:

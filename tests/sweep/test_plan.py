@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import drrn.sweep.plan
 import train
 from drrn.disk import write_json
-from drrn.errors import UserError
+from drrn.errors import InUse, UserError
 from drrn.identity import run_dir
 from drrn.model import DRRN
 from drrn.runs.record import FILE, run_record
-from drrn.sweep.cost import Speed, count_bytes, measure, multiplications, operations
+from drrn.sweep.cost import Speed, count, count_bytes, measure, operations
+from drrn.sweep.machine import Ended, NotBegun
 from drrn.sweep.outcome import outcome
-from drrn.sweep.plan import Point, look, make_plan
+from drrn.sweep.plan import Job, look, make_plan, print_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 STRUCTURES = [
@@ -35,16 +35,19 @@ STRUCTURES = [
 
 
 @pytest.mark.parametrize("overrides", STRUCTURES, ids=" ".join)
-def test_operations_are_those_that_torch_counts(configure: Callable, overrides: tuple[str, ...]) -> None:
+def test_operations_are_those_of_the_papers_formula(configure: Callable, overrides: tuple[str, ...]) -> None:
+    """Eq. 9 written out: multiply-adds of every convolution for one pixel, a shared one counted each time."""
     config = configure(*overrides, "data.batch_size=3", tiny=False)
-    with torch.device("meta"):
-        network, x = DRRN(**asdict(config.model)), torch.rand(3, 1, 31, 31)
-        with FlopCounterMode(display=False) as forward:
-            network(x)
-        with FlopCounterMode(display=False) as step:
-            network(x).sum().backward()
-    assert forward.get_total_flops() == 2 * multiplications(config.model) * x.numel()
-    assert step.get_total_flops() == operations(config)
+    model, pixels = config.model, 3 * 31**2
+    C = model.features
+    of_a_block = 9 * C * C + model.U * 2 * 9 * C * C  # f_b, then U residual units of two convolutions
+    adds = 9 * C + (of_a_block - 9 * C * C) + (model.B - 1) * of_a_block + 9 * C  # the first f_b sees one channel
+    counts = count(model)
+    assert counts.output == 2 * adds
+    assert counts.depth == (1 + 2 * model.U) * model.B + 1
+    # Backward is twice forward; a first convolution that sees the image itself needs no gradient of it.
+    of_the_image = 2 * 9 * C if model.norm == "none" else 0
+    assert operations(config) == (3 * 2 * adds - of_the_image) * pixels
 
 
 MEASURE = """
@@ -126,79 +129,109 @@ def test_an_estimate_is_a_line_through_the_ends(configure: Callable, monkeypatch
     monkeypatch.setattr(drrn.sweep.plan, "measure", known)
     long = ("trainer.max_steps=1000", "trainer.val_check_interval=300", "data.scales=[2,3]", "data.val_scales=[3]")
     configs = [configure(f"model.U={U}", *long) for U in (2, 5, 1)]
-    plan = make_plan(configs)
+    plan = make_plan([look(config) for config in configs])
     assert sorted(timed) == [1, 5]
     pixels = (75 * 91 + 64 * 55) * (3 * 1 + 2)  # three validations at one scale, the end at two
-    for config, point in zip(configs, plan.points, strict=True):
+    for config, job in zip(configs, plan.jobs, strict=True):
         steps = 1000 * (0.25 + 1e-9 * operations(config))
-        assert point.seconds == pytest.approx(steps + 2 * multiplications(config.model) * pixels / 1e6)
-        assert point.bytes == count_bytes(config)
-    seconds = [point.seconds for point in plan.points]
+        assert job.seconds == pytest.approx(steps + count(config.model).output * pixels / 1e6)
+        assert job.bytes == count_bytes(config)
+    seconds = [job.seconds for job in plan.jobs]
     assert plan.seconds == pytest.approx(sum(seconds))
-    assert make_plan(configs, workers=3).seconds == pytest.approx(max(seconds))
+    assert make_plan(plan.jobs, workers=3).seconds == pytest.approx(max(seconds))
 
 
 def test_a_short_sweep_is_not_delayed_by_its_estimate(configure: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drrn.sweep.plan, "measure", lambda *_: pytest.fail("timed"))
     monkeypatch.setattr(drrn.sweep.plan, "count_bytes", lambda *_: pytest.fail("counted"))
-    plan = make_plan([configure("trainer.max_steps=100"), configure("trainer.max_steps=50", "model.U=1")])
+    plan = make_plan([look(configure("trainer.max_steps=100")), look(configure("trainer.max_steps=50", "model.U=1"))])
     assert "too short" in plan.note
     assert plan.seconds is None
 
 
-def write(config: object, status: str, error: str | None = None, step: int | None = None) -> None:
+def write(config: object, status: str, step: int | None = None, **more: object) -> None:
     """A record, and a checkpoint's name."""
     with torch.device("meta"):
         record = run_record(config, DRRN(**asdict(config.model)))
-    write_json(run_dir(config) / FILE, {**record, "status": status} | ({"error": error} if error else {}))
+    write_json(run_dir(config) / FILE, {**record, "status": status, **more})
     if step is not None:
         folder = run_dir(config) / "checkpoints"
         folder.mkdir()
         (folder / f"step{step:08d}.ckpt").touch()
 
 
-def test_a_points_state_is_what_its_record_says(configure: Callable, tmp_path: Path) -> None:
+def test_a_jobs_state_is_what_its_record_says(configure: Callable, tmp_path: Path) -> None:
     def config(seed: int, *more: str) -> object:
         return configure(f"seed={seed}", "trainer.max_steps=90", f"output={tmp_path}", *more)
 
     write(config(2), "finished")
     write(config(3), "running", step=40)
-    write(config(4), "failed", "ValueError: x")
+    write(config(4), "failed", error="ValueError: x")
     write(config(5, "study=other"), "finished")
     states = [(p.before, p.first, p.steps) for p in map(look, map(config, range(1, 6)))]
     assert states == [("new", 0, 90), ("finished", 0, 0), ("resume", 40, 50), ("failed", 0, 90), ("finished", 0, 0)]
     assert look(config(3, "ckpt_path=null")).first == 0
 
 
+KILLED = type("TerminatedWorkerError", (Exception,), {})("anything")
+SIGNAL = {"ended_by": "signal SIGTERM", "error": "anything"}
+
+
+@pytest.mark.parametrize("text", ["", "SIGTERM is being trained by another process, before this point began"])
 @pytest.mark.parametrize(
-    ("before", "status", "error", "touched", "word"),
+    ("before", "status", "more", "raised", "touched", "word"),
     [
-        ("new", "finished", "", True, "done"),
-        ("resume", "finished", "", True, "resumed"),
-        ("failed", "finished", "", True, "retried"),
-        ("finished", "finished", "", False, "skipped"),
-        ("new", "failed", "Diverged: the loss is nan", True, "failed"),
-        ("new", None, "UserError: trainer.foo", False, "failed"),
-        ("new", "stopped", "", True, "stopped"),
-        ("new", "stopped", "SIGTERM: a signal ended it", True, "interrupted"),
-        ("new", "failed", "KeyboardInterrupt: ", True, "interrupted"),
-        ("new", "running", "", True, "interrupted"),
-        ("new", "running", "TerminatedWorkerError: killed", True, "failed"),
-        ("failed", "failed", "", False, "not started"),
-        ("resume", "running", "", False, "not started"),
-        ("new", None, "Ended: before this point began", False, "not started"),
-        ("resume", "running", "UserError: it is being trained by another process", False, "elsewhere"),
+        ("new", "finished", {}, None, True, "done"),
+        ("resume", "finished", {}, None, True, "resumed"),
+        ("failed", "finished", {}, None, True, "retried"),
+        ("finished", "finished", {}, None, False, "skipped"),
+        ("new", "failed", {"ended_by": "error", "error": ""}, None, True, "failed"),
+        ("new", "failed", {"error": ""}, None, True, "failed"),  # a record of before `ended_by`
+        ("new", None, {}, UserError, False, "failed"),
+        ("new", "stopped", {}, None, True, "stopped"),
+        ("new", "stopped", {"ended_by": "error"}, None, True, "stopped"),
+        ("new", "stopped", SIGNAL, None, True, "interrupted"),
+        ("new", "stopped", {"error": ""}, None, True, "interrupted"),
+        ("new", "stopped", SIGNAL, Ended, True, "interrupted"),
+        ("new", "running", {}, None, True, "interrupted"),
+        ("new", "running", {}, Ended, True, "interrupted"),
+        ("new", None, {}, Ended, False, "interrupted"),
+        ("new", "running", {}, KILLED, True, "failed"),
+        ("failed", "failed", {"error": ""}, None, False, "not started"),
+        ("resume", "running", {}, None, False, "not started"),
+        ("new", None, {}, NotBegun, False, "not started"),
+        ("resume", "running", {}, InUse, False, "elsewhere"),
     ],
 )
-def test_what_became_of_a_point(
-    configure: Callable, tmp_path: Path, before: str, status: str | None, error: str, touched: bool, word: str
-) -> None:
-    config = configure(f"output={tmp_path}")
+def test_what_became_of_a_job_is_told_from_statuses_and_types(
+    configure: Callable, tmp_path: Path, before: str, status: str | None, more: dict, raised: type | Exception | None,
+    touched: bool, word: str, text: str,
+) -> None:  # fmt: skip
+    """Whatever the messages say: each case is tried with the words of others."""
+    job = Job(configure(f"output={tmp_path}"), before=before)
     if status is not None:
-        write(config, status, error if status in ("stopped", "failed") else None)
-    point = Point(config, before, 0, 1, 1, 1.0)
-    brought = "" if status in ("stopped", "finished") else error
-    assert outcome(point, touched, brought)[0] == word
+        write(job.config, status, **{**more, **({"error": text} if "error" in more else {})})
+    job.stamp = 0 if touched else job.written()
+    job.raised = raised(text) if isinstance(raised, type) else raised
+    assert outcome(job)[0] == word
+
+
+@pytest.mark.parametrize("width", [80, 130])
+def test_a_plan_is_whole_at_80_columns(
+    configure: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, width: int
+) -> None:
+    """Names and states are folded; nothing ends in an ellipsis."""
+    from rich.console import Console
+
+    jobs = [look(configure("model=drrn_ns", "model.B=17", "model.U=3", "seed=12", "name=a_name_of_our_own"))]
+    jobs += [Job(configure("model.features=16"), before="resume", first=123_456, seconds=1e6, bytes=10**11)]
+    monkeypatch.setattr(drrn.sweep.plan, "console", lambda: Console(width=width))
+    print_plan(make_plan(jobs, workers=2))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(len(line) for line in out.splitlines() if " at a time, on machines" not in line) <= width
+    for said in ("DRRN_B1U9_16f", "123,456", "11.6 days", "100.00"):
+        assert said in out
 
 
 def test_plan_only_prints_and_starts_nothing(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
@@ -206,7 +239,7 @@ def test_plan_only_prints_and_starts_nothing(entry_point: Callable, tiny_images:
     for overrides in (("model.U=1",), ("-m", "model.U=1,2", "model.B=2")):
         code, out, err = entry_point("train", *overrides, *small, "plan=only", f"output={tmp_path}/runs")
         assert code == 0, err
-        for said in ("d", "k", "operations/step", "memory", "464,056", "GB"):
+        for said in ("d", "k", "operations", "/step", "memory", "464,056", "GB"):
             assert said in out
     assert "In all" in out
     assert "DRRN_B2U2_2f s1" in out
@@ -224,7 +257,7 @@ def test_a_signal_ends_the_sweep_with_its_table(
 
     def fake(config: object) -> None:
         if config.model.U == 2:
-            write(config, "stopped", "SIGTERM: a signal ended it")
+            write(config, "stopped", ended_by="signal SIGTERM", error="SIGTERM: a signal ended it")
             raise stop
         write(config, "finished")
 
@@ -232,17 +265,17 @@ def test_a_signal_ends_the_sweep_with_its_table(
     words = ("train", "-m", "model.U=1,2,3", "model.features=2", f"output={tmp_path}")
     code, out, _ = entry_point(*words, "trainer.max_steps=1")
     assert code == (stop.code if isinstance(stop, SystemExit) else 130)
-    rows = {line.split()[1]: line for line in out.split("What became of it")[1].splitlines() if "DRRN" in line}
+    rows = {line.split()[0]: line for line in out.split("What became of it")[1].splitlines() if "DRRN" in line}
     for name, word in (("B1U1", "done"), ("B1U2", "interrupted"), ("B1U3", "not started")):
         assert word in rows[f"DRRN_{name}_2f"]
-    assert "1 of 3 points done" in out
+    assert "1 of 3 runs done" in out
     code, out, _ = entry_point("train", "-m", "model.U=1", "model.features=2", "trainer.max_steps=1",
                                f"output={tmp_path}")  # fmt: skip
     assert code == 0
     assert "skipped" in out
 
 
-def test_failed_points_are_named_with_their_reasons(
+def test_failed_runs_are_named_with_their_reasons(
     entry_point: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fake(config: object) -> None:
@@ -254,5 +287,5 @@ def test_failed_points_are_named_with_their_reasons(
     code, out, err = entry_point("train", "-m", "model.U=1,2", "plan=none", f"output={tmp_path}")
     assert code == 2
     assert "no image is as large as a patch" in out
-    assert "1 of 2 points done" in out
-    assert "1 of 2 points failed; the same command tries them again" in err
+    assert "1 of 2 runs done" in out
+    assert "1 of 2 runs failed; the same command tries them again" in err

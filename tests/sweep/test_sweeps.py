@@ -18,12 +18,12 @@ import train as entry
 from drrn.config import check
 from drrn.identity import run_dir, structure_name
 from drrn.runs.record import FILE, read_record
+from drrn.sweep.queues import queue
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("model", "data", "optim", "trainer", "logger", "experiment", "budget")
 SHIPPED = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
-AGENTS = sorted((ROOT / "sweeps" / "wandb").glob("*.yaml"))
 
 # What makes any of them a matter of a second: one step, few features, no other machine than this one.
 SMALL = (
@@ -37,6 +37,11 @@ SMALL = (
 @pytest.fixture
 def small(tiny_images: Path, tmp_path: Path) -> tuple[str, ...]:
     return (*SMALL, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path}")
+
+
+def points_of(name: str) -> list[dict]:
+    """The points of a study."""
+    return yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())["hydra"]["sweeper"]["points"]
 
 
 def finished_runs(folder: Path) -> list[dict]:
@@ -66,16 +71,28 @@ def test_every_configuration_trains_for_a_step(
         assert {key: ran[key] for key in kept} == kept
 
 
+@pytest.fixture(scope="module")
+def shared_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all studies run, so that a network of two studies is trained once."""
+    return tmp_path_factory.mktemp("studies")
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_runs_each_of_its_points(
-    name: str, entry_point: Callable, small: tuple[str, ...], tmp_path: Path
+    name: str, entry_point: Callable, small: tuple[str, ...], shared_output: Path
 ) -> None:
-    points = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())["hydra"]["sweeper"]["points"]
-    code, out, err = entry_point("train", f"sweeps={name}", "logger=none", *small)
+    points = points_of(name)
+    already = len(finished_runs(shared_output))
+    code, out, err = entry_point(
+        "train", f"sweeps={name}", "logger=none", *small, f"output={shared_output}", "plan=none"
+    )
     assert code == 0, out + err
-    records = finished_runs(tmp_path)
-    assert len(records) == len(points)  # none is lost, none is the same run as another
-    assert f"{len(points)} of {len(points)} points done" in out
+    records = finished_runs(shared_output)
+    assert len(records) == already + len(points) - out.count("skipped")  # none is lost, none is another's run
+    assert f"{len(points)} of {len(points)} runs done" in out
+    assert out.count("skipped") == {"fig8": 3, "table2": 1, "table4": 4}.get(
+        name, 0
+    )  # what an earlier study has trained
     for point in points:
         wanted = {key: value for key, value in point.items() if key.startswith("model.")}
         assert any(
@@ -92,8 +109,9 @@ def as_shipped(*overrides: str) -> object:
 
 @cache
 def points_as_shipped(name: str) -> list:
-    points = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())["hydra"]["sweeper"]["points"]
-    return [as_shipped(f"sweeps={name}", *(f"{key}={value}" for key, value in point.items())) for point in points]
+    return [
+        as_shipped(f"sweeps={name}", *(f"{key}={value}" for key, value in point.items())) for point in points_of(name)
+    ]
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -162,33 +180,28 @@ def agents_command(path: Path, point: int = 0) -> list[str]:
     return command
 
 
-@pytest.mark.parametrize("path", AGENTS, ids=lambda p: p.stem)
-def test_a_wandb_queue_holds_the_points_of_its_study(path: Path) -> None:
-    """Read from the command line as Hydra reads it."""
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_wandb_queue_holds_the_points_of_its_study(name: str) -> None:
+    """The file is what `make queues` makes of the study; its points are read as Hydra reads a command line."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    path = ROOT / "sweeps" / "wandb" / f"{name}.yaml"
+    assert path.read_text() == queue(name)
     key = "hydra.sweeper.points="
     points = []
-    for index in range(len(yaml.safe_load(path.read_text())["parameters"][key[:-1]]["values"])):
+    for index in range(len(points_of(name))):
         (override,) = (word for word in agents_command(path, index) if word.startswith(key))
         parsed = OverridesParser.create().parse_override(override)
         assert not parsed.is_sweep_override()
         points += parsed.value()
-    study = yaml.safe_load((ROOT / "sweeps" / path.name).read_text())
-    assert points == study["hydra"]["sweeper"]["points"]
+    assert points == points_of(name)
 
 
-@pytest.mark.parametrize("path", AGENTS, ids=lambda p: p.stem)
 def test_a_wandb_agents_command_trains_one_point(
-    path: Path,
-    entry_point: Callable,
-    small: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    entry_point: Callable, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its last one; with the environment that the agent makes, but for the server (offline)."""
-    last = len(points_as_shipped(path.stem)) - 1
-    env, interpreter, program, *overrides = agents_command(path, last)
+    env, interpreter, program, *overrides = agents_command(ROOT / "sweeps/wandb/table4.yaml", -1)
     assert (env, interpreter, ROOT / program) == ("/usr/bin/env", "python", ROOT / "src" / "train.py")
     assert "logger.mode=online" in overrides
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc12345")
@@ -196,8 +209,8 @@ def test_a_wandb_agents_command_trains_one_point(
     code, out, err = entry_point("train", *overrides, "logger=none", *small)
     assert code == 0, out + err
     (record,) = finished_runs(tmp_path)
-    assert record["structure"]["name"] == structure_name(points_as_shipped(path.stem)[last].model) + "_2f"
-    assert record["study"] == path.stem
+    assert record["structure"]["name"] == structure_name(points_as_shipped("table4")[-1].model) + "_2f"
+    assert record["study"] == "table4"
     assert record["wandb_id"] == "run54321"  # the run that the server knows, not one of ours
 
 
@@ -270,10 +283,51 @@ def test_a_points_value_of_any_kind_reaches_the_configuration(value: object) -> 
     assert parsed.value() == value
 
 
-def test_points_that_are_the_same_run_are_run_once(
-    entry_point: Callable, small: tuple[str, ...], tmp_path: Path
+def test_runs_that_are_the_same_are_run_once_and_ranked_wherever_hydra_goes(
+    entry_point: Callable, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, out, _ = entry_point("train", "-m", "model.B=1,2,1", "model.U=0", "logger=none", *small)
-    assert code == 0
-    assert "2 of 2 points done" in out
-    assert len(finished_runs(tmp_path)) == 2
+    """Paths count from where the command was given; the closing table has the best first."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = entry_point(
+        "train", "-m", "model.B=1,2,1", "model.U=0", "logger=none", *small, "output=here", "hydra.job.chdir=true"
+    )
+    assert code == 0, out + err
+    records = finished_runs(tmp_path / "here")
+    assert len(records) == 2
+    table = out.split("What became of it")[1]
+    assert "2 of 2 runs done" in table
+    assert "python src/report.py runs=here/main" in table
+    for record in records:
+        (mean,) = record["means"]
+        (line,) = (line for line in table.splitlines() if record["structure"]["name"] in line)
+        assert line.split()[2:4] == [f"{mean['psnr']:.2f}", f"{mean['psnr'] - mean['bicubic_psnr']:+.2f}"]
+    best = max(records, key=lambda record: record["means"][0]["psnr"])["structure"]["name"]
+    assert table.index(best) == table.index("VDSR")
+    assert {path.name for path in tmp_path.iterdir()} == {"here"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["hydra.sweeper.max_batch_size=0"], ["hydra.sweeper.max_batch_size", "0", "at least 1"]),
+        (["hydra.sweeper.max_batch_size=few"], ["hydra.sweeper.max_batch_size", "few"]),
+        (["hydra.sweeper.points=[]"], ["hydra.sweeper.points"]),
+        (["hydra.sweeper.points=[3]"], ["hydra.sweeper.points"]),
+        (["hydra/launcher=machine", "hydra.launcher.n_jobs=0"], ["hydra.launcher.n_jobs", "0"]),
+        (["name='${'"], ["name"]),
+        (["name='${nothing}'"], ["nothing"]),
+        (["hydra.sweeper.points=[{name: '${'}]"], ["name"]),
+        (["model.U=-3"], ["model.U", "-3", "nothing has been started"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_a_sweep_cannot_be_is_said_in_a_line(
+    overrides: list[str], said: list[str], entry_point: Callable, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    code, out, err = entry_point("train", "-m", "model.B=1,2", "logger=none", *small, *overrides)
+    assert code == 2, out + err
+    assert "Traceback" not in err
+    assert "Error in call" not in err
+    for words in said:
+        assert words in err
+    assert not list(tmp_path.iterdir())

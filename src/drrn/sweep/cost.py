@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,17 +23,42 @@ TIMED = 5  # steps timed at a point; the fastest counts, the others were disturb
 # ---------------------------------------------------------------------- counted
 
 
-def multiplications(model: ModelConfig) -> int:
-    """Multiply-adds of the convolutions of Eq. 9 for one pixel; a shared convolution counts each time."""
-    C, first = model.features, 9 * model.features  # f_b of the first block sees one channel
-    of_a_block = 9 * C * C + model.U * 2 * 9 * C * C  # f_b, then U residual units of two convolutions
-    return first + (of_a_block - 9 * C * C) + (model.B - 1) * of_a_block + 9 * C
+COUNTED: dict[str, Counts] = {}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A network's depth and convolution weights; floating-point operations for one pixel, a multiply-add is two:
+    of its output, and of an optimiser step."""
+
+    depth: int
+    conv_weights: int
+    output: float
+    step: float
+
+
+def count(model: ModelConfig) -> Counts:
+    """The counts of a network, of which only the shapes are made; once for each structure."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from drrn.model import DRRN
+
+    if repr(model) not in COUNTED:
+        with torch.device("meta"):
+            network, x = DRRN(**asdict(model)), torch.rand(1, 1, 32, 32)
+        with FlopCounterMode(display=False) as counter:
+            loss = network(x).sum()
+            output = counter.get_total_flops()
+            loss.backward()
+        counted = (output / x.numel(), counter.get_total_flops() / x.numel())
+        COUNTED[repr(model)] = Counts(network.depth, network.conv_weight_count, *counted)
+    return COUNTED[repr(model)]
 
 
 def operations(config: Config) -> float:
-    """Floating-point operations of an optimiser step: a multiply-add is two, backward is twice forward."""
-    data = config.data
-    return 2.0 * 3 * multiplications(config.model) * data.patch_size**2 * data.batch_size
+    """Floating-point operations of an optimiser step: forward, and backward for weights and inputs."""
+    return count(config.model).step * config.data.patch_size**2 * config.data.batch_size
 
 
 def micro_batch(config: Config) -> int:
@@ -201,7 +226,7 @@ def evaluation_speed(module: Any, config: Config) -> float:
                 module.network(x)
                 times.append(now(device) - start)
             best = min(times)
-    return 2 * multiplications(config.model) * side**2 / best
+    return count(config.model).output * side**2 / best
 
 
 def now(device: Any) -> float:
@@ -214,7 +239,7 @@ def now(device: Any) -> float:
 
 
 @contextmanager
-def threads_of(threads: int | None) -> Iterable[None]:
+def threads_of(threads: int | None) -> Iterator[None]:
     """Compute with so many threads; None leaves it."""
     import torch
 
@@ -227,7 +252,7 @@ def threads_of(threads: int | None) -> Iterable[None]:
 
 
 @contextmanager
-def quiet() -> Iterable[None]:
+def quiet() -> Iterator[None]:
     """Lightning's notices belong to the runs."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

@@ -1,17 +1,27 @@
-"""The machine's cores and GPUs, shared among several runs at once."""
+"""The machine's cores and GPUs, shared among several runs at once, and how those runs are told to end."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
+
+from drrn.errors import UserError
+
+ENDED = "ended"  # the file in the shared folder that says: begin nothing more
+LAST_STEP = 60.0  # seconds that a run has to keep its last step when the sweep's process is gone
 
 
 def cores() -> list[int]:
@@ -24,16 +34,38 @@ def threads(n: int) -> int | None:
     return None if n == 1 or "OMP_NUM_THREADS" in os.environ else max(1, len(cores()) // n)
 
 
+def is_joblib(launcher: DictConfig) -> bool:
+    """Whether joblib launches the jobs (`hydra/launcher=machine`)."""
+    return "joblib" in launcher._target_
+
+
+def workers(launcher: DictConfig) -> int:
+    """Jobs that a launcher works on at a time, where its configuration says so; else 1.
+
+    Raises:
+        UserError: no whole number, or 0.
+    """
+    n = launcher.get("n_jobs", 1)
+    if type(n) is not int or n == 0:
+        raise UserError(f"hydra.launcher.n_jobs = {n}: jobs at a time, or -1 for one a core")
+    return n if n > 0 else max(1, len(cores()) + 1 + n)  # joblib: -1 for all cores
+
+
 class Ended(Exception):
     """Ctrl-C or a signal ended a job in another process. Hydra takes an Exception home, and joblib then lets
     the other jobs save their checkpoints, where it would kill them for a KeyboardInterrupt."""
+
+
+class NotBegun(Ended):
+    """The sweep was told to end before this job began."""
 
 
 class OwnPart:
     """A task for joblib's processes: each works on its own n-th of the cores, and on its own GPU.
 
     A process takes the first free of n lock files and keeps it: CUDA cannot change its device later. The kernel
-    gives it back when the process ends.
+    gives it back when the process ends. A terminal's Ctrl-C reaches the sweep's process alone, which passes every
+    signal on (`tell`), wherever it came from. A process whose sweep is gone keeps its step and ends.
 
     Args:
         task: what Hydra calls with a job's configuration.
@@ -41,40 +73,51 @@ class OwnPart:
     """
 
     lock: Any = None  # of this process
-    ended = False  # in a process that was told to end, no further job starts
+    busy = False  # whether this process works on a job
 
     def __init__(self, task: Callable[[DictConfig], Any], n: int) -> None:
-        self.task, self.n = task, n
-        self.folder = tempfile.mkdtemp(prefix="drrn-sweep-")
+        self.task, self.n, self.sweep = task, n, os.getpid()
+        self.folder = Path(tempfile.mkdtemp(prefix="drrn-sweep-"))
 
     def __call__(self, cfg: DictConfig) -> Any:
-        """Do the task on a part of the machine.
+        """Do the task on this process's part of the machine.
 
         Raises:
-            Ended: a signal ended it, or the one before it.
+            Ended: a signal ended it.
+            NotBegun: the sweep was told to end, or another of its jobs.
         """
-        if OwnPart.ended:
-            raise Ended("before this point began")
-        if OwnPart.lock is None:
-            self.take()
+        OwnPart.busy = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _exit)
         try:
+            if (self.folder / ENDED).exists():
+                raise NotBegun("the sweep was ended")
             return self.task(cfg)
         except (KeyboardInterrupt, SystemExit) as error:
-            OwnPart.ended = True
+            (self.folder / ENDED).touch()
             raise Ended(f"{type(error).__name__}: {error}") from error
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C breaks a process that waits for a job
+            self._idle()
+
+    def _idle(self) -> None:
+        """Wait for a job: a signal would break that."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        OwnPart.busy = False
 
     def take(self) -> None:
-        """Keep this process, before it has used torch, to the first part of the machine that is free."""
+        """Keep this process, at its start and before it uses torch, to the first part of the machine that is free."""
+        self._idle()
+        os.setpgid(0, 0)  # out of the terminal's reach
+        (self.folder / str(os.getpid())).touch()  # for `tell`
+        threading.Thread(target=_end_with, args=(self.sweep,), daemon=True).start()
         for number in itertools.cycle(range(self.n)):
             try:
-                OwnPart.lock = FileLock(f"{self.folder}/{number}.lock").acquire(timeout=0.05).lock
+                OwnPart.lock = FileLock(self.folder / f"{number}.lock").acquire(timeout=0.05).lock
                 break
             except Timeout:
                 continue
-        # loky leaves its own way to start processes as the default, which the processes of a point do not know.
+        # loky leaves its own way to start processes as the default, which the processes of a run do not know.
         multiprocessing.set_start_method(None, force=True)
         every, gpus = cores(), visible_gpus()
         mine = every[number :: self.n] or [every[number % len(every)]]
@@ -83,6 +126,72 @@ class OwnPart:
         os.environ.setdefault("OMP_NUM_THREADS", str(len(mine)))
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+
+    def tell(self, number: int) -> None:
+        """Pass a signal on to the processes that work on this task, and let none begin another job."""
+        import psutil
+
+        (self.folder / ENDED).touch()
+        for child in psutil.Process().children():
+            if (self.folder / str(child.pid)).exists():
+                child.send_signal(number)
+
+
+def _exit(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, however that ended; a run may keep its step first."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    if OwnPart.busy:
+        os.kill(os.getpid(), signal.SIGTERM)
+    end = time.monotonic() + LAST_STEP
+    while OwnPart.busy and time.monotonic() < end:
+        time.sleep(0.1)
+    os._exit(1)
+
+
+class Told:
+    """The first signal that a sweep got; 0 for none."""
+
+    number = 0
+
+
+@contextmanager
+def stoppable(task: Any) -> Iterator[Told]:
+    """SIGTERM ends the sweep as Ctrl-C does, with its table.
+
+    Args:
+        task: what the launcher calls. An `OwnPart` passes the signal on to joblib's processes, and the sweep waits
+            until they have kept their steps. A second signal is passed on too, which ends them at once; a third
+            one ends the sweep without them. Any other task, in this process, handles both signals for itself.
+    """
+    parts = task if isinstance(task, OwnPart) else None
+    told, times = Told(), itertools.count(1)
+
+    def tell(number: int, frame: Any) -> None:
+        told.number = told.number or number
+        if (time_ := next(times)) > 2:
+            raise KeyboardInterrupt
+        parts.tell(number)
+        again = "ends them at once" if time_ == 1 else "kills them"
+        with suppress(OSError):  # no print: it may be what was interrupted
+            os.write(2, f"\nwaiting for the runs to keep their steps; Ctrl-C again {again}\n".encode())
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, tell if parts else _exit)
+        if parts:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, tell)
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if parts:
+            shutil.rmtree(parts.folder, ignore_errors=True)
 
 
 def visible_gpus() -> list[str]:

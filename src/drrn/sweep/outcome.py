@@ -1,67 +1,106 @@
-"""What became of the points of a sweep."""
+"""What became of the jobs of a sweep: from records' statuses and the kinds of what was raised."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from drrn.identity import run_dir
-from drrn.runs.record import finished_record
-from drrn.sweep.plan import Point, console, record_of
-
-# ---------------------------------------------------------------------- what became of it
-
-ELSEWHERE = "is being trained by another process"  # train.py's words when a run's folder is locked
+from drrn.errors import InUse
+from drrn.runs.record import finished_record, read_record
+from drrn.sweep.machine import Ended, NotBegun
+from drrn.sweep.plan import Job, console
 
 
-def outcome(point: Point, touched: bool, error: str) -> tuple[str, str]:
-    """What became of a point: a word for the table, and the reason where there is one.
+def by_signal(record: dict[str, Any]) -> bool:
+    """Whether a record says that a signal ended its run. Records of before `ended_by` are "stopped" either by a
+    signal, which they have as their error, or by the end of `trainer.max_time`."""
+    if (ended_by := record.get("ended_by")) is not None:
+        return ended_by.partition(" ")[0] == "signal"
+    return record.get("status") == "stopped" and "error" in record
 
-    Args:
-        point: as it was before the sweep.
-        touched: its record was written during the sweep.
-        error: what the launcher brought back from the job; "" for nothing.
+
+def outcome(job: Job) -> tuple[str, str]:
+    """What became of a job.
 
     Returns:
         ("done" | "skipped" | "resumed" | "retried" | "stopped" | "interrupted" | "failed" | "elsewhere" |
-        "not started", reason).
+        "not started", the reason where there is one).
     """
-    folder = run_dir(point.config)
-    record = record_of(folder) or {}
-    if point.before == "finished":
+    record, touched, raised = job.record, job.written() != job.stamp, job.raised
+    if job.before == "finished":
         return "skipped", "was finished"
-    if ELSEWHERE in error:
-        return "elsewhere", error
-    if finished_record(folder) is not None:
-        word = {"resume": "resumed", "failed": "retried"}.get(point.before, "done")
-        return word, f"from step {point.first:,}" if point.first else ""
-    if touched and record.get("status") == "stopped" and not stopped_by_hand(record.get("error", "")):
-        return "stopped", f"after {record.get('budget', {}).get('steps', '?')} steps; the same command goes on"
-    if touched and record.get("status") == "failed" and not stopped_by_hand(record.get("error", "")):
+    if isinstance(raised, InUse):
+        return "elsewhere", str(raised)
+    if finished_record(job.folder) is not None:
+        word = {"resume": "resumed", "failed": "retried"}.get(job.before, "done")
+        return word, f"from step {job.first:,}" if job.first else ""
+    if touched and record.get("status") == "stopped" and not by_signal(record):
+        return "stopped", f"after {record.get('budget', {}).get('steps', '?')} steps; the same command resumes it"
+    if touched and record.get("status") == "failed" and not by_signal(record):
         return "failed", record.get("error", "")
-    if error and not stopped_by_hand(error):
-        return "failed", error
-    if touched or (error and "before this point began" not in error):
-        return "interrupted", "the same command goes on"
+    if raised is not None and not isinstance(raised, Ended):
+        return "failed", in_a_line(raised)
+    if touched or (raised is not None and not isinstance(raised, NotBegun)):
+        return "interrupted", "the same command resumes it"
     return "not started", ""
 
 
-def stopped_by_hand(error: str) -> bool:
-    """Whether an error, as a record or a launcher has it, is Ctrl-C's or a signal's."""
-    return error.startswith(("KeyboardInterrupt", "SystemExit", "SIG", "Ended"))
+def in_a_line(error: BaseException) -> str:
+    """An error's kind and text, for people; of a trace from another process its last line, where the text is."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith(("-", "You can check"))]
+    text = lines[-1] if any("Traceback" in line for line in lines) else " ".join(lines)
+    return f"{type(error).__name__}: {text}"
 
 
-def print_outcomes(rows: list[tuple[Point, str, str]], folder: Path) -> None:
-    """The closing table: every point, what became of it, and why."""
-    table = Table(title="What became of it", title_justify="left")
-    table.add_column("point", overflow="fold")
+def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
+    """The closing table: every job, what became of it and why, its PSNR and what that is above bicubic, best first;
+    and the command that draws it."""
+    means = [mean_of(job) for job, _, _ in rows]
+    known = [mean for mean in means if mean]
+    heading = f"PSNR\n{known[0]['set']} ×{known[0]['scale']}" if known else "PSNR"
+    table = Table(
+        title="What became of it", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.add_column("run", overflow="fold")
+    table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("above\nbicubic", justify="right", no_wrap=True)
     table.add_column("outcome", no_wrap=True)
     table.add_column("", overflow="fold")
-    for point, word, reason in rows:
-        table.add_row(Text(point.name), word, Text(reason))  # Text: brackets in it are no markup
+    best_first = sorted(zip(rows, means, strict=True), key=lambda pair: -pair[1].get("psnr", float("-inf")))
+    for (job, word, reason), mean in best_first:
+        scores = ("", "")
+        if mean:
+            scores = (f"{mean['psnr']:.2f}", f"{mean['psnr'] - mean['bicubic_psnr']:+.2f}")
+        table.add_row(Text(job.name), *scores, word, Text(reason))  # Text: brackets in it are no markup
     console().print(table)
     words = [word for _, word, _ in rows]
     good = sum(words.count(word) for word in ("done", "skipped", "resumed", "retried"))
-    print(f"{good} of {len(rows)} points done, under {folder}")
+    print(f"{good} of {len(rows)} runs done, under {folder}")
+    if known:
+        print(f"Drawn by: python src/report.py {what_draws(rows[0][0])}")
+
+
+def what_draws(job: Job) -> str:
+    """What report.py is given for the runs of a job's sweep: the study of the paper, or the runs' folder."""
+    from drrn.report.studies import STUDIES
+
+    study, output = job.config.study, job.config.output
+    if study in STUDIES:
+        return f"study={study}" + (f" runs={output}" if output != "runs" else "")
+    return f"runs={Path(output) / study}"
+
+
+def mean_of(job: Job) -> dict[str, Any]:
+    """The mean scores of a finished job on its first set at the first scale of its validations; {} if there are
+    none."""
+    path = finished_record(job.folder)
+    data = job.config.data
+    for row in read_record(path).get("means", []) if path else []:
+        if row["set"] == Path(data.val[0]).name and row["scale"] == (data.val_scales or data.scales)[0]:
+            return row
+    return {}

@@ -1,17 +1,18 @@
-"""What a sweep will cost before it starts, and what became of its points when it ends.
+"""What a sweep will cost before it starts.
 
 Operations and memory are counted, seconds are measured: a few real optimiser steps of the cheapest and of the
-costliest point, on this machine, and a straight line in the operations for the points between. What a point is
-(new, finished, to be resumed, failed before) is read from the records, which every launcher leaves behind.
+costliest job, on this machine, and a straight line in the operations for the jobs between. What a job is (new,
+finished, to be resumed, failed before) is read from the records, which every launcher leaves behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,34 +21,44 @@ from drrn.config import Config
 from drrn.errors import UserError
 from drrn.identity import run_dir, structure_name
 from drrn.runs.record import FILE, finished_record, read_record
-from drrn.sweep.cost import TIMED, count_bytes, evaluation_pixels, measure, micro_batch, multiplications, operations
+from drrn.sweep.cost import TIMED, count, count_bytes, evaluation_pixels, measure, micro_batch, operations
 
 SHARE = 100  # a sweep of fewer steps than this many times the timed ones is not worth timing
 
 
-@dataclass
-class Point:
-    """One run of a sweep, and its cost.
+@dataclass(eq=False)
+class Job:
+    """One run of a sweep: what it was before the sweep, what it costs, what the launcher brought back.
 
-    `before` is "new", "finished", "resume" or "failed"; `first` the step from which it goes on. `seconds` and
-    `bytes` are None where they could not be estimated. `apart` is what tells it from points of the same structure
-    and seed.
+    Attributes:
+        overrides: what the command line would say for it alone.
+        before: "new", "finished", "resume" or "failed".
+        first: the step from which it resumes.
+        seconds, bytes: None where they could not be estimated.
+        differs: what tells it from jobs of the same structure and seed.
+        stamp: when its record was last written before the sweep, in nanoseconds; 0 if there was none.
+        raised: what the launcher brought back from it.
     """
 
     config: Config
-    before: str
-    first: int
-    depth: int
-    conv_weights: int
-    operations: float
+    overrides: list[str] = field(default_factory=list)
+    before: str = "new"
+    first: int = 0
     seconds: float | None = None
     bytes: int | None = None
-    apart: str = ""
+    differs: str = ""
+    stamp: int = 0
+    raised: BaseException | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return run_dir(self.config)
 
     @property
     def name(self) -> str:
         """`DRRN_B1U9 s1`, and the structure too where the run has a name of its own."""
-        name = f"{structure_name(self.config.model)} s{self.config.seed} {self.apart}".rstrip()
+        name = f"{structure_name(self.config.model)} s{self.config.seed} {self.differs}".rstrip()
         return name if self.config.name is None else f"{self.config.name} ({name})"
 
     @property
@@ -57,33 +68,43 @@ class Point:
             return 0
         return max(0, self.config.trainer.max_steps - self.first)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """The run's record; empty if there is none that can be read."""
+        try:
+            return read_record(self.folder / FILE)
+        except UserError:
+            return {}
 
-def look(config: Config) -> Point:
-    """A point as its records and checkpoints say it is now; nothing is estimated yet."""
-    import torch
+    def written(self) -> int:
+        """When its record was last written, in nanoseconds; 0 if there is none."""
+        try:
+            return (self.folder / FILE).stat().st_mtime_ns
+        except OSError:
+            return 0
 
-    from drrn.model import DRRN
 
-    folder = run_dir(config)
-    before, first = "new", 0
-    if finished_record(folder) is not None:
-        before = "finished"
-    elif (record := record_of(folder)) is not None:
+def look(config: Config, overrides: Sequence[str] = ()) -> Job:
+    """A job as its records and checkpoints say it is now; nothing is estimated yet."""
+    job = Job(config, list(overrides))
+    job.stamp = job.written()
+    if finished_record(job.folder) is not None:
+        job.before = "finished"
+    elif record := job.record:
         if config.ckpt_path is not None:  # null starts afresh
-            checkpoints = sorted(folder.glob("checkpoints/step*.ckpt"))
-            first = int(checkpoints[-1].stem.removeprefix("step")) if checkpoints else 0
-        before = "failed" if record.get("status") == "failed" else "resume"
-    with torch.device("meta"):
-        network = DRRN(**asdict(config.model))
-    return Point(config, before, first, network.depth, network.conv_weight_count, operations(config))
+            checkpoints = sorted(job.folder.glob("checkpoints/step*.ckpt"))
+            job.first = int(checkpoints[-1].stem.removeprefix("step")) if checkpoints else 0
+        job.before = "failed" if record.get("status") == "failed" else "resume"
+    return job
 
 
-def record_of(folder: Path) -> dict[str, Any] | None:
-    """A run's record; None if there is none that can be read."""
-    try:
-        return read_record(folder / FILE)
-    except UserError:
-        return None
+def name_differences(jobs: Sequence[Job]) -> None:
+    """Give jobs of one name what differs in their overrides: `optim.lr=0.1`."""
+    names = [job.name for job in jobs]
+    for job, name in zip(jobs, names, strict=True):
+        alike = [other.overrides for other, its in zip(jobs, names, strict=True) if its == name]
+        if len(alike) > 1:
+            job.differs = " ".join(o for o in job.overrides if not all(o in other for other in alike))
 
 
 # ---------------------------------------------------------------------- the plan
@@ -91,73 +112,71 @@ def record_of(folder: Path) -> dict[str, Any] | None:
 
 @dataclass
 class Plan:
-    """The points of a sweep, how many are worked on at a time, and why there are no estimates."""
+    """The jobs of a sweep, how many are worked on at a time, and why there are no estimates."""
 
-    points: list[Point]
+    jobs: list[Job]
     workers: int
     note: str
 
     @property
     def seconds(self) -> float | None:
-        """Until the last point is done; None if it is not known."""
-        seconds = [point.seconds for point in self.points]
+        """Until the last job is done; None if it is not known."""
+        seconds = [job.seconds for job in self.jobs]
         if None in seconds:
             return None
         return max(sum(seconds) / self.workers, *seconds, 0)
 
 
-def make_plan(configs: Sequence[Config], workers: int = 1, threads: int | None = None, always: bool = False) -> Plan:
-    """The points of a sweep and their cost.
+def make_plan(jobs: list[Job], workers: int = 1, threads: int | None = None, always: bool = False) -> Plan:
+    """Estimate what jobs cost.
 
     Args:
-        configs: the checked configurations of the points.
-        workers: points at a time.
+        jobs: as `look` found them; their `seconds` and `bytes` are filled in.
+        workers: jobs at a time.
         threads: CPU threads that each of them has; None for all.
         always: estimate time and memory even if that takes longer than a small share of the sweep.
     """
-    points = [look(config) for config in configs]
-    work = [point for point in points if point.before != "finished"]
-    for point in points:
-        if point.before == "finished":
-            point.seconds, point.bytes = 0.0, 0
-    if any(point.config.trainer.max_epochs is not None for point in work):
+    work = [job for job in jobs if job.before != "finished"]
+    for job in jobs:
+        if job.before == "finished":
+            job.seconds, job.bytes = 0.0, 0
+    if any(job.config.trainer.max_epochs is not None for job in work):
         note = "trainer.max_epochs: the steps are known when the patches are there, so no time is estimated"
-    elif not always and sum(point.steps for point in work) < SHARE * (TIMED + 3):
-        return Plan(points, workers, "too short to be worth estimating; plan=only does it" if work else "")
+    elif not always and sum(job.steps for job in work) < SHARE * (TIMED + 3):
+        return Plan(jobs, workers, "too short to be worth estimating; plan=only does it" if work else "")
     else:
         note = estimate(work, threads)
     counted: dict[str, int] = {}
-    for point in work:
-        c = point.config
+    for job in work:
+        c = job.config
         of_a_step = (c.checkpointing, micro_batch(c), c.data.patch_size, c.trainer.precision, c.optim.algorithm)
         key = repr((c.model, *of_a_step))
         if key not in counted:
             counted[key] = count_bytes(c)
-        point.bytes = counted[key]
-    return Plan(points, workers, note)
+        job.bytes = counted[key]
+    return Plan(jobs, workers, note)
 
 
-def estimate(work: list[Point], threads: int | None) -> str:
-    """Fill in the seconds of points: the cheapest and the costliest are timed, a line joins them.
+def estimate(work: list[Job], threads: int | None) -> str:
+    """Fill in the seconds of jobs: the cheapest and the costliest are timed, a line joins them.
 
     Returns:
         Why there are none; "" where there are.
     """
     if not work:
         return ""
-    ends = sorted(work, key=lambda point: point.operations)
-    cheap, dear = ends[0], ends[-1]
+    ends = sorted((operations(job.config), i) for i, job in enumerate(work))
+    (cheap, i), (dear, k) = ends[0], ends[-1]
     try:
-        at_dear = measure(dear.config, threads)
-        at_cheap = measure(cheap.config, threads) if cheap.operations < dear.operations else at_dear
+        at_dear = measure(work[k].config, threads)
+        at_cheap = measure(work[i].config, threads) if cheap < dear else at_dear
     except UserError as error:
         return f"not timed on this machine: {error}"
-    span = dear.operations - cheap.operations
-    slope = (at_dear.step - at_cheap.step) / span if span else 0.0
-    for point in work:
-        step = at_cheap.step + slope * (point.operations - cheap.operations)
-        work_of_evaluation = 2 * multiplications(point.config.model) * evaluation_pixels(point.config, point.first)
-        point.seconds = point.steps * step + work_of_evaluation / at_dear.evaluation
+    slope = (at_dear.step - at_cheap.step) / (dear - cheap) if dear > cheap else 0.0
+    for job in work:
+        step = at_cheap.step + slope * (operations(job.config) - cheap)
+        work_of_evaluation = count(job.config.model).output * evaluation_pixels(job.config, job.first)
+        job.seconds = job.steps * step + work_of_evaluation / at_dear.evaluation
     return ""
 
 
@@ -171,24 +190,25 @@ STATES = {
 
 def print_plan(plan: Plan) -> None:
     """The plan as a table on the standard output."""
-    table = Table(title="Plan", title_justify="left")
-    for heading in ("point", "state"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("d", "k", "operations/step", "steps", "time", "memory"):
+    table = Table(title="Plan", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("state", overflow="fold")
+    for heading in ("d", "k", "operations\n/step", "steps", "time", "memory\nGB"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for point in plan.points:
-        state = STATES[point.before] + (f" at {point.first:,}" if point.before == "resume" else "")
+    for job in plan.jobs:
+        state = f"resume at {job.first:,}" if job.before == "resume" else job.before
+        counts = count(job.config.model)
         table.add_row(
-            Text(point.name), state, str(point.depth), f"{point.conv_weights:,}", scaled(point.operations),
-            "by epochs" if point.config.trainer.max_epochs is not None else f"{point.steps:,}",
-            span_of_time(point.seconds), "–" if point.bytes is None else f"{point.bytes / 1e9:.2f} GB",
+            Text(job.name), state, str(counts.depth), f"{counts.conv_weights:,}", scaled(operations(job.config)),
+            "by epochs" if job.config.trainer.max_epochs is not None else f"{job.steps:,}",
+            span_of_time(job.seconds), "–" if job.bytes is None else f"{job.bytes / 1e9:.2f}",
         )  # fmt: skip
     console().print(table)
-    states = [point.before for point in plan.points]
+    states = [job.before for job in plan.jobs]
     parts = [f"{states.count(state)} {text}" for state, text in STATES.items() if state in states]
-    print(f"{len(plan.points)} points: {', '.join(parts)}. {plan.workers} at a time.")
+    print(f"{len(plan.jobs)} runs: {', '.join(parts)}. {plan.workers} at a time.")
     if plan.seconds is not None:
-        most = sorted((point.bytes or 0 for point in plan.points), reverse=True)[: plan.workers]
+        most = sorted((job.bytes or 0 for job in plan.jobs), reverse=True)[: plan.workers]
         print(
             f"In all about {span_of_time(plan.seconds)}, and {sum(most) / 1e9:.2f} GB at a time, on machines like "
             "this one."
@@ -196,9 +216,10 @@ def print_plan(plan: Plan) -> None:
     if plan.note:
         print(f"Time and memory: {plan.note}.")
     print(
-        "k: convolution weights. Operations: multiply-adds × 2 × 3 (forward and backward). Time: from a few\n"
-        "real steps and images here. Memory: the tensors of a step, counted; the process has about 0.5 GB\n"
-        "besides, and on a CPU its allocator may hold up to twice the tensors.\n"
+        "k: convolution weights. Operations: of the convolutions, forward and backward,\n"
+        "a multiply-add is two. Time: from a few real steps and images here. Memory: the\n"
+        "tensors of a step, counted; the process has about 0.5 GB besides, and on a CPU\n"
+        "its allocator may hold up to twice the tensors.\n"
     )
 
 

@@ -1,0 +1,98 @@
+"""A sweep from its plan to its closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf
+
+from drrn.config import Config
+from drrn.disk import write_whole
+from drrn.errors import UserError
+from drrn.identity import run_dir
+from drrn.launch import first_process
+from drrn.sweep.machine import stoppable, threads
+from drrn.sweep.outcome import by_signal, outcome, print_outcomes
+from drrn.sweep.plan import Job, look, make_plan, name_differences, print_plan
+
+
+def run_sweep(
+    asked: Sequence[tuple[Config, list[str]]], launcher: Launcher, hydra: DictConfig, n: int
+) -> list[JobReturn]:
+    """Print the plan, run every job once, say what became of each.
+
+    Args:
+        asked: each job's checked configuration and its overrides. The same run twice is one job.
+        launcher: Hydra's.
+        hydra: the whole composed configuration of the sweep.
+        n: jobs at a time.
+
+    Raises:
+        UserError: jobs failed (all the others have run).
+        SystemExit: the sweep was stopped; what became of its jobs has been printed.
+    """
+    unique: dict[Path, tuple[Config, list[str]]] = {}
+    for config, overrides in asked:
+        unique.setdefault(run_dir(config), (config, overrides))
+    configs = [config for config, _ in asked]
+    if len({config.plan for config in configs}) > 1:
+        raise UserError("plan is one for the whole sweep: give it once")
+    jobs = [look(config, overrides) for config, overrides in unique.values()]
+    name_differences(jobs)
+    plan, first = configs[0].plan, first_process()  # of several that torchrun or Slurm started: the one that speaks
+    if plan != "none" and first:
+        print_plan(make_plan(jobs, n, threads(n), always=plan == "only"))
+    if plan == "only":
+        return []
+    folder = Path(hydra.hydra.sweep.dir)
+    if first:
+        write_whole(folder / "multirun.yaml", lambda path: OmegaConf.save(hydra, path))
+    rows: list[tuple[Job, str, str]] = []
+    try:
+        with stoppable(getattr(launcher, "task_function", None)) as told:
+            results = launch(jobs, launcher, hydra.hydra.sweeper.max_batch_size)
+    except KeyboardInterrupt as error:
+        raise SystemExit(128 + (told.number or 2)) from error  # as a shell has it; no traceback
+    finally:
+        rows += [(job, *outcome(job)) for job in jobs]
+        if first:
+            print_outcomes(rows, folder)
+    words = [word for _, word, _ in rows]
+    if "interrupted" in words or told.number:  # by a signal to a job in another process
+        raise SystemExit(128 + (told.number or 2))
+    if failed := words.count("failed"):
+        raise UserError(f"{failed} of {len(rows)} runs failed; the same command tries them again")
+    return results
+
+
+def launch(jobs: Sequence[Job], launcher: Launcher, batch: int | None) -> list[JobReturn]:
+    """Hand jobs to the launcher, `batch` at a time (None: all); `raised` of each is what it raised.
+
+    A job that dies (killed, out of memory) takes joblib's other jobs with it: what had not begun by then is
+    launched again, as long as something has begun.
+    """
+    results: list[JobReturn] = []
+    batch = batch or len(jobs)
+    for start in range(0, len(jobs), batch):
+        left = list(jobs[start : start + batch])
+        while left:
+            before = [job.written() for job in left]
+            try:
+                returned = launcher.launch([job.overrides for job in left], initial_job_idx=jobs.index(left[0]))
+            except Exception as error:  # the launcher's own
+                begun = [job for job, then in zip(left, before, strict=True) if job.written() != then]
+                for job in begun or left:
+                    job.raised = error
+                if any(by_signal(job.record) for job in begun):
+                    raise KeyboardInterrupt from error
+                left = [job for job in left if job not in begun] if begun else []
+                continue
+            for job, result in zip(left, returned, strict=True):
+                if result.status != JobStatus.COMPLETED:
+                    job.raised = result._return_value
+            results += returned
+            left = []
+    return results
