@@ -36,12 +36,14 @@ WRONG_TYPES: dict[Any, list[Any]] = {
     str: ["", " ", [], ["a"], {"a": 1}],
     list[int]: ["word", 3, [], ["word"], [1.5], [[2]], [None], [HUGE], [{"a": 1}], {"a": 1}],
     list[str]: ["word", 3, [["a"]], [None], [""], ["a", " "], [{"a": 1}], {"a": 1}],
+    dict[str, Any]: ["word", 3, [1], {"a": 1}, {"a": {}}, {"a": {"_target_": 1}}],
     Any: ["", True, [["a"]], [None], [""], [True], {"a": 1}],
 }
 # By key. What has neither a line here nor an end to its range is in `FREE`.
 OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
     "train": {
         "seed": [-1, 2**32],
+        "study": ["/", "../elsewhere", "/tmp/x"],
         "ckpt_path": ["no/such.ckpt"],
         "init_from": ["no/such.safetensors"],
         "from_record": ["no/record.json"],
@@ -128,7 +130,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
     },
 }
 FREE = {
-    "train": {"name", "study", "output", "data.root", "data.patches", "logger.project"},
+    "train": {"name", "callbacks", "output", "data.root", "data.patches", "logger.project"},
     "evaluate": {"output", "images", "root"},
     "upscale": {"output"},
     "report": {"output", "compare", "root"},
@@ -201,7 +203,7 @@ def test_all_keys_are_here(name: str) -> None:
 
     def leaves(cfg: DictConfig, group: str = "") -> Iterator[str]:
         for key in cfg:
-            if OmegaConf.is_dict(cfg[key]):
+            if OmegaConf.is_dict(cfg[key]) and f"{group}{key}" not in ours:
                 yield from leaves(cfg[key], f"{group}{key}.")
             else:
                 yield f"{group}{key}"

@@ -207,6 +207,7 @@ class Config:
     init_from: str | None = key("weights that a fine-tuning starts from", default=None)
     plan: str = key("print a sweep's plan", default="print", choices=("print", "only", "none"))
     from_record: str | None = key("a record that is trained again", default=None)
+    callbacks: dict[str, Any] | None = key("NAME: {_target_: a Callback of Lightning's kind, …}", default=None)
     checkpointing: bool = key("typed model.checkpointing, but no part of what the network is", default=False)
     trainer_extra: dict[str, Any] | None = key("+trainer.NAME=…, for Lightning", default=None)
 
@@ -223,6 +224,11 @@ class Config:
             raise UserError(
                 f"init_from = {self.init_from!r}: no such file; give weights.safetensors, a .ckpt or null"
             )
+        if Path(self.study).is_absolute() or ".." in Path(self.study).parts:
+            raise UserError(f"study = {self.study!r}: a name, or several with {os.sep} between them, below output")
+        for name, node in self.callbacks.items():
+            if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+                raise UserError(f"callbacks.{name} = {node}: must name a class, {{_target_: package.Class, …}}")
         if self.init_from is not None and self.ckpt_path not in (None, "last"):
             raise UserError(
                 "init_from and ckpt_path: init_from starts a new run from weights, ckpt_path resumes a run; give one "
@@ -244,16 +250,22 @@ def check(cfg: DictConfig) -> Config:
     known = {field.name for field in fields(TrainerConfig)}
     extra = {}
     if OmegaConf.is_dict(cfg.get("trainer")):
-        extra = {name: cfg.trainer.pop(name) for name in list(cfg.trainer) if name not in known}
+        extra = {name: plain(cfg.trainer.pop(name)) for name in list(cfg.trainer) if name not in known}
     if OmegaConf.is_dict(cfg.get("model")):
         cfg.checkpointing = cfg.model.pop("checkpointing", cfg.get("checkpointing", False))
         if not isinstance(cfg.checkpointing, bool):
             raise UserError(f"model.checkpointing = {cfg.checkpointing!r}: allowed are true, false")
     config = typed(Config, cfg)
     config.trainer_extra = extra or None
+    config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node is not None}
     for part in (config.model, config.data, config.optim, config.trainer, config):
         part.rules()
     return config
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: lists and dicts, no longer OmegaConf's."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 # ---------------------------------------------------------------------- the checker

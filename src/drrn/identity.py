@@ -32,7 +32,7 @@ def structure_name(model: ModelConfig) -> str:
 
 
 # What does not change the result of a run, or only its rounding: left out of a run's identity, so that it
-# can go on with other workers, another logger or on another machine.
+# can be resumed with other workers, another logger or on another machine.
 NOT_IDENTITY = {
     "data": ("root", "patches", "num_workers", "val_scales"),
     "trainer": (
@@ -46,6 +46,14 @@ NOT_IDENTITY = {
         "cuda_graph",
     ),
 }
+# Callbacks that watch a run, or end it resumably: no part of what it is.
+WATCHING = {
+    f"lightning.pytorch.callbacks.{name}"
+    for name in (
+        "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint",
+        "RichModelSummary", "ThroughputMonitor", "Timer",
+    )
+}  # fmt: skip
 LATER = (("model", "rectified_identity", False), ("model", "input_relu", True), ("trainer", "tf32", False))
 
 
@@ -65,14 +73,19 @@ def _identity(whole: dict[str, Any]) -> dict[str, Any]:
     shared_out = (devices, nodes) != ("1", 1) and not whole["trainer"]["sync_batchnorm"]
     if shared_out and whole["model"]["norm"] == "batch":  # each process normalises by its share of a batch
         kept["processes"] = [devices, nodes]
-    kept["trainer"]["max_time"] = None  # a run that was stopped by it goes on in the same folder
+    kept["trainer"]["max_time"] = None  # a run that was stopped by it is resumed in the same folder
     # Keys that came later count only where they are used, so that earlier runs keep their folders.
     for group, key, default in LATER:
         if kept[group].get(key, default) == default:
             kept[group].pop(key, None)
+    # Callbacks that change weights or length; one that is not known here may.
+    nodes = (whole.get("callbacks") or {}).values()
+    counted = [node for node in nodes if node["_target_"] not in WATCHING]
+    if counted:
+        kept["callbacks"] = sorted(counted, key=lambda node: json.dumps(node, sort_keys=True))
     if whole["init_from"] is not None:
         kept["init_from"] = whole["init_from"]
-    if whole["ckpt_path"] not in (None, "last"):  # going on from another run's file is a run of its own
+    if whole["ckpt_path"] not in (None, "last"):  # resuming another run's file is a run of its own
         kept["ckpt_path"] = whole["ckpt_path"]
     return kept
 

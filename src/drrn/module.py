@@ -145,24 +145,17 @@ class SuperResolution(LightningModule):
             layer.momentum = (1 - decay) / (1 - decay**n)
 
     def on_train_start(self) -> None:
-        """No stop has been asked for; what the optimiser remembers lies in memory as its weights do.
+        """What the optimiser remembers lies in memory as its weights do.
 
         A checkpoint keeps the layout that it was trained with (`trainer.channels_last`), and fused kernels go
         through both in the order of their memory.
         """
-        self.stopping = False
         self.losses.clear()
         for optimizer in self.trainer.optimizers:
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         state[key] = torch.empty_like(parameter).copy_(value)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Put a stop (`trainer.max_time`) off to the end of an optimiser step: half of one cannot be resumed."""
-        self.stopping = self.stopping or self.trainer.should_stop
-        whole = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        self.trainer.should_stop = self.stopping and whole
 
     def on_train_end(self) -> None:
         """The test may have the memory that a graph keeps."""
@@ -172,55 +165,10 @@ class SuperResolution(LightningModule):
             torch.cuda.empty_cache()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the learning curve; the optimiser's state brings its own rate and momentum with it.
-
-        Callbacks start afresh: `trainer.max_time` is a limit for each start.
-
-        Raises:
-            UserError: the checkpoint is of another network or solver.
-        """
-        for group in ("model", "optim"):
-            held, asked = checkpoint["hyper_parameters"][group], self.hparams[group]
-            differing = [f"{group}.{key}={held.get(key)}" for key in asked if held.get(key, asked[key]) != asked[key]]
-            if differing:
-                raise UserError(
-                    f"ckpt_path: the checkpoint was trained with {', '.join(differing)}, and going on keeps that. "
-                    "Ask for the same, or start a new training from its weights with init_from"
-                )
-        step = checkpoint["global_step"]
+        """Resume the learning curve and the clock."""
         self.validation = checkpoint.get("validation", [])
-        self.validated = checkpoint.get("validated", step)
+        self.validated = checkpoint.get("validated", checkpoint["global_step"])
         self.seconds_before = checkpoint.get("seconds", 0.0)
-        checkpoint["callbacks"] = {}
-        if step and "loops" in checkpoint and self._trainer is not None:  # not for its weights alone
-            checkpoint["loops"]["fit_loop"] |= self._place(step)
-
-    def _place(self, step: int) -> dict[str, Any]:
-        """Where Lightning's loops are when `step` optimiser steps are over and the next has not begun.
-
-        The step alone says it, since a run is one epoch to Lightning; what a checkpoint's own counters say
-        depends on the hook that wrote it. A validation that was due and is not done is made up for: Lightning
-        is told that it was interrupted in the first batch of it.
-        """
-        batches = step * self.trainer.accumulate_grad_batches
-        interval = self.trainer.val_check_interval
-        due = self.trainer.enable_validation and isinstance(interval, int) and batches % interval == 0
-        missing = due and self.validated != step
-
-        def count(ready: int, processed: int, completed: int) -> dict[str, int]:
-            return {"ready": ready, "started": ready, "processed": processed, "completed": completed}
-
-        done, epoch = count(batches, batches, batches - (not missing)), count(1, 0, 0)
-        return {
-            "epoch_progress": {"total": epoch, "current": dict(epoch)},
-            "epoch_loop.state_dict": {"_batches_that_stepped": step - 1},  # the loggers' step; it starts at 0
-            "epoch_loop.batch_progress": {"total": done, "current": dict(done), "is_last_batch": False},
-            "epoch_loop.val_loop.batch_progress": {
-                "total": count(int(missing), 0, 0),
-                "current": count(0, 0, 0),
-                "is_last_batch": False,
-            },
-        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the weights came from: the learning curve, the time, who they are."""
@@ -336,6 +284,9 @@ class SuperResolution(LightningModule):
         for index, task in enumerate(self.trainer.datamodule.evaluation_tasks(stage)):
             for name in ("psnr", "ssim"):
                 self.log(f"{stage}/{task}/{name}", self.metrics[f"{name}_{index}"])
+        for name in ("psnr", "ssim"):  # over all images, for callbacks to monitor
+            values = [row[name] for row in self.scores]
+            self.log(f"{stage}/{name}", sum(values) / max(1, len(values)), logger=False)
 
     def on_validation_epoch_start(self) -> None:
         """Nothing measured yet."""

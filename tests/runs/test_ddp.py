@@ -34,6 +34,7 @@ from drrn.identity import run_dir
 from drrn.module import SuperResolution
 from drrn.patches import Patches, ShuffledBatches
 from drrn.runs import run as train
+from drrn.runs.lightning import trainer_arguments
 from drrn.runs.processes import Processes, failure, note_failure
 from drrn.runs.record import FILE, read_record
 
@@ -240,7 +241,7 @@ def test_accumulation_in_two_processes_is_the_step_of_the_large_batch(machines: 
 def test_a_run_of_one_process_is_resumed_by_two(machines: SimpleNamespace) -> None:
     """Though only the first machine has the checkpoint."""
     several = machines.several("interrupted")
-    assert "going on from" in (several / "train.log").read_text()
+    assert "resuming from" in (several / "train.log").read_text()
     assert_same_run(several, machines.one("interrupted"))
 
 
@@ -385,7 +386,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(
         raise
     code, _, err = ended(run)
     assert code == 128 + number, err
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     (path,) = tmp_path.rglob(FILE)
     record = read_record(path)
     assert record["status"] == "stopped"
@@ -433,7 +434,7 @@ def test_torchrun_with_three_processes_and_then_one(
 def test_what_does_not_fit_is_refused_by_name(arguments: tuple[str, ...], said: str, configure: Callable) -> None:
     def processes() -> Processes:
         config = configure(*arguments)
-        return Processes(config, train.trainer_arguments(config))
+        return Processes(config, trainer_arguments(config))
 
     with pytest.raises(UserError, match=said):
         processes()
@@ -447,7 +448,7 @@ def test_other_processes_than_were_started_are_refused(configure: Callable, monk
     with pytest.raises(
         UserError, match=r"trainer\.devices × trainer\.num_nodes = 1 × 1, but 3 processes were started"
     ):
-        Processes(configure(), train.trainer_arguments(configure()))
+        Processes(configure(), trainer_arguments(configure()))
 
 
 # ---------------------------------------------------------------------- parts that need no second process
@@ -475,5 +476,5 @@ def test_the_failure_that_came_first_is_the_records(tmp_path: Path) -> None:
     assert note_failure(path, "RuntimeError: connection lost") == "RuntimeError: memory"
     assert failure(path) == "RuntimeError: memory"
     assert json.loads(path.read_text()) == {
-        "format": 1, "status": "failed", "name": "x", "error": "RuntimeError: memory",
+        "format": 1, "status": "failed", "name": "x", "ended_by": "error", "error": "RuntimeError: memory",
     }  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from stress_kill import compare, kill, logged, run_folder, start, wait_for_checkpoint
 
-from conftest import TINY
+from conftest import ROOT, TINY
 from drrn.disk import locked
 from drrn.errors import UserError
 from drrn.home import CONF
@@ -26,6 +26,7 @@ from drrn.identity import run_dir
 from drrn.module import SuperResolution
 from drrn.runs import run as train
 from drrn.runs.checkpoints import NEEDED, damage, newest_checkpoint
+from drrn.runs.journal import warn_of_differences
 from drrn.runs.record import FILE, read_record
 from drrn.runs.request import request
 from drrn.runs.stop import Stopped, StopSignals
@@ -128,7 +129,7 @@ def test_a_signal_keeps_the_step_and_the_same_command_goes_on(
     assert (record["status"], record["ended_by"]) == ("stopped", f"signal {number.name}")
     assert record["budget"]["steps"] == kept
     assert checkpoint(folder)["global_step"] == kept
-    assert f"stopped by {number.name} at step {kept}; the same command goes on from there: python" in caplog.text
+    assert f"stopped by {number.name} at step {kept}; the same command resumes from there: python" in caplog.text
 
     train.train(config)  # `send` sends once
     compare(straight(*overrides), folder)
@@ -136,27 +137,97 @@ def test_a_signal_keeps_the_step_and_the_same_command_goes_on(
     assert "error" not in read_record(folder / FILE)
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step(
+SCRIPT = """
+import sys
+sys.path[:0] = [{src!r}, {tests!r}]
+import time
+from drrn.module import SuperResolution
+
+def training_step(self, batch, batch_idx):
+    if self.trainer.global_step == 1:
+        print("reached", flush=True)
+        until = time.monotonic() + 300
+        {block}
+    return real(self, batch, batch_idx)
+
+real, SuperResolution.training_step = SuperResolution.training_step, training_step
+import drrn.runs.stop
+drrn.runs.stop.GRACE = {grace}
+sys.argv = ["train.py", *{arguments!r}]
+import train
+from drrn.launch import launch
+launch(train.main)
+"""
+# A lock that nobody opens is waited for in C, without looking at Python's handlers: so are collectives.
+IN_C = "import threading; lock = threading.Lock(); lock.acquire(); threading.Thread(target=time.sleep, args=(300,), "
+IN_C += "daemon=True).start(); __import__('ctypes').CDLL(None).sleep(300)"
+
+
+@pytest.mark.parametrize(
+    ("block", "grace", "numbers"),
+    [
+        ("while time.monotonic() < until: pass", 20.0, (signal.SIGINT, signal.SIGINT)),
+        ("while time.monotonic() < until: pass", 20.0, (signal.SIGTERM, signal.SIGTERM)),
+        (IN_C, 20.0, (signal.SIGTERM, signal.SIGINT)),
+        (IN_C, 0.5, (signal.SIGTERM,)),  # nobody asks twice: no safe point has come
+    ],
+)
+def test_a_second_signal_ends_at_once_and_so_does_what_reaches_no_safe_point(
+    block: str, grace: float, numbers: tuple[signal.Signals, ...], tiny_images: Path, tmp_path: Path
+) -> None:
+    """In a step that never ends, whether in Python or in C; the record is closed."""
+    source = SCRIPT.format(
+        src=str(ROOT / "src"), tests=str(ROOT / "tests"), block=block, grace=grace, arguments=command(tiny_images)
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        assert "reached" in process.stdout.readline()
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.6)  # further apart than one request
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + numbers[0], err
+    record = read_record(run_folder(tmp_path) / FILE)
+    assert (record["status"], record["ended_by"]) == ("stopped", f"signal {numbers[0].name}")
+    assert "ended at once" in err
+    assert "Traceback" not in err
+
+
+def test_a_signal_while_workers_are_forked_is_not_swallowed(
     configure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real, took = SuperResolution.training_step, []
+    """Python drops what is raised in a callback of fork: the run went to its end, and no later signal was heard."""
+    forks = []
 
-    def training_step(self: SuperResolution, batch: Any, batch_idx: int) -> Any:
-        if self.trainer.global_step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-            took.append("the first is noted")
-            os.kill(os.getpid(), signal.SIGINT)
-            took.append("the second ends it")
-        return real(self, batch, batch_idx)
+    def in_the_callback() -> None:
+        if StopSignals.current is not None and not forks:
+            forks.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(SuperResolution, "training_step", training_step)
-    config = configure(*SIX, f"output={tmp_path}")
+    os.register_at_fork(before=in_the_callback)
+    config = configure(*SIX, f"output={tmp_path}", "data.num_workers=2")
     with pytest.raises(SystemExit) as stopped:
         train.train(config)
-    assert stopped.value.code == 130
-    assert took == ["the first is noted"]
-    assert read_record(run_dir(config) / FILE)["status"] == "stopped"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert forks
+    assert stopped.value.code == 143
+    assert read_record(run_dir(config) / FILE)["ended_by"] == "signal SIGTERM"
+
+
+def test_long_work_without_safe_points_is_given_up() -> None:
+    with StopSignals() as stop:
+        assert stop.wait(lambda: 5) == 5
+        with pytest.raises(KeyError):
+            stop.wait(lambda: {}["x"])
+        os.kill(os.getpid(), signal.SIGTERM)
+        began = time.monotonic()
+        with pytest.raises(Stopped):
+            stop.wait(lambda: time.sleep(20))
+        assert time.monotonic() - began < 15  # seconds: it did not wait for the work
 
 
 def test_a_signal_while_the_patches_are_built_ends_the_run_at_once(
@@ -237,8 +308,10 @@ def test_ignored_signals_stay_ignored() -> None:
         with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.asked is None
+            stop.check()
+            os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(Stopped):
-                os.kill(os.getpid(), signal.SIGTERM)
+                stop.check()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -371,7 +444,7 @@ def test_what_is_no_checkpoint_of_a_training_is_not_gone_on_from(
     whole = checkpoint(straight())
     torch.save({key: whole[key] for key in ("state_dict", "hyper_parameters", "global_step")}, path)
     assert "optimizer_states" in damage(path)
-    with pytest.raises(UserError, match="cannot be gone on from: it holds no optimizer_states"):
+    with pytest.raises(UserError, match="cannot be resumed from: it holds no optimizer_states"):
         train.train(configure(*SIX, f"output={tmp_path}", f"ckpt_path={path}"))
 
 
@@ -541,7 +614,7 @@ def test_what_is_not_as_it_was_is_said(straight: Callable, configure: Callable, 
     old = json.loads(json.dumps(record))
     old["versions"]["torch"], old["git"] = "1.0", {"commit": "0" * 40, "changed": False}
     (tmp_path / FILE).write_text(json.dumps(old))
-    train.warn_of_differences(tmp_path / FILE, record)
+    warn_of_differences(tmp_path / FILE, record)
     said = capsys.readouterr().err
     assert f"torch 1.0 is now {torch.__version__}" in said
     assert f"commit {'0' * 40} is now" in said

@@ -579,5 +579,5 @@ def test_an_interrupted_run_does_not_go_on_with_other_images(configure: Callable
     config = configure(f"output={tmp_path}")
     begun = {"format": 1, "status": "running", "patches": "tiny-0123456789.h5", "wandb_id": "abc"}
     write_json(run_dir(config) / FILE, begun)
-    with pytest.raises(UserError, match=r"tiny-0123456789\.h5 and would go on with"):
+    with pytest.raises(UserError, match=r"tiny-0123456789\.h5 and would be resumed with"):
         train.train(config)

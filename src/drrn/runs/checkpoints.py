@@ -1,4 +1,4 @@
-"""How checkpoints of a run are kept, written and read."""
+"""How checkpoints of a run are kept and chosen."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 
-from drrn.disk import write_whole
+from drrn.disk import check_regular
 from drrn.errors import UserError
-from drrn.runs.stop import Stopped, StopSignals
+from drrn.runs.lightning import WholeSteps
+from drrn.runs.stop import StopSignals
+from drrn.weights.files import LIMIT
+from drrn.weights.pickles import read_torch
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,11 @@ SLOW = 5.0  # seconds of a step from which on every step is kept: clusters kill 
 NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "hyper_parameters")
 
 
-class Checkpoints(Checkpoint):
+class Damaged(Exception):
+    """A file that no run can be resumed from, and why."""
+
+
+class Checkpoints(WholeSteps):
     """Keep the newest two checkpoints of a run, `step00001000.ckpt`: nothing is selected by a benchmark's score.
 
     One is written every `every` steps, before and after a validation, after every step that took long, when a
@@ -48,13 +52,10 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What has been resumed from is kept already."""
+        super().on_train_start(trainer, pl_module)
         self.stop.take()
         self.kept = (trainer.global_step, pl_module.validated)
         self.seconds = math.inf  # of the last step: the first may be slow, and nothing is new before it
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing to keep in a test."""
-        self.stop.take()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Between two steps: keep the one that is over if it is due, and stop if that was asked."""
@@ -68,93 +69,120 @@ class Checkpoints(Checkpoint):
         if asked or slow or step % self.every == 0 or pl_module.validated == step:
             self.keep(trainer, pl_module)
         if asked:
-            raise Stopped(self.stop.asked or signal.SIGTERM)
+            self.stop.asked = self.stop.asked or signal.SIGTERM  # another process has got one
+            self.stop.check()
         self.stop.busy = not slow
         self.started = time.monotonic()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        """A slow step is not waited for: the one before it is kept."""
+        if not self.stop.busy:
+            self.stop.check()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """The same."""
+        if not self.stop.busy:
+            self.stop.check()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The time of a whole step."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.seconds = time.monotonic() - self.started
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A validation can be long: keep the step before it, so that a stop need not wait for its end."""
         if trainer.state.fn == TrainerFn.FITTING:
             self.keep(trainer, pl_module)
-        else:
-            self.stop.take()
-        self._now()
+        self._evaluating()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last step."""
-        self.keep(trainer, pl_module)
-        self._now()
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing to keep in a test."""
+        self._evaluating()
 
-    def _now(self) -> None:
+    def _evaluating(self, *_: Any) -> None:
+        self.stop.take()
         self.stop.busy = False
-        if self.stop.asked is not None:
-            raise Stopped(self.stop.asked)
+        self.stop.check()
+
+    # Between two images.
+    on_validation_batch_start = on_validation_batch_end = on_test_batch_start = on_test_batch_end = _evaluating
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last step; at `on_train_end` callbacks that average weights put the average in its place."""
+        self.keep(trainer, pl_module)
+        self.stop.busy = False
+        self.stop.check()
 
     def keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint of this step if it has changed, then delete all but the newest two."""
         state = (trainer.global_step, pl_module.validated)
         if state == self.kept:
             return
-        trainer.save_checkpoint(self.folder / f"step{trainer.global_step:08d}.ckpt")
+        trainer.save_checkpoint(self.folder / name(trainer.global_step))
         self.kept = state
         if trainer.is_global_zero:
             for old in sorted(self.folder.glob("step*.ckpt"))[:-2]:
                 old.unlink()
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning writes its checkpoints with this, whole and flushed to the disk or not at all, and reads them."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` under `path`.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        write_whole(Path(path), lambda partial: torch.save(checkpoint, partial))
-
-    def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        """Of several processes the first one reads, and sends it to the others: their machines may not have it."""
-        if not torch.distributed.is_initialized():
-            return super().load_checkpoint(path, *arguments, **keywords)
-        content = [super().load_checkpoint(path, *arguments, **keywords) if rank_zero_only.rank == 0 else None]
-        torch.distributed.broadcast_object_list(content)
-        return content[0]
+def name(step: int) -> str:
+    """The file of a step."""
+    return f"step{step:08d}.ckpt"
 
 
-def damage(path: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint file; None if it can.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a run can be resumed from.
 
-    The zip's own checksums are compared: after a power failure a file may have its length and not its content.
+    The zip's own checksums are compared: after a power failure a file may have its length and not its content. Our
+    own reader of pickles goes through it before torch's: it calls nothing and refuses what would take for ever.
 
     Raises:
+        Damaged: a run cannot be resumed from it.
         UserError: it could not be looked at, which says nothing of what it holds.
     """
+    check_regular(path, LIMIT)
     try:
         with zipfile.ZipFile(path) as file:
+            size = sum(entry.file_size for entry in file.infolist())
+            if size > LIMIT:
+                raise Damaged(f"it unpacks to {size:,} bytes")
             broken = file.testzip()
         if broken is not None:
-            return f"{broken} in it is damaged"
+            raise Damaged(f"{broken} in it is damaged")
+        read_torch(path.read_bytes())
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         missing = [key for key in NEEDED if key not in content]
+    except Damaged:
+        raise
     except (OSError, MemoryError) as error:
         # Places that a torn directory of the zip points to are an EINVAL.
         if isinstance(error, OSError) and error.errno in (None, errno.EINVAL):
-            return f"{type(error).__name__}: {error}"
+            raise Damaged(f"{type(error).__name__}: {error}") from error
         raise UserError(f"{path} could not be read: {error!r}. Nothing was changed; try again") from error
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
-        return f"{type(error).__name__}: {error}".split("\n")[0]
-    return f"it holds no {', '.join(missing)}: no checkpoint of a training" if missing else None
+        raise Damaged(f"{type(error).__name__}: {error}".split("\n")[0]) from error
+    if missing:
+        raise Damaged(f"it holds no {', '.join(missing)}: no checkpoint of a training")
+    return content
+
+
+def damage(path: Path) -> str | None:
+    """Why a run cannot be resumed from a checkpoint file; None if it can.
+
+    Raises:
+        UserError: it could not be looked at.
+    """
+    try:
+        read_checkpoint(path)
+    except Damaged as reason:
+        return str(reason)
+    return None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step that a run can go on from; None if there is none.
+    """The checkpoint of the highest step that a run can be resumed from; None if there is none.
 
     A newer one that is damaged (power failed, the disk filled) is named in a warning, renamed and passed over.
 
@@ -172,3 +200,39 @@ def newest_checkpoint(folder: Path) -> Path | None:
     if kept:
         log.warning("no checkpoint in %s can be read: beginning again at step 0", folder)
     return None
+
+
+def check_resumable(path: Path, hyper_parameters: dict[str, Any], max_steps: int) -> None:
+    """Whether a training of `hyper_parameters` and length can be resumed from a file that somebody names.
+
+    Raises:
+        UserError: it is damaged, of another network or solver, or beyond the end.
+    """
+    try:
+        content = read_checkpoint(path)
+    except Damaged as reason:
+        raise UserError(f"ckpt_path = {str(path)!r} cannot be resumed from: {reason}") from reason
+    for group in ("model", "optim"):
+        held, asked = content["hyper_parameters"].get(group, {}), hyper_parameters[group]
+        differing = [f"{group}.{key}={held.get(key)}" for key in asked if held.get(key, asked[key]) != asked[key]]
+        if differing:
+            raise UserError(
+                f"ckpt_path: the checkpoint was trained with {', '.join(differing)}, and resuming keeps that. "
+                "Ask for the same, or start a new training from its weights with init_from"
+            )
+    if content["global_step"] > max_steps:
+        raise UserError(
+            f"ckpt_path = {str(path)!r} is of step {content['global_step']}, beyond trainer.max_steps = {max_steps}: "
+            "ask for more steps, or for an earlier checkpoint"
+        )
+
+
+def set_aside(folder: Path) -> None:
+    """Starting afresh (ckpt_path=null): rename what an earlier attempt left; `last` and a report must not find it."""
+    number = 1
+    while any(folder.glob(f"*.{number}*")):
+        number += 1
+    for old in ("checkpoints", "record.json", "weights.safetensors"):
+        path = folder / old
+        if path.exists():
+            path.rename(folder / f"{path.stem}.{number}{path.suffix}")

@@ -1,4 +1,4 @@
-"""Several processes of one run: who starts them, what they agree on, what only the first of them does.
+"""Several processes of one run: who starts them, what is broadcast, what only the first of them does.
 
 `trainer.devices` above 1 starts that many on this machine; torchrun and srun start theirs themselves. Both ways
 lead to the same: every process calls `train` with the same configuration, and the first one (rank 0) decides,
@@ -13,7 +13,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +32,7 @@ from drrn.disk import write_json
 from drrn.errors import UserError
 from drrn.runs.record import read_record
 from drrn.runs.stop import Stopped
+from drrn.workers import end_with_parent
 
 T = TypeVar("T")
 OURS = "drrn-"  # how the ids of the groups of processes begin that `Processes.start` starts
@@ -121,17 +122,19 @@ class Processes:
                     signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",  # all that `StopSignals` knows
                     logs_specs=DefaultLogsSpecs(log_dir=scratch),
                 )
-                elastic_launch(settings, train)(config)
+                refusal = Path(scratch) / "refusal.txt"
+                try:
+                    elastic_launch(settings, _in_a_process)(train, config, refusal)
+                except ChildFailedError as error:
+                    if refusal.is_file():
+                        raise UserError(refusal.read_text(encoding="utf-8")) from None
+                    rank, failed = error.get_first_failure()
+                    raised = failed.error_file_data["message"]  # a dict if the process ended by an exception
+                    text = raised["message"] if isinstance(raised, dict) else ""
+                    ending = f"process {rank} ended with exit code {failed.exitcode} {text}".rstrip()
+                    raise RuntimeError(note_failure(record, ending)) from None
         except SignalException as stop:
             raise Stopped(signal.Signals(stop.sigval)) from None
-        except ChildFailedError as error:
-            rank, failed = error.get_first_failure()
-            raised = failed.error_file_data["message"]  # a dict if the process ended by an exception
-            kind, _, text = raised["message"].partition(": ") if isinstance(raised, dict) else ("", "", "")
-            if kind == "UserError":
-                raise UserError(text) from None
-            ending = f"process {rank} ended with exit code {failed.exitcode} {kind} {text}".rstrip()
-            raise RuntimeError(note_failure(record, ending)) from None
 
     # ------------------------------------------------------------------ in every process of several
 
@@ -142,7 +145,7 @@ class Processes:
             if not self.first:
                 sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (until the process ends)
 
-    def agree(self, choose: Callable[[], T]) -> T:
+    def broadcast(self, choose: Callable[[], T]) -> T:
         """What the first process chooses; the others may see other files."""
         return self.strategy.broadcast(choose() if self.first else None) if self.number > 1 else choose()
 
@@ -172,9 +175,20 @@ class Processes:
             if not isinstance(error, UserError):
                 sys.exit(1)  # the log has the traceback
             if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS):
-                raise UserError(str(error)) from error  # to `start`, in the process that waits for this one
+                raise  # to `start`, in the process that waits for this one
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2)
+
+
+def _in_a_process(train: Callable[[Config], None], config: Config, refusal: Path) -> None:
+    """`train(config)` in one of the processes that `Processes.start` starts; what it refuses goes to a file."""
+    end_with_parent()
+    try:
+        train(config)
+    except UserError as error:
+        with suppress(FileExistsError), refusal.open("x", encoding="utf-8") as file:  # the first one counts
+            file.write(str(error))
+        sys.exit(2)
 
 
 def _started_outside() -> ClusterEnvironment | None:

@@ -7,16 +7,8 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 
 log = logging.getLogger(__name__)
-
-
-class TerminalProgress(RichProgressBar):
-    """Lightning's bar, which would call the run "Epoch 0/-2": to Lightning a run is one epoch without an end."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"
 
 
 class PlainProgress(Callback):
@@ -49,5 +41,5 @@ class PlainProgress(Callback):
         """The sets' means."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        shown = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("validate/")}
+        shown = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("validate/") and k.count("/") == 2}
         log.info("step %d  %s", trainer.global_step, "  ".join(f"{k[9:]} {v:.4f}" for k, v in shown.items()))

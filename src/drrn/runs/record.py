@@ -17,7 +17,7 @@ from typing import Any
 from drrn.config import Config
 from drrn.disk import check_regular
 from drrn.errors import UserError
-from drrn.identity import experiment, run_name, structure_name
+from drrn.identity import experiment, run_dir, run_name, structure_name
 from drrn.protocol import PAPER
 
 FORMAT = 1
@@ -51,6 +51,25 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is not a run record of format {FORMAT}")
     return record
+
+
+def own_record(folder: Path) -> dict[str, Any]:
+    """What an earlier start of a run left in its folder; {} if there is nothing.
+
+    Raises:
+        UserError: it cannot be read, or is no record of a run.
+    """
+    if not os.path.lexists(folder / FILE):
+        return {}
+    record = read_record(folder / FILE)
+    if not isinstance(record.get("status"), str):
+        raise UserError(f"{folder / FILE} is not a whole run record (it has no status): restore or delete it")
+    return record
+
+
+def done_before(config: Config) -> Path | None:
+    """The record that makes a run needless; None if it is to be trained (again, with `ckpt_path=null`)."""
+    return None if config.ckpt_path is None else finished_record(run_dir(config))
 
 
 def finished_record(folder: Path) -> Path | None:
@@ -119,9 +138,10 @@ def environment() -> dict[str, Any]:
 def run_record(config: Config, network: Any) -> dict[str, Any]:
     """The record of a run that is about to start; `status`, `budget` and `scores` are filled in as it goes.
 
-    `status` is "running", "finished", "stopped" or "failed". `ended_by` says what ended it before its end: "signal
-    SIGTERM" (or another), "timer" (`trainer.max_time`), "user error", "error"; else null. Programs decide on these
-    two; `error` is text for people. Records of earlier versions have no `ended_by`.
+    `status` is "running", "finished", "stopped" or "failed". `ended_by` says what ended it before its last step:
+    "signal SIGTERM" (or another), "timer" (`trainer.max_time`), "callback" (early stopping), "user error", "error";
+    else null. Programs decide on these two; `error` is text for people. Records of earlier versions have no
+    `ended_by`.
 
     Args:
         config: the whole checked configuration.

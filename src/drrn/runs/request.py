@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from drrn.config import Config, ModelConfig, check
 from drrn.errors import UserError
+from drrn.targets import check_trusted
 
 
 def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
@@ -51,12 +52,14 @@ def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         raise UserError(f"from_record: {error}") from error
     if not isinstance(recorded, dict) or not isinstance(recorded.get("trainer"), dict):
         raise UserError(f"from_record = {str(path)!r}: the record has no configuration")
+    asked = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    check_trusted("from_record", {key: value for key, value in recorded.items() if key not in asked})
     recorded["trainer"] |= recorded.pop("trainer_extra", None) or {}
     if recorded.get("ckpt_path") is None:
         recorded.pop("ckpt_path", None)  # it set aside what that run found; this one resumes itself
     merged = OmegaConf.merge(cfg, recorded)
     here = ["from_record", "data.root", "data.patches", "output"]
-    for key in (*here, *(override.lstrip("+~").partition("=")[0] for override in overrides)):
+    for key in (*here, *asked):
         if key in ("experiment", "sweeps"):
             raise UserError(
                 f"from_record and {key}: the record is the whole configuration; give single keys beside it"

@@ -1,0 +1,55 @@
+"""Callbacks that somebody brings along: `+callbacks.NAME={_target_: …}`, or a group of conf/callbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+
+from drrn.config import Config
+from drrn.errors import UserError
+from drrn.targets import make, resolve
+
+# Classes of Lightning that would break what a run promises → what to use, or why not.
+REFUSED = {
+    "GradientAccumulationScheduler": "use trainer.accumulate_grad_batches: data.batch_size is the whole batch",
+    "BatchSizeFinder": "data.batch_size is part of what a run is",
+    "LearningRateFinder": "optim.lr is part of what a run is",
+    "StochasticWeightAveraging": "it averages over epochs, and a run is one epoch to Lightning; use callbacks=ema",
+    "BaseFinetuning": "it counts epochs, and a run is one epoch to Lightning",
+    "ModelPruning": "weights.safetensors would not be the network that model.* describes",
+    "ProgressBar": "a run has its own",
+}
+
+
+def make_callbacks(config: Config, folder: Path) -> list[Callback]:
+    """The callbacks that `config.callbacks` names.
+
+    Args:
+        config: a checked configuration.
+        folder: of the run. A ModelCheckpoint without a `dirpath` writes to `folder/NAME`.
+
+    Raises:
+        UserError: no class of that name, no Callback, arguments that it does not take, or one that would break what
+            a run promises.
+    """
+    made: list[Callback] = []
+    for name, node in config.callbacks.items():
+        key = f"callbacks.{name}"
+        kind, _ = resolve(key, node, Callback)
+        for base in kind.__mro__:
+            if base.__name__ in REFUSED and base.__module__.startswith("lightning."):
+                raise UserError(f"{key}: {kind.__name__} cannot be used here: {REFUSED[base.__name__]}")
+        saves = issubclass(kind, ModelCheckpoint)
+        callback = make(key, node, Callback, **({"dirpath": str(folder / name)} if saves else {}))
+        if saves and Path(callback.dirpath).resolve() == (folder / "checkpoints").resolve():
+            raise UserError(f"{key}.dirpath = {callback.dirpath}: the run keeps its own checkpoints there")
+        if isinstance(callback, Timer) and config.trainer.max_time is not None:
+            raise UserError(f"{key} and trainer.max_time: Lightning takes one timer; give one")
+        made.append(callback)
+    if len({callback.state_key for callback in made}) < len(made):
+        raise UserError(
+            "callbacks: two of one kind and the same arguments cannot be told apart when a run is resumed"
+        )
+    return made

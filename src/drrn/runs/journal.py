@@ -1,0 +1,99 @@
+"""What a run leaves of itself while it lasts: its record and its log."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from drrn.disk import write_json
+from drrn.errors import UserError
+from drrn.runs.processes import failure, note_failure
+from drrn.runs.record import read_record
+from drrn.runs.stop import Stopped, StopSignals
+from drrn.tracking.loggers import finish
+
+log = logging.getLogger("drrn.train")
+
+
+@contextmanager
+def recorded(path: Path, record: dict[str, Any], stop: StopSignals) -> Iterator[None]:
+    """Keep a run's record: "running" while it runs, so that a killed run leaves its configuration and W&B run;
+    then what became of it. Ends the W&B run, so that the next job of a multirun starts its own."""
+    write = rank_zero_only(write_json)
+
+    def close(asked: signal.Signals) -> None:
+        if record["status"] == "running":
+            record.update(status="stopped", ended_by=f"signal {asked.name}", error=f"{asked.name}: a signal ended it")
+        write(path, record)
+
+    write(path, record)
+    stop.close = close
+    try:
+        yield
+    except BaseException as error:
+        elsewhere = failure(path) if rank_zero_only.rank == 0 and not isinstance(error, UserError) else None
+        if elsewhere is not None:  # another process failed, and this one lost it or was ended
+            record.update(status="failed", ended_by="error", error=elsewhere)
+            log.error("%s failed: %s", record["name"], elsewhere)
+            raise
+        if stop.asked is not None or isinstance(error, Stopped):  # a worker may have been ended before we were
+            stopped = error if isinstance(error, Stopped) else Stopped(stop.asked)
+            stop.acted = True
+            close(stopped.signal)
+            step = record.get("budget", {}).get("steps", 0)
+            command = shlex.join(word for word in sys.argv if word != "ckpt_path=null")  # that starts afresh
+            log.warning(
+                "stopped by %s at step %d; the same command resumes from there: python %s", stopped, step, command
+            )
+            raise stopped from None
+        by = "user error" if isinstance(error, UserError) else "error"
+        record.update(status="failed", ended_by=by, error=f"{type(error).__name__}: {error}")
+        if rank_zero_only.rank > 0:
+            note_failure(path, f"{record['error']} (in process {rank_zero_only.rank})", by)
+        if not isinstance(error, UserError | SystemExit):
+            log.exception("%s failed", record["name"])  # into the run's log too
+        raise
+    finally:
+        write(path, record)
+        if finish(record):
+            write(path, record)
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Log to the console and to a run's file for as long as the run lasts; of several processes the first one,
+    and the others' errors to the console."""
+    form = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    root, handlers = logging.getLogger("drrn"), [logging.StreamHandler(sys.stderr)]
+    if rank_zero_only.rank == 0:
+        handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
+    root.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
+    for handler in handlers:
+        handler.setFormatter(form)
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+
+
+def warn_of_differences(path: Path, record: dict[str, Any]) -> None:
+    """Say where the present code and machine are not those of the record that is trained again."""
+    old = read_record(path)
+    then = {"commit": (old.get("git") or {}).get("commit"), **old.get("versions", {})}
+    now = {"commit": (record["git"] or {}).get("commit"), **record["versions"]}
+    differing = [f"{key} {then[key]} is now {now.get(key)}" for key in then if then[key] != now.get(key)]
+    if (old.get("git") or {}).get("changed") or (record["git"] or {}).get("changed"):
+        differing.append("not all of the code was, or is, in the commit")
+    if differing:
+        print(f"{path}: the result may differ: {'; '.join(differing)}", file=sys.stderr)

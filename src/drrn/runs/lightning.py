@@ -1,0 +1,196 @@
+"""All that is bent in Lightning, and why.
+
+A run of ours is one epoch of batches to Lightning, counts optimiser steps, can be stopped and resumed at each of
+them, and writes its own checkpoints. What Lightning would do otherwise is settled here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, Timer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from drrn.config import Config
+from drrn.disk import write_whole
+from drrn.errors import UserError
+
+# Arguments of the Trainer that a run settles by itself → the key to use instead.
+SETTLED = {
+    "logger": "logger",
+    "callbacks": "+callbacks.NAME={_target_: …}",
+    "gradient_clip_val": "optim.clip",
+    "gradient_clip_algorithm": "optim.clip",
+    "limit_train_batches": "trainer.max_steps",  # a run is one epoch
+    "overfit_batches": "trainer.max_steps",
+    "check_val_every_n_epoch": "trainer.val_check_interval",
+    "num_sanity_val_steps": "trainer.val_check_interval",
+    "default_root_dir": "output",
+    "enable_progress_bar": "trainer.log_every_n_steps",
+    "plugins": "trainer.precision",
+    "use_distributed_sampler": "data",  # batches would be shared out twice
+    "reload_dataloaders_every_n_epochs": "data",
+}
+# `trainer.*` that are ours.
+OURS = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32", "compile", "cuda_graph")
+
+
+def trainer_arguments(config: Config) -> dict[str, Any]:
+    """`trainer.*` as Lightning's Trainer takes it.
+
+    Raises:
+        UserError: an argument that Lightning does not have, or that is settled here.
+    """
+    extra = config.trainer_extra or {}
+    known = inspect.signature(Trainer).parameters
+    for name in extra:
+        if name in SETTLED:
+            raise UserError(f"trainer.{name} is settled by src/train.py; see {SETTLED[name]}")
+        if name not in known:
+            raise UserError(f"trainer.{name}: neither ours nor an argument of Lightning's Trainer")
+    return {
+        **{name: value for name, value in asdict(config.trainer).items() if name not in OURS},
+        "max_epochs": -1,  # max_steps ends a run; an epoch that a checkpoint ends would end the next run too
+        "check_val_every_n_epoch": None,  # so validation counts batches
+        "val_check_interval": config.trainer.val_check_interval * config.trainer.accumulate_grad_batches,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the data module shares batches and images out itself
+        "enable_model_summary": False,
+        "plugins": [
+            WholeCheckpoints(keep_timer=any(n["_target_"].endswith(".Timer") for n in config.callbacks.values()))
+        ],
+        **extra,
+    }
+
+
+def quiet_lightning() -> None:
+    """Drop Lightning's tips and notices; warnings that a user can act on stay, said by the first process."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR if rank_zero_only.rank else logging.WARNING)
+    if rank_zero_only.rank:
+        warnings.simplefilter("ignore")
+        return
+    for text in (
+        ".*LeafSpec.*deprecated",
+        ".*does not have many workers",
+        ".*`weights_only` was not set",
+        ".*your dataloader is not resumable",  # ShuffledBatches starts at the step
+        "Checkpoint directory .* exists and is not empty",  # it is this run's own
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+class TerminalProgress(RichProgressBar):
+    """Lightning's bar, which would call the run "Epoch 0/-2": to Lightning a run is one epoch without an end."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning writes its checkpoints with this, whole and flushed to the disk or not at all, and reads them.
+
+    Args:
+        keep_timer: whether a Timer among the callbacks counts over all starts; `trainer.max_time`, which is a Timer
+            of Lightning's too, is for each start.
+    """
+
+    def __init__(self, keep_timer: bool = False) -> None:
+        self.keep_timer = keep_timer
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint` under `path`.
+
+        Raises:
+            UserError: it cannot be written, or a callback's state is nothing that may be read again.
+        """
+        for name, state in checkpoint.get("callbacks", {}).items():
+            if (kind := _not_plain(state)) is not None:
+                raise UserError(
+                    f"callbacks: {name} keeps a {kind} in its state; a checkpoint holds numbers, texts, tensors, "
+                    "lists and dicts, so that reading it runs nothing"
+                )
+        write_whole(Path(path), lambda partial: torch.save(checkpoint, partial))
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        """Of several processes the first one reads, and sends it to the others: their machines may not have it."""
+        content = [super().load_checkpoint(path, *arguments, **keywords) if rank_zero_only.rank == 0 else None]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(content)
+        if not self.keep_timer:
+            content[0].get("callbacks", {}).pop("Timer", None)
+        return content[0]
+
+
+def _not_plain(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return next((k for item in (*value, *value.values()) if (k := _not_plain(item)) is not None), None)
+    if isinstance(value, list | tuple):
+        return next((k for item in value if (k := _not_plain(item)) is not None), None)
+    plain = value is None or type(value) in (bool, int, float, str, torch.Tensor, torch.nn.Parameter)
+    return None if plain else type(value).__name__
+
+
+class WholeSteps(Checkpoint):
+    """A run stops after a whole optimiser step, and is resumed at one.
+
+    A `Checkpoint` to Lightning, because those hear of each hook after all other callbacks. Make one for each fit.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """No stop has been asked for."""
+        self.stopping = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put a stop (`trainer.max_time`) off to the end of an optimiser step: half of one cannot be resumed."""
+        self.stopping = self.stopping or trainer.should_stop
+        trainer.should_stop = self.stopping and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Where Lightning's loops are when `global_step` optimiser steps are over and the next has not begun.
+
+        The step alone says it, since a run is one epoch to Lightning; what a checkpoint's own counters say
+        depends on the hook that wrote it. A validation that was due and is not done is made up for: Lightning
+        is told that it was interrupted in the first batch of it.
+        """
+        step = checkpoint["global_step"]
+        if not step:
+            return
+        batches = step * trainer.accumulate_grad_batches
+        interval = trainer.val_check_interval
+        due = trainer.enable_validation and isinstance(interval, int) and batches % interval == 0
+        missing = due and pl_module.validated != step
+
+        def count(ready: int, processed: int, completed: int) -> dict[str, int]:
+            return {"ready": ready, "started": ready, "processed": processed, "completed": completed}
+
+        done, epoch = count(batches, batches, batches - (not missing)), count(1, 0, 0)
+        checkpoint["loops"]["fit_loop"] |= {
+            "epoch_progress": {"total": epoch, "current": dict(epoch)},
+            "epoch_loop.state_dict": {"_batches_that_stepped": step - 1},  # the loggers' step; it starts at 0
+            "epoch_loop.batch_progress": {"total": done, "current": dict(done), "is_last_batch": False},
+            "epoch_loop.val_loop.batch_progress": {
+                "total": count(int(missing), 0, 0),
+                "current": count(0, 0, 0),
+                "is_last_batch": False,
+            },
+        }
+
+
+def ended_early(trainer: Trainer, max_steps: int) -> str | None:
+    """What ended a fit before `max_steps`: "timer" (it can be resumed), "callback" (it is finished); else None."""
+    if trainer.global_step >= max_steps:
+        return None
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
+    late = any(timer.time_remaining() is not None and timer.time_remaining() <= 0 for timer in timers)
+    return "timer" if late else "callback"
