@@ -299,6 +299,8 @@ def _check_kinds(schema: type, cfg: DictConfig, group: str = "") -> None:
             if OmegaConf.is_dict(value):
                 _check_kinds(kind, value, f"{where}.")
             continue
+        if get_origin(kind) is dict and not OmegaConf.is_dict(value):
+            raise UserError(f"{where} = {value}: must be a mapping, such as {{a: 1}}")
         if get_origin(kind) is list:
             if not OmegaConf.is_list(value):
                 raise UserError(f"{where} = {value}: must be a list, such as [a,b]")
