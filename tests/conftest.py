@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before NumPy and torch start their threads: the tests compute little and often.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -142,3 +143,84 @@ def entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
         return code, out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def template(configure: Callable) -> dict[str, Any]:
+    """A run's record at its start, for the tests of reports."""
+    import json
+    from dataclasses import asdict
+
+    from drrn.model import DRRN
+    from drrn.runs.record import run_record
+
+    config = configure("data.scales=[2,3,4]", "data.batch_size=16", "trainer.max_steps=1500", "model.features=2")
+    return json.loads(json.dumps(run_record(config, DRRN(**asdict(config.model)))))
+
+
+@pytest.fixture
+def make(template: dict[str, Any]) -> Callable:
+    """`make("model.B=3", psnr=31.0)` → the record of a run of 1,500 steps, scored on the whole of Set5 ×3."""
+    import copy
+    from dataclasses import asdict
+
+    import torch
+    import yaml
+
+    from drrn.config import ModelConfig
+    from drrn.identity import structure_name
+    from drrn.model import DRRN
+
+    def make(*overrides: str, psnr: float = 31.0, images: int = 5, **changes: Any) -> dict[str, Any]:
+        record = copy.deepcopy(template)
+        for override in overrides:
+            key, _, value = override.partition("=")
+            *groups, last = key.split(".")
+            place = record["config"]
+            for group in groups:
+                place = place[group]
+            assert last in place
+            place[last] = yaml.safe_load(value)
+        config, model = record["config"], ModelConfig(**record["config"]["model"])
+        name = structure_name(model)
+        with torch.device("meta"):
+            network = DRRN(**asdict(model))
+        row = {"set": "Set5", "scale": 3, "psnr": psnr, "ssim": 0.9, "bicubic_psnr": 30.39, "bicubic_ssim": 0.8682}
+        record |= {
+            "name": f"{name} s{config['seed']}",
+            "study": config["study"],
+            "seed": config["seed"],
+            "structure": {"name": name, "depth": network.depth, "conv_weights": network.conv_weight_count},
+            "status": "finished",
+            "budget": {"steps": 1500, "patches": 24_000, "epochs": 1.0, "seconds": 1.0},
+            "scores": [{**row, "image": "baby.bmp"}],
+            "means": [{**row, "images": images}],
+            "validation": [
+                {"step": step, "set": "Set5", "scale": 3, "image": image, "psnr": psnr + gain - 100 / step}
+                for step in (500, 1000, 1500)
+                for image, gain in (("baby.bmp", 1.0), ("bird.bmp", -1.0))
+            ],
+            "git": {"commit": "0123456789abcdef", "changed": False},
+            "path": f"runs/{config['study']}/{name}_s{config['seed']}/record.json",
+        }
+        return record | changes
+
+    return make
+
+
+@pytest.fixture
+def whole(make: Callable) -> Callable:
+    """`whole("fig6", seeds=(1, 2))` → records of every point of a study, with PSNRs close to each other."""
+    from drrn.report.studies import planned
+
+    def whole(study: str, seeds: tuple[int, ...] = (1, 2), *overrides: str) -> list[dict[str, Any]]:
+        records = []
+        for number, model in enumerate(planned(study)):
+            keys = [f"model.{key}={model[key]}" for key in ("B", "U", "weight_sharing", "multi_path")]
+            records += [
+                make(*keys, f"seed={seed}", f"study={study}", *overrides, psnr=31 + 0.01 * number + 0.003 * seed)
+                for seed in seeds
+            ]
+        return records
+
+    return whole

@@ -305,8 +305,8 @@ def check_bicubic(root: Path) -> None:
         UserError: it does not: the images or the installed libraries are not what the protocol needs.
     """
     from drrn.images import read_luminance
+    from drrn.paper import paper_numbers
     from drrn.protocol import prepare, score
-    from drrn.report.tables import paper_numbers
     from drrn.sets import fetch
 
     files = fetch("Set5", root)
@@ -330,7 +330,8 @@ def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: Any) -
     from rich.console import Console
     from rich.table import Table
 
-    from drrn.report.tables import DIGITS, describe
+    from drrn.metrics import METRICS
+    from drrn.protocol import describe
 
     methods = list(dict.fromkeys(row["method"] for row in rows))
     table = Table(title=" / ".join(m.upper() for m in metrics), caption=describe(asdict(protocol)))
@@ -343,6 +344,9 @@ def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: Any) -
             set_name,
             f"×{scale}",
             str(images),
-            *(" / ".join(f"{cells[m][k]:.{DIGITS[k]}f}" for k in metrics) if m in cells else "" for m in methods),
+            *(
+                " / ".join(f"{cells[m][k]:.{METRICS[k].digits}f}" for k in metrics) if m in cells else ""
+                for m in methods
+            ),
         )
     Console().print(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,16 @@ from typing import Any
 from drrn.config import Config, ModelConfig
 
 
-def structure_name(model: ModelConfig) -> str:
-    """The paper's name of a structure: DRRN_B1U9, DRRN_NS_B3U4, DRRN_C_B3U2, VDSR_d20; departures follow."""
+def structure_name(model: ModelConfig | Mapping[str, Any]) -> str:
+    """The paper's name of a structure: DRRN_B1U9, DRRN_NS_B3U4, DRRN_C_B3U2, VDSR_d20; departures follow.
+
+    Another network is called by its name and its arguments: SRCNN_width64.
+    """
+    if isinstance(model, Mapping):
+        arguments = {key: value for key, value in model.items() if key != "network"}
+        if model.get("network", "drrn") != "drrn":
+            return "_".join([model["network"].upper(), *(f"{key}{value}" for key, value in arguments.items())])
+        model = ModelConfig(**arguments)
     if model.U == 0:
         name = f"VDSR_d{model.B + 1}"
     else:
@@ -96,15 +104,16 @@ def experiment(config: Config) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def budget(config: dict[str, Any], varied: Sequence[str]) -> str:
+def run_group(config: dict[str, Any], varied: Sequence[str] | None) -> str:
     """A digest of what the points of a study share: a run's identity without its seed and what the study varies.
 
     Args:
         config: a run's configuration as its record keeps it (`asdict(Config)`).
-        varied: the keys of `model` that are the study's own: B and U for Fig. 6.
+        varied: the keys of `model` that are the study's own: B and U for Fig. 6; None: the whole network.
     """
     kept = {key: value for key, value in _identity(config).items() if key != "seed"}
-    kept["model"] = {key: value for key, value in kept["model"].items() if key not in varied}
+    model = {} if varied is None else kept["model"]
+    kept["model"] = {key: value for key, value in model.items() if key not in varied}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -1,17 +1,23 @@
 """PSNR, SSIM and IFC, the measures of the paper's Tables 2 and 3, as functions of two images in 0…255.
 
 The protocol hands them 8-bit, shaved luminance images (`drrn.protocol`). All compute in float64, because in
-float32 the IFC is off in the third decimal. Nothing here needs torch; `drrn.torch_metrics` does.
+float32 the IFC is off in the third decimal. Nothing here needs torch, and only those that compute need SciPy.
+A metric of one's own is a function and an entry in METRICS: evaluation, training, records and tables have it then.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage, sparse
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 Image = NDArray[np.uint8] | NDArray[np.floating]
 FloatArray = NDArray[np.float64]
@@ -121,6 +127,8 @@ def _pair(a: Image, b: Image, color: bool = False) -> tuple[FloatArray, FloatArr
 
 def _gaussian(image: FloatArray) -> FloatArray:
     """Gaussian means of all windows inside the image, [H, W] → [H − 10, W − 10]; the window is separable."""
+    from scipy import ndimage
+
     radius = SSIM_WINDOW // 2
     taps = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * 1.5**2))
     taps /= taps.sum()
@@ -141,6 +149,8 @@ def _sp5_filters() -> tuple[FloatArray, FloatArray, list[FloatArray]]:
 
 def _pyramid(image: FloatArray) -> list[list[FloatArray]]:
     """The bands of orientations 0 and 3 of every level, finest first; borders mirror without repetition."""
+    from scipy import ndimage
+
     lo0_filter, lo_filter, band_filters = _sp5_filters()
     low = ndimage.correlate(image, lo0_filter, mode="mirror")
     levels = []
@@ -202,8 +212,39 @@ def _border_blocks(window: int) -> int:
 
 def _box_at_blocks(length: int, window: int) -> sparse.csr_array:
     """0/1 matrix [blocks inside the border, length]: row k sums the window around the centre of block k."""
+    from scipy import sparse
+
     border = _border_blocks(window)
     centres = np.arange(border, length // IFC_BLOCK - border) * IFC_BLOCK + IFC_BLOCK // 2
     columns = centres[:, None] + np.arange(-(window // 2), window // 2 + 1)
     starts = np.arange(len(centres) + 1) * window
     return sparse.csr_array((np.ones(columns.size), columns.ravel(), starts), shape=(len(centres), length))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of one image against its ground truth.
+
+    Attributes:
+        function: (ground truth, estimate), both [H, W] in 0…255 → a number.
+        digits: decimals of tables.
+        color: it is taken over [H, W, 3] where the protocol scores colour; otherwise it stays on Y.
+        training: runs measure it at each validation and at their end; False where it is too slow for that.
+    """
+
+    function: Callable[[Image, Image], float]
+    digits: int
+    color: bool = False
+    training: bool = True
+
+
+METRICS: dict[str, Metric] = {
+    "psnr": Metric(psnr, 2, color=True),
+    "ssim": Metric(ssim, 4),
+    "ifc": Metric(ifc, 3, training=False),
+}
+
+
+def in_training() -> tuple[str, ...]:
+    """The metrics that a run measures."""
+    return tuple(name for name, metric in METRICS.items() if metric.training)

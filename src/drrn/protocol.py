@@ -41,6 +41,13 @@ class Protocol:
 PAPER = Protocol()
 
 
+def describe(protocol: dict[str, Any]) -> str:
+    """A protocol in words, its departures from the paper named: "protocol paper v1, but rounding=float"."""
+    departures = ("crop", "color", "rounding")
+    extra = [f"{key}={protocol[key]}" for key in departures if protocol[key] != getattr(PAPER, key)]
+    return f"protocol {protocol['name']} v{protocol['version']}" + (f", but {', '.join(extra)}" if extra else "")
+
+
 def modcrop(image: NDArray, scale: int) -> NDArray:
     """Crop bottom and right to a multiple of the scale [H, W, …] → [H − H mod s, W − W mod s, …].
 

@@ -2,97 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-from drrn.config import ModelConfig
 from drrn.disk import write_json
 from drrn.errors import UserError
-from drrn.identity import structure_name
-from drrn.model import DRRN
-from drrn.report.figures import curve, draw, spread
+from drrn.paper import paper_numbers
+from drrn.report.canvas import spread
+from drrn.report.figures import curve, draw
+from drrn.report.groups import PAPER_PATCHES, RunGroup
+from drrn.report.measurements import MISSING
 from drrn.report.page import Part, write_page
-from drrn.report.studies import PAPER_PATCHES, Budget, budgets, planned, points_table
-from drrn.report.tables import paper_numbers
-from drrn.runs.record import run_record
+from drrn.report.studies import planned, points_table, run_groups
 
 
-@pytest.fixture(scope="module")
-def template(configure: Callable) -> dict[str, Any]:
-    """A run's record at its start."""
-    config = configure("data.scales=[2,3,4]", "data.batch_size=16", "trainer.max_steps=1500", "model.features=2")
-    return json.loads(json.dumps(run_record(config, DRRN(**asdict(config.model)))))
-
-
-@pytest.fixture
-def make(template: dict[str, Any]) -> Callable:
-    """`make("model.B=3", psnr=31.0)` → the record of a run of 1,500 steps, scored on the whole of Set5 ×3."""
-
-    def make(*overrides: str, psnr: float = 31.0, images: int = 5, **changes: Any) -> dict[str, Any]:
-        record = copy.deepcopy(template)
-        for override in overrides:
-            key, _, value = override.partition("=")
-            *groups, last = key.split(".")
-            place = record["config"]
-            for group in groups:
-                place = place[group]
-            assert last in place
-            place[last] = yaml.safe_load(value)
-        config, model = record["config"], ModelConfig(**record["config"]["model"])
-        name = structure_name(model)
-        row = {"set": "Set5", "scale": 3, "psnr": psnr, "ssim": 0.9, "bicubic_psnr": 30.39, "bicubic_ssim": 0.8682}
-        record |= {
-            "name": f"{name} s{config['seed']}",
-            "study": config["study"],
-            "seed": config["seed"],
-            "structure": {"name": name, "depth": 0, "conv_weights": 0},
-            "status": "finished",
-            "budget": {"steps": 1500, "patches": 24_000, "epochs": 1.0, "seconds": 1.0},
-            "scores": [{**row, "image": "baby.bmp"}],
-            "means": [{**row, "images": images}],
-            "validation": [
-                {"step": step, "set": "Set5", "scale": 3, "image": image, "psnr": psnr + gain - 100 / step}
-                for step in (500, 1000, 1500)
-                for image, gain in (("baby.bmp", 1.0), ("bird.bmp", -1.0))
-            ],
-            "git": {"commit": "0123456789abcdef", "changed": False},
-            "path": f"runs/{config['study']}/{name}_s{config['seed']}/record.json",
-        }
-        return record | changes
-
-    return make
-
-
-@pytest.fixture
-def whole(make: Callable) -> Callable:
-    """`whole("fig6", seeds=(1, 2))` → records of every point of a study, with PSNRs close to each other."""
-
-    def whole(study: str, seeds: tuple[int, ...] = (1, 2), *overrides: str) -> list[dict[str, Any]]:
-        records = []
-        for number, model in enumerate(planned(study)):
-            keys = [f"model.{key}={model[key]}" for key in ("B", "U", "weight_sharing", "multi_path")]
-            records += [
-                make(*keys, f"seed={seed}", f"study={study}", *overrides, psnr=31 + 0.01 * number + 0.003 * seed)
-                for seed in seeds
-            ]
-        return records
-
-    return whole
-
-
-def names(one: Budget) -> dict[str, list[int]]:
+def names(one: RunGroup) -> dict[str, list[int]]:
     """Structure → seeds of its finished runs."""
     return {point.name: [run["seed"] for run in point.finished()] for point in one.points if point.runs}
 
@@ -120,9 +51,9 @@ def test_one_run_serves_several_studies(make: Callable) -> None:
     """DRRN_B3U4 that Fig. 8 trained is a point of Fig. 6 and Table 4 too; the folder's name says nothing."""
     run = make("model.B=3", "model.U=4", "study=fig8")
     for study in ("fig6", "fig8", "table4", "curves"):
-        (one,) = budgets(study, [run])
+        (one,) = run_groups(study, [run])
         assert names(one) == {"DRRN_B3U4_2f": [1]}
-    assert budgets("fig1", [run]) == []  # none of the networks that Fig. 1 is about
+    assert run_groups("fig1", [run]) == []  # none of the networks that Fig. 1 is about
 
 
 @pytest.mark.parametrize(
@@ -130,7 +61,7 @@ def test_one_run_serves_several_studies(make: Callable) -> None:
     ["optim.lr=0.05", "data.batch_size=32", "trainer.max_steps=1501", "model.features=4", "model.norm=none",
      "data.scales=[3]", "model.bias=false", "trainer_extra={limit_test_batches: 1}"],
 )  # fmt: skip
-def test_budgets_never_mix(make: Callable, override: str) -> None:
+def test_recipes_never_mix(make: Callable, override: str) -> None:
     """Whatever a study does not vary sets its runs apart; seed, structure, folder and workers do not."""
     base = ("model.B=3", "model.U=4")
     same = [
@@ -138,22 +69,22 @@ def test_budgets_never_mix(make: Callable, override: str) -> None:
         make(*base, "seed=2", "study=elsewhere", "data.num_workers=1"),
         make("model.B=3", "model.U=2"),
     ]
-    assert len(budgets("fig8", same)) == 1
-    found = budgets("fig8", [*same, make(*base, override, "seed=3")])
+    assert len(run_groups("fig8", same)) == 1
+    found = run_groups("fig8", [*same, make(*base, override, "seed=3")])
     assert sorted(sum(map(len, names(one).values())) for one in found) == [1, 3]
     assert len({one.stem for one in found}) == 2  # files too
 
 
 def test_figures_1_and_9_compare_structures(make: Callable) -> None:
-    """VDSR has 64 features and DRRN 128: there the width is the structure's, the recipe is still the budget's."""
+    """VDSR has 64 features and DRRN 128: there the width is the structure's, the recipe is still the group's."""
     runs = [
         make("model.B=1", "model.U=9"),
         make("model.B=19", "model.U=0", "model.features=64"),
         make("model.B=2", "model.U=3"),
     ]
-    (one,) = budgets("fig9", runs)
+    (one,) = run_groups("fig9", runs)
     assert set(names(one)) == {"DRRN_B1U9_2f", "VDSR_d20_64f", "DRRN_B2U3_2f"}
-    assert len(budgets("fig9", [*runs, make("model.B=1", "model.U=25", "optim.lr=0.05")])) == 2
+    assert len(run_groups("fig9", [*runs, make("model.B=1", "model.U=25", "optim.lr=0.05")])) == 2
 
 
 def test_only_finished_runs_count(make: Callable) -> None:
@@ -169,8 +100,8 @@ def test_only_finished_runs_count(make: Callable) -> None:
         make(*base, "model.U=4", **failed, path="runs/third/record.json"),
         make(*base, "model.U=8", "seed=2", status="stopped"),
     ]
-    (one,) = budgets("fig6", runs)
-    states = {(point.name, seed): one.status(point, seed) for point in one.points for seed in one.seeds}
+    (one,) = run_groups("fig6", runs)
+    states = {(point.name, seed): point.status(seed) for point in one.points for seed in one.seeds}
     assert {name[:-3]: states[name, 1] for name, seed in states if seed == 1 and states[name, 1] != "missing"} == {
         "DRRN_B3U1": "failed", "DRRN_B3U2": "running", "DRRN_B3U3": "not scored", "DRRN_B3U4": "finished",
     }  # fmt: skip
@@ -189,32 +120,39 @@ def test_runs_that_do_not_compare_are_refused(make: Callable, key: str) -> None:
     one, other = make("model.B=3", "model.U=4"), make("model.B=3", "model.U=2")
     one[key], other[key] = "a", "b"
     with pytest.raises(UserError, match=r"B3U2.*B3U4"):
-        budgets("fig6", [one, other])
+        run_groups("fig6", [one, other])
     other["status"] = "failed"
-    assert len(budgets("fig6", [one, other])) == 1
+    assert len(run_groups("fig6", [one, other])) == 1
 
 
 def test_a_run_that_is_there_twice_is_not_chosen_by_its_path(make: Callable) -> None:
     """Copies with the same scores are one run; with others, nobody can say which is meant."""
     first, copied, other = make(), make(path="copy/record.json"), make(psnr=31.5, path="other/record.json")
-    (one,) = budgets("curves", [first, copied])
+    (one,) = run_groups("curves", [first, copied])
     assert len(one.finished) == 1
     with pytest.raises(UserError, match=r"other/record\.json are the same run"):
-        budgets("curves", [first, other])
+        run_groups("curves", [first, other])
 
 
-def test_a_record_of_a_later_version_is_refused(make: Callable) -> None:
-    """By the key that this version does not know: it could be drawn as something that it is not."""
-    record = make()
-    record["config"]["model"]["attention"] = True
-    with pytest.raises(UserError, match=r"model\.attention"):
-        budgets("fig6", [record])
+def test_another_network_is_drawn_by_its_records_words(make: Callable) -> None:
+    """A network that this house does not know has its name, depth and weights from its record, in every study."""
+    other = make(psnr=31.7, structure={"name": "TOY_width4", "depth": 3, "conv_weights": 8032})
+    other["config"]["model"] = {"network": "toy", "width": 4}
+    (group,) = run_groups("fig1", [make("model.B=1", "model.U=9"), other])
+    assert names(group) == {"DRRN_B1U9_2f": [1], "TOY_width4": [1]}
+    weights, depth = draw(group).axes
+    for axis, x in ((weights, 8032), (depth, 3)):
+        assert any(line.get_xdata()[0] == x and line.get_ydata()[0] == 31.7 for line in axis.lines)
+    (group,) = run_groups("curves", [other])
+    assert [axis.get_title() for axis in draw(group).axes] == ["toy"]
+    assert points_table(group).rows == [["TOY_width4", "3", "8,032", "31.70", MISSING]]
+    assert run_groups("fig6", [other]) == []
 
 
 def test_face(make: Callable) -> None:
     """Features, steps × batch, share of the paper's patches, recipe, seeds, protocol, commit."""
     runs = [make("model.B=3", "model.U=4", f"seed={seed}") for seed in (1, 5)]
-    (one,) = budgets("table4", [*runs, make("model.B=3", "model.U=4", "model.multi_path=false")])
+    (one,) = run_groups("table4", [*runs, make("model.B=3", "model.U=4", "model.multi_path=false")])
     face = " ".join(one.face())
     assert PAPER_PATCHES == 464_056 * 128
     for said in (
@@ -234,11 +172,11 @@ def drawn(axis: Axes) -> dict[tuple[float, float], str]:
 
 @pytest.mark.parametrize("study", ["fig6", "fig8", "table4", "fig1", "fig9", "curves"])
 def test_nothing_clipped_or_hidden(whole: Callable, make: Callable, study: str) -> None:
-    """Wide and narrow: every letter is inside the figure, values and names do not overlap, the budget is there."""
+    """Wide and narrow: every letter is inside the figure, values and names do not overlap, the length is there."""
     records = [*whole("fig6"), make("model.B=1", "model.U=9", psnr=31.02)]
     records += whole("fig8") + whole("table4", (1,))
     records = list({(run["name"], run["seed"]): run for run in reversed(records)}.values())[::-1]  # fig6's first
-    (one,) = budgets(study, records)
+    (one,) = run_groups(study, records)
     for stacked in (False, True):
         figure = draw(one, stacked)
         said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
@@ -256,7 +194,7 @@ def test_nothing_clipped_or_hidden(whole: Callable, make: Callable, study: str) 
 
 def test_fig6(whole: Callable) -> None:
     """Means over seeds at their B and U, the paper's printed values at theirs, contours of constant depth."""
-    (one,) = budgets("fig6", [run for run in whole("fig6") if run["structure"]["name"] != "DRRN_B17U1_2f"])
+    (one,) = run_groups("fig6", [run for run in whole("fig6") if run["structure"]["name"] != "DRRN_B17U1_2f"])
     paper, ours, *_ = draw(one).axes
     expected = {(B, U): f"{31 + 0.01 * k + 0.0045:.2f}" for k, (B, U) in enumerate(
         [(3, 1), (3, 2), (3, 3), (3, 4), (1, 3), (2, 3), (4, 3), (1, 25), (17, 1), (3, 8)])}  # fmt: skip
@@ -277,7 +215,7 @@ def test_fig6(whole: Callable) -> None:
 
 def test_fig8(whole: Callable) -> None:
     """A line a variant through the means at d = 16, 22, 28; a small point for every seed."""
-    (one,) = budgets("fig8", whole("fig8"))
+    (one,) = run_groups("fig8", whole("fig8"))
     paper, ours = draw(one).axes
     assert [len(line.get_xdata()) for line in ours.lines] == [3] * 4
     vdsr = ours.lines[0]
@@ -290,7 +228,7 @@ def test_fig8(whole: Callable) -> None:
 
 def test_table4(whole: Callable) -> None:
     """Each variant on its row in both panels; one without a run says so."""
-    (one,) = budgets("table4", [run for run in whole("table4") if "NS_C" not in run["structure"]["name"]])
+    (one,) = run_groups("table4", [run for run in whole("table4") if "NS_C" not in run["structure"]["name"]])
     paper, ours = draw(one).axes
     assert [text for _, text in sorted(drawn(paper).items(), key=lambda item: item[0][1])] == [
         "33.86", "33.92", "33.97", "33.95", "33.99",
@@ -306,7 +244,7 @@ def test_table4(whole: Callable) -> None:
 
 def test_fig1(make: Callable) -> None:
     """Weights as the paper counts them (2, 6 and 14 times 297K); a method without a number is no point."""
-    (one,) = budgets("fig1", [make("model.B=1", "model.U=9", psnr=31.5)])
+    (one,) = run_groups("fig1", [make("model.B=1", "model.U=9", psnr=31.5)])
     weights, depth = draw(one).axes
     points = drawn(weights)
     assert points.pop((float(9 * 2 + 2 * 9 * 2 * 2 + 9 * 2), 31.5)) == "B1U9"
@@ -326,10 +264,10 @@ def test_curves(make: Callable) -> None:
     np.testing.assert_allclose(curve(run)[1], [30.8, 30.9, 31 - 100 / 1500])
     del run["validation"][2]  # one image of step 1000
     assert curve(run)[0] == [8000, 24_000]
-    (one,) = budgets("curves", [run])
+    (one,) = run_groups("curves", [run])
     (axis,) = draw(one).axes
     np.testing.assert_array_equal(axis.lines[0].get_xdata(), [8000, 24_000])
-    assert draw(*budgets("curves", [run | {"validation": []}])) is None
+    assert draw(*run_groups("curves", [run | {"validation": []}])) is None
 
 
 def test_spread() -> None:
@@ -384,7 +322,7 @@ def test_page(entry_point: Callable, make: Callable, tmp_path: Path) -> None:
     output = tmp_path / "out" / "report"
     code, out, err = entry_point("report", "study=[fig6,fig1]", f"runs={tmp_path / 'runs'}", f"output={output}")
     assert code == 0, err
-    digest = budgets("fig6", runs)[0].digest
+    digest = run_groups("fig6", runs)[0].digest
     for suffix in (".png", ".pdf", ".md", ".csv", ".tex", "-curves.png"):
         assert (output / f"fig6-{digest}{suffix}").stat().st_size > 100
     page = Page(output / "index.html")
@@ -411,7 +349,7 @@ def test_the_same_records_make_the_same_page(make: Callable, tmp_path: Path) -> 
     """No clock and no random names in it."""
     from drrn.report.page import Picture, svg
 
-    (one,) = budgets("table4", [make("model.B=3", "model.U=4")])
+    (one,) = run_groups("table4", [make("model.B=3", "model.U=4")])
     for name in ("a.html", "b.html"):
         pictures = [Picture("t", "a", svg(draw(one)), None, [])]
         write_page(tmp_path / name, [Part(one, pictures)], [], "python src/report.py")

@@ -12,18 +12,11 @@ import pytest
 from PIL import Image
 
 from drrn.errors import UserError
+from drrn.paper import paper_numbers
 from drrn.protocol import PAPER
+from drrn.report.measurements import MISSING, Measurement, over_seeds, signed
 from drrn.report.pictures import FIG7, Box, save, side_by_side
-from drrn.report.tables import (
-    MISSING,
-    Measurement,
-    ablation_table,
-    benchmark_table,
-    over_seeds,
-    paper_numbers,
-    runs_table,
-    signed,
-)
+from drrn.report.tables import ablation_table, benchmark_table, runs_table
 
 PROTOCOL = vars(PAPER) | {}
 
@@ -38,8 +31,8 @@ def test_table2_cells() -> None:
     """Paper, ours as mean ± sample deviation over seeds, the difference; missing cells are missing."""
     table = benchmark_table(
         [measurement("DRRN_B1U9", 1, 33.90, 0.9230), measurement("DRRN_B1U9", 2, 33.94, 0.9234)],
-        "table2",
         ("psnr", "ssim"),
+        "table2",
     )
     rows = {(row[0], row[1]): row[2:] for row in table.rows}
     assert len(rows) == 12  # every set and scale of the paper
@@ -52,7 +45,7 @@ def test_table2_cells() -> None:
 def test_a_part_of_a_set_is_no_set() -> None:
     """Four images of Urban100 are shown as such and not compared with the paper's hundred."""
     table = benchmark_table(
-        [measurement("Bicubic", None, 21.0, set_name="Urban100", images=4)], "table2", ("psnr", "ssim")
+        [measurement("Bicubic", None, 21.0, set_name="Urban100", images=4)], ("psnr", "ssim"), "table2"
     )
     row = next(row for row in table.rows if row[:2] == ["Urban100", "×3"])
     assert "4 of 100 images" in row[3]
@@ -63,13 +56,13 @@ def test_two_protocols_are_refused() -> None:
     """Also when only the crop differs."""
     other = measurement("DRRN_B1U25", 1, 34.0, protocol=PROTOCOL | {"crop": 6}, source="there")
     with pytest.raises(UserError, match=r"here.*there"):
-        benchmark_table([measurement("DRRN_B1U9", 1, 33.9), other], "table2", ("psnr", "ssim"))
+        benchmark_table([measurement("DRRN_B1U9", 1, 33.9), other], ("psnr", "ssim"), "table2")
 
 
-def test_other_budgets_are_other_columns() -> None:
-    """Two budgets of one structure never meet in one mean."""
+def test_other_lengths_are_other_columns() -> None:
+    """Two lengths of one structure never meet in one mean."""
     table = benchmark_table(
-        [measurement("DRRN_B1U9", 1, 33.0), measurement("DRRN_B1U9", 1, 34.0, steps=999)], "table2", ("psnr",)
+        [measurement("DRRN_B1U9", 1, 33.0), measurement("DRRN_B1U9", 1, 34.0, steps=999)], ("psnr",), "table2"
     )
     row = next(row for row in table.rows if row[:2] == ["Set5", "×3"])
     assert (row[3], row[6]) == ("33.00", "34.00")
@@ -98,7 +91,7 @@ def test_table4() -> None:
 
 def test_formats() -> None:
     """Markdown, CSV and LaTeX hold the same cells."""
-    table = benchmark_table([measurement("DRRN_B1U9", 1, 33.90)], "table2", ("psnr",))
+    table = benchmark_table([measurement("DRRN_B1U9", 1, 33.90)], ("psnr",), "table2")
     assert list(csv.reader(table.csv().splitlines()))[1:] == table.rows
     lines = [line for line in table.markdown().splitlines() if line.startswith("| Set5")]
     assert [cell.strip() for cell in lines[1].strip("|").split("|")] == table.rows[1]

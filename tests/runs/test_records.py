@@ -18,7 +18,7 @@ from drrn.disk import write_json
 from drrn.errors import UserError
 from drrn.model import DRRN
 from drrn.protocol import means
-from drrn.runs.record import FILE, FORMAT, find_records, git_commit, read_record, run_record
+from drrn.runs.record import FILE, FORMAT, git_commit, read_record, run_record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,23 +76,6 @@ def test_what_is_no_record_is_refused_by_name(content: str | bytes | None, tmp_p
     with pytest.raises(UserError) as refusal:
         read_record(path)
     assert str(path) in str(refusal.value)
-
-
-def test_records_are_found_below_a_folder_in_the_order_of_their_paths(tmp_path: Path) -> None:
-    for name in ("b/run", "a/run", "a/other/deep"):
-        write_json(tmp_path / name / FILE, {"format": FORMAT, "name": name})
-    (tmp_path / "a/notes.json").write_text("{}")
-    found = find_records(tmp_path)
-    assert [record["name"] for record in found] == ["a/other/deep", "a/run", "b/run"]
-    assert all(Path(record["path"]).is_file() for record in found)
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_no_record_at_all_is_refused(exists: bool, tmp_path: Path) -> None:
-    folder = tmp_path if exists else tmp_path / "nowhere"
-    with pytest.raises(UserError, match="no run record") as refusal:
-        find_records(folder)
-    assert str(folder) in str(refusal.value)
 
 
 def test_means_are_plain_means_for_each_set_and_scale() -> None:

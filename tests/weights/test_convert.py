@@ -17,6 +17,7 @@ import skimage
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from safetensors.torch import save as save_safetensors
 from torch import nn
 from torch.nn import functional as F
 
@@ -198,6 +199,104 @@ def test_facts_that_do_not_fit_the_tensors_are_refused_without_taking_memory(fac
         load_network(path)
     assert tracemalloc.get_traced_memory()[1] < 30e6
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("facts", "words"), [
+    ({"model": []}, "model"), ({"model": "DRRN"}, "model"),
+    ({"model": {**STRUCTURE, "multi_path": "false"}}, "multi_path"),
+    ({"model": {**STRUCTURE, "bias": 1}}, "bias"), ({"model": {**STRUCTURE, "B": True}}, "B = True"),
+    ({"model": {**STRUCTURE, "B": None}}, "B = None"), ({"model": {**STRUCTURE, "norm": ["batch"]}}, "norm"),
+    ({"scales": [2, None]}, "scales"), ({"scales": [2.5]}, "scales"), ({"scales": [0]}, "scales"),
+    ({"source": []}, "source"), ({"seed": "1"}, "seed"), ({"steps": [1]}, "steps"), ({"experiment": 5}, "experiment"),
+    ({"notes": "none"}, "notes"), ({"format": "1"}, "format"), ({"digest": 5}, "digest"),
+])  # fmt: skip
+def test_facts_of_another_type_are_refused_by_name(facts, words, entry_point, tmp_path) -> None:
+    network, model = random_network()
+    path = tmp_path / "w.safetensors"
+    save_weights(path, network, model, {})
+    path.write_bytes(rewritten(path.read_bytes(), **facts))
+    code, _, err = entry_point("convert", f"input={path}", "info=true")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert str(path) in err
+    assert words in err
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "5", "{}", '"text"', "[" * 100_000])
+def test_metadata_that_are_no_mapping_are_refused(text, tmp_path) -> None:
+    network, model = random_network()
+    path = tmp_path / "w.safetensors"
+    save_weights(path, network, model, {})
+    header, rest = parts(path.read_bytes())
+    for metadata in ({"drrn": text}, None, {}):
+        content = json.dumps({**header, "__metadata__": metadata}).encode()
+        path.write_bytes(struct.pack("<Q", len(content)) + content + rest)
+        with pytest.raises(UserError, match="not weights of ours"):
+            load_network(path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.update(drrn=None), lambda c: c.update(drrn=[1]), lambda c: c.update(state_dict=None),
+    lambda c: c.update(state_dict=[1]), lambda c: c.update(hyper_parameters=None),
+    lambda c: c.update(hyper_parameters={"model": None}), lambda c: c.update(hyper_parameters={"model": [1]}),
+    lambda c: c["hyper_parameters"]["model"].update(multi_path="false"), lambda c: c.update(global_step="7"),
+    lambda c: c["state_dict"].update({"network.conv_rec.bias": None}),
+    lambda c: c["state_dict"].update({"network.conv_rec.bias": [0.0]}),
+    lambda c: c["state_dict"].update({"network.conv_rec.bias": torch.zeros(1, dtype=torch.int64)}),
+])  # fmt: skip
+def test_a_checkpoint_of_other_types_is_refused(change, tmp_path) -> None:
+    network, model = random_network()
+    path = tmp_path / "w.ckpt"
+    save_checkpoint(path, network, model, {"scales": [2]})
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(UserError, match="not weights of ours") as refusal:
+        load_network(path)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.int32, torch.bool])
+def test_weights_are_real_numbers(kind, tmp_path) -> None:
+    network, model = random_network(norm="none")
+    path = tmp_path / "w.safetensors"
+    save_weights(path, network, model, {})
+    tensors = {name: tensor.to(kind) for name, tensor in network.state_dict().items()}
+    facts = {"format": 1, "model": asdict(model)}
+    path.write_bytes(save_safetensors(tensors, {"drrn": json.dumps(facts)}))
+    with pytest.raises(UserError, match=str(kind)):
+        load_network(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
+def test_what_is_no_regular_file_is_not_waited_for(kind, entry_point, tmp_path) -> None:
+    path = tmp_path / "w.safetensors"
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "folder": path.mkdir,
+        "loop": lambda: path.symlink_to(path.name),
+    }[kind]()
+    code, _, err = entry_point("convert", f"input={path}", "info=true")
+    assert code == 2
+    assert str(path) in err
+    assert "Traceback" not in err
+    with pytest.raises(UserError):
+        load_network(path)
+
+
+@pytest.mark.parametrize("output", ["folder.ckpt", "file/w.onnx", "x" * 300 + ".pt2", "/proc/nowhere/w.safetensors"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(output, entry_point, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder.ckpt").mkdir()
+    path = port_file(tmp_path)
+    arguments = [f"input={path}", f"output={tmp_path / output}", "U=1", "overwrite=true"]
+    code, out, err = entry_point("convert", *arguments)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "output" in err
+    assert out == ""
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_other_files_are_no_weights_of_ours(tmp_path) -> None:

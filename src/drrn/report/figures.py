@@ -1,6 +1,6 @@
 """The paper's figures drawn from a study's runs, the paper's own points beside them (Fig. 1, 6, 8, 9, Tab. 4).
 
-Every figure says on its face what it was drawn from (`Budget.face`). Points of the paper that stand only in its
+Every figure says on its face what it was drawn from (`RunGroup.face`). Points of the paper that stand only in its
 pictures have no number and are not drawn as one. Each function draws panels side by side, or one below the other
 for a narrow screen.
 """
@@ -11,18 +11,19 @@ import math
 import statistics
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from drrn.report.studies import PLACE, STUDIES, VARIANTS, Budget, Point, paper_psnr
-from drrn.report.tables import paper_numbers
+from drrn.paper import paper_numbers, paper_psnr
+from drrn.report.canvas import canvas, limits, name_points
+from drrn.report.groups import PLACE, Point, RunGroup
+from drrn.report.studies import STUDIES
+from drrn.report.tables import VARIANTS
 
 # Okabe and Ito's palette, told apart by colour-blind eyes; the paper's blue, green, cyan and red where it has them.
 COLOURS = {
@@ -38,146 +39,34 @@ GREY = "#6b6b6b"
 WHERE = f"{PLACE[0]} ×{PLACE[1]}"
 
 
-def draw(one: Budget, stacked: bool = False) -> Figure | None:
-    """A study's figure under one budget; None where no finished run has what it shows.
+def draw(group: RunGroup, stacked: bool = False) -> Figure | None:
+    """A study's figure of one run group; None where no finished run has what it shows.
 
     Args:
-        one: the runs (`drrn.studies.budgets`).
+        group: the runs (`drrn.report.studies.run_groups`).
         stacked: panels one below the other, for a narrow screen.
     """
-    if one.study != "curves" and not any(point.values() for point in one.points):
+    if group.study != "curves" and not any(point.values() for point in group.points):
         return None
     drawings = {"fig6": fig6, "fig8": fig8, "table4": table4, "fig1": fig1, "fig9": fig9, "curves": curves}
-    figure = drawings[one.study](one, stacked)
+    figure = drawings[group.study](group, stacked)
     if figure is not None:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # settled: each of its files need not settle it again
     return figure
 
 
-def canvas(
-    title: str, one: Budget, panels: int, stacked: bool, height: float = 3.6, handles: list[Line2D] | None = None
-) -> tuple[Figure, list[Axes]]:
-    """A figure with a title above its panels, and a legend and the budget below them."""
-    columns = 1 if stacked or panels == 1 else 2
-    rows = math.ceil(panels / columns)
-    width = 4.3 if stacked else 8.6
-    face = "\n".join(line for text in one.face() for line in textwrap.wrap(text, int(width * 15.5)))
-    head = "\n".join(textwrap.wrap(title, int(width * 11)))
-    top, bottom = 0.18 * (head.count("\n") + 1) + 0.12, 0.145 * (face.count("\n") + 1) + 0.14  # inches
-    room = 0.15 * math.ceil(len(handles or ()) / columns) + 0.1 * bool(handles)  # of the legend
-    total = height * rows + top + room + bottom
-    figure = Figure(figsize=(width, total), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(
-        rect=(0, (room + bottom) / total, 1, 1 - (top + room + bottom) / total), w_pad=0.08, h_pad=0.08
-    )
-    figure.text(0.1 / width, 1 - 0.08 / total, head, va="top", size=10.5, weight="bold")
-    figure.text(0.1 / width, 0.07 / total, face, va="bottom", size=7.5, color="#333333", linespacing=1.3)
-    if handles:
-        corner = (0.02 / width, (bottom - 0.05) / total)
-        figure.legend(handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=corner, fontsize=7,
-                      frameon=False, labelspacing=0.35, handletextpad=0.2, borderaxespad=0)  # fmt: skip
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for empty in axes[panels:]:
-        empty.remove()
-    axes = axes[:panels]
-    for axis in axes:
-        axis.grid(True, color="#e6e6e6", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def spread(values: list[float], gap: float) -> list[float]:
-    """Positions as near to `values` as they can be at least `gap` apart, in their order."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    groups: list[list[float]] = []  # [the middle that they would like, how many]
-    for i in order:
-        groups.append([values[i], 1])
-        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
-            (b, n), (a, m) = groups.pop(), groups.pop()
-            groups.append([(a * m + b * n) / (m + n), m + n])
-    places = [middle + gap * (k - (count - 1) / 2) for middle, count in groups for k in range(int(count))]
-    result = [0.0] * len(values)
-    for i, place in zip(order, places, strict=True):
-        result[i] = place
-    return result
-
-
-def name_points(figure: Figure, named: dict[Axes, list[tuple[float, float, str, str]]]) -> None:
-    """Names beside points (x, y, text, colour) in data coordinates, moved apart where they would overlap.
-
-    Points close to each other in x share a column of names, to their right or to their left, whichever hides less.
-    An empty text names nothing but keeps others' names off its point. Call it once the axes have their limits.
-    """
-    figure.draw_without_rendering()  # so that the layout is settled
-    for axis, points in named.items():
-        _name_points(axis, points)
-
-
-def _name_points(axis: Axes, points: list[tuple[float, float, str, str]], size: float = 6.8) -> None:
-    figure = axis.get_figure()
-    box, unit = axis.get_window_extent(), figure.dpi / 72
-    height, away = size * 1.25 * unit, 9 * unit
-    places = [axis.transData.transform(point[:2]) for point in points]
-    columns: list[list[int]] = []
-    for i in sorted((i for i in range(len(points)) if points[i][2]), key=lambda i: places[i][0]):
-        if columns and places[i][0] - places[columns[-1][0]][0] < 22 * unit:
-            columns[-1].append(i)
-        else:
-            columns.append([i])
-    taken = [(x - 4 * unit, x + 4 * unit, y - 4 * unit, y + 4 * unit) for x, y in places]  # left, right, low, high
-    for column in columns:
-        heights = spread([places[i][1] for i in column], height)
-        shift = max(0, box.y0 + height - min(heights)) - max(0, max(heights) - box.y1 + height)
-        choices = []
-        for side in (1, -1):
-            anchor = (max if side > 0 else min)(places[i][0] for i in column) + side * away
-            names = []
-            for i, y in zip(column, heights, strict=True):
-                ends = sorted((anchor, anchor + side * len(points[i][2]) * size * 0.6 * unit))
-                names.append((*ends, y + shift - height / 2, y + shift + height / 2))
-            hidden = sum(a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3] for a in names for b in taken)
-            outside = sum(left < box.x0 or right > box.x1 + 4 * unit for left, right, *_ in names)
-            choices.append((hidden + 3 * outside, -side, anchor, names))
-        _, side, anchor, names = min(choices)
-        taken += names
-        for i, (*_, low, high) in zip(column, names, strict=True):
-            x, y = places[i]
-            axis.annotate(
-                points[i][2],
-                points[i][:2],
-                xytext=((anchor - x) / unit, ((low + high) / 2 - y) / unit),
-                textcoords="offset points",
-                ha="right" if side > 0 else "left",
-                va="center",
-                size=size,
-                color=points[i][3],
-                arrowprops={"arrowstyle": "-", "color": "#b0b0b0", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
-                annotation_clip=False,
-            )
-
-
-def limits(values: Iterable[float], share: float = 0.18) -> tuple[float, float]:
-    """An axis that holds values with room around them."""
-    low, high = min(values := list(values)), max(values)
-    room = max((high - low) * share, 0.02)
-    return low - room, high + room
-
-
 # ---------------------------------------------------------------- Fig. 6
 
 
-def fig6(one: Budget, stacked: bool) -> Figure:
+def fig6(group: RunGroup, stacked: bool) -> Figure:
     """The B–U plane, points coloured by PSNR, contours of the depth d = (1 + 2U)·B + 1 at 10, 20, 30 and 50."""
-    figure, (paper, ours) = canvas(f"{STUDIES['fig6'].title} ({WHERE})", one, 2, stacked)
+    figure, (paper, ours) = canvas(f"{STUDIES['fig6'].title} ({WHERE})", group, 2, stacked)
     printed = [(int(r["B"]), int(r["U"]), float(r["psnr"]) if r["psnr"] else None) for r in paper_numbers("fig6")]
     _plane(paper, printed, "only in its picture")
     paper.set_title("the paper: 128 features", size=9)
-    _plane(ours, [(p.model["B"], p.model["U"], p.mean()) for p in one.points], "not measured")
-    ours.set_title(f"ours: {one.short()}", size=9)
+    _plane(ours, [(p.model["B"], p.model["U"], p.mean()) for p in group.points], "not measured")
+    ours.set_title(f"ours: {group.short()}", size=9)
     return figure
 
 
@@ -235,9 +124,9 @@ def _plane(axis: Axes, points: list[tuple[int, int, float | None]], without: str
 # ---------------------------------------------------------------- Fig. 8 and Table 4
 
 
-def fig8(one: Budget, stacked: bool) -> Figure:
+def fig8(group: RunGroup, stacked: bool) -> Figure:
     """PSNR by depth, a line a variant through the means over seeds, each seed a small point."""
-    figure, (paper, ours) = canvas(f"{STUDIES['fig8'].title} ({WHERE})", one, 2, stacked)
+    figure, (paper, ours) = canvas(f"{STUDIES['fig8'].title} ({WHERE})", group, 2, stacked)
     printed = {}
     for (name, B, U), psnr in paper_psnr().items():
         depth = (1 + 2 * U) * B + 1
@@ -251,7 +140,7 @@ def fig8(one: Budget, stacked: bool) -> Figure:
             depths, values = zip(*line, strict=True)
             paper.plot([d + offset for d in depths], values, markersize=6.5, linewidth=1, linestyle=":", label=name,
                        **style)  # fmt: skip
-        points = sorted((p for p in one.points if p.variant == name and p.values()), key=lambda p: p.depth)
+        points = sorted((p for p in group.points if p.variant == name and p.values()), key=lambda p: p.depth)
         if points:
             ours.plot(
                 [p.depth + offset for p in points],
@@ -267,7 +156,7 @@ def fig8(one: Budget, stacked: bool) -> Figure:
                     [point.depth + offset] * len(values), values, s=9, color=COLOURS[name], alpha=0.75, linewidths=0
                 )
     paper.set_title("the paper: 128 features (what it prints)", size=9)
-    ours.set_title(f"ours: {one.short()}", size=9)
+    ours.set_title(f"ours: {group.short()}", size=9)
     for axis in (paper, ours):
         axis.set_xticks([16, 22, 28], ["16\nB3U2", "22\nB3U3", "28\nB3U4"])
         axis.set_xlim(14.2, 29.8)
@@ -279,14 +168,14 @@ def fig8(one: Budget, stacked: bool) -> Figure:
     return figure
 
 
-def table4(one: Budget, stacked: bool) -> Figure:
+def table4(group: RunGroup, stacked: bool) -> Figure:
     """The five variants at B3U4 from the plainest to DRRN, paper and ours each on its own scale."""
-    figure, (paper, ours) = canvas(f"{STUDIES['table4'].title} ({WHERE})", one, 2, stacked, height=2.7)
+    figure, (paper, ours) = canvas(f"{STUDIES['table4'].title} ({WHERE})", group, 2, stacked, height=2.7)
     rows = {row["method"]: row for row in paper_numbers("table4")}
     mark = {"true": "✓", "false": "–"}
     keys = ("local_residual", "recursive", "multi_path")
     labels = [f"{name}\n" + " ".join(mark[rows[name][key]] for key in keys) for name in VARIANTS]
-    points = {point.variant: point for point in one.points}
+    points = {point.variant: point for point in group.points}
     for place, name in enumerate(VARIANTS):
         style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 7, "linestyle": "none"}
         values = [(paper, float(rows[name]["psnr"]))]
@@ -302,7 +191,7 @@ def table4(one: Budget, stacked: bool) -> Figure:
             axis.annotate(f"{value:.2f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center",
                           size=7.5)  # fmt: skip
     paper.set_title("the paper: 128 features", size=9)
-    ours.set_title(textwrap.fill(f"ours: {one.short()}", 34), size=9)
+    ours.set_title(textwrap.fill(f"ours: {group.short()}", 34), size=9)
     for axis in (paper, ours):
         axis.set_yticks(range(len(VARIANTS)), labels if stacked or axis is paper else [""] * len(VARIANTS), size=7.5)
         axis.set_ylim(len(VARIANTS) - 0.5, -0.7)
@@ -328,12 +217,12 @@ def depth_marker(depth: float) -> str:
     return "^" if depth < 5 else "*" if depth < 30 else "o"
 
 
-def fig1(one: Budget, stacked: bool) -> Figure:
+def fig1(group: RunGroup, stacked: bool) -> Figure:
     """PSNR against weights (log) and against depth: the paper's methods and ours on the same axes."""
     shapes = [("^", "fewer than 5 layers"), ("*", "8 to 29 layers"), ("o", "30 layers and more")]
     others = [("s", GREY, "other methods, as the paper cites them"), *((m, "#444444", text) for m, text in shapes)]
     figure, (by_weights, by_depth) = canvas(
-        f"{STUDIES['fig1'].title} ({WHERE})", one, 2, stacked, 4.0, whose(one, others)
+        f"{STUDIES['fig1'].title} ({WHERE})", group, 2, stacked, 4.0, whose(group, others)
     )
     unit = next(count(r["weights_printed"]) for r in paper_numbers("fig1") if r["weights_printed"])
     named: dict[Axes, list] = {by_weights: [], by_depth: []}
@@ -350,11 +239,11 @@ def fig1(one: Budget, stacked: bool) -> Figure:
             colour = COLOURS["DRRN"] if row["method"].startswith("DRRN") else GREY
             _mark(axis, x, float(row["psnr"]), depth, colour)
             named[axis].append((x, float(row["psnr"]), row["method"], "#a34700" if colour != GREY else "#444444"))
-    for point in one.points:
+    for point in group.points:
         if (psnr := point.mean()) is not None:
             for axis, x in ((by_weights, point.weights), (by_depth, point.depth)):
                 _mark(axis, x, psnr, point.depth, OURS, ours=point)
-                named[axis].append((x, psnr, _short(point) if point.planned else "", OURS))
+                named[axis].append((x, psnr, point.short if point.planned else "", OURS))
     by_weights.set_xscale("log")
     by_weights.set_xlabel("k, convolution weights")
     by_depth.set_xlabel("depth d")
@@ -377,25 +266,20 @@ def _mark(axis: Axes, x: float, y: float, depth: float, colour: str, ours: Point
               markerfacecolor="white" if ours else colour, markeredgewidth=1.1 if ours else 0.6)  # fmt: skip
 
 
-def _short(point: Point) -> str:
-    """B3U4; VDSR d28."""
-    return f"B{point.model['B']}U{point.model['U']}" if point.model["U"] else f"VDSR d{point.depth}"
-
-
 def _log_limits(values: list[float]) -> tuple[float, float]:
     low, high = limits([math.log10(value) for value in values], 0.14)
     return 10**low, 10**high
 
 
-def whose(one: Budget, others: list[tuple[str, str, str]]) -> list[Line2D]:
+def whose(group: RunGroup, others: list[tuple[str, str, str]]) -> list[Line2D]:
     """A legend: whose points, and other (marker, colour, text)."""
     entry = {"linestyle": "none", "markersize": 6}
     ours = entry | {"color": OURS, "markerfacecolor": "white"}
     handles = [
         Line2D([], [], marker="s", color=COLOURS["DRRN"], label="the paper's DRRN", **entry),
-        Line2D([], [], marker="s", label=f"ours: {one.short()}", **ours),
+        Line2D([], [], marker="s", label=f"ours: {group.short()}", **ours),
     ]
-    if any(point.values() and not point.planned for point in one.points):
+    if any(point.values() and not point.planned for point in group.points):
         handles.append(
             Line2D([], [], marker="s", label="ours, structures beside B1U9 and B1U25", **ours | {"markersize": 4})
         )
@@ -404,7 +288,7 @@ def whose(one: Budget, others: list[tuple[str, str, str]]) -> list[Line2D]:
     ]
 
 
-def fig9(one: Budget, stacked: bool) -> Figure:
+def fig9(group: RunGroup, stacked: bool) -> Figure:
     """Shallow methods (no network), deep and very deep ones by depth, on Set5 and Set14 ×3."""
     colours = {"shallow": "#7b5ea7", "deep": "#009E73", "very deep": GREY}
     others = [
@@ -412,7 +296,7 @@ def fig9(one: Budget, stacked: bool) -> Figure:
         ("^", colours["deep"], "deep networks"),
         ("P", colours["shallow"], "shallow methods"),
     ]
-    figure, axes = canvas(STUDIES["fig9"].title, one, 2, stacked, 4.0, whose(one, others))
+    figure, axes = canvas(STUDIES["fig9"].title, group, 2, stacked, 4.0, whose(group, others))
     named: dict[Axes, list] = {axis: [] for axis in axes}
     for axis, set_name in zip(axes, ("Set5", "Set14"), strict=True):
         absent = []
@@ -426,10 +310,10 @@ def fig9(one: Budget, stacked: bool) -> Figure:
             axis.plot([x], [psnr], marker="P" if shallow else depth_marker(x), markersize=8, color=colour)
             named[axis].append((x, psnr, row["method"], "#a34700" if colour == COLOURS["DRRN"] else "#444444"))
         place = (set_name, int(row["scale"]))
-        measured = [(point, psnr) for point in one.points if (psnr := point.mean(place)) is not None]
+        measured = [(point, psnr) for point in group.points if (psnr := point.mean(place)) is not None]
         for point, psnr in measured:
             _mark(axis, point.depth, psnr, point.depth, OURS, ours=point)
-            named[axis].append((point.depth, psnr, _short(point) if point.planned else "", OURS))
+            named[axis].append((point.depth, psnr, point.short if point.planned else "", OURS))
         axis.axvspan(-10, -1, color="#f2f2f2", zorder=0)
         axis.set_xlim(-10, 60)
         axis.set_xticks([-5, 3, 10, 20, 30, 40, 52], ["none", "3", "10", "20", "30", "40", "52"])
@@ -460,18 +344,19 @@ def curve(run: dict) -> tuple[list[int], list[float]]:
     return [step * batch for step in steps], [statistics.fmean(rows[step]) for step in steps]
 
 
-def curves(one: Budget, stacked: bool) -> Figure | None:
+def curves(group: RunGroup, stacked: bool) -> Figure | None:
     """PSNR on Set5 ×3 by patches seen: a panel a variant, coloured by depth, a line a seed."""
-    lines = [(point, *curve(run)) for point in one.points for run in point.finished()]
+    lines = [(point, *curve(run)) for point in group.points for run in point.finished()]
     lines = [line for line in lines if len(line[1]) > 1]
     if not lines:
         return None
-    shown = [name for name in VARIANTS if any(point.variant == name for point, *_ in lines)]
-    figure, axes = canvas(f"Learning curves ({WHERE}), ours: {one.short()}", one, len(shown), stacked, height=3.4)
+    shown = list(dict.fromkeys(point.variant for point, *_ in lines))
+    shown.sort(key=lambda name: VARIANTS.index(name) if name in VARIANTS else len(VARIANTS))
+    figure, axes = canvas(f"Learning curves ({WHERE}), ours: {group.short()}", group, len(shown), stacked, height=3.4)
     depths = [point.depth for point, *_ in lines]
     norm = mpl.colors.Normalize(min(depths), max(max(depths), min(depths) + 1))
     colour_of = mpl.colormaps["viridis"]
-    bicubic = {row["bicubic_psnr"] for run in one.finished for row in run["means"]
+    bicubic = {row["bicubic_psnr"] for run in group.finished for row in run["means"]
                if (row["set"], row["scale"]) == PLACE}  # fmt: skip
     named, longest = {}, max(x for _, patches, _ in lines for x in patches)
     lowest, highest = limits([y for *_, values in lines for y in values] + list(bicubic), 0.06)
@@ -494,6 +379,6 @@ def curves(one: Budget, stacked: bool) -> Figure | None:
         axis.set_ylabel("PSNR (dB)")
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.locator_params(axis="x", nbins=5)
-        named[axis] = [(x, statistics.fmean(y), _short(point), "#333333") for x, y, point in ends.values()]
+        named[axis] = [(x, statistics.fmean(y), point.short, "#333333") for x, y, point in ends.values()]
     name_points(figure, named)
     return figure

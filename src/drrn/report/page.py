@@ -12,14 +12,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib as mpl
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from drrn.disk import write_whole
-from drrn.report.studies import STUDIES, Budget, paper_psnr
-from drrn.report.tables import MISSING, Table, over_seeds
+from drrn.paper import paper_psnr
+from drrn.report.groups import RunGroup
+from drrn.report.measurements import MISSING, over_seeds
+from drrn.report.studies import STUDIES
+from drrn.report.tables import Table
 
 COMMANDS = {study: f"python src/train.py sweeps={content.sweep}" for study, content in STUDIES.items()}
 
@@ -32,14 +36,14 @@ class Picture:
     alt: str
     wide: str
     narrow: str | None
-    files: list[str]  # the same figure as files, relative to the page
+    files: list[str]  # the same figure as files, beside the page
 
 
 @dataclass
 class Part:
-    """What the page says of one study under one budget."""
+    """What the page says of one run group."""
 
-    one: Budget
+    group: RunGroup
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -58,50 +62,45 @@ def png(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def relative(path: Path, page: Path) -> str:
-    """The link from a page to a file, with slashes."""
-    return Path(os.path.relpath(path, page.parent)).as_posix()
+def link(path: Path, page: Path) -> str:
+    """The address of a file from a page: relative, and quoted, so that no name is taken for a scheme or a query."""
+    return quote(os.fsencode(Path(os.path.relpath(path, page.parent)).as_posix()))
 
 
-def rows(one: Budget, page: Path) -> list[dict[str, Any]]:
+def rows(group: RunGroup, page: Path) -> list[dict[str, Any]]:
     """The plan's table: each point with its runs, each run with what became of it and a link to its record."""
     paper, result = paper_psnr(), []
-    for point in one.points:
+    for point in group.points:
         cells, values = [], point.values()
-        for seed in one.seeds:
-            run, status = point.runs.get(seed), one.status(point, seed)
+        for seed in group.seeds:
+            run, status = point.runs.get(seed), point.status(seed)
             cells.append(
                 {
-                    "text": f"{values[seed]:.2f}" if seed in values else status,
+                    "text": over_seeds([values[seed]], "psnr") if seed in values else status,
                     "status": status,
-                    "link": relative(Path(run["path"]), page) if run else None,
+                    "link": link(Path(run["path"]), page) if run else None,
                     "error": run.get("error") if run and status == "failed" else None,
                 }
             )
-        result.append(
-            {
-                "point": point,
-                "cells": cells,
-                "mean": over_seeds([values[seed] for seed in sorted(values)], "psnr"),
-                "paper": paper.get((point.variant, point.model["B"], point.model["U"]), MISSING),
-            }
-        )
+        mean = over_seeds([values[seed] for seed in sorted(values)], "psnr")
+        printed = paper.get((point.variant, point.model.get("B"), point.model.get("U")), MISSING)
+        result.append({"point": point, "cells": cells, "mean": mean, "paper": printed})
     return result
 
 
-def summary(one: Budget) -> str:
+def summary(group: RunGroup) -> str:
     """How much of the plan is there: "18 of 20 runs finished, 1 failed, 1 missing"."""
-    states = Counter(one.status(point, seed) for point in one.points if point.planned for seed in one.seeds)
+    states = Counter(point.status(seed) for point in group.points if point.planned for seed in group.seeds)
     if not states:
-        return f"{len(one.finished)} finished runs."
+        return f"{len(group.finished)} finished runs."
     others = [f"{count} {status}" for status, count in sorted(states.items()) if status != "finished"]
     return ", ".join([f"{states['finished']} of {sum(states.values())} runs finished", *others]) + "."
 
 
-def alt(one: Budget) -> str:
+def alt(group: RunGroup) -> str:
     """What a figure shows, for those who do not see it."""
-    measured = [f"{point.name} {mean:.2f} dB" for point in one.points if (mean := point.mean()) is not None]
-    return f"{STUDIES[one.study].title}. {' '.join(one.face())} Our means: {', '.join(measured)}."
+    measured = [f"{point.name} {mean:.2f} dB" for point in group.points if (mean := point.mean()) is not None]
+    return f"{STUDIES[group.study].title}. {' '.join(group.face())} Our means: {', '.join(measured)}."
 
 
 def write_page(page: Path, parts: list[Part], absent: list[str], command: str) -> None:
@@ -109,16 +108,17 @@ def write_page(page: Path, parts: list[Part], absent: list[str], command: str) -
 
     Args:
         page: its file.
-        parts: the studies in order, each under each of its budgets.
+        parts: the studies in order, each with each of its run groups.
         absent: the studies that no run belongs to.
         command: what made it.
     """
     templates = Environment(
         loader=PackageLoader("drrn.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    studies = {part.one.study: [p for p in parts if p.one.study == part.one.study] for part in parts}
+    studies = {part.group.study: [p for p in parts if p.group.study == part.group.study] for part in parts}
     text = templates.get_template("page.html").render(
         studies=studies, titles={study: content.title for study, content in STUDIES.items()}, absent=absent,
-        commands=COMMANDS, command=command, rows=lambda one: rows(one, page), summary=summary,
+        commands=COMMANDS, command=command, rows=lambda group: rows(group, page), summary=summary,
+        link=lambda name: link(page.with_name(name), page),
     )  # fmt: skip
     write_whole(page, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""Pictures: crops side by side, as in Fig. 7."""
+"""Comparison pictures: crops side by side, as in Fig. 7."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -14,10 +14,13 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from drrn.disk import write_whole
-from drrn.errors import UserError
+from drrn.errors import UserError, printable
 from drrn.images import read_pixels
 from drrn.matlab import rgb2ycbcr, to_uint8, ycbcr2rgb
 from drrn.protocol import degrade, modcrop, prepare, score
+
+if TYPE_CHECKING:
+    from drrn.report.report import ReportConfig
 
 mpl.rcParams.update({"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "pdf.fonttype": 42})
 
@@ -70,9 +73,7 @@ def side_by_side(
     if box is None:
         box = Box(width * 3 // 8, height * 3 // 8, max(1, width // 4), max(1, height // 4))
     if min(box) < 0 or box.left + box.width > width or box.top + box.height > height or not box.width * box.height:
-        raise UserError(
-            f"the box {tuple(box)} (left, top, width, height) is not inside {path.name}, {width}×{height}"
-        )
+        raise UserError(f"box = {list(box)} (left, top, width, height): not inside {path.name}, {width}×{height}")
     colour = truth.ndim == 3
     y = rgb2ycbcr(pixels)[..., 0] if colour else pixels
     x, y_truth = prepare(y, scale)
@@ -87,7 +88,13 @@ def side_by_side(
             shown = to_uint8(ycbcr2rgb(np.dstack([np.clip(prediction, 0, 1), chroma])))
         panels.append((name, shown, f"{scores['psnr']:.2f} dB / {scores['ssim']:.4f}"))
 
-    panel_height = 2.2
+    return _panels(truth, box, f"{path.stem} ×{scale}", panels)
+
+
+def _panels(truth: NDArray, box: Box, title: str, panels: list[tuple[str, NDArray, str]]) -> Figure:
+    """The whole image with its box, then a crop for each (name, image, words below)."""
+    height, width = truth.shape[:2]
+    panel_height = 2.2  # inches
     crop_width = panel_height * box.width / box.height
     whole_width = panel_height * width / height
     figure = Figure(figsize=(whole_width + (crop_width + 0.1) * len(panels) + 0.2, panel_height + 0.75), dpi=150)
@@ -100,12 +107,72 @@ def side_by_side(
         axis.set_xticks([])
         axis.set_yticks([])
     axes[0].add_patch(Rectangle((box.left, box.top), box.width, box.height, fill=False, color="red", linewidth=1.2))
-    axes[0].set_title(f"{path.stem} ×{scale}")
+    axes[0].set_title(printable(title), parse_math=False)
     for axis, (name, _, below) in zip(axes[1:], panels, strict=True):
         points = 72 * crop_width / (0.62 * len(name))  # in which the name fits above its panel
-        axis.set_title(name, size=min(10.8, points))
+        axis.set_title(name, size=min(10.8, points), parse_math=False)
         axis.set_xlabel(below)
     return figure
+
+
+def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, prefix: str = "") -> list[Path]:
+    """Crops side by side: of the image asked for, or of the last one that the runs were tested on.
+
+    Returns:
+        The files written; none if no run has got as far as its pictures.
+
+    Raises:
+        UserError: an image or the weights of a run are not there, or the box is not inside the image.
+    """
+    from drrn.inference import super_resolve
+    from drrn.weights.ours import load_network
+
+    tested = [record for record in records if record.get("scores")]
+    if not config.compare and not tested:
+        return []
+    files = [Path(path) for path in config.checkpoint]
+    files = files or [Path(record["path"]).with_name("weights.safetensors") for record in tested]
+    loaded = {file: load_network(file) for file in files}
+    names = {file: about.get("origin") or printable(file.stem) for file, (_, about) in loaded.items()}
+    if len(set(names.values())) < len(names):  # two networks of one name: call them by their folders
+        names = {file: printable(f"{file.parent.name}/{file.stem}") for file in files}
+    networks = {names[file]: network for file, (network, _) in loaded.items()}
+    path, scale, box = _chosen(config, tested)
+    runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
+    try:
+        figure = side_by_side(path, scale, runs, box)
+    except ValueError as error:  # an image smaller than the scale or the metrics' windows
+        raise UserError(f"{path} at ×{scale}: {error}") from error
+    alike = any(other.stem == path.stem and other != path for other in path.parent.iterdir())
+    written = save(figure, output / f"{prefix}{path.name if alike else path.stem}_x{scale}")  # a.png is not a.jpg
+    print(f"written: {printable(', '.join(map(str, written)))}")
+    return written
+
+
+def _chosen(config: ReportConfig, tested: list[dict[str, Any]]) -> tuple[Path, int, Box | None]:
+    """The image of a comparison, its scale and its box."""
+    from drrn.sets import image_files
+
+    box = Box(*config.box) if config.box else None
+    if config.compare in FIG7:
+        set_name, file, scale, preset = FIG7[config.compare]
+        found = [p for p in image_files(set_name, Path(config.root), complete=False) if p.name == file]
+        if not found:
+            raise UserError(
+                f"{file} of {set_name} is not under {config.root}: python src/prepare.py 'data.val=[{set_name}]'"
+            )
+        return found[0], config.scale or scale, box or preset
+    if config.compare:
+        if not Path(config.compare).is_file():
+            raise UserError(f"compare = {config.compare!r}: no such file, and none of {', '.join(FIG7)}")
+        return Path(config.compare), config.scale or 3, box
+    last = tested[-1]["scores"][-1]
+    files = image_files(tested[-1]["config"]["data"]["val"][-1], Path(config.root), complete=False)
+    path = next((p for p in files if p.name == last["image"]), None)
+    if path is None:
+        raise UserError(f"{printable(last['image'])}, which the runs were tested on, is not under {config.root}")
+    scales = sorted({row["scale"] for row in tested[-1]["scores"]})
+    return path, config.scale or scales[len(scales) // 2], box
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -116,7 +183,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """
     written = []
     for suffix in (".png", ".pdf"):
-        path = stem.with_suffix(suffix)
+        path = stem.with_name(stem.name + suffix)
         write_whole(path, lambda partial, form=suffix[1:]: figure.savefig(partial, format=form))
         written.append(path)
     return written

@@ -1,38 +1,27 @@
 """Which runs make a study: chosen by structure and recipe, whatever folder they are in.
 
-One finished run may serve several studies: Fig. 8's DRRN_B3U4 is Fig. 6's and Table 4's. Runs that differ in
-anything but their seed and what the study varies are of different *budgets* and never meet in one mean, line or
-figure. A study's points stand in sweeps/, once.
+One finished run may serve several studies: Fig. 8's DRRN_B3U4 is Fig. 6's and Table 4's. Runs of one recipe (solver,
+length, data, and whatever else the study does not vary) are a *run group*; runs of two groups never meet in one mean,
+line or figure. A study's points stand in sweeps/, once.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-import textwrap
 from collections import defaultdict
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from drrn.config import ModelConfig
 from drrn.errors import UserError
 from drrn.home import CONF
-from drrn.identity import budget, structure_name
-from drrn.model import DRRN
-from drrn.report.tables import DIGITS, MISSING, Table, describe, over_seeds, paper_numbers
-from drrn.sets import registered_sets
-
-ABLATION = ("B", "U", "weight_sharing", "multi_path")
-STRUCTURE = (*ABLATION, "features", "norm", "bias", "input_relu", "rectified_identity")
-PLACE = ("Set5", 3)  # what Fig. 6, Fig. 8 and Table 4 measure
-PAPER_PATCHES = 71 * 6536 * 128  # what the authors' B1U9 had seen when they published it (conf/budget/paper.yaml)
-LATER = {"rectified_identity": False, "input_relu": True}  # keys that the first records do not have
-VARIANTS = ("VDSR", "DRRN_NS_C", "DRRN_NS", "DRRN_C", "DRRN")
+from drrn.identity import run_group, structure_name
+from drrn.paper import paper_numbers, paper_psnr
+from drrn.report.groups import ABLATION, PLACE, STRUCTURE, Point, RunGroup, structure, variant
+from drrn.report.measurements import MISSING, over_seeds
+from drrn.report.tables import Table
 
 
 class Study(NamedTuple):
@@ -40,191 +29,21 @@ class Study(NamedTuple):
 
     title: str
     sweep: str | None  # the file of sweeps/ with its points; None: every run that there is
-    varied: tuple[str, ...]  # what of `model` its points vary; everything else is the budget
+    ablation: bool  # whether its points vary B, U and the switches alone; else all of the network
 
 
 STUDIES = {
-    "fig6": Study("Fig. 6: recursive blocks B and residual units U", "fig6", ABLATION),
-    "fig8": Study("Fig. 8: local residuals, weight sharing and multi-path by depth", "fig8", ABLATION),
-    "table4": Study("Table 4: the components turned on and off at B3U4", "table4", ABLATION),
-    "fig1": Study("Fig. 1: PSNR against weights and depth", "table2", STRUCTURE),
-    "fig9": Study("Fig. 9: shallow, deep and very deep", "table2", STRUCTURE),
-    "curves": Study("Learning curves", None, ABLATION),
+    "fig6": Study("Fig. 6: recursive blocks B and residual units U", "fig6", True),
+    "fig8": Study("Fig. 8: local residuals, weight sharing and multi-path by depth", "fig8", True),
+    "table4": Study("Table 4: the components turned on and off at B3U4", "table4", True),
+    "fig1": Study("Fig. 1: PSNR against weights and depth", "table2", False),
+    "fig9": Study("Fig. 9: shallow, deep and very deep", "table2", False),
+    "curves": Study("Learning curves", None, True),
 }
 
 
-def variant(model: dict[str, Any]) -> str:
-    """The paper's name of a structure's family: one of VARIANTS."""
-    if model["U"] == 0:
-        return "VDSR"
-    return f"DRRN{'' if model['weight_sharing'] else '_NS'}{'' if model['multi_path'] else '_C'}"
-
-
-@dataclass
-class Point:
-    """One structure under one budget, and its runs."""
-
-    model: dict[str, Any]  # the arguments of `drrn.model.DRRN`
-    planned: bool  # a point of the study's own, not one that another study adds
-    depth: int
-    weights: int  # k, convolution weights
-    runs: dict[int, dict[str, Any]] = field(
-        default_factory=dict
-    )  # seed → record; the finished one where there are two
-
-    @property
-    def name(self) -> str:
-        """The paper's name: DRRN_B3U4, DRRN_NS_B3U2_16f."""
-        return structure_name(ModelConfig(**self.model))
-
-    @property
-    def variant(self) -> str:
-        """One of VARIANTS."""
-        return variant(self.model)
-
-    def finished(self) -> list[dict[str, Any]]:
-        """The records of its finished runs, by seed."""
-        return [run for _, run in sorted(self.runs.items()) if run["status"] == "finished"]
-
-    def values(self, place: tuple[str, int] = PLACE, metric: str = "psnr") -> dict[int, float]:
-        """Seed → mean over the whole set (a part of a set is not the set), of the finished runs."""
-        values = {run["seed"]: _score(run, place, metric) for run in self.finished()}
-        return {seed: value for seed, value in values.items() if value is not None}
-
-    def mean(self, place: tuple[str, int] = PLACE) -> float | None:
-        """PSNR in dB, the mean over the seeds; None if nobody has measured it."""
-        values = self.values(place)
-        return statistics.fmean(values.values()) if values else None
-
-
-def _score(run: dict[str, Any], place: tuple[str, int], metric: str) -> float | None:
-    for row in run.get("means", ()):
-        if (row["set"], row["scale"]) == place and row["images"] == registered_sets().get(row["set"], row["images"]):
-            return row.get(metric)
-    return None
-
-
-@dataclass
-class Budget:
-    """What the paper's study is under one budget: every point, run or not."""
-
-    study: str
-    digest: str
-    points: list[Point]
-    seeds: list[int]
-
-    @property
-    def stem(self) -> str:
-        """The name of its files: fig6-1a2b3c4d."""
-        return f"{self.study}-{self.digest}"
-
-    @property
-    def runs(self) -> list[dict[str, Any]]:
-        """All records."""
-        return [run for point in self.points for run in point.runs.values()]
-
-    @property
-    def finished(self) -> list[dict[str, Any]]:
-        """The records that figures are drawn from."""
-        return [run for point in self.points for run in point.finished()]
-
-    @property
-    def steps(self) -> list[int]:
-        """How many steps its finished runs took, each number once; what was planned if none has finished."""
-        planned = [run["config"]["trainer"]["max_steps"] for run in self.runs]
-        return sorted({run["budget"]["steps"] for run in self.finished}) or sorted(set(planned))
-
-    @property
-    def missing(self) -> list[str]:
-        """What the study lacks: "DRRN_B3U8_16f s2 (failed)"."""
-        return [
-            f"{point.name} s{seed}" + (f" ({status})" if status != "missing" else "")
-            for point in self.points
-            if point.planned
-            for seed in self.seeds
-            if (status := self.status(point, seed)) != "finished"
-        ]
-
-    @staticmethod
-    def status(point: Point, seed: int) -> str:
-        """What became of a run: its record's word, or "missing"; "not scored" without the whole of Set5 ×3."""
-        if seed not in point.runs:
-            return "missing"
-        if point.runs[seed]["status"] == "finished" and seed not in point.values():
-            return "not scored"
-        return point.runs[seed]["status"]
-
-    def short(self) -> str:
-        """The budget in a few words: what a panel's title says."""
-        return f"{self.widths()}, {self.share()} of the paper's patches"
-
-    def widths(self) -> str:
-        """ "16 features", or "16 and 64 features"."""
-        return _and(sorted({point.model["features"] for point in self.points if point.runs})) + " features"
-
-    def share(self) -> str:
-        """Patches seen as a share of the paper's: "0.04 %"."""
-        batch = self.runs[0]["config"]["data"]["batch_size"]
-        return _and([f"{100 * steps * batch / PAPER_PATCHES:.2g} %" for steps in self.steps])
-
-    def face(self) -> list[str]:
-        """What every figure says of itself: budget, recipe, seeds, protocol, commit.
-
-        So that a small study can't pass for the paper's.
-        """
-        runs = self.finished or self.runs
-        config = runs[0]["config"]
-        data, protocol = config["data"], runs[0]["protocol"]
-        norms = sorted({run["config"]["model"]["norm"] for run in runs} - {"batch"})
-        seeds = sorted({run["seed"] for run in runs})
-        counts = [len(point.values()) for point in self.points if point.values()] or [0]
-        uneven = f" ({min(counts)} to {max(counts)} a point)" if min(counts) < max(counts) else ""
-        commits = {(run.get("git") or {}).get("commit", "unknown")[:7]: run.get("git") or {} for run in runs}
-        steps = _and([f"{steps:,}" for steps in self.steps])
-        unlike = f", norm {_and(norms)}" if norms else ""
-        seed = "Seed" if len(seeds) == 1 else "Seeds" if self.study == "curves" else "Means over seeds"
-        return [
-            f"Ours: {self.widths()}{unlike}, {steps} steps × {data['batch_size']} patches, {self.share()} of the "
-            f"paper's {PAPER_PATCHES // 128:,} × 128.",
-            f"{recipe(config)}; {data['name']}, {_and([f'×{scale}' for scale in data['scales']])}.",
-            f"{seed} {_and(seeds)}{uneven}; {describe(protocol)}; commit "
-            + _and([commit + " with changes" * bool(git.get("changed")) for commit, git in sorted(commits.items())])
-            + f"; budget {self.digest}.",
-        ]
-
-
-def recipe(config: dict[str, Any]) -> str:
-    """How a run was trained, in a line: "Adam 0.002, cosine, no clipping, bf16-mixed"."""
-    optim, trainer = config["optim"], config["trainer"]
-    halving = (
-        f"halved every {optim['halve_every_epochs']:g} epochs"
-        if optim["halve_every_epochs"]
-        else f"halved every {optim['halve_every_steps']} steps"
-    )
-    words = [
-        {"sgd": "SGD", "adam": "Adam"}.get(optim["algorithm"], optim["algorithm"]) + f" {optim['lr']:g}",
-        "cosine" if optim["schedule"] == "cosine" else halving,
-        "no clipping" if optim["clip"] == "none" else f"clipping by {optim['clip']}, θ = {optim['theta']:g}",
-    ]
-    if optim["residual_scale"] != 1:
-        words.append(
-            "starting at bicubic" if not optim["residual_scale"] else f"residual ×{optim['residual_scale']:g}"
-        )
-    if trainer["precision"] != "32-true":
-        words.append(trainer["precision"])
-    if config["init_from"] or config["ckpt_path"] not in (None, "last"):
-        words.append(f"from {Path(config['init_from'] or config['ckpt_path']).name}")
-    return ", ".join(words)
-
-
-def _and(items: list[Any]) -> str:
-    """ "1", "1 and 2", "1, 2 and 3"."""
-    words = [str(item) for item in items]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
 def planned(study: str) -> list[dict[str, Any]]:
-    """The structures of a study, as sweeps/<its sweep>.yaml lists its points: arguments of `drrn.model.DRRN`.
+    """The structures of a study, as sweeps/<its sweep>.yaml lists its points.
 
     Raises:
         UserError: the file is not there (drrn is installed without its clone).
@@ -239,7 +58,7 @@ def planned(study: str) -> list[dict[str, Any]]:
     for point in OmegaConf.to_container(OmegaConf.load(path))["hydra"]["sweeper"]["points"]:
         chosen = [f"{key[6:]}={value}" for key, value in point.items() if key.startswith("model.")]
         model = OmegaConf.merge(_preset(point.get("model", "drrn")), OmegaConf.from_dotlist(chosen))
-        models.append({key: model[key] for key in STRUCTURE})  # the file also has what is for training only
+        models.append(structure(OmegaConf.to_container(model)))
     return models
 
 
@@ -250,80 +69,83 @@ def _preset(name: str) -> DictConfig:
     return OmegaConf.merge(*map(_preset, below), content)
 
 
-def budgets(study: str, records: list[dict[str, Any]]) -> list[Budget]:
-    """The runs of a study, one `Budget` for each set of runs that may be shown together; the largest first.
+def run_groups(study: str, records: list[dict[str, Any]]) -> list[RunGroup]:
+    """The runs of a study, one `RunGroup` for each recipe; the longest first.
 
     Args:
         study: a key of STUDIES.
-        records: run records with `path` (`drrn.records.find_records`).
+        records: `drrn.report.records.read_runs`.
 
     Raises:
-        UserError: runs of one budget were trained on different images or measured by different protocols, a run is
-            there twice with different scores, or a record is of a later version with networks unknown to this one.
+        UserError: runs of one recipe were trained on different images or measured by different protocols, or a run is
+            there twice with different scores.
     """
     plan = planned(study)
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    varied = ABLATION if STUDIES[study].ablation else None
+    recipes: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
-        if unknown := sorted(set(record["config"]["model"]) - set(STRUCTURE)):
-            raise UserError(f"{record['path']} has model.{unknown[0]}, which this version does not know: update it")
-        groups[budget(record["config"], STUDIES[study].varied)].append(record)
-    result = []
-    for digest, group in groups.items():
-        points = _points(study, plan, group)
-        seeds = sorted({seed for point in points for seed in point.runs})
-        if any(point.runs and (point.planned or not plan) for point in points):
-            result.append(Budget(study, digest, points, seeds))
-    for one in result:
-        _comparable(one.finished)
-    return sorted(result, key=lambda one: (-max(one.steps), one.digest))
+        recipes[run_group(record["config"], varied)].append(record)
+    groups = [RunGroup(study, digest, _points(study, plan, runs)) for digest, runs in recipes.items()]
+    groups = [group for group in groups if any(p.runs and (p.planned or not plan) for p in group.points)]
+    for group in groups:
+        _comparable(group.finished)
+    return sorted(groups, key=lambda group: (-max(group.steps), group.digest))
 
 
-def _points(study: str, plan: list[dict[str, Any]], group: list[dict[str, Any]]) -> list[Point]:
-    """The study's points, run or not, and what else it shows of the runs of one budget."""
-    trained = [{**LATER, **record["config"]["model"]} for record in group]
-    # The plan says B, U and the variant; width, norm and the like are the budget's, where it has one of each.
-    shared = {key: trained[0][key] for key in trained[0] if all(model[key] == trained[0][key] for model in trained)}
-    shared = {key: value for key, value in shared.items() if key not in ABLATION}
-    shown = []
-    for model in plan:
-        alike = [other for other in trained if all(other[key] == model[key] for key in ABLATION)]
-        shown += [(other, True) for other in alike or [model | shared]]  # alike: of several widths in Fig. 1
-    shown += [(model, False) for model in trained if wanted(study, model)]
+def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[Point]:
+    """The study's points, run or not, and what else it shows of the runs of one recipe."""
+    trained = [structure(record["config"]["model"]) for record in records]
+    of = {record["structure"]["name"]: model for record, model in zip(records, trained, strict=True)}
+    counts = {record["structure"]["name"]: record["structure"] for record in records}
+    # The plan says B, U and the variant; width, norm and the like are the recipe's, where it has one of each.
+    drrns = [model for model in trained if model["network"] == "drrn"]
+    shared = {key: drrns[0][key] for key in STRUCTURE if len({model[key] for model in drrns}) == 1}
     points: dict[str, Point] = {}
-    for model, is_planned in shown:
-        name = structure_name(ModelConfig(**model))
-        if name not in points:
-            points[name] = Point(model, is_planned, *_counts(**model))
-    for model, record in zip(trained, group, strict=True):
-        point = points.get(structure_name(ModelConfig(**model)))
-        if point is None:
-            continue
-        there = point.runs.get(record["seed"])
-        if there is None or there["status"] != "finished" == record["status"]:
-            point.runs[record["seed"]] = record
-        elif there["status"] == record["status"] == "finished" and there["means"] != record["means"]:
-            raise UserError(
-                f"{there['path']} and {record['path']} are the same run with different scores: report them apart"
-            )
+    for model in plan:
+        alike = [name for name, other in of.items() if _same_point(model, other)]  # of several widths in Fig. 1
+        for name in alike:
+            points[name] = Point(name, of[name], True, counts[name]["depth"], counts[name]["conv_weights"])
+        if not alike:
+            own = {key: value for key, value in shared.items() if key not in ABLATION}
+            model = model | own if model["network"] == "drrn" else model
+            name, *count = _described(tuple(model.items()))
+            points[name] = Point(name, model, True, *count)
+    for name, model in of.items():
+        if name not in points and wanted(study, model):
+            points[name] = Point(name, model, False, counts[name]["depth"], counts[name]["conv_weights"])
+    for record in records:
+        if record["structure"]["name"] in points:
+            points[record["structure"]["name"]].add(record)
     return list(points.values())
 
 
+def _same_point(planned: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a trained network is a point of the plan: of any width and normalisation, if it is a DRRN."""
+    keys = ("network", *ABLATION) if planned["network"] == "drrn" else planned
+    return all(key in other and other[key] == planned[key] for key in keys)
+
+
 @cache
-def _counts(**model: Any) -> tuple[int, int]:
-    """Depth and convolution weights of a structure."""
+def _described(items: tuple[tuple[str, Any], ...]) -> tuple[str, int, int]:
+    """Name, depth and convolution weights of a network that nobody has trained."""
+    import torch
+
+    from drrn.model import DRRN
+
+    model = dict(items)
     with torch.device("meta"):
-        network = DRRN(**model)
-    return network.depth, network.conv_weight_count
+        network = DRRN(**{key: value for key, value in model.items() if key != "network"})
+    return structure_name(model), network.depth, network.conv_weight_count
 
 
 def wanted(study: str, model: dict[str, Any]) -> bool:
     """Whether a study also shows a structure that is not among its points, if somebody has trained it."""
     if study == "curves":
         return True
-    if study in ("fig1", "fig9"):  # the proposed network of any size, and VDSR
-        return variant(model) in ("DRRN", "VDSR")
+    if study in ("fig1", "fig9"):  # the proposed network of any size, VDSR, and every other network
+        return variant(model) not in ("DRRN_NS_C", "DRRN_NS", "DRRN_C")
     drawn = {(row.get("method", "DRRN"), row["B"], row["U"]) for row in paper_numbers(study)}
-    return (variant(model), str(model["B"]), str(model["U"])) in drawn
+    return (variant(model), str(model.get("B")), str(model.get("U"))) in drawn
 
 
 def _comparable(runs: list[dict[str, Any]]) -> None:
@@ -333,41 +155,22 @@ def _comparable(runs: list[dict[str, Any]]) -> None:
             if run[key] != known[0][key]:
                 raise UserError(
                     f"{known[0]['path']} was {what} {known[0][key]} and {run['path']} with {run[key]}: they do not "
-                    "compare. Report them apart."
+                    "compare. Report each in a command of its own."
                 )
 
 
-def points_table(one: Budget) -> Table:
-    """Every point of a study under one budget: depth, weights, each seed, their mean, and the paper's number."""
-    paper = paper_psnr()
-    several = len(one.seeds) > 1
-    columns = ["structure", "depth", "weights", *(f"seed {seed}" for seed in one.seeds)]
+def points_table(group: RunGroup) -> Table:
+    """Every point of a study under one recipe: depth, weights, each seed, their mean, and the paper's number."""
+    paper, seeds = paper_psnr(), group.seeds
+    several = len(seeds) > 1
+    columns = ["structure", "depth", "weights", *(f"seed {seed}" for seed in seeds)]
     columns += ["mean"] * several + ["paper (128 features)"]
     rows = []
-    for point in one.points:
+    for point in group.points:
         values = point.values()
-        cells = [
-            f"{values[seed]:.{DIGITS['psnr']}f}" if seed in values else one.status(point, seed) for seed in one.seeds
-        ]
+        cells = [over_seeds([values[s]], "psnr") if s in values else point.status(s) for s in seeds]
         mean = [over_seeds([values[seed] for seed in sorted(values)], "psnr")] * several
-        printed = paper.get((point.variant, point.model["B"], point.model["U"]), MISSING)
+        printed = paper.get((point.variant, point.model.get("B"), point.model.get("U")), MISSING)
         rows.append([point.name, str(point.depth), f"{point.weights:,}", *cells, *mean, printed])
-    notes = [*one.face(), *(["± is the sample standard deviation over the seeds."] if several else [])]
-    return Table(f"{STUDIES[one.study].title} (PSNR in dB, {PLACE[0]} ×{PLACE[1]})", columns, rows, notes)
-
-
-def paper_psnr() -> dict[tuple[str, int, int], str]:
-    """(variant, B, U) → the PSNR that the paper prints on Set5 ×3, for every structure it prints one of."""
-    result = {}
-    for name in ("fig6", "fig8", "table4"):
-        for row in paper_numbers(name):
-            if row["psnr"]:
-                method = row.get("method", "DRRN")
-                B, U = (int(row["depth"]) - 1, 0) if method == "VDSR" else (int(row["B"]), int(row["U"]))
-                result[method, B, U] = row["psnr"]
-    return result
-
-
-def wrapped(lines: list[str], width: int) -> str:
-    """Lines of at most `width` characters."""
-    return "\n".join(line for text in lines for line in textwrap.wrap(text, width))
+    notes = [*group.face(), *(["± is the sample standard deviation over the seeds."] if several else [])]
+    return Table(f"{STUDIES[group.study].title} (PSNR in dB, {PLACE[0]} ×{PLACE[1]})", columns, rows, notes)

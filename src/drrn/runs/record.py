@@ -85,18 +85,6 @@ def finished_record(folder: Path) -> Path | None:
     return next((path for path in paths if read_record(path).get("status") == "finished"), None)
 
 
-def find_records(folder: Path) -> list[dict[str, Any]]:
-    """All run records below a folder, by path; each gains `path`.
-
-    Raises:
-        UserError: there is none.
-    """
-    paths = sorted(folder.rglob(FILE))
-    if not paths:
-        raise UserError(f"no run record ({FILE}) below {folder}: train something first, or name another folder")
-    return [{**read_record(path), "path": str(path)} for path in paths]
-
-
 def git_commit() -> dict[str, Any] | None:
     """Commit of the source tree and whether it has uncommitted changes; None outside a clone."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from drrn.config import ModelConfig, key, typed
+from drrn.disk import check_output
 from drrn.errors import UserError, printable
 from drrn.identity import structure_name
 from drrn.weights.ports import PORTS
@@ -55,6 +56,7 @@ def check(cfg: DictConfig) -> ConvertConfig:
         raise UserError(f"output = {config.output!r}: its suffix says what to write, one of {', '.join(WRITTEN)}")
     if config.form not in (None, *READ, WRITTEN[output.suffix]):
         raise UserError(f"form = {config.form!r} and output = {config.output!r}: they say two different things")
+    check_output("output", output)
     if output.exists() and (not config.overwrite or output.samefile(config.input)):
         raise UserError(f"{output} is there already: choose another name, or overwrite=true")
     return config

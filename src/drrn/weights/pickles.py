@@ -12,140 +12,135 @@ So our own checkpoints are read here as well: one reader for torch's files.
 from __future__ import annotations
 
 import io
-import math
 import pickletools
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from drrn.weights.files import LIMIT, container
+from drrn.weights.inert import CALLS, STORAGES, Global, Module, Storage, Stored, count, dict_key, is_module, known
 
 
-@dataclass(eq=False)
-class Storage:
-    """The numbers behind tensors: torch.FloatStorage and its like, read when a tensor needs them."""
+class _Machine:
+    """The stack, the marks and the memo of one pickle. Its methods are what opcodes do; `STEPS` names them."""
 
-    dtype: torch.dtype
-    numel: int
-    read: Callable[[], bytes] | None = None
+    def __init__(self, persistent: Callable[[Any], Any] | None) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.persistent = persistent
 
+    def since_mark(self) -> list[Any]:
+        """What was pushed since the last mark, taken from the stack."""
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
 
-class Stored(NamedTuple):
-    """A tensor in a file: numbers of a storage from `offset` on, `stride` apart."""
+    def last(self, count: int) -> list[Any]:
+        """The last items, taken from the stack."""
+        return [self.stack.pop() for _ in range(count)][::-1]
 
-    storage: Storage
-    offset: Any
-    size: Any
-    stride: Any
+    def extend(self, items: list[Any]) -> None:
+        """Append to the list on top."""
+        if not isinstance(self.stack[-1], list):
+            raise TypeError("items for what is no list")
+        self.stack[-1].extend(items)
 
-    def tensor(self) -> Tensor:
-        """The tensor, floating ones as float32.
+    def fill(self, items: list[Any]) -> None:
+        """Keys and values in turn, for the dict on top."""
+        if not isinstance(self.stack[-1], dict):
+            raise TypeError("items for what is no dict")
+        self.stack[-1].update((dict_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
 
-        Raises:
-            ValueError: it reaches beyond its storage, or the storage beyond the file.
-        """
-        storage, offset = self.storage, _count(self.offset)
-        if not isinstance(self.size, tuple) or len(self.size) > 4 or len(self.size) != len(self.stride):
-            raise ValueError("a tensor of an impossible size")
-        size, stride = [_count(n) for n in self.size], [_count(n) for n in self.stride]
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if 0 in size or math.prod(size) > storage.numel or last >= storage.numel:
-            raise ValueError(f"a tensor of size {size} in a storage of {storage.numel:,} numbers")
-        raw = storage.read() if storage.read else b""
-        if len(raw) != storage.numel * storage.dtype.itemsize:
-            raise ValueError(f"a storage of {storage.numel:,} numbers has {len(raw):,} bytes: truncated")
-        values = torch.frombuffer(bytearray(raw), dtype=storage.dtype).as_strided(size, stride, offset)
-        return values.float().contiguous() if values.is_floating_point() else values.contiguous()
+    def dict_since_mark(self) -> None:
+        """A new dict of what was pushed since the mark."""
+        items = self.since_mark()
+        self.stack.append({})
+        self.fill(items)
 
+    def name(self, module: Any, name: Any) -> None:
+        """A name, known or refused."""
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise TypeError("a name that is no text")
+        self.stack.append(known(Global(module, name)))
 
-class Global(NamedTuple):
-    """A name in a pickle. It is never looked up."""
+    def call(self) -> None:
+        """What CALLS does instead of the function."""
+        function, arguments = self.last(2)
+        if not isinstance(function, Global) or function not in CALLS:
+            raise TypeError("a call of what is no function")
+        self.stack.append(CALLS[function](*arguments))
 
-    module: str
-    name: str
+    def new(self) -> None:
+        """A module without attributes yet."""
+        function, arguments = self.last(2)
+        if arguments != () or not isinstance(function, Global) or not is_module(function):
+            raise TypeError("an object that is no module")
+        self.stack.append(Module({}))
 
+    def build(self) -> None:
+        """A module's attributes; a state dict's `_metadata` and a parameter's hooks are dropped."""
+        attributes = self.stack.pop()
+        if isinstance(self.stack[-1], Module) and isinstance(attributes, dict):
+            self.stack[-1].attributes.update(attributes)
+        elif not isinstance(self.stack[-1], dict | Stored):
+            raise TypeError("attributes for what has none")
 
-class Module(NamedTuple):
-    """What a pickled torch.nn.Module becomes: its attributes."""
-
-    attributes: dict[str, Any]
-
-
-STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-LAYERS = {"Conv2d", "ReLU", "BatchNorm2d", "Sequential", "ModuleList", "DataParallel"}
-NETWORKS = {"DRRN", "RecursiveBlock", "ResidualUnit", "ConvLayer", "Net", "VDSR", "Conv_ReLU_Block"}
-
-
-def _is_module(name: Global) -> bool:
-    layer = name.name in LAYERS and name.module.startswith("torch.nn.")
-    return layer or (name.name in NETWORKS and not name.module.startswith("torch"))
-
-
-def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    return {_key(key): value for key, value in pairs}
+    def persistent_id(self) -> None:
+        """A storage, or a module's class."""
+        if self.persistent is None:
+            raise TypeError("a persistent id where there are none")
+        self.stack.append(self.persistent(self.stack.pop()))
 
 
-def _stored(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
-    """`torch._utils._rebuild_tensor`, and `_v2` with requires_grad, hooks and metadata after it."""
-    base, storage = storage
-    if not isinstance(storage, Storage):
-        raise TypeError("a tensor without a storage")
-    return Stored(storage, base + _count(offset), size, stride)
+def _steps() -> dict[str, Callable[[_Machine, Any], Any]]:
+    """Opcode → what it does with its argument; an opcode that is not here is refused by name."""
+    push = lambda m, arg: m.stack.append(arg)  # noqa: E731
+    values = (
+        "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
+        "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8"
+    )
+    put = lambda m, arg: m.memo.__setitem__(arg, m.stack[-1])  # noqa: E731
+    get = lambda m, arg: m.stack.append(m.memo[arg])  # noqa: E731
+    return {
+        **dict.fromkeys(("PROTO", "FRAME"), lambda m, arg: None),
+        **dict.fromkeys((*values.split(), "NONE"), push),
+        **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), put),
+        **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), get),
+        "MEMOIZE": lambda m, _: put(m, len(m.memo)),
+        "NEWTRUE": lambda m, _: m.stack.append(True),
+        "NEWFALSE": lambda m, _: m.stack.append(False),
+        "MARK": lambda m, _: m.marks.append(len(m.stack)),
+        "POP": lambda m, _: m.stack.pop(),
+        "POP_MARK": lambda m, _: m.since_mark(),
+        "DUP": lambda m, _: m.stack.append(m.stack[-1]),
+        "EMPTY_TUPLE": lambda m, _: m.stack.append(()),
+        "TUPLE1": lambda m, _: m.stack.append(tuple(m.last(1))),
+        "TUPLE2": lambda m, _: m.stack.append(tuple(m.last(2))),
+        "TUPLE3": lambda m, _: m.stack.append(tuple(m.last(3))),
+        "TUPLE": lambda m, _: m.stack.append(tuple(m.since_mark())),
+        **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda m, _: m.stack.append([])),
+        **dict.fromkeys(("LIST", "FROZENSET"), lambda m, _: m.stack.append(m.since_mark())),
+        "APPEND": lambda m, _: m.extend(m.last(1)),
+        **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda m, _: m.extend(m.since_mark())),
+        "EMPTY_DICT": lambda m, _: m.stack.append({}),
+        "DICT": lambda m, _: m.dict_since_mark(),
+        "SETITEM": lambda m, _: m.fill(m.last(2)),
+        "SETITEMS": lambda m, _: m.fill(m.since_mark()),
+        "GLOBAL": lambda m, arg: m.name(*arg.split(" ", 1)),
+        "STACK_GLOBAL": lambda m, _: m.name(*m.last(2)),
+        "REDUCE": lambda m, _: m.call(),
+        "NEWOBJ": lambda m, _: m.new(),
+        "BUILD": lambda m, _: m.build(),
+        "BINPERSID": lambda m, _: m.persistent_id(),
+    }
 
 
-# What a pickle may call, and what is done instead.
-CALLS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _ordered_dict,
-    ("torch._utils", "_rebuild_tensor"): _stored,
-    ("torch._utils", "_rebuild_tensor_v2"): _stored,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch.nn.parameter", "Parameter"): lambda data, *_: data,
-    ("torch.nn.backends.thnn", "_get_thnn_function_backend"): lambda: None,  # Module._backend until torch 1.4
-    ("torch", "Size"): tuple,
-    ("torch", "device"): lambda *_: None,
-    ("__builtin__", "set"): list,
-    ("builtins", "set"): list,
-}
-
-
-def _known(name: Global) -> Global:
-    storage = name.module in ("torch", "torch.cuda") and name.name in STORAGES
-    if not storage and tuple(name) not in CALLS and not _is_module(name):
-        shown = f"{name.module}.{name.name}"[:100]
-        raise ValueError(
-            f"it names {shown!r}, which is no tensor, no plain container and no part of these networks; nothing in "
-            "a foreign file is run"
-        )
-    return name
-
-
-def _key(key: Any) -> Any:
-    """A dict's key: text or a number (hashing nested tuples can be made to take forever)."""
-    if not isinstance(key, str | int):
-        raise ValueError(f"a dict key that is a {type(key).__name__}")
-    return key
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
-        raise ValueError("a size, stride or offset that is not a count")
-    return value
+STEPS = _steps()
 
 
 def unpickle(file: io.BytesIO, persistent: Callable[[Any], Any] | None = None) -> Any:
@@ -161,111 +156,14 @@ def unpickle(file: io.BytesIO, persistent: Callable[[Any], Any] | None = None) -
     Raises:
         ValueError: damaged, or something else is in it, by name.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    def fill(items: list[Any]) -> None:
-        if not isinstance(stack[-1], dict):
-            raise TypeError("items for what is no dict")
-        stack[-1].update((_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
-
-    def extend(items: list[Any]) -> None:
-        if not isinstance(stack[-1], list):
-            raise TypeError("items for what is no list")
-        stack[-1].extend(items)
-
+    machine = _Machine(persistent)
     try:
         for opcode, arg, _ in pickletools.genops(file):
-            match opcode.name:
-                case "PROTO" | "FRAME":
-                    pass
-                case "STOP":
-                    return stack.pop()
-                case "MARK":
-                    marks.append(len(stack))
-                case "NONE":
-                    stack.append(None)
-                case "NEWTRUE" | "NEWFALSE":
-                    stack.append(opcode.name == "NEWTRUE")
-                case (
-                    "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT"
-                    | "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE"
-                    | "BINUNICODE8" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8"
-                ):  # fmt: skip
-                    stack.append(arg)
-                case "EMPTY_TUPLE":
-                    stack.append(())
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    count = int(opcode.name[-1])
-                    stack[-count:] = [tuple(stack[-count:])]
-                case "TUPLE":
-                    stack.append(tuple(since_mark()))
-                case "EMPTY_LIST" | "EMPTY_SET":
-                    stack.append([])
-                case "LIST" | "FROZENSET":
-                    stack.append(since_mark())
-                case "APPEND":
-                    extend([stack.pop()])
-                case "APPENDS" | "ADDITEMS":
-                    extend(since_mark())
-                case "EMPTY_DICT":
-                    stack.append({})
-                case "DICT":
-                    items = since_mark()
-                    stack.append({})
-                    fill(items)
-                case "SETITEM":
-                    items = stack[-2:]
-                    del stack[-2:]
-                    fill(items)
-                case "SETITEMS":
-                    fill(since_mark())
-                case "POP":
-                    stack.pop()
-                case "POP_MARK":
-                    since_mark()
-                case "DUP":
-                    stack.append(stack[-1])
-                case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    memo[arg] = stack[-1]
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "GET" | "BINGET" | "LONG_BINGET":
-                    stack.append(memo[arg])
-                case "GLOBAL":
-                    stack.append(_known(Global(*arg.split(" ", 1))))
-                case "STACK_GLOBAL":
-                    name, module = stack.pop(), stack.pop()
-                    if not isinstance(name, str) or not isinstance(module, str):
-                        raise TypeError("a name that is no text")
-                    stack.append(_known(Global(module, name)))
-                case "REDUCE":
-                    arguments, function = stack.pop(), stack.pop()
-                    if not isinstance(function, Global) or function not in CALLS:
-                        raise TypeError("a call of what is no function")
-                    stack.append(CALLS[function](*arguments))
-                case "NEWOBJ":
-                    arguments, function = stack.pop(), stack.pop()
-                    if arguments != () or not isinstance(function, Global) or not _is_module(function):
-                        raise TypeError("an object that is no module")
-                    stack.append(Module({}))
-                case "BUILD":
-                    attributes = stack.pop()
-                    if isinstance(stack[-1], Module) and isinstance(attributes, dict):
-                        stack[-1].attributes.update(attributes)
-                    elif not isinstance(stack[-1], dict | Stored):  # a state dict's _metadata, a parameter's hooks
-                        raise TypeError("attributes for what has none")
-                case "BINPERSID" if persistent:
-                    stack.append(persistent(stack.pop()))
-                case _:
-                    raise ValueError(f"opcode {opcode.name} {str(arg)[:80]!r} is not run here")
+            if opcode.name == "STOP":
+                return machine.stack.pop()
+            if opcode.name not in STEPS:
+                raise ValueError(f"opcode {opcode.name} {str(arg)[:80]!r} is not run here")
+            STEPS[opcode.name](machine, arg)
     except (IndexError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a damaged or foreign pickle ({type(error).__name__}: {error})") from error
     raise ValueError("a pickle without an end")
@@ -282,13 +180,13 @@ def _persistent(identity: Any, storages: dict[str, Storage]) -> Any:
         return name
     if kind != "storage" or not isinstance(rest[0], str):
         raise TypeError("a persistent id that is not torch's")
-    key, numel = rest[0], _count(rest[2])
+    key, numel = rest[0], count(rest[2])
     dtype = STORAGES[name.name]
     storage = storages.setdefault(key, Storage(dtype, numel))
     if (storage.dtype, storage.numel) != (dtype, numel):
         raise TypeError(f"storage {key[:40]!r} is described in two ways")
     view = rest[3] if len(rest) > 3 else None
-    return (_count(view[1]) if view else 0), storage
+    return (count(view[1]) if view else 0), storage
 
 
 def read_torch(data: bytes) -> Any:

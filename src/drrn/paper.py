@@ -1,0 +1,25 @@
+"""What the paper prints: its tables and figures as they stand in data/paper, a CSV each."""
+
+from __future__ import annotations
+
+import csv
+
+from drrn.home import DATA
+
+
+def paper_numbers(name: str) -> list[dict[str, str]]:
+    """The rows of data/paper/<name>.csv: "table2", "table3", "table4", "fig1", "fig6", "fig8", "fig9"."""
+    with (DATA / "paper" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def paper_psnr() -> dict[tuple[str, int, int], str]:
+    """(variant, B, U) → the PSNR that the paper prints on Set5 ×3, for every structure that it prints one of."""
+    result = {}
+    for name in ("fig6", "fig8", "table4"):
+        for row in paper_numbers(name):
+            if row["psnr"]:
+                method = row.get("method", "DRRN")
+                B, U = (int(row["depth"]) - 1, 0) if method == "VDSR" else (int(row["B"]), int(row["U"]))
+                result[method, B, U] = row["psnr"]
+    return result

@@ -1,0 +1,188 @@
+"""A study's networks and their runs: points, and run groups of one recipe."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from drrn.config import ModelConfig
+from drrn.errors import UserError
+from drrn.protocol import describe
+from drrn.report.measurements import set_size
+from drrn.report.records import recipe
+
+ABLATION = ("B", "U", "weight_sharing", "multi_path")
+STRUCTURE = ("network", *ModelConfig.__dataclass_fields__)
+PLACE = ("Set5", 3)  # what Fig. 6, Fig. 8 and Table 4 measure
+PAPER_PATCHES = 71 * 6536 * 128  # what the authors' B1U9 had seen when they published it (conf/budget/paper.yaml)
+
+
+def structure(model: dict[str, Any]) -> dict[str, Any]:
+    """A network's name and arguments in full: earlier records leave out what came later."""
+    if model.get("network", "drrn") != "drrn":
+        return dict(model)
+    return {"network": "drrn"} | asdict(ModelConfig(**{key: model[key] for key in STRUCTURE[1:] if key in model}))
+
+
+def variant(model: dict[str, Any]) -> str:
+    """The paper's name of a structure's family: one of `tables.VARIANTS`, or another network's own name."""
+    if model["network"] != "drrn":
+        return model["network"]
+    if model["U"] == 0:
+        return "VDSR"
+    return f"DRRN{'' if model['weight_sharing'] else '_NS'}{'' if model['multi_path'] else '_C'}"
+
+
+@dataclass
+class Point:
+    """One network of a study under one recipe, and its runs."""
+
+    name: str  # the paper's: DRRN_B3U4, DRRN_NS_B3U2_16f
+    model: dict[str, Any]  # `structure`
+    planned: bool  # a point of the study's own, not one that another study adds
+    depth: int
+    weights: int  # k, convolution weights
+    runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # seed → record; the finished one of two
+
+    @property
+    def variant(self) -> str:
+        """Its family."""
+        return variant(self.model)
+
+    @property
+    def short(self) -> str:
+        """B3U4; VDSR d28."""
+        if self.model["network"] != "drrn":
+            return self.name
+        return f"B{self.model['B']}U{self.model['U']}" if self.model["U"] else f"VDSR d{self.depth}"
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take a run; of two of one seed, the finished one.
+
+        Raises:
+            UserError: both are finished, with different scores.
+        """
+        there = self.runs.get(record["seed"])
+        if there is None or there["status"] != "finished" == record["status"]:
+            self.runs[record["seed"]] = record
+        elif there["status"] == record["status"] == "finished" and there["means"] != record["means"]:
+            raise UserError(
+                f"{there['path']} and {record['path']} are the same run with different scores: report one of them"
+            )
+
+    def finished(self) -> list[dict[str, Any]]:
+        """The records of its finished runs, by seed."""
+        return [run for _, run in sorted(self.runs.items()) if run["status"] == "finished"]
+
+    def values(self, place: tuple[str, int] = PLACE, metric: str = "psnr") -> dict[int, float]:
+        """Seed → mean over the whole set (a part of a set is not the set), of the finished runs."""
+        return {
+            run["seed"]: row[metric]
+            for run in self.finished()
+            for row in run["means"]
+            if (row["set"], row["scale"]) == place and row["images"] == set_size(place[0], row["images"])
+        }
+
+    def mean(self, place: tuple[str, int] = PLACE) -> float | None:
+        """PSNR in dB, the mean over the seeds; None if nobody has measured it."""
+        values = self.values(place)
+        return statistics.fmean(values.values()) if values else None
+
+    def status(self, seed: int) -> str:
+        """What became of a run: its record's word, or "missing"; "not scored" without the whole of Set5 ×3."""
+        if seed not in self.runs:
+            return "missing"
+        if self.runs[seed]["status"] == "finished" and seed not in self.values():
+            return "not scored"
+        return self.runs[seed]["status"]
+
+
+@dataclass
+class RunGroup:
+    """A study under one recipe: every point, run or not."""
+
+    study: str
+    digest: str
+    points: list[Point]
+
+    @property
+    def stem(self) -> str:
+        """The name of its files: fig6-1a2b3c4d."""
+        return f"{self.study}-{self.digest}"
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of all its runs."""
+        return sorted({seed for point in self.points for seed in point.runs})
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """All records."""
+        return [run for point in self.points for run in point.runs.values()]
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        """The records that figures are drawn from."""
+        return [run for point in self.points for run in point.finished()]
+
+    @property
+    def steps(self) -> list[int]:
+        """How many steps its finished runs took, each number once; what was planned if none has finished."""
+        planned = [run["config"]["trainer"]["max_steps"] for run in self.runs]
+        return sorted({run["budget"]["steps"] for run in self.finished}) or sorted(set(planned))
+
+    @property
+    def missing(self) -> list[str]:
+        """What the study lacks: "DRRN_B3U8_16f s2 (failed)"."""
+        return [
+            f"{point.name} s{seed}" + (f" ({status})" if status != "missing" else "")
+            for point in self.points
+            if point.planned
+            for seed in self.seeds
+            if (status := point.status(seed)) != "finished"
+        ]
+
+    def short(self) -> str:
+        """The recipe in a few words: what a panel's title says."""
+        return ", ".join(filter(None, [self.widths(), f"{self.share()} of the paper's patches"]))
+
+    def widths(self) -> str:
+        """ "16 features", or "16 and 64 features"; "" where no network of it has a width."""
+        widths = {point.model.get("features") for point in self.points if point.runs} - {None}
+        return f"{listed(sorted(widths))} features" if widths else ""
+
+    def share(self) -> str:
+        """Patches seen as a share of the paper's: "0.04 %"."""
+        batch = self.runs[0]["config"]["data"]["batch_size"]
+        return listed([f"{100 * steps * batch / PAPER_PATCHES:.2g} %" for steps in self.steps])
+
+    def face(self) -> list[str]:
+        """What every figure says of itself: length, recipe, seeds, protocol, commit.
+
+        So that a small study can't pass for the paper's.
+        """
+        runs = self.finished or self.runs
+        config = runs[0]["config"]
+        data = config["data"]
+        norms = sorted({run["config"]["model"].get("norm", "batch") for run in runs} - {"batch"})
+        seeds = sorted({run["seed"] for run in runs})
+        counts = [len(point.values()) for point in self.points if point.values()] or [0]
+        uneven = f" ({min(counts)} to {max(counts)} a point)" if min(counts) < max(counts) else ""
+        commits = {str((run.get("git") or {}).get("commit", "unknown"))[:7]: run.get("git") or {} for run in runs}
+        networks = ", ".join(filter(None, [self.widths(), f"norm {listed(norms)}" if norms else ""]))
+        seed = "Seed" if len(seeds) == 1 else "Seeds" if self.study == "curves" else "Means over seeds"
+        return [
+            f"Ours: {networks + ', ' if networks else ''}{listed([f'{steps:,}' for steps in self.steps])} steps × "
+            f"{data['batch_size']} patches, {self.share()} of the paper's {PAPER_PATCHES // 128:,} × 128.",
+            f"{recipe(config)}; {data['name']}, {listed([f'×{scale}' for scale in data['scales']])}.",
+            f"{seed} {listed(seeds)}{uneven}; {describe(runs[0]['protocol'])}; commit "
+            + listed([commit + " with changes" * bool(git.get("changed")) for commit, git in sorted(commits.items())])
+            + f"; run group {self.digest}.",
+        ]
+
+
+def listed(items: list[Any]) -> str:
+    """ "1", "1 and 2", "1, 2 and 3"."""
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

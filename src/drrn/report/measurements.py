@@ -1,0 +1,128 @@
+"""Measurements: the mean of one method on one set at one scale, from run records and files of scores alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drrn.errors import UserError
+from drrn.metrics import METRICS
+from drrn.protocol import means
+from drrn.report.records import read_scores
+from drrn.sets import registered_sets
+
+MISSING = "–"  # a cell that nobody has measured
+
+
+@dataclass
+class Measurement:
+    """The mean of one run's network (or of bicubic) over one set at one scale."""
+
+    method: str  # the structure's name ("DRRN_B1U9") or "Bicubic"
+    seed: int | None
+    steps: int | None  # optimiser steps of its training; None where the file does not say
+    set_name: str
+    scale: int
+    images: int
+    values: dict[str, float]  # by metric
+    protocol: dict[str, Any]
+    source: str
+    experiment: str | None = None  # what seeds may be averaged over: equal for runs that differ by their seed alone
+
+
+def from_record(record: dict[str, Any]) -> list[Measurement]:
+    """Measurements of one finished run, bicubic's included."""
+    result = []
+    for row in record.get("means", ()):
+        place = (row["set"], row["scale"], row["images"])
+        steps = record["budget"]["steps"]
+        ours = {k: row[k] for k in METRICS if k in row}
+        bicubic = {k: row[f"bicubic_{k}"] for k in METRICS if f"bicubic_{k}" in row}
+        common = (record["protocol"], record["path"])
+        name, experiment = record["structure"]["name"], record.get("experiment", record["path"])
+        result.append(Measurement(name, record["seed"], steps, *place, ours, *common, experiment))
+        result.append(Measurement("Bicubic", None, None, *place, bicubic, *common))
+    return result
+
+
+def from_scores(path: Path) -> list[Measurement]:
+    """Measurements of an evaluation file.
+
+    Raises:
+        UserError: the file is not one that src/evaluate.py wrote.
+    """
+    content = read_scores(path)
+    methods = {method["weights"]: method for method in content["methods"]}
+    result = []
+    for row in means(content["scores"]):
+        method = methods[row["weights"]]
+        values = {k: row[k] for k in METRICS if k in row}
+        result.append(
+            Measurement(method["structure"], method["seed"], method["steps"], row["set"], row["scale"], row["images"],
+                        values, content["protocol"], str(path), method["experiment"])
+        )  # fmt: skip
+    return result
+
+
+def one_protocol(measurements: list[Measurement]) -> dict[str, Any]:
+    """The protocol that all measurements share.
+
+    Raises:
+        UserError: they do not share one; numbers of two protocols do not compare.
+    """
+    first = measurements[0]
+    for other in measurements[1:]:
+        if other.protocol != first.protocol:
+            raise UserError(
+                f"{first.source} was measured with the protocol {first.protocol} and {other.source} with "
+                f"{other.protocol}: their numbers do not compare. Report each in a command of its own."
+            )
+    return first.protocol
+
+
+def by_method(measurements: list[Measurement]) -> dict[tuple[str, str], dict[tuple[str, int], list[Measurement]]]:
+    """(method, heading) → (set, scale) → measurements, one for each seed.
+
+    Only runs of one experiment are averaged. Where a method was trained in several ways, the headings end in
+    the digest of the experiment, which its run's folder and record name too.
+    """
+    keys = dict.fromkeys((m.method, m.steps, m.experiment) for m in measurements)
+    groups: dict = defaultdict(lambda: defaultdict(list))
+    for m in measurements:
+        heading = m.method if m.steps is None else f"{m.method}, {m.steps:,} steps"
+        if sum(key[:2] == (m.method, m.steps) for key in keys) > 1:
+            heading += f" [{m.experiment}]"
+        cell = groups[m.method, heading][m.set_name, m.scale]
+        if all(m.seed != other.seed for other in cell):
+            cell.append(m)
+    return groups
+
+
+def set_size(set_name: str, counted: int) -> int:
+    """How many images a set has: as the registry lists them, or as many as were counted of a folder."""
+    return registered_sets().get(set_name, counted)
+
+
+def part_of_set(cell: list[Measurement], set_name: str) -> str:
+    """What to say of means over a part of a set, which do not compare with means over the whole; else ""."""
+    counted = sorted({m.images for m in cell})
+    whole = set_size(set_name, counted[-1])
+    return "" if counted == [whole] else f" ({', '.join(map(str, counted))} of {whole} images)"
+
+
+def over_seeds(values: list[float], metric: str) -> str:
+    """One value, or mean ± sample standard deviation over several seeds; "–" for none."""
+    if not values:
+        return MISSING
+    digits = METRICS[metric].digits
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):.{digits}f}"
+
+
+def signed(difference: float, digits: int) -> str:
+    """A difference with its sign, a true minus."""
+    text = f"{difference:+.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")

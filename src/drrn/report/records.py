@@ -1,0 +1,204 @@
+"""Run records and files of scores, checked before anything is made of them.
+
+A record that is damaged or foreign is named and left out, and the others are reported. A file that the user named
+himself is refused instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from omegaconf import MISSING
+
+from drrn.config import ModelConfig
+from drrn.disk import check_regular
+from drrn.errors import UserError, printable
+from drrn.identity import run_group
+from drrn.metrics import METRICS
+from drrn.runs.record import FILE, LARGEST, read_record
+
+# What is asked of a file, as far as reports read it: a type, several, a list of one kind, or a dict of them. A key
+# that ends in "?" may be absent.
+PLACE = {"set": str, "scale": int}
+PROTOCOL = {"name": str, "version": int, "crop": (int, NoneType), "color": str, "rounding": str}
+RECORD = {
+    "name": str,
+    "status": str,
+    "seed": int,
+    "error?": (str, NoneType),
+    "experiment?": str,
+    "git?": (dict, NoneType),
+    "structure": {"name": str, "depth": int, "conv_weights": int},
+    "protocol": PROTOCOL,
+    "budget?": {"steps": int},
+    "means?": [{**PLACE, "images": int, "psnr": float, "bicubic_psnr": float}],
+    "scores?": [{**PLACE, "image": str}],
+    "validation?": [{**PLACE, "step": int, "psnr": float}],
+    "config": {
+        "model": dict,
+        "data": {"name": str, "batch_size": int, "scales": [int], "val": [str]},
+        "trainer": {"max_steps": int, "precision": str},
+        "optim": {"algorithm": str, "lr": float},
+    },
+}
+METHOD = {
+    "weights": (str, NoneType), "structure": str, "seed": (int, NoneType), "steps": (int, NoneType),
+    "experiment": (str, NoneType),
+}  # fmt: skip
+SCORES = {"protocol": PROTOCOL, "methods": [METHOD], "scores": [{**PLACE, "weights": (str, NoneType), "image": str}]}
+
+
+def read_runs(places: list[str]) -> list[dict[str, Any]]:
+    """The run records in folders, by path, or in the files named; each gains `path`.
+
+    What is damaged below a folder is named on standard error and left out.
+
+    Raises:
+        UserError: a file that is named itself is damaged, a folder holds no record, or none is left.
+    """
+    records, left_out = [], 0
+    for place in map(Path, places):
+        held = (Path(folder) / FILE for folder, *names in os.walk(place) if any(FILE in some for some in names))
+        paths = sorted(held) if place.is_dir() else [place] if os.path.lexists(place) else []
+        if not paths:
+            raise UserError(f"no run record ({FILE}) below {place}: train something first, or name another folder")
+        for path in paths:
+            try:
+                records.append({**_checked_record(path), "path": str(path)})
+            except UserError as error:
+                if path == place:
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
+                left_out += 1
+    if not records:
+        raise UserError(f"none of the {left_out} run records can be reported: see above what each of them lacks")
+    return records
+
+
+def _checked_record(path: Path) -> dict[str, Any]:
+    try:
+        record = checked(read_record(path), RECORD)
+        _check_whole(record)
+    except ValueError as error:
+        raise UserError(f"{path} is not a run record that can be reported: {error}") from error
+    return record
+
+
+def _check_whole(record: dict[str, Any]) -> None:
+    """Refuse what contradicts itself, and a DRRN with an argument that is not known here: it is another network."""
+    model = record["config"]["model"]
+    if model.get("network", "drrn") == "drrn":
+        known = ModelConfig.__dataclass_fields__
+        if unknown := sorted(set(model) - {"network", *known}):
+            raise ValueError(f"it has model.{unknown[0]}, which this version does not know: update it")
+        if absent := [key for key, its in known.items() if its.default is MISSING and key not in model]:
+            raise ValueError(f"it has no model.{absent[0]}")
+    if record["status"] == "finished" and not {"budget", "means"} <= record.keys():
+        raise ValueError("it is finished and has no scores")
+    if record.get("means") and "budget" not in record:
+        raise ValueError("it has scores and no length")
+    try:
+        run_group(record["config"], ())
+        recipe(record["config"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"its configuration is damaged ({error!r})") from error
+
+
+def recipe(config: dict[str, Any]) -> str:
+    """How a run was trained, in a line: "Adam 0.002, cosine, no clipping, bf16-mixed"."""
+    optim, trainer = config["optim"], config["trainer"]
+    solver = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}.get(optim["algorithm"], optim["algorithm"])
+    epochs, steps = optim["halve_every_epochs"], optim["halve_every_steps"]
+    often = f"{epochs:g} epochs" if epochs else f"{steps} steps"
+    schedule = {"halve": f"halved every {often}", "step": f"a tenth every {often}"}
+    foreign = {key: optim[key] for key in ("optimiser", "scheduler") if optim.get(key)}
+    classes = {key: node["_target_"].rpartition(".")[2] for key, node in foreign.items()}
+    words = [
+        classes.get("optimiser", solver) + f" {optim['lr']:g}",
+        classes.get("scheduler", schedule.get(optim["schedule"], optim["schedule"])),
+        "no clipping" if optim["clip"] == "none" else f"clipping by {optim['clip']}, θ = {optim['theta']:g}",
+    ]
+    if optim.get("warmup_steps"):
+        words.insert(2, f"warm-up of {optim['warmup_steps']:,} steps")
+    if optim.get("loss") not in (None, "euclidean"):
+        words.append(f"loss {optim['loss']}")
+    if optim["residual_scale"] != 1:
+        words.append(
+            "starting at bicubic" if not optim["residual_scale"] else f"residual ×{optim['residual_scale']:g}"
+        )
+    if trainer["precision"] != "32-true":
+        words.append(trainer["precision"])
+    if config["init_from"] or config["ckpt_path"] not in (None, "last"):
+        words.append(f"from {Path(config['init_from'] or config['ckpt_path']).name}")
+    return ", ".join(words)
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """A file of src/evaluate.py.
+
+    Raises:
+        UserError: it is none, or damaged.
+    """
+    try:
+        check_regular(path, LARGEST)
+        content = checked(json.loads(path.read_bytes()), SCORES)
+        known = {method["weights"] for method in content["methods"]}
+        if any(row["weights"] not in known for row in content["scores"]):
+            raise ValueError("it has scores of a method that it does not list")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a file of scores that src/evaluate.py wrote ({error})") from error
+    return content
+
+
+def checked(content: Any, kinds: dict[str, Any]) -> dict[str, Any]:
+    """A file's content, its words made fit to be printed.
+
+    Raises:
+        ValueError: something is of another kind than asked, a metric is no number, or a number is not finite.
+    """
+    try:
+        content = _tidy(content)
+        _check(content, kinds, "it")
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return content
+
+
+def _tidy(value: Any, name: str = "") -> Any:
+    """Words without escapes, but for the names of image files, by which they are found again."""
+    if name.removeprefix("bicubic_") in METRICS and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"its {name} is no number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"its {name or 'list'} holds {value}, which is no finite number")
+    if isinstance(value, dict):
+        return {printable(key): _tidy(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_tidy(item) for item in value]
+    return printable(" ".join(value.split("\n"))) if isinstance(value, str) and name != "image" else value
+
+
+def _check(value: Any, kind: Any, where: str) -> None:
+    if isinstance(kind, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is no mapping")
+        for key, inner in kind.items():
+            name = key.removesuffix("?")
+            if name in value:
+                _check(value[name], inner, f"{where}.{name}" if where != "it" else f"its {name}")
+            elif name == key:
+                raise ValueError(f"{where} has no {name}")
+    elif isinstance(kind, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is no list")
+        for item in value:
+            _check(item, kind[0], f"an item of {where}")
+    else:
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{where} is {str(value)[:40]!r}, of another type than this project writes")
