@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 import drrn.evaluation as evaluate
+from conftest import TINY
 from drrn.config import ModelConfig
 from drrn.matlab import imresize
 from drrn.model import DRRN
@@ -217,16 +219,157 @@ def test_pictures_of_images_scored_before(entry_point: Callable, tiny_images: Pa
     assert rows["camera.png"]["psnr"] == pytest.approx(expected, abs=1e-9)
 
 
+def scored(entry_point: Callable, output: Path, *arguments: str) -> tuple[dict, str]:
+    """The file of scores after a call, and what the call said."""
+    code, out, err = entry_point("evaluate", f"output={output}", "metrics=[psnr]", *arguments)
+    assert code == 0, err
+    return json.loads(output.read_text()), out + err
+
+
+def test_two_folders_of_one_name_are_two_sets(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
+    """A row belongs to the contents of a set: neither folder's means hold the other's images."""
+    for name, image in (("A", "camera.png"), ("B", "chelsea.png")):
+        (tmp_path / name / "val").mkdir(parents=True)
+        shutil.copy(tiny_images / image, tmp_path / name / "val")
+    common = ("method=bicubic", "scales=[2]")
+    scored(entry_point, tmp_path / "s.json", *common, f"sets=[{tmp_path}/A/val]")
+    content, said = scored(entry_point, tmp_path / "s.json", *common, f"sets=[{tmp_path}/B/val]")
+    assert {(row["set"], row["image"]) for row in content["scores"]} == {
+        ("val", "camera.png"),
+        ("B/val", "chelsea.png"),
+    }
+    assert {(row["set"], row["images"]) for row in content["means"]} == {("val", 1), ("B/val", 1)}
+    assert "B/val" in said
+    again, said = scored(entry_point, tmp_path / "s.json", *common, f"sets=[{tmp_path}/A/val]")
+    assert "0 of 1 scores computed" in said
+    assert again["scores"] == content["scores"]
+    shutil.copytree(tmp_path / "A", tmp_path / "elsewhere")  # the same set in another place
+    _, said = scored(entry_point, tmp_path / "s.json", *common, f"sets=[{tmp_path}/elsewhere/val]")
+    assert "0 of 1 scores computed" in said
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["", "file of an earlier version"])
+def test_an_image_that_left_a_folder_leaves_its_means(
+    earlier: bool, entry_point: Callable, tiny_images: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_images, tmp_path / "val")
+    arguments = ("method=bicubic", "scales=[2]", f"sets=[{tmp_path}/val,demo_test]")
+    output = tmp_path / "s.json"
+    content, _ = scored(entry_point, output, *arguments)
+    if earlier:
+        del content["sets"]
+        output.write_text(json.dumps(content))
+    (tmp_path / "val/camera.png").unlink()
+    shutil.copy(tiny_images / "chelsea.png", tmp_path / "val/again.png")
+    content, said = scored(entry_point, output, *arguments)
+    assert "1 scores left the file" in said
+    assert "1 of 5 scores computed" in said
+    assert sorted(row["image"] for row in content["scores"] if row["set"] == "val") == ["again.png", "chelsea.png"]
+    means = {row["set"]: row for row in content["means"]}
+    assert (means["val"]["images"], means["demo_test"]["images"]) == (2, 3)
+    assert f"{means['val']['psnr']:.2f}" in said
+
+
+def test_images_of_one_stem_are_two_pictures(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
+    (tmp_path / "imgs[hr]").mkdir()
+    with Image.open(tiny_images / "camera.png") as image:
+        image.save(tmp_path / "imgs[hr]/a.png")
+        image.rotate(90, expand=True).save(tmp_path / "imgs[hr]/A.jpg")
+    arguments = ("method=bicubic", "scales=[2]", f"sets=['{tmp_path}/imgs[hr]']", f"images={tmp_path}/pictures")
+    _, said = scored(entry_point, tmp_path / "s.json", *arguments)
+    assert [line for line in said.splitlines() if "│" in line and line.split("│")[1].strip() == "imgs[hr]"]
+    pictures = {path.name: Image.open(path).size for path in (tmp_path / "pictures/imgs[hr]").iterdir()}
+    assert pictures == {"a.png_x2_bicubic.png": (54, 64), "A.jpg_x2_bicubic.png": (64, 54)}
+
+
+def test_the_present_folder_is_called_by_its_name(
+    entry_point: Callable, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_images)
+    content, said = scored(entry_point, tmp_path / "s.json", "method=bicubic", "scales=[2]", "sets=[.]")
+    assert {row["set"] for row in content["scores"]} == {"tiny"}
+    assert "tiny" in said
+
+
+@pytest.mark.parametrize("where", ["a folder", "under a file", "long", "pipe"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    where: str, entry_point: Callable, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    output = {"a folder": ".", "under a file": "file/s.json", "long": "x" * 300, "pipe": "pipe"}[where]
+    monkeypatch.setattr(evaluate, "score_image", lambda *_: pytest.fail("too late"))
+    for key, other in (("output", f"images={tmp_path}/p"), ("images", f"output={tmp_path}/s.json")):
+        if (key, where) == ("images", "a folder"):
+            continue
+        code, out, err = entry_point(
+            "evaluate", "method=bicubic", f"sets=[{tiny_images}]", f"{key}={tmp_path / output}", other
+        )
+        assert code == 2, err
+        assert key in err
+        assert "Traceback" not in out + err
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "pipe"}
+
+
+def test_names_that_are_not_utf8_are_refused_before_the_work(
+    entry_point: Callable, tiny_images: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_images, tmp_path / "val")
+    (tmp_path / "val/camera.png").rename(tmp_path / "val/caf\udce9.png")
+    data = (f"data.train=[{tmp_path}/val]", f"data.val=[{tmp_path}/val]", f"data.patches={tmp_path}/patches")
+    for arguments in (
+        ("evaluate", "method=bicubic", f"sets=[{tmp_path}/val]", f"output={tmp_path}/s.json"),
+        ("prepare", *data),
+        ("train", *TINY, *data, f"output={tmp_path}/runs"),
+    ):
+        code, out, err = entry_point(*arguments)
+        assert code == 2, err
+        assert r"caf\xe9.png: a name with bytes that are not UTF-8" in err
+        assert "Traceback" not in out + err
+    assert not (tmp_path / "s.json").exists()
+    assert not (tmp_path / "patches").exists()
+
+
+def test_what_another_program_made_is_scored_by_the_same_protocol(
+    entry_point: Callable, tiny_images: Path, tmp_path: Path
+) -> None:
+    """Our own pictures, given back as another program's, have our scores; a changed one is scored again."""
+    common = (f"sets=[{tiny_images}]", "scales=[2,3]")
+    ours, _ = scored(entry_point, tmp_path / "a.json", *common, "method=bicubic", f"images={tmp_path}/made")
+    other = ("method=images", f"folder={tmp_path}/made")
+    theirs, said = scored(entry_point, tmp_path / "b.json", *common, *other)
+    assert "made" in said
+
+    def values(content: dict) -> dict:
+        return {(row["image"], row["scale"]): row["psnr"] for row in content["scores"]}
+
+    assert values(theirs) == values(ours)
+    truth = np.asarray(Image.open(tiny_images / "camera.png"))
+    Image.fromarray(truth).save(tmp_path / "made/tiny/camera_x3_bicubic.png")  # not cropped, and perfect
+    theirs, _ = scored(entry_point, tmp_path / "b.json", *common, *other)
+    assert values(theirs)["camera.png", 3] == np.inf
+    assert len(theirs["scores"]) == 4
+    Image.fromarray(truth[:-9]).save(tmp_path / "made/tiny/camera_x3_bicubic.png")
+    for wrong in ("another size", "gone"):
+        code, _, err = entry_point("evaluate", *common, *other, f"output={tmp_path}/b.json")
+        assert code == 2
+        assert ("camera_x3_bicubic.png is 55×55" if wrong == "another size" else "holds no camera_x3.png") in err
+        (tmp_path / "made/tiny/camera_x3_bicubic.png").unlink(missing_ok=True)
+    code, _, err = entry_point("evaluate", *common, "method=images")
+    assert (code, "folder" in err) == (2, True)
+
+
 SCORING = """
-import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 import drrn.evaluation as evaluate
+import drrn.images
 
+drrn.images.read_luminance = lambda path: time.sleep(600)
 if __name__ == "__main__":
-    bicubic = evaluate.Method("bicubic", None, None, "Bicubic", None, None, None)
-    jobs = [evaluate.Job(bicubic, "pipe", 2, Path(sys.argv[1]), "")] * 2
-    list(evaluate.score_all(jobs, SimpleNamespace(metrics=["psnr"], images=None, workers=2), None))
+    jobs = [evaluate.Job(evaluate.Method("bicubic", "Bicubic"), "set", 2, Path("image.png"), "", None, None)] * 2
+    list(evaluate.score_all(jobs, SimpleNamespace(metrics=["psnr"], workers=2), None))
 """
 
 
@@ -234,9 +377,8 @@ if __name__ == "__main__":
 def test_a_killed_evaluation_leaves_no_workers(tmp_path: Path) -> None:
     """They would wait for work for ever, a network each in memory. Here they wait for an image that never comes."""
     (tmp_path / "scoring.py").write_text(SCORING)
-    os.mkfifo(tmp_path / "image.png")
     process = subprocess.Popen(
-        [sys.executable, tmp_path / "scoring.py", tmp_path / "image.png"],
+        [sys.executable, tmp_path / "scoring.py"],
         env={**os.environ, "PYTHONPATH": str(Path(evaluate.__file__).parents[1])},
     )
     try:

@@ -1,10 +1,15 @@
-"""Scoring bicubic and networks on image sets: jobs, workers, the file of scores."""
+"""Scoring bicubic, networks and other programs' images on image sets: jobs, workers, the table.
+
+The file of scores is `drrn.scores`; what a score is, `drrn.protocol`.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -13,28 +18,29 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
 
 from drrn.config import check_sets, key, paths, typed
-from drrn.errors import UserError
-
-FORMAT = 1
+from drrn.disk import check_output
+from drrn.errors import UserError, printable
+from drrn.scores import Scores
 
 
 @dataclass
 class EvaluateConfig:
     """What conf/evaluate.yaml documents."""
 
-    method: str = key("what is scored", choices=("network", "bicubic"))
-    checkpoint: Any = MISSING
-    sets: list[str] = MISSING
-    scales: list[int] = key("of the evaluation", at_least=2)
-    metrics: list[str] = MISSING
-    output: str = MISSING
-    images: str | None = MISSING
-    root: str = MISSING
+    method: str = key("what is scored", choices=("network", "bicubic", "images"))
+    checkpoint: Any = key("of networks: a file, or a list")
+    folder: str | None = key("of method=images: where another program's images are", default=None)
+    sets: list[str] = key("known sets, or folders", distinct=True)
+    scales: list[int] = key("of the evaluation", at_least=2, distinct=True)
+    metrics: list[str] = key("of drrn.metrics", distinct=True)
+    output: str = key("the file of scores")
+    images: str | None = key("a folder for the super-resolved Y images; null keeps none")
+    root: str = key("folder of the sets")
     workers: int = key("processes", at_least=1, below=1001)
-    check_protocol: bool = MISSING
+    check_protocol: bool = key("first make sure that bicubic gives the published numbers")
     protocol: str = key("its name", choices=("paper",))
     crop: int | None = key("pixels shaved off each side; null: the scale", at_least=0)
     color: str = key("luminance, or all channels", choices=("y", "rgb"))
@@ -42,50 +48,46 @@ class EvaluateConfig:
 
 
 class Method(NamedTuple):
-    """What is scored: bicubic, or the network in a file."""
+    """What is scored: bicubic, the network in a file, or the images in a folder."""
 
     name: str
-    checkpoint: Path | None
-    digest: str | None  # SHA-256 of the file
     structure: str  # "Bicubic", "DRRN_B1U9"
-    seed: int | None  # of its training, where the file says
-    steps: int | None
-    experiment: str | None  # `drrn.config.experiment`: equal for runs that differ by their seed alone
+    digest: str | None = None  # SHA-256 of the weights
+    seed: int | None = None  # of its training, where the file says
+    steps: int | None = None
+    experiment: str | None = None  # `identity.experiment`: equal for runs that differ by their seed alone
+    checkpoint: Path | None = None
+    folder: Path | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What the file of scores says of it."""
+        keys = {"weights": "digest"} | {key: key for key in ("structure", "seed", "steps", "experiment")}
+        return {"name": self.name, **{key: getattr(self, name) for key, name in keys.items()}}
 
 
 class Job(NamedTuple):
-    """One image at one scale by one network: what a worker computes."""
+    """One image at one scale by one method: what a worker computes."""
 
     method: Method
-    set_name: str
+    set_name: str  # its label
     scale: int
     path: Path
     digest: str  # SHA-256 of the image file
+    picture: Path | None  # where the super-resolved Y is kept
+    made: Path | None  # by another program
 
     def key(self) -> tuple:
         """A score's place; it holds for the image file of this digest alone."""
         return (self.method.digest, self.set_name, self.scale, self.path.name)
-
-    def picture(self, folder: str) -> Path:
-        """Where `images` keeps the super-resolved Y."""
-        method = self.method.name.replace(" ", "_").replace("/", "_")
-        return Path(folder) / self.set_name / f"{self.path.stem}_x{self.scale}_{method}.png"
 
 
 def check(cfg: DictConfig) -> EvaluateConfig:
     """The configuration, refused by key before anything heavy is imported.
 
     Raises:
-        UserError: a wrong key, type or value.
+        UserError: a wrong key, type or value, or an output that cannot be written.
     """
     config = typed(EvaluateConfig, cfg)
-    for metric in config.metrics:
-        if metric not in ("psnr", "ssim", "ifc"):
-            raise UserError(f"metrics: {metric!r} is not one of psnr, ssim, ifc")
-    if not config.scales:
-        raise UserError("scales is empty: whole numbers of at least 2")
-    if not config.metrics:
-        raise UserError("metrics is empty")
     check_sets("sets", config.sets)
     config.checkpoint = paths("checkpoint", config.checkpoint)
     if config.method == "network" and not config.checkpoint:
@@ -93,80 +95,85 @@ def check(cfg: DictConfig) -> EvaluateConfig:
     for path in config.checkpoint:
         if not Path(path).is_file():
             raise UserError(f"checkpoint {path} does not exist")
+    if (config.method == "images") != (config.folder is not None):
+        raise UserError("method=images and folder=FOLDER: the one needs the other")
+    if config.folder is not None and not Path(config.folder).is_dir():
+        raise UserError(f"folder = {config.folder}: no such folder")
+    check_output("output", Path(config.output))
+    if config.images is not None:
+        check_output("images", Path(config.images), folder=True)
+    from drrn.metrics import METRICS  # last, since it is not light
+
+    for metric in config.metrics:
+        if metric not in METRICS:
+            raise UserError(f"metrics: {metric!r} is not one of {', '.join(METRICS)}")
     return config
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> None:
     """Score every image once, write `config.output` as it goes, print the means."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from drrn.disk import write_json
-    from drrn.images import sha256
     from drrn.protocol import Protocol, means
     from drrn.runs.record import environment
-    from drrn.sets import image_files
 
     protocol = Protocol(config.protocol, 1, config.crop, config.color, config.rounding)
     if config.check_protocol:
         check_bicubic(Path(config.root))
-    output = Path(config.output)
-    result = {"format": FORMAT, "protocol": asdict(protocol), **environment(), "scores": []}
-    done, known = previous_scores(output, asdict(protocol)) if output.is_file() else ({}, [])
-    methods = [Method("bicubic", None, None, "Bicubic", None, None, None)] if config.method == "bicubic" else []
-    methods += [network_in(Path(path)) for path in config.checkpoint]
-    if len({m.name for m in methods}) < len(methods):  # two networks of one name: call them by their path
-        methods = [m._replace(name=str(m.checkpoint)) for m in methods]
-    jobs = [
-        Job(method, Path(name).name, scale, path, sha256(path))
-        for name in config.sets
-        for path in image_files(name, Path(config.root), complete=False)
-        for scale in config.scales
-        for method in methods
-    ]
-    now = [
-        {
-            "name": m.name,
-            "weights": m.digest,
-            "structure": m.structure,
-            "seed": m.seed,
-            "steps": m.steps,
-            "experiment": m.experiment,
-        }
-        for m in methods
-    ]
-    result["methods"] = [m for m in known if m["weights"] not in [n["weights"] for n in now]] + now
-    for job in jobs:
-        if done.get(job.key(), {}).get("image_sha256", job.digest) != job.digest:
-            del done[job.key()]  # the image has changed since
+    scores = Scores(Path(config.output), asdict(protocol))
+    methods = methods_of(config)
+    jobs = jobs_of(config, methods, scores)
+    scores.add_methods([method.facts() for method in methods])
     missing = [
         job
         for job in jobs
-        if not set(config.metrics) <= set(done.get(job.key(), ()))
-        or (config.images is not None and not job.picture(config.images).is_file())
+        if not set(config.metrics) <= set(scores.find(job.key(), job.digest))
+        or (job.picture is not None and not job.picture.is_file())
+        or job.made is not None  # that program may have made other images since
     ]
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    facts = environment()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("scoring", total=len(jobs), completed=len(jobs) - len(missing))
-        written = time.monotonic()
+        written, complete = time.monotonic(), False
         try:
             for job, row in score_all(missing, config, protocol):
-                done[job.key()] = {**done.get(job.key(), {}), **row}
-                progress.update(task, advance=1, description=f"{job.set_name} ×{job.scale} {job.path.name}")
+                scores.rows[job.key()] = {**scores.find(job.key(), job.digest), **row}
+                name = printable(f"{job.set_name} ×{job.scale} {job.path.name}")
+                progress.update(task, advance=1, description=name)
                 if time.monotonic() - written > 5:
-                    write_json(output, {**result, "scores": list(done.values())})
+                    scores.write(facts)
                     written = time.monotonic()
-        except BaseException:
-            write_json(output, {**result, "scores": list(done.values())})
-            raise
-    result["scores"] = list(done.values())
-    result["means"] = means(result["scores"])
-    write_json(output, result)
-    asked = {job.key() for job in jobs}
-    print_table(means([row for key, row in done.items() if key in asked]), config.metrics, protocol)
-    print(f"{len(missing)} of {len(jobs)} scores computed, {len(jobs) - len(missing)} were there already: {output}")
-    return result
+            complete = True
+        finally:
+            scores.write(facts, complete)
+    if scores.dropped:
+        print(f"{scores.dropped} scores left the file: their images are in the folders no longer", file=sys.stderr)
+    asked = {job.key()[:3] for job in jobs}
+    print_table(means([row for key, row in scores.rows.items() if key[:3] in asked]), config.metrics, protocol)
+    there = len(jobs) - len(missing)
+    print(f"{len(missing)} of {len(jobs)} scores computed, {there} were there already: {printable(config.output)}")
+
+
+# ---------------------------------------------------------------------- what is to be done
+
+
+def methods_of(config: EvaluateConfig) -> list[Method]:
+    """Bicubic, each network by a name of its own, or the images of a folder."""
+    if config.method == "images":
+        name = Path(config.folder).resolve().name
+        return [Method(name, name, f"images of {name}", folder=Path(config.folder))]
+    methods = [Method("bicubic", "Bicubic")] if config.method == "bicubic" else []
+    methods += [network_in(Path(path)) for path in config.checkpoint]
+    if len({method.name for method in methods}) < len(methods):  # two networks of one name: call them by their path
+        methods = [method._replace(name=str(method.checkpoint or method.name)) for method in methods]
+    return methods
 
 
 def network_in(path: Path) -> Method:
@@ -177,42 +184,48 @@ def network_in(path: Path) -> Method:
     from drrn.weights.ours import load_network
 
     _, about = load_network(path)
-    structure = structure_name(ModelConfig(**about["model"]))
-    name = about.get("origin") or path.stem
-    digest = sha256(path)
-    experiment = about.get("experiment") or digest[:8]
-    return Method(name, path, digest, structure, about.get("seed"), about.get("steps"), experiment)
+    structure, digest = structure_name(ModelConfig(**about["model"])), sha256(path)
+    name, experiment = about.get("origin") or path.stem, about.get("experiment") or digest[:8]
+    return Method(name, structure, digest, about.get("seed"), about.get("steps"), experiment, path)
 
 
-def previous_scores(path: Path, protocol: dict[str, Any]) -> tuple[dict[tuple, dict[str, Any]], list[dict[str, Any]]]:
-    """Scores that a file holds already, by `Job.key`, and the methods that it knows.
+def jobs_of(config: EvaluateConfig, methods: list[Method], scores: Scores) -> list[Job]:
+    """Sets × images × scales × methods, each set by its label in the file of scores.
 
     Raises:
-        UserError: not a file of scores, or scores of another protocol.
+        UserError: a set cannot be read, or two pictures would have one name, or another program's is missing.
     """
-    import json
+    from drrn.images import sha256
+    from drrn.sets import counterpart, image_files
 
-    try:
-        content = json.loads(path.read_text())
-        rows = {(r["weights"], r["set"], r["scale"], r["image"]): r for r in content["scores"]}
-        stamped, methods, version = content["protocol"], content["methods"], content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} exists and is not a file of scores ({error}): choose another output") from error
-    if version != FORMAT:
-        raise UserError(
-            f"{path} holds scores of format {version}, this version writes {FORMAT}: choose another output"
-        )
-    if stamped != protocol:
-        raise UserError(
-            f"{path} holds scores of the protocol {stamped}, which do not compare with {protocol}: "
-            "choose another output"
-        )
-    return rows, methods
+    jobs = []
+    for name in config.sets:
+        members = {path: sha256(path) for path in image_files(name, Path(config.root), complete=False)}
+        label = scores.add_set(name, members)
+        stems = Counter(path.stem.lower() for path in members)
+        for path, digest in members.items():
+            shown = path.stem if stems[path.stem.lower()] == 1 else path.name  # a.png and a.jpg are two pictures
+            for scale in config.scales:
+                for method in methods:
+                    place, made = None, None
+                    if config.images is not None:
+                        drawn = f"{shown}_x{scale}_{re.sub('[ /]', '_', method.name)}.png"
+                        place = Path(config.images) / label.strip("/") / drawn
+                    if method.folder is not None:
+                        made = counterpart(method.folder, label, path, scale, len(config.scales) == 1)
+                    jobs.append(Job(method, label, scale, path, digest, place, made))
+    twice = [place for place, number in Counter(job.picture for job in jobs).items() if place and number > 1]
+    if twice:
+        raise UserError(f"images: {twice[0]} would be the picture of two: evaluate them into two folders")
+    return jobs
+
+
+# ---------------------------------------------------------------------- workers
 
 
 def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Every job's scores as they come: in this process, or in `workers` processes, each job in one of them."""
-    settings = (tuple(config.metrics), protocol, config.images, config.workers)
+    settings = (tuple(config.metrics), protocol, config.workers)
     if config.workers == 1:
         yield from ((job, score_image(job, *settings)) for job in jobs)
         return
@@ -224,7 +237,7 @@ def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterato
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         except BrokenProcessPool as error:
             raise UserError(
-                "a scoring process was killed (out of memory?): the same command goes on with the images that are "
+                "a scoring process was killed (out of memory?): the same command scores the images that are "
                 f"missing; fewer than workers = {config.workers} take less memory"
             ) from error
         finally:
@@ -234,35 +247,41 @@ def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterato
 _networks: dict[Path, Any] = {}  # a worker process loads each network once
 
 
-def score_image(
-    job: Job, metrics: tuple[str, ...], protocol: Any, images: str | None, workers: int
-) -> dict[str, Any]:
+def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, workers: int) -> dict[str, Any]:
     """Score one image (in a worker process)."""
     import numpy as np
 
+    from drrn.disk import write_whole
     from drrn.images import read_luminance, read_pixels
     from drrn.matlab import rgb2ycbcr, to_uint8, ycbcr2rgb
+    from drrn.metrics import METRICS
     from drrn.protocol import degrade, modcrop, prepare, score
 
     started = time.monotonic()
     try:
         x, truth = prepare(read_luminance(job.path), job.scale)
-        prediction = x if job.method.checkpoint is None else run_network(job.method.checkpoint, x, workers)
+        if job.made is not None:
+            prediction = _fitting(job, read_luminance(job.made), truth.shape) / 255.0
+        else:
+            prediction = x if job.method.checkpoint is None else run_network(job.method.checkpoint, x, workers)
         row = score(prediction, truth, job.scale, metrics, protocol)
-        rgb = modcrop(read_pixels(job.path), job.scale) if protocol.color == "rgb" else np.empty(())
-        if rgb.ndim == 3 and "psnr" in metrics:  # a grey image's only channel is Y
-            ycbcr = degrade(rgb2ycbcr(rgb) / 255.0, job.scale)
-            ycbcr[..., 0] = prediction
-            row["psnr"] = score(ycbcr2rgb(ycbcr), rgb / 255.0, job.scale, ("psnr",), protocol)["psnr"]
+        over_colour = tuple(name for name in metrics if METRICS[name].color and protocol.color == "rgb")
+        rgb = modcrop(read_pixels(job.path), job.scale) if over_colour else np.empty(())
+        if rgb.ndim == 3:  # a grey image's only channel is Y
+            if job.made is not None:
+                colours = _fitting(job, read_pixels(job.made), rgb.shape) / 255.0
+            else:
+                ycbcr = degrade(rgb2ycbcr(rgb) / 255.0, job.scale)
+                ycbcr[..., 0] = prediction
+                colours = ycbcr2rgb(ycbcr)
+            row |= score(colours, rgb / 255.0, job.scale, over_colour, protocol)
     except ValueError as error:
         raise UserError(f"{job.path} at ×{job.scale}: {error}") from error
-    if images is not None:
+    if job.picture is not None:
         from PIL import Image
 
-        from drrn.disk import write_whole
-
         picture = Image.fromarray(to_uint8(np.asarray(prediction)))
-        write_whole(job.picture(images), lambda partial: picture.save(partial, format="PNG"))
+        write_whole(job.picture, lambda partial: picture.save(partial, format="PNG"))
     return {
         "method": job.method.name,
         "weights": job.method.digest,
@@ -273,6 +292,21 @@ def score_image(
         "seconds": round(time.monotonic() - started, 3),
         **row,
     }
+
+
+def _fitting(job: Job, made: Any, shape: tuple[int, ...]) -> Any:
+    """Another program's picture, cropped to the scale as the truth is if it is not.
+
+    Raises:
+        UserError: it has another size, or other channels.
+    """
+    from drrn.protocol import modcrop
+
+    cropped = modcrop(made, job.scale)
+    if cropped.shape != shape:
+        wanted = "×".join(map(str, shape))
+        raise UserError(f"{job.made} is {'×'.join(map(str, made.shape))}, {job.path} at ×{job.scale} {wanted}")
+    return cropped
 
 
 def run_network(checkpoint: Path, x: Any, workers: int) -> Any:
@@ -329,24 +363,21 @@ def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: Any) -
     """Means as a table: a row for each set and scale, a column for each method."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text  # brackets in a folder's name are no markup
 
     from drrn.metrics import METRICS
     from drrn.protocol import describe
 
+    def cell(row: dict[str, Any] | None) -> str:
+        return " / ".join(f"{row[k]:.{METRICS[k].digits}f}" if k in row else "–" for k in metrics) if row else ""
+
+    means = {(row["set"], row["scale"], row["method"]): row for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
     table = Table(title=" / ".join(m.upper() for m in metrics), caption=describe(asdict(protocol)))
     for column in ("set", "scale", "images", *methods):
-        table.add_column(column, justify="left" if column == "set" else "right")
-    for set_name, scale in dict.fromkeys((row["set"], row["scale"]) for row in rows):
-        cells = {row["method"]: row for row in rows if (row["set"], row["scale"]) == (set_name, scale)}
-        images = max(cell["images"] for cell in cells.values())
-        table.add_row(
-            set_name,
-            f"×{scale}",
-            str(images),
-            *(
-                " / ".join(f"{cells[m][k]:.{METRICS[k].digits}f}" for k in metrics) if m in cells else ""
-                for m in methods
-            ),
-        )
+        table.add_column(Text(printable(column)), justify="left" if column == "set" else "right")
+    for place in dict.fromkeys((row["set"], row["scale"]) for row in rows):
+        found = [means.get((*place, method)) for method in methods]
+        images = max(row["images"] for row in found if row)
+        table.add_row(Text(printable(place[0])), f"×{place[1]}", str(images), *map(cell, found))
     Console().print(table)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -250,3 +251,25 @@ def set_label(set_name: str, files: list[Path]) -> str:
     }
     same = {f"sha256:{sha256(path)}" for path in files} <= listed
     return folder.name if same else f"{folder.parent.name}/{folder.name}"
+
+
+def counterpart(folder: Path, label: str, image: Path, scale: int, only_scale: bool) -> Path:
+    """What another program made of an image: `baby_x3.png`, or `baby.png` where it is clear which scale that is.
+
+    It lies in the folder itself or below it in `Set5/`, `x3/`, `Set5/x3/` or `x3/Set5/`.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    marked = re.compile(rf"{re.escape(image.stem)}[_-]?x{scale}(?!\d).*", re.IGNORECASE)
+    for place in (f"{label}/x{scale}", f"x{scale}/{label}", label, f"x{scale}", "."):
+        if not (folder / place).is_dir():
+            continue
+        clear = only_scale or f"x{scale}" in place.split("/")
+        files = [path for path, wrong in find_images(folder / place) if wrong is None]
+        found = [p for p in files if marked.fullmatch(p.stem) or (clear and image.stem in (p.stem, p.name))]
+        if len(found) > 1:
+            raise UserError(f"folder: {found[0]} and {found[1]} are both of {image.name} at ×{scale}: leave one")
+        if found:
+            return found[0]
+    raise UserError(f"folder: {folder} holds no {image.stem}_x{scale}.png, of {image.name} in {label} at ×{scale}")
