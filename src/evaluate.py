@@ -1,9 +1,10 @@
-"""Score bicubic and networks on benchmark sets.
+"""Score bicubic, networks and other programs' images on benchmark sets.
 
     python src/evaluate.py method=bicubic sets=[Set5] scales=[3] output=scores.json
     python src/evaluate.py method=network checkpoint=weights.safetensors
+    python src/evaluate.py method=images folder=their/results sets=[Set5]
 
-Prints a table and writes every image's values; a second call with the same output goes on where it was.
+Prints a table and writes every image's values; a second call with the same output computes what is missing.
 """
 
 from __future__ import annotations

@@ -218,6 +218,31 @@ def worker() -> None:
         print(said, file=real, flush=True)
 
 
+def flipped(folder: Path, count: int, seed: int) -> list[str]:
+    """Flip a bit anywhere in PNG files: refused, or the same pixels (each part has a checksum); failures in words."""
+    import numpy as np
+
+    from drrn.errors import UserError
+    from drrn.images import read_pixels
+
+    rng, path, failures = random.Random(seed), folder / "flipped.png", []
+    for name in ("rgb.png", "grey.png"):
+        sound = sound_files()[name]
+        path.write_bytes(sound)
+        pixels = read_pixels(path)
+        for _ in range(count // 2):
+            place, bit = rng.randrange(len(sound)), rng.randrange(8)
+            path.write_bytes(sound[:place] + bytes([sound[place] ^ 1 << bit]) + sound[place + 1 :])
+            try:
+                same = np.array_equal(read_pixels(path), pixels)
+            except UserError:
+                continue
+            if not same:
+                failures.append(f"{name} with bit {bit} of byte {place} flipped gives other pixels")
+    path.unlink()
+    return failures
+
+
 def photograph(folder: Path) -> list[str]:
     """Enlarge a photograph of 6,000×4,000 pixels and measure the memory; the failures in words."""
     from PIL import Image
@@ -278,6 +303,8 @@ def main() -> int:
     for failure in failures:
         print(failure)
     print(f"{options.count} damaged files, seed {options.seed}: {len(failures)} failures")
+    failures += (others := flipped(keep, options.count, options.seed))
+    print("\n".join(others) or f"{options.count} flipped bits of PNG files: none gives other pixels")
     failures += (large := photograph(keep))
     print("\n".join(large) or "the large photograph: as promised")
     if not failures:
