@@ -226,6 +226,10 @@ class Config:
             )
         if Path(self.study).is_absolute() or ".." in Path(self.study).parts:
             raise UserError(f"study = {self.study!r}: a name, or several with {os.sep} between them, below output")
+        below = [(key, part) for key in ("output", "study") for part in Path(getattr(self, key)).parts]
+        for where, part in (("name", self.name or ""), *below):
+            if len(os.fsencode(part)) > 200:  # a folder's name has a digest too, and ends at 255
+                raise UserError(f"{where} = {part[:20]}…: {len(os.fsencode(part))} bytes; at most 200")
         for name, node in self.callbacks.items():
             if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
                 raise UserError(f"callbacks.{name} = {node}: must name a class, {{_target_: package.Class, …}}")
