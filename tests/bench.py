@@ -39,14 +39,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drrn.datamodule import pair_loader
-from drrn.fast.cuda_graph import Graphed
 from drrn.fast.folded import Convolution
 from drrn.fast.memory import freed_memory_kept
+from drrn.fast.training import InTraining
 from drrn.images import orientations, read_pixels
 from drrn.inference import super_resolve, super_resolve_strips
+from drrn.losses import euclidean
 from drrn.matlab import rgb2ycbcr
 from drrn.model import DRRN
-from drrn.module import euclidean_loss
 from drrn.patch_build import quantise
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches
 from drrn.protocol import degrade, modcrop
@@ -172,23 +172,14 @@ def convolutions(U: int, side: int, features: int, conv: int) -> Callable[[], An
 
 
 def plain_step(U: int, batch: int, features: int) -> Callable[[], Any]:
-    return _step(Plain(network(U, "batch", features)), batch, fused=False)
+    return _step(Plain(network(U, "batch", features)), batch)
 
 
 def our_step(
-    U: int,
-    batch: int,
-    features: int,
-    checkpointing: bool = False,
-    precision: Any = None,
-    compiled: bool = False,
-    graph: bool = False,
+    U: int, batch: int, features: int, checkpointing: bool = False, precision: Any = None, compiled: bool = False
 ) -> Callable[[], Any]:
     ours = network(U, "batch", features).to(memory_format=torch.channels_last)
-    ours.checkpointing = checkpointing
-    if compiled:
-        ours.compile_units()
-    step = _step(ours, batch, precision, graph=graph)
+    step = _step(ours, batch, precision, InTraining(ours, compiled, checkpointing))
 
     def run() -> None:
         with freed_memory_kept(not checkpointing):
@@ -198,21 +189,21 @@ def our_step(
 
 
 def _step(
-    model: nn.Module, batch: int, precision: torch.dtype | None = None, fused: bool = True, graph: bool = False
+    model: nn.Module, batch: int, precision: torch.dtype | None = None, trained: InTraining | None = None
 ) -> Callable[[], Any]:
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=fused)
+    """A step of `model`, through `trained` if it is ours."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=trained is not None)
     x, truth = torch.rand(2, batch, 1, 31, 31, device=DEVICE)
-    run: Callable[[Tensor], Tensor] = model
+    good = torch.ones((), dtype=torch.bool, device=DEVICE)
 
     def step() -> None:
-        nonlocal run
         with torch.autocast(DEVICE, precision or torch.bfloat16, enabled=precision is not None):
-            if graph and run is model:
-                run = Graphed(model, x)
-            prediction = run(x)
+            prediction = (trained or model)(x)
         optimizer.zero_grad()
-        euclidean_loss(prediction, truth).backward()
+        euclidean(prediction, truth).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        if trained is not None:
+            trained.follow(trained.statistics, [0.1], good)
         optimizer.step()
 
     return synchronised(step)
@@ -445,19 +436,15 @@ def training(sizes: dict[str, Any]) -> Iterator[Row]:
     times = in_turn({"float32": ours, "bfloat16": (*ours, False, torch.bfloat16)}, rounds)
     yield ratio("training step, bf16-mixed instead of float32", "", times, "float32", "bfloat16")
     times = in_turn({"eager": ours, "compiled": (*ours, False, None, True)}, rounds)
-    yield ratio("training step, trainer.compile instead of eager", "", times, "eager", "compiled")
-    if DEVICE == "cuda":
-        coarse = (*ours, False, torch.bfloat16)
-        times = in_turn({"eager": coarse, "graph": (*coarse, False, True)}, rounds)
-        yield ratio("training step in bf16-mixed, trainer.cuda_graph instead of eager", "", times, "eager", "graph")
+    yield ratio("training step, speed.compile=true instead of eager", "", times, "eager", "compiled")
 
 
 def memory(sizes: dict[str, Any]) -> Iterator[Row]:
-    """model.checkpointing: peak and time, the allocator alike in both."""
+    """speed.checkpointing: peak and time, the allocator alike in both."""
     U, batch = sizes["memory"]
     without, _ = peak(checkpointed_step, U, batch, sizes["features"], False)
     with_it, _ = peak(checkpointed_step, U, batch, sizes["features"], True)
-    what, detail = f"model.checkpointing, B1U{U}, batch {batch}", f"{with_it / 1e9:.3g} of {without / 1e9:.3g} GB"
+    what, detail = f"speed.checkpointing, B1U{U}, batch {batch}", f"{with_it / 1e9:.3g} of {without / 1e9:.3g} GB"
     yield Row(f"{what}: peak memory", with_it / without, "×", "≤ 0.35", detail)
     both = ("with", "without")
     things = {name: (checkpointed_step, U, batch, sizes["features"], name == "with") for name in both}
@@ -467,9 +454,9 @@ def memory(sizes: dict[str, Any]) -> Iterator[Row]:
 def checkpointed_step(U: int, batch: int, features: int, on: bool) -> Callable[[], Any]:
     """A step with the allocator as it is, after a small one."""
     model = network(U, "batch", features).to(memory_format=torch.channels_last)
-    model.checkpointing = on
-    _step(model, 1)()
-    return _step(model, batch)
+    trained = InTraining(model, checkpointing=on)
+    _step(model, 1, trained=trained)()
+    return _step(model, batch, trained=trained)
 
 
 def timed_plain_build(path: Path, recipe: Recipe, files: list[Path]) -> float:

@@ -31,7 +31,7 @@ WRONG = {
     "sharing no truth value": (["model.weight_sharing=maybe"], ["model.weight_sharing", "maybe"]),
     "unknown clip": (["optim.clip=gently"], ["optim.clip = 'gently'", "value, norm, none"]),
     "unknown algorithm": (["optim.algorithm=lion"], ["optim.algorithm = 'lion'", "sgd, adam"]),
-    "unknown schedule": (["optim.schedule=step"], ["optim.schedule = 'step'", "halve, cosine"]),
+    "unknown schedule": (["optim.schedule=linear"], ["optim.schedule = 'linear'", "halve, cosine"]),
     "rate 0": (["optim.lr=0"], ["optim.lr = 0", "above 0"]),
     "rate no number": (["optim.lr=nan"], ["optim.lr = nan", "above 0"]),
     "rate infinite": (["optim.lr=inf"], ["optim.lr = inf", "finite"]),
@@ -211,16 +211,16 @@ def test_every_documented_key_is_known_and_every_known_key_is_documented(configu
     config = configure(tiny=False)
     for group, name in (("model", "drrn"), ("data", "train291"), ("optim", "paper"), ("trainer", "default")):
         written = set(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml"))
-        written.discard("checkpointing")  # typed with the model, kept beside it: no part of the network
+        written -= {"checkpointing", "compile", "cuda_graph"}  # earlier names of speed.*
         assert written == {field.name for field in dataclasses.fields(getattr(config, group))}
     top = set(OmegaConf.load(ROOT / "conf/config.yaml")) - {"defaults", "hydra"}
     groups = {"model", "data", "optim", "trainer", "logger"}
-    assert top == {field.name for field in dataclasses.fields(Config)} - groups - {"trainer_extra", "checkpointing"}
+    assert top == {field.name for field in dataclasses.fields(Config)} - groups - {"trainer_extra"}
 
 
 def test_every_key_says_what_it_means(configure: Callable) -> None:
     config = configure()
-    for group in (config, config.model, config.data, config.optim, config.trainer, config.logger):
+    for group in (config, config.model, config.data, config.optim, config.trainer, config.logger, config.speed):
         for field in dataclasses.fields(group):
             assert dataclasses.is_dataclass(getattr(group, field.name)) or field.metadata["meaning"], field.name
 
@@ -356,35 +356,43 @@ def test_a_refusal_in_a_multirun_comes_before_any_job(
     assert not (tmp_path / "runs").exists()
 
 
-def test_checkpointing_is_typed_with_the_model_and_changes_no_run(configure) -> None:
-    without, with_it = configure(), configure("model.checkpointing=true")
-    assert (without.checkpointing, with_it.checkpointing) == (False, True)
-    assert with_it.model == without.model
-    assert run_dir(with_it) == run_dir(without)
-    with pytest.raises(UserError, match=r"model\.checkpointing = 'often'"):
-        configure("model.checkpointing=often")
+def test_speed_changes_no_run_and_has_its_earlier_names(configure, capsys) -> None:
+    plain = configure()
+    assert (plain.speed.compile, plain.speed.checkpointing) == ("auto", False)
+    for typed, speed in (
+        ("speed.checkpointing=true", ("auto", True)),
+        ("model.checkpointing=true", ("auto", True)),
+        ("speed.compile=false", (False, False)),
+        ("trainer.compile=true", (True, False)),
+        ("trainer.cuda_graph=true", ("auto", False)),
+    ):
+        config = configure(typed)
+        assert (config.speed.compile, config.speed.checkpointing) == speed
+        assert (config.model, config.trainer) == (plain.model, plain.trainer)
+        assert run_dir(config) == run_dir(plain)
+    assert "cuda_graph is gone" in capsys.readouterr().err
+    for wrong in ("model.checkpointing=often", "trainer.compile=often", "speed.compile=often"):
+        with pytest.raises(UserError, match=f"{wrong.replace('=', ' = ').replace('often', '.often.')}: allowed are"):
+            configure(wrong)
+    with pytest.raises(UserError, match="what is compiled sees its own process"):
+        configure("speed.compile=true", "trainer.sync_batchnorm=true")
 
 
-def test_compiling_changes_no_run_and_stands_alone(configure) -> None:
-    assert run_dir(configure("trainer.compile=true")) == run_dir(configure())
-    with pytest.raises(UserError, match="a compiled unit sees"):
-        configure("trainer.compile=true", "trainer.sync_batchnorm=true")
-
-
-def test_a_cuda_graph_changes_no_run_and_is_of_one_process_with_one_backward_pass(configure) -> None:
-    asked = ("trainer.cuda_graph=true", "trainer.accelerator=auto")
-    assert run_dir(configure(*asked)) == run_dir(configure())
-    assert configure(*asked, "trainer.devices=[3]").trainer.cuda_graph
-    assert configure(*asked, "trainer.devices='1'").trainer.cuda_graph
-    for wrong in ("devices=2", "devices=-1", "devices=auto", "num_nodes=2", "strategy=ddp"):
-        with pytest.raises(UserError, match=f"trainer.{wrong.replace('=', ' = ')}: .* a single backward pass"):
-            configure(*asked, f"trainer.{wrong}")
-    with pytest.raises(UserError, match=r"it needs trainer.accumulate_grad_batches=1"):
-        configure(*asked, "trainer.accumulate_grad_batches=2")
-    with pytest.raises(UserError, match=r"needs a GPU, not trainer.accelerator = cpu"):
-        configure(asked[0], "trainer.accelerator=cpu")
-    with pytest.raises(UserError, match=r"trainer.detect_anomaly = True"):
-        configure(*asked, "+trainer.detect_anomaly=true")
+def test_losses_and_solvers_are_part_of_a_run_where_they_are_not_the_usual_ones(configure) -> None:
+    usual = run_dir(configure("optim.bias_lr_mult=1"))
+    for other in (
+        "optim.loss=l1",
+        "optim.warmup_steps=100",
+        "optim.algorithm=adamw",
+        "optim.optimiser={_target_: torch.optim.RMSprop}",
+        "optim.scheduler={_target_: torch.optim.lr_scheduler.ConstantLR}",
+    ):
+        assert run_dir(configure(other, "optim.bias_lr_mult=1")) not in (
+            usual,
+            run_dir(configure("optim.bias_lr_mult=1")),
+        )
+    with pytest.raises(UserError, match=r"optim\.loss = 'l2': allowed are euclidean, l1, charbonnier"):
+        configure("optim.loss=l2")
 
 
 def test_processes_are_another_experiment_where_they_share_out_what_batchnorm_sees(configure) -> None:

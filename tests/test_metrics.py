@@ -1,15 +1,12 @@
-"""`drrn.metrics` against published and MATLAB-exact values, scikit-image, pyrtools and slow loops;
-`drrn.torch_metrics` against those functions.
+"""`drrn.metrics` against published and MATLAB-exact values, scikit-image, pyrtools and slow loops.
 
 The benchmark images come from the folder that the environment variable DRRN_DATA names.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-import pickle
 import subprocess
 import sys
 from functools import cache
@@ -22,11 +19,10 @@ import skimage.metrics
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchmetrics import MetricCollection
 
 from drrn.matlab import imresize, rgb2ycbcr, to_uint8
-from drrn.metrics import ifc, psnr, ssim
-from drrn.torch_metrics import SetPSNR, SetSSIM
+from drrn.metrics import METRICS, Metric, ifc, in_training, psnr, ssim
+from drrn.protocol import means, score
 
 
 def benchmark(name: str) -> list[Path]:
@@ -345,157 +341,24 @@ def test_metrics_import_without_torch_and_pyrtools() -> None:
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(source)}).returncode == 0
 
 
-# torchmetrics
-
-SHAVE = 3
-BOTH = pytest.mark.parametrize(("metric_class", "measure"), [(SetPSNR, psnr), (SetSSIM, ssim)])
-EACH = pytest.mark.parametrize("metric_class", [SetPSNR, SetSSIM])
+# ---------------------------------------------------------------------- METRICS
 
 
-def tensor(image: NDArray[np.uint8]) -> torch.Tensor:
-    """8-bit [H, W] → floating [1, 1, H, W] in 0…1."""
-    return torch.from_numpy(image / 255.0).float()[None, None]
+def test_what_runs_measure_and_how_tables_print_it() -> None:
+    assert in_training() == ("psnr", "ssim")
+    assert {name: metric.digits for name, metric in METRICS.items()} == {"psnr": 2, "ssim": 4, "ifc": 3}
+    assert [name for name, metric in METRICS.items() if metric.color] == ["psnr"]
 
 
-@cache
-def batches() -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """(prediction, target) of four crops of different sizes and scales, predictions not rounded."""
-    photo = skimage.data.camera() / 255.0
-    out = []
-    for index, (height, width, scale) in enumerate([(60, 72, 2), (48, 96, 3), (84, 36, 4), (36, 36, 2)]):
-        truth = photo[60 * index : 60 * index + height, 90 * index : 90 * index + width]
-        blurred = imresize(imresize(truth, 1 / scale), scale)
-        out.append(tuple(torch.from_numpy(image).float()[None, None] for image in (blurred, truth)))
-    return tuple(out)
-
-
-def scores(measure) -> list[float]:
-    """What the protocol gives for `batches`, in NumPy."""
-    inside = (slice(SHAVE, -SHAVE),) * 2
-    return [measure(*(to_uint8(image[0, 0].numpy())[inside] for image in pair)) for pair in batches()]
-
-
-@BOTH
-def test_metric_is_the_plain_mean_of_the_images_scores(metric_class, measure) -> None:
-    metric = metric_class()
-    for prediction, target in batches():
-        metric.update(prediction, target, SHAVE)
-    expected = scores(measure)
-    assert len(set(expected)) == 4
-    assert metric.compute().item() == pytest.approx(np.mean(expected), abs=1e-5)
-
-
-def test_metric_does_not_pool_the_squared_errors() -> None:
-    metric = SetPSNR()
-    errors = [float(torch.mean((p - t)[..., SHAVE:-SHAVE, SHAVE:-SHAVE] ** 2)) for p, t in batches()]
-    for prediction, target in batches():
-        metric.update(prediction, target, shave=SHAVE)
-    assert abs(metric.compute().item() + 10 * math.log10(np.mean(errors))) > 0.1
-
-
-@BOTH
-def test_forward_returns_the_images_own_score_and_accumulates(metric_class, measure) -> None:
-    metric = metric_class()
-    expected = scores(measure)
-    for (prediction, target), score in zip(batches(), expected, strict=True):
-        assert metric(prediction, target, shave=SHAVE).item() == pytest.approx(score, abs=1e-5)
-    assert metric.compute().item() == pytest.approx(np.mean(expected), abs=1e-5)
-
-
-@EACH
-def test_metric_rounds_as_the_protocol(metric_class) -> None:
-    prediction, target = batches()[0]
-    as_bytes = torch.from_numpy(to_uint8(prediction.numpy()))
-    floating, integer = metric_class(), metric_class()
-    floating.update(prediction, target, SHAVE)
-    integer.update(as_bytes, torch.from_numpy(to_uint8(target.numpy())), SHAVE)
-    assert floating.compute() == integer.compute()
-    # bfloat16, as in mixed precision; a gradient; values outside the range
-    metric_class().update(prediction.bfloat16(), target, SHAVE)
-    metric_class().update(prediction.clone().requires_grad_(), target, SHAVE)
-    overshoot = metric_class()
-    overshoot.update(target * 4 - 1.5, (target * 4 - 1.5).clamp(0, 1), SHAVE)
-    assert overshoot.compute().item() == (math.inf if metric_class is SetPSNR else pytest.approx(1.0))
-
-
-@BOTH
-def test_states_of_two_processes_merge(metric_class, measure) -> None:
-    first, second = metric_class(), metric_class()
-    first.update(*batches()[0], SHAVE)  # one image here and three there: a mean of means would be wrong
-    for pair in batches()[1:]:
-        second.update(*pair, SHAVE)
-    first.merge_state(second)
-    assert first.compute().item() == pytest.approx(np.mean(scores(measure)), abs=1e-5)
-
-
-@BOTH
-def test_metric_synchronises_over_a_process_group(metric_class, measure) -> None:
-    other = metric_class()
-    for pair in batches()[1:]:
-        other.update(*pair, SHAVE)
-    theirs = iter([other.total, other.images])  # torchmetrics gathers the states in the order they were added
-    metric = metric_class(
-        dist_sync_fn=lambda state, group: [state, next(theirs)], distributed_available_fn=lambda: True
-    )
-    metric.update(*batches()[0], SHAVE)
-    assert metric.compute().item() == pytest.approx(np.mean(scores(measure)), abs=1e-5)
-    assert metric.images == 1  # un-synchronised again
-
-
-@BOTH
-def test_reset_clone_and_pickle(metric_class, measure) -> None:
-    metric = metric_class()
-    metric.update(*batches()[0], SHAVE)
-    for twin in (metric.clone(), copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
-        twin.update(*batches()[1], SHAVE)
-        assert twin.compute().item() == pytest.approx(np.mean(scores(measure)[:2]), abs=1e-5)
-    metric.reset()
-    assert metric.images == 0
-    metric.update(*batches()[2], SHAVE)
-    assert metric.compute().item() == pytest.approx(scores(measure)[2], abs=1e-5)
-
-
-def test_metrics_work_in_a_collection() -> None:
-    collection = MetricCollection({"psnr": SetPSNR(), "ssim": SetSSIM()})
-    for prediction, target in batches():
-        collection.update(prediction, target, shave=SHAVE)
-    result = collection.compute()
-    assert result["psnr"].item() == pytest.approx(np.mean(scores(psnr)), abs=1e-5)
-    assert result["ssim"].item() == pytest.approx(np.mean(scores(ssim)), abs=1e-5)
-
-
-def test_the_mean_over_a_hundred_images_is_kept_well_enough() -> None:
-    metric = SetPSNR()
-    expected = []
-    target = np.full((12, 12), 128, np.uint8)
-    for index in range(100):
-        prediction = target.copy()
-        prediction.ravel()[:index] += 3
-        prediction[5, 5] += 1
-        metric.update(tensor(prediction), tensor(target), shave=0)
-        expected.append(psnr(prediction, target))
-    assert metric.compute().item() == pytest.approx(np.mean(expected), abs=2e-4)
-
-
-@EACH
-def test_metric_says_what_is_wrong(metric_class) -> None:
-    metric = metric_class()
-    image = torch.zeros(1, 1, 20, 20)
-    for prediction, target in [
-        (image.expand(2, 1, 20, 20), image.expand(2, 1, 20, 20)),
-        (image.expand(1, 3, 20, 20), image.expand(1, 3, 20, 20)),
-        (image[0], image[0]),
-        (image, image[..., :-1]),
-    ]:
-        with pytest.raises(ValueError, match=r"one image a call: .*\[1, 1, H, W\]"):
-            metric.update(prediction, target, 0)
-    with pytest.raises(ValueError, match="got -1"):
-        metric.update(image, image, -1)
-    with pytest.raises(ValueError, match="pixels"):
-        metric.update(image, image, 10)  # nothing is left
-    with pytest.raises(TypeError, match=r"not torch\.int64"):
-        metric.update(image.long(), image.long(), 0)
-    assert metric.images == 0
+def test_a_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is scored with the others, after the ground truth, and has a mean over the images of a set."""
+    brightness = Metric(lambda truth, estimate: float(truth.mean() - estimate.mean()), digits=1)
+    monkeypatch.setitem(METRICS, "brightness", brightness)
+    rows = [{"set": "a", "scale": 2, **score(np.full((20, 20), level), np.ones((20, 20)), 2)} for level in (0.2, 0.6)]
+    assert [row["brightness"] for row in rows] == [204, 102]
+    (mean,) = means([{**row, "bicubic_brightness": 1.0} for row in rows])
+    assert mean["brightness"] == 153
+    assert mean["bicubic_brightness"] == 1
 
 
 def test_ssim_against_kornia() -> None:

@@ -26,8 +26,10 @@ from drrn.config import OptimConfig
 from drrn.datamodule import SuperResolutionData
 from drrn.errors import UserError
 from drrn.images import read_luminance
+from drrn.losses import euclidean
 from drrn.matlab import imresize, to_uint8
-from drrn.module import Diverged, SuperResolution, euclidean_loss, learning_rate_factor
+from drrn.module import Diverged, SuperResolution
+from drrn.optimisers import learning_rate_factor
 from drrn.patches import LOW, STEP, Patches
 from drrn.protocol import prepare, score
 from drrn.runs.checkpoints import Checkpoints, newest_checkpoint
@@ -95,10 +97,12 @@ def module(
 def fit(trained: SuperResolution, batches: list[Pair], **arguments: Any) -> list[dict[str, float]]:
     """Train on the batches; what was logged, a dict a step."""
     recorder = Recorder()
-    arguments = {"enable_checkpointing": False, "max_steps": -1, **arguments}
+    arguments = {
+        "enable_checkpointing": False, "max_steps": -1, "accelerator": "cpu", "log_every_n_steps": 1, **arguments
+    }  # fmt: skip
     trainer = Trainer(
-        accelerator="cpu", max_epochs=1, logger=recorder, log_every_n_steps=1, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, **arguments,
+        max_epochs=1, logger=recorder, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        **arguments,
     )  # fmt: skip
     trainer.fit(trained, datamodule=Given(batches))
     return [step for step in recorder.steps if "train/gamma" in step]
@@ -121,19 +125,19 @@ def test_loss_is_equation_10(batches: list[Pair]) -> None:
         0.5 * float(((t - p) ** 2).sum()) for p, t in zip(x.double().numpy(), truth.double().numpy(), strict=True)
     ]
     assert sum(each) > 1e-3
-    assert euclidean_loss(x, truth).item() == pytest.approx(sum(each) / len(each), rel=1e-6)
+    assert euclidean(x, truth).item() == pytest.approx(sum(each) / len(each), rel=1e-6)
 
 
 def test_loss_is_a_sum_over_pixels_and_a_mean_over_patches() -> None:
     truth = torch.zeros(3, 1, 31, 31)
-    assert euclidean_loss(truth + 0.5, truth).item() == pytest.approx(961 * 0.25 / 2, rel=1e-6)
+    assert euclidean(truth + 0.5, truth).item() == pytest.approx(961 * 0.25 / 2, rel=1e-6)
 
 
 def test_loss_is_in_float32_whatever_the_prediction(batches: list[Pair]) -> None:
     x, truth = batches[0]
     low = x.bfloat16()
     exact = 0.5 * ((low.double() - truth.double()) ** 2).sum().item() / len(x)
-    loss = euclidean_loss(low, truth)
+    loss = euclidean(low, truth)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact, rel=1e-5)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from drrn.errors import UserError, printable
+from drrn.losses import LOSSES
+from drrn.optimisers import OPTIMISERS, SCHEDULES
 from drrn.sets import is_set, known_sets
 
 T = TypeVar("T")
@@ -104,27 +107,36 @@ class DataConfig:
 class OptimConfig:
     """Sec. 4.2 and its alternatives."""
 
-    algorithm: str = key("solver", choices=("sgd", "adam"))
+    algorithm: str = key("solver", choices=tuple(OPTIMISERS))
     lr: float = key("γ at the start", above=0)
     momentum: float = key("of SGD; β₁ of Adam", at_least=0, below=1)
     weight_decay: float = key("on everything", at_least=0)
     bias_lr_mult: float = key("rate of convolution biases, relative to lr", at_least=0)
     theta: float = key("θ of the gradient clipping", above=0)
     clip: str = key("each gradient, their common norm, or none", choices=("value", "norm", "none"))
-    schedule: str = key("of γ", choices=("halve", "cosine"))
+    schedule: str = key("of γ", choices=tuple(SCHEDULES))
     halve_every_epochs: float | None = key("epochs of the data", above=0)
     halve_every_steps: int | None = key("optimiser steps", above=0)
     residual_scale: float = key("factor on the last convolution's initial weights", at_least=0)
     bn_average: float = key("what BatchNorm's running statistics keep at each batch", at_least=0, below=1)
+    loss: str | None = key("what is minimised; null: the network's own", default=None, choices=tuple(LOSSES))
+    warmup_steps: int = key("steps over which γ rises from 0", default=0, at_least=0)
+    optimiser: Any = key("{_target_: another solver, …} instead of algorithm", default=None)
+    scheduler: Any = key("{_target_: another schedule, …} instead of schedule", default=None)
 
     def rules(self) -> None:
-        """One schedule; what belongs to one solver."""
-        if self.schedule == "halve" and (self.halve_every_epochs is None) == (self.halve_every_steps is None):
+        """One schedule; what belongs to one solver; classes by name."""
+        for name in ("optimiser", "scheduler"):
+            node = getattr(self, name)
+            if node is not None and not (isinstance(node, dict) and isinstance(node.get("_target_"), str)):
+                raise UserError(f"optim.{name} = {node}: a class and its arguments, {{_target_: package.Class, …}}")
+        every = self.schedule != "cosine" and self.scheduler is None
+        if every and (self.halve_every_epochs is None) == (self.halve_every_steps is None):
             raise UserError(
                 "optim.halve_every_epochs and optim.halve_every_steps: give one of the two and set the other to null "
                 f"(now {self.halve_every_epochs} and {self.halve_every_steps})"
             )
-        if self.algorithm == "adam" and self.bias_lr_mult != 1:
+        if self.algorithm != "sgd" and self.bias_lr_mult != 1:
             raise UserError(f"optim.bias_lr_mult = {self.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
 
 
@@ -155,29 +167,25 @@ class TrainerConfig:
     sync_batchnorm: bool = key("BatchNorm sees the batches of all GPUs")
     channels_last: bool = key("memory layout")
     tf32: bool = key("TF32 for what is float32", default=False)
-    compile: bool = key("torch.compile of the residual unit", default=False)
-    cuda_graph: bool = key("forward and backward as one CUDA graph", default=False)
 
     def rules(self) -> None:
         """Devices, time, and what excludes each other."""
         _check_devices(self.devices)
         if self.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.max_time):
             raise UserError(f"trainer.max_time = {self.max_time!r}: must be days:hours:minutes:seconds, 00:12:00:00")
-        if self.compile and self.sync_batchnorm:
-            raise UserError(
-                "trainer.compile and trainer.sync_batchnorm: a compiled unit sees its own process only; give one"
-            )
-        if not self.cuda_graph:
-            return
-        for name, value in {"strategy": "auto", "devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1}.items():
-            one = isinstance(self.devices, list) and len(self.devices) == 1  # [3]: the fourth
-            if getattr(self, name) not in (value, str(value)) and not (name == "devices" and one):
-                raise UserError(
-                    f"trainer.cuda_graph = True and trainer.{name} = {getattr(self, name)}: the graph is of one "
-                    f"process's step with a single backward pass; it needs trainer.{name}={value}"
-                )
-        if self.accelerator not in ("auto", "gpu", "cuda"):
-            raise UserError(f"trainer.cuda_graph = True: needs a GPU, not trainer.accelerator = {self.accelerator}")
+
+
+@dataclass
+class SpeedConfig:
+    """What changes time and memory of training, and nothing of its result but rounding."""
+
+    compile: Any = key("torch.compile of the network; auto: on a GPU", default="auto")
+    checkpointing: bool = key("feature maps are computed twice, not kept: a third of the memory", default=False)
+
+    def rules(self) -> None:
+        """A truth value, or auto."""
+        if self.compile != "auto" and not isinstance(self.compile, bool):
+            raise UserError(f"speed.compile = {self.compile!r}: allowed are auto, true, false")
 
 
 @dataclass
@@ -208,15 +216,15 @@ class Config:
     plan: str = key("print a sweep's plan", default="print", choices=("print", "only", "none"))
     from_record: str | None = key("a record that is trained again", default=None)
     callbacks: dict[str, Any] | None = key("NAME: {_target_: a Callback of Lightning's kind, …}", default=None)
-    checkpointing: bool = key("typed model.checkpointing, but no part of what the network is", default=False)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     trainer_extra: dict[str, Any] | None = key("+trainer.NAME=…, for Lightning", default=None)
 
     def rules(self) -> None:
         """What one group alone does not show; files that exist."""
         self.data.share(self.trainer.accumulate_grad_batches)
-        if self.trainer.cuda_graph and (self.trainer_extra or {}).get("detect_anomaly"):
+        if self.speed.compile is True and self.trainer.sync_batchnorm:
             raise UserError(
-                "trainer.cuda_graph = True and trainer.detect_anomaly = True: a graph cannot look for NaN"
+                "speed.compile = True and trainer.sync_batchnorm = True: what is compiled sees its own process only"
             )
         if self.ckpt_path not in (None, "last") and not Path(self.ckpt_path).is_file():
             raise UserError(f"ckpt_path = {self.ckpt_path!r}: no such file; give a checkpoint, `last` or null")
@@ -251,18 +259,15 @@ def check(cfg: DictConfig) -> Config:
     OmegaConf.set_struct(cfg, False)
     if "trainer_extra" in cfg:
         raise UserError("trainer_extra: an argument of Lightning's Trainer is given as +trainer.NAME=VALUE")
-    known = {field.name for field in fields(TrainerConfig)}
+    _old_names(cfg)
+    known = {its.name for its in fields(TrainerConfig)}
     extra = {}
     if OmegaConf.is_dict(cfg.get("trainer")):
         extra = {name: plain(cfg.trainer.pop(name)) for name in list(cfg.trainer) if name not in known}
-    if OmegaConf.is_dict(cfg.get("model")):
-        cfg.checkpointing = cfg.model.pop("checkpointing", cfg.get("checkpointing", False))
-        if not isinstance(cfg.checkpointing, bool):
-            raise UserError(f"model.checkpointing = {cfg.checkpointing!r}: allowed are true, false")
     config = typed(Config, cfg)
     config.trainer_extra = extra or None
     config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node is not None}
-    for part in (config.model, config.data, config.optim, config.trainer, config):
+    for part in (config.model, config.data, config.optim, config.trainer, config.speed, config):
         part.rules()
     return config
 
@@ -270,6 +275,26 @@ def check(cfg: DictConfig) -> Config:
 def plain(value: Any) -> Any:
     """A value as JSON has it: lists and dicts, no longer OmegaConf's."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _old_names(cfg: DictConfig) -> None:
+    """Keys of `speed` by the names that earlier versions and their records have for them."""
+    groups = {name: cfg[name] for name in ("model", "trainer") if OmegaConf.is_dict(cfg.get(name))}
+    if "trainer" in groups and cfg.trainer.pop("cuda_graph", None):
+        print("trainer.cuda_graph is gone: on a GPU the network is compiled (speed.compile)", file=sys.stderr)
+    typed_as = {
+        "speed.compile": {"trainer.compile": groups.get("trainer", {}).pop("compile", None)},
+        "speed.checkpointing": {
+            "checkpointing": cfg.pop("checkpointing", None),
+            "model.checkpointing": groups.get("model", {}).pop("checkpointing", None),
+        },
+    }
+    for now, before in typed_as.items():
+        for name, value in before.items():
+            if value is not None and not isinstance(value, bool):
+                raise UserError(f"{name} = {value!r}: allowed are true, false")
+            if value is not None:
+                OmegaConf.update(cfg, now, value, force_add=True)
 
 
 # ---------------------------------------------------------------------- the checker

@@ -62,7 +62,16 @@ WATCHING = {
         "RichModelSummary", "ThroughputMonitor", "Timer",
     )
 }  # fmt: skip
-LATER = (("model", "rectified_identity", False), ("model", "input_relu", True), ("trainer", "tf32", False))
+LATER = (
+    ("model", "network", "drrn"),
+    ("model", "rectified_identity", False),
+    ("model", "input_relu", True),
+    ("trainer", "tf32", False),
+    ("optim", "loss", None),
+    ("optim", "warmup_steps", 0),
+    ("optim", "optimiser", None),
+    ("optim", "scheduler", None),
+)
 
 
 def identity(config: Config) -> dict[str, Any]:

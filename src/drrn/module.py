@@ -2,57 +2,50 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torchmetrics import MeanMetric
 
-from drrn.config import ModelConfig, OptimConfig
+from drrn.config import OptimConfig
 from drrn.errors import UserError
-from drrn.fast.cuda_graph import Graphed
+from drrn.fast.training import InTraining, Latch, worth_compiling
 from drrn.inference import forget, super_resolve
-from drrn.model import DRRN
+from drrn.losses import LOSSES
+from drrn.metrics import in_training
+from drrn.networks import build
+from drrn.optimisers import configured, takes_found_inf
 from drrn.protocol import score
-from drrn.torch_metrics import SetPSNR, SetSSIM
 
 
 class Diverged(UserError):
     """The loss or a gradient is no longer a finite number."""
 
 
-def euclidean_loss(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Eq. 10 over a mini-batch: 1/(2N) Σ ‖x̃ − D(x)‖², summed over pixels, N patches [N, 1, p, p] → scalar.
-
-    A mean over pixels would be p² times smaller, and θ and γ would mean something else. In float32
-    whatever the precision of the prediction.
-    """
-    return (prediction.float() - truth.float()).square().sum() / (2 * len(prediction))
-
-
-def learning_rate_factor(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
-    """γ / optim.lr after `step` optimiser steps: halved every so often (Sec. 4.2), or a cosine to 0."""
-    if optim.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(step / max_steps, 1)))
-    every = optim.halve_every_steps or max(1, round(optim.halve_every_epochs * steps_per_epoch))
-    return 0.5 ** (step // every)
-
-
 class SuperResolution(LightningModule):
-    """A network of the DRRN family in training.
+    """A network in training.
 
     Args:
-        model: fields of `drrn.config.ModelConfig`.
+        model: its structure, `drrn.networks.build`'s argument.
         optim: fields of `drrn.config.OptimConfig`.
         steps_per_epoch: optimiser steps that see every training pair once.
         max_steps: optimiser steps of the whole run.
 
-    All are plain scalars, so checkpoints load with `weights_only=True`.
+    All are plain scalars and dicts, so checkpoints load with `weights_only=True`.
+
+    Attributes:
+        compiled: train through `torch.compile`; "auto" on a GPU that it is worth it on.
+        checkpointing: compute the blocks' feature maps twice instead of keeping them.
+        averaged_before: batches whose BatchNorm statistics the weights came with (fine-tuning).
+        about: what its checkpoints and weights say of it.
+        scores: rows of the evaluation that ran last, an image each.
+        validation: rows of all validations, with their step: the learning curve.
+        validated: the step of the last one.
     """
 
     def __init__(
@@ -61,31 +54,36 @@ class SuperResolution(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.optim = OptimConfig(**optim)
-        self.network = DRRN(**asdict(ModelConfig(**model)))
-        with torch.no_grad():  # `optim.residual_scale` 0 starts at bicubic itself; 1 is the paper's start
-            self.network.conv_rec.weight.mul_(self.optim.residual_scale)
-        self.cuda_graph = False  # `trainer.cuda_graph`
-        self.graphed: Graphed | None = None  # the network as one, from the first batch on
-        self.metrics = nn.ModuleDict()
-        self.scores: list[dict[str, Any]] = []  # rows of the evaluation that ran last, an image each
-        self.rows: list[tuple[int, int, dict[str, Any]]] = []  # this process's, while it runs: (task, image, row)
-        self.averaged_before = 0  # batches whose statistics the weights came with (fine-tuning)
-        self.validation: list[dict[str, Any]] = []  # rows of all validations, with their step: the learning curve
-        self.validated: int | None = None  # step of the last one
-        self.losses: list[Tensor] = []  # of the step's micro-batches
-        self.about: dict[str, Any] = {}  # what its checkpoints and weights say of it
+        self.network = build(model)
+        if hasattr(self.network, "conv_rec"):
+            with torch.no_grad():  # `optim.residual_scale` 0 starts at bicubic itself; 1 is the paper's start
+                self.network.conv_rec.weight.mul_(self.optim.residual_scale)
+        loss = self.optim.loss or getattr(self.network, "loss", "euclidean")
+        self.loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.compiled: bool | str = False
+        self.checkpointing = False
+        self.averaged_before = 0
+        self.about: dict[str, Any] = {}
+        self.scores: list[dict[str, Any]] = []
+        self.validation: list[dict[str, Any]] = []
+        self.validated: int | None = None
+        self.rows: list[tuple[int, int, dict[str, Any]]] = []  # this process's, in an evaluation: (task, image, row)
+        self.metrics = nn.ModuleDict()  # means over the sets, `psnr_0` of the first one
         self.seconds_before = 0.0  # of training, before this process took it on
         self.since: float | None = None
+        self._between_runs()
+
+    def _between_runs(self) -> None:
+        """Nothing is kept of an earlier `fit`, whose weights may have been elsewhere."""
+        self.trained: InTraining | None = None  # the network in training, from the first batch on
+        self.latch: Latch | None = None
+        self.losses: list[Tensor] = []  # of the step's micro-batches
 
     def setup(self, stage: str) -> None:
-        """Metrics for every set and scale that the data module evaluates on."""
+        """Means for every set and scale that the data module evaluates on."""
         for index in range(len(self.trainer.datamodule.evaluation_tasks(stage))):
-            self.metrics[f"psnr_{index}"], self.metrics[f"ssim_{index}"] = SetPSNR(), SetSSIM()
-
-    @property
-    def batch_norms(self) -> list[nn.Module]:
-        """Looked up when they are needed: `trainer.sync_batchnorm` puts others in their place."""
-        return [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            for name in in_training():
+                self.metrics[f"{name}_{index}"] = MeanMetric()
 
     def forward(self, x: Tensor) -> Tensor:
         """Interpolated luminance [N, 1, H, W] in 0…1 → super-resolved, same shape."""
@@ -94,87 +92,19 @@ class SuperResolution(LightningModule):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Pairs (x, x̃) [N, 1, p, p] → the loss of Eq. 10 over this process's share of this micro-batch.
+        """Pairs (x, x̃) [N, 1, p, p] → the loss over this process's share of this micro-batch.
 
         The shares are of equal size, so the mean of their gradients, which DDP and accumulation take, is the
-        gradient of Eq. 10 over the whole batch.
+        gradient of the loss over the whole batch.
         """
         x, truth = batch
-        if self.cuda_graph and self.graphed is None:
-            self.graphed = Graphed(self.network, x)
-        loss = euclidean_loss((self.graphed or self.network)(x), truth)
+        if self.trained is None:
+            compiled = worth_compiling(self.network, x) if self.compiled == "auto" else self.compiled
+            self.trained = InTraining(self.network, compiled, self.checkpointing)
+            self.latch = Latch(x.device)
+        loss = self.loss(self.trained(x), truth)
         self.losses.append(loss.detach())
         return loss
-
-    def whole_batch_loss(self) -> Tensor:
-        """Eq. 10 over the whole batch of a step, the same in every process.
-
-        In the same message BatchNorm's running averages become their mean over the processes: each has seen its
-        own share of the batch only (unless `trainer.sync_batchnorm`).
-        """
-        loss = torch.stack(self.losses).mean()
-        self.losses.clear()
-        if self.trainer.world_size == 1:
-            return loss
-        parts = [loss, *(average for m in self.batch_norms for average in (m.running_mean, m.running_var))]
-        mean = self.trainer.strategy.reduce(torch.cat([part.flatten() for part in parts]), reduce_op="mean")
-        for part, shared in zip(parts, mean.split([part.numel() for part in parts]), strict=True):
-            part.copy_(shared.view_as(part))
-        return loss
-
-    @property
-    def seconds(self) -> float:
-        """Of training up to these weights, over all processes that it has gone on in."""
-        return self.seconds_before + (time.monotonic() - self.since if self.since is not None else 0)
-
-    def on_fit_start(self) -> None:
-        """Start the clock; a graph that an exception left behind was of weights elsewhere."""
-        self.graphed = None
-        self.since = time.monotonic()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Average BatchNorm's statistics as Caffe does.
-
-        Caffe keeps Σ λᵏ · statistic and divides by Σ λᵏ, so its average is right from the first batch; with
-        PyTorch's constant momentum 1 − λ = 0.001 thousands of steps still evaluate with the starting values
-        0 and 1. The same average in PyTorch's form is the momentum (1 − λ) / (1 − λⁿ) at the n-th batch.
-        """
-        decay = self.optim.bn_average
-        n = self.averaged_before + self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        for layer in self.batch_norms:
-            layer.momentum = (1 - decay) / (1 - decay**n)
-
-    def on_train_start(self) -> None:
-        """What the optimiser remembers lies in memory as its weights do.
-
-        A checkpoint keeps the layout that it was trained with (`trainer.channels_last`), and fused kernels go
-        through both in the order of their memory.
-        """
-        self.losses.clear()
-        for optimizer in self.trainer.optimizers:
-            for parameter, state in optimizer.state.items():
-                for key, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        state[key] = torch.empty_like(parameter).copy_(value)
-
-    def on_train_end(self) -> None:
-        """The test may have the memory that a graph keeps."""
-        if self.graphed is not None:
-            self.graphed = None
-            gc.collect()  # there are cycles in what PyTorch makes of it
-            torch.cuda.empty_cache()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume the learning curve and the clock."""
-        self.validation = checkpoint.get("validation", [])
-        self.validated = checkpoint.get("validated", checkpoint["global_step"])
-        self.seconds_before = checkpoint.get("seconds", 0.0)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the weights came from: the learning curve, the time, who they are."""
-        checkpoint["validation"], checkpoint["validated"] = self.validation, self.validated
-        checkpoint["seconds"] = self.seconds
-        checkpoint["drrn"] = self.about
 
     def configure_gradient_clipping(
         self,
@@ -188,31 +118,77 @@ class SuperResolution(LightningModule):
         gradient to a norm of at most θ/γ, what the authors' Caffe does. Lightning calls this on the averaged,
         accumulated and unscaled gradients of every optimiser step, whatever the Trainer's own clip value.
 
+        Nothing here waits for the device but a step that is logged. A loss or gradient that is not finite is
+        noted there, and from that step on neither the weights nor BatchNorm's averages move.
+
         Raises:
-            Diverged: the loss or a gradient is NaN or infinite; the step is not taken.
+            Diverged: a step was not finite.
         """
         gamma = optimizer.param_groups[0]["lr"]
         bound = self.optim.theta / gamma if gamma > 0 else math.inf
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm, loss = get_total_norm(gradients), self.whole_batch_loss()
+        norm = get_total_norm(gradients)
+        loss, statistics = self._of_all_processes()
         # A loss scaler expects infinite gradients now and then, skips the step and lowers its scale.
-        if not torch.isfinite(loss if self.loss_is_scaled else loss + norm):
-            raise Diverged(
-                f"training diverged at step {self.trainer.global_step}: loss {loss.item():.4g}, gradient norm "
-                f"{norm.item():.4g}, γ = {gamma:.4g}, clip = {self.optim.clip} with θ = {self.optim.theta:g}. "
-                "Try optim.clip=norm, a smaller optim.theta or optim.lr, or model.norm=batch. The step was not "
-                "taken; the last good checkpoint is kept."
-            )
-        touched = torch.zeros_like(norm)
-        if self.optim.clip == "value":
-            count = sum(g.numel() for g in gradients)
-            touched = sum((g.abs() > bound).sum() for g in gradients) / count
+        good = self.latch.check(self.trainer.global_step, gamma, loss, norm, both=not self.loss_is_scaled)
+        self.trained.follow(statistics, self._momenta(len(statistics)), good)
+        logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        if takes_found_inf(optimizer):
+            optimizer.found_inf = (~good).float()
+        if logged or not takes_found_inf(optimizer):  # other solvers would take the step
+            self.refuse_divergence()
+        clip, touched = self.optim.clip, torch.zeros_like(norm)
+        if clip == "value":
+            if logged:
+                touched = sum((g.abs() > bound).sum() for g in gradients) / sum(g.numel() for g in gradients)
             clip_grad_value_(self.network.parameters(), bound)
-        elif self.optim.clip == "norm":
+        elif clip == "norm":
             touched = (norm > bound).float()
             clip_grads_with_norm_(self.network.parameters(), bound, norm)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({"train/gamma": gamma, "train/gradient_norm": norm, "train/clipped": touched})
+        if logged:
+            self.log("train/loss", loss, prog_bar=True)
+            self.log_dict({"train/gamma": gamma, "train/gradient_norm": norm, "train/clipped": touched})
+
+    def _of_all_processes(self) -> tuple[Tensor, list[Tensor]]:
+        """The loss over the whole batch of the step, and BatchNorm's statistics of its micro-batches.
+
+        Each process has seen its own share only: what all have is their mean, in one message.
+        """
+        loss, statistics = torch.stack(self.losses).mean(), self.trained.statistics
+        self.losses = []
+        if self.trainer.world_size == 1:
+            return loss, statistics
+        message = torch.cat([loss.reshape(1), *(part.to(loss.dtype) for part in statistics)])
+        first, *parts = self.trainer.strategy.reduce(message, reduce_op="mean").split(
+            [1, *(part.numel() for part in statistics)]
+        )
+        return first[0], [part.to(old.dtype) for part, old in zip(parts, statistics, strict=True)]
+
+    def _momenta(self, batches: int) -> list[float]:
+        """What the statistics of the step's micro-batches weigh in BatchNorm's averages, as Caffe takes them.
+
+        Caffe keeps Σ λᵏ · statistic and divides by Σ λᵏ, so its average is right from the first batch; with
+        PyTorch's constant momentum 1 − λ = 0.001 thousands of steps still evaluate with the starting values
+        0 and 1. The same average in PyTorch's form is the momentum (1 − λ) / (1 − λⁿ) at the n-th batch.
+        """
+        decay = self.optim.bn_average
+        last = self.averaged_before + self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        return [(1 - decay) / (1 - decay**n) for n in range(last - batches + 1, last + 1)]
+
+    def refuse_divergence(self) -> None:
+        """Wait for the device and look whether all steps were finite.
+
+        Raises:
+            Diverged: one was not; the text names the first.
+        """
+        if self.latch is None or (bad := self.latch.read()) is None:
+            return
+        step, loss, norm, gamma = bad
+        raise Diverged(
+            f"training diverged at step {step}: loss {loss:.4g}, gradient norm {norm:.4g}, γ = {gamma:.4g}, "
+            f"clip = {self.optim.clip} with θ = {self.optim.theta:g}. Try optim.clip=norm, a smaller optim.theta or "
+            "optim.lr, or model.norm=batch. The step was not taken; the last good checkpoint is kept."
+        )
 
     @property
     def loss_is_scaled(self) -> bool:
@@ -220,32 +196,61 @@ class SuperResolution(LightningModule):
         return self._trainer is not None and getattr(self._trainer.precision_plugin, "scaler", None) is not None
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """SGD with weight decay on everything, biases of convolutions at `bias_lr_mult` times the rate.
+        """The optimiser and the schedule of `optim.*`, a step at a time.
 
         PyTorch's fused kernels take the whole step at once. With a loss scaler they would also undo the scaling,
         after the clipping, which needs it undone before.
         """
-        optim = self.optim
-        biases = [m.bias for m in self.network.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
-        if optim.bias_lr_mult == 1:
-            biases = []
-        apart = {id(bias) for bias in biases}
-        groups: list[dict[str, Any]] = [{"params": [p for p in self.network.parameters() if id(p) not in apart]}]
-        if biases:
-            groups.append({"params": biases, "lr": optim.lr * optim.bias_lr_mult})
         fused = not self.loss_is_scaled and self.device.type in ("cpu", "cuda")
-        if optim.algorithm == "sgd":
-            optimizer = torch.optim.SGD(
-                groups, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused
-            )
-        else:
-            betas = (optim.momentum, 0.999)
-            optimizer = torch.optim.Adam(groups, optim.lr, betas, weight_decay=optim.weight_decay, fused=fused)
-        per_epoch, max_steps = self.hparams["steps_per_epoch"], self.hparams["max_steps"]
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(optim, step, per_epoch, max_steps)
-        )
+        per_epoch, steps = self.hparams["steps_per_epoch"], self.hparams["max_steps"]
+        optimizer, schedule = configured(self.network, self.optim, per_epoch, steps, fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ------------------------------------------------------------------ from start to end
+
+    @property
+    def seconds(self) -> float:
+        """Of training up to these weights, over all processes that it has gone on in."""
+        return self.seconds_before + (time.monotonic() - self.since if self.since is not None else 0)
+
+    def on_fit_start(self) -> None:
+        """Start the clock."""
+        self._between_runs()
+        self.since = time.monotonic()
+
+    def on_train_start(self) -> None:
+        """What the optimiser remembers lies in memory as its weights do.
+
+        A checkpoint keeps the layout that it was trained with (`trainer.channels_last`), and fused kernels go
+        through both in the order of their memory.
+        """
+        for optimizer in self.trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        state[key] = torch.empty_like(parameter).copy_(value)
+
+    def on_validation_start(self) -> None:
+        """No validation of weights that have diverged."""
+        self.refuse_divergence()
+
+    def on_train_end(self) -> None:
+        """The test may have the memory of training."""
+        self.refuse_divergence()
+        self._between_runs()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume the learning curve and the clock."""
+        self.validation = checkpoint.get("validation", [])
+        self.validated = checkpoint.get("validated", checkpoint["global_step"])
+        self.seconds_before = checkpoint.get("seconds", 0.0)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the weights came from: the learning curve, the time, who they are. Nothing that has diverged."""
+        self.refuse_divergence()
+        checkpoint["validation"], checkpoint["validated"] = self.validation, self.validated
+        checkpoint["seconds"] = self.seconds
+        checkpoint["drrn"] = self.about
 
     # ------------------------------------------------------------------ evaluation (drrn.protocol)
 
@@ -254,22 +259,20 @@ class SuperResolution(LightningModule):
         if not image:
             return
         task = self.trainer.datamodule.evaluation_tasks(stage)[dataloader_idx]
+        interpolated, truth = (plane[0, 0].float().cpu().numpy() for plane in (x, truth))
         with torch.autocast(x.device.type, enabled=False):  # in float32 and in strips, as src/evaluate.py scores
-            y = super_resolve(self.network, x[0, 0].float().cpu().numpy())
-        prediction = torch.from_numpy(y)[None, None].to(x)
-        row: dict[str, Any] = {"set": task.set_name, "scale": task.scale, "image": image}
-        for name in ("psnr", "ssim"):
-            metric = self.metrics[f"{name}_{dataloader_idx}"]
-            row[name] = metric(prediction, truth, shave=task.scale).item()  # this image's value
+            values = score(super_resolve(self.network, interpolated), truth, task.scale)
+        for name, value in values.items():
+            self.metrics[f"{name}_{dataloader_idx}"].update(value)
+        row = {"set": task.set_name, "scale": task.scale, "image": image, **values}
         if stage == "test":
-            bicubic = score(x[0, 0].float().cpu().numpy(), truth[0, 0].float().cpu().numpy(), task.scale)
-            row |= {f"bicubic_{name}": value for name, value in bicubic.items()}
+            row |= {f"bicubic_{name}": value for name, value in score(interpolated, truth, task.scale).items()}
         self.rows.append((dataloader_idx, batch_idx * self.trainer.world_size + self.trainer.global_rank, row))
 
     def _begin(self) -> None:
         """A fresh list of rows; float32 without TF32 (`trainer.tf32`), as src/evaluate.py scores."""
         self.rows = []
-        forget(self.network)  # a CUDA graph changes weights without PyTorch's notice
+        forget(self.network)  # an average of weights is swapped in without PyTorch's notice (`Tensor.data`)
         self.tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
 
     def _finish(self, stage: str) -> None:
@@ -282,9 +285,9 @@ class SuperResolution(LightningModule):
         ordered = sorted((row for part in parts for row in part), key=lambda row: row[:2])
         self.scores = [row for _, _, row in ordered]
         for index, task in enumerate(self.trainer.datamodule.evaluation_tasks(stage)):
-            for name in ("psnr", "ssim"):
+            for name in in_training():
                 self.log(f"{stage}/{task}/{name}", self.metrics[f"{name}_{index}"])
-        for name in ("psnr", "ssim"):  # over all images, for callbacks to monitor
+        for name in in_training():  # over all images, for callbacks to monitor
             values = [row[name] for row in self.scores]
             self.log(f"{stage}/{name}", sum(values) / max(1, len(values)), logger=False)
 
@@ -293,7 +296,7 @@ class SuperResolution(LightningModule):
         self._begin()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """PSNR and SSIM of one image with the protocol."""
+        """The scores of one image with the protocol."""
         self._evaluate(batch, batch_idx, dataloader_idx, "validate")
 
     def on_validation_epoch_end(self) -> None:
@@ -312,5 +315,5 @@ class SuperResolution(LightningModule):
         self._finish("test")
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """PSNR and SSIM of one image with the protocol."""
+        """The scores of one image with the protocol."""
         self._evaluate(batch, batch_idx, dataloader_idx, "test")

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrn.matlab import imresize, to_uint8
-
-METRICS = ("psnr", "ssim", "ifc")
+from drrn.metrics import METRICS, in_training
 
 
 @dataclass(frozen=True)
@@ -88,26 +87,23 @@ def score(
     prediction: NDArray[np.floating],
     truth: NDArray[np.floating],
     scale: int,
-    metrics: tuple[str, ...] = ("psnr", "ssim"),
+    metrics: tuple[str, ...] | None = None,
     protocol: Protocol = PAPER,
 ) -> dict[str, float]:
     """Steps 4 to 6: one image against its ground truth.
 
     Args:
-        prediction, truth: [H, W] (or [H, W, 3] for PSNR alone), 0…1.
+        prediction, truth: [H, W] (or [H, W, 3] for metrics that take colour), 0…1.
         scale: s, which is also the border that is left out unless the protocol says otherwise.
-        metrics: any of "psnr" (dB), "ssim", "ifc".
+        metrics: names of METRICS; None: those that runs measure.
         protocol: what departs from the paper.
 
     Returns:
         metric → value.
     """
-    from drrn.metrics import ifc, psnr, ssim
-
     border = scale if protocol.crop is None else protocol.crop
     a, b = (shave(_levels(image, protocol.rounding), border) for image in (prediction, truth))
-    # IFC takes the reference first; PSNR and SSIM are symmetric.
-    return {name: {"psnr": psnr, "ssim": ssim, "ifc": ifc}[name](b, a) for name in metrics}
+    return {name: METRICS[name].function(b, a) for name in metrics or in_training()}
 
 
 def _levels(image: NDArray[np.floating], rounding: str) -> NDArray:
@@ -124,7 +120,8 @@ def means(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups[tuple((key, row[key]) for key in ("method", "weights", "set", "scale") if key in row)].append(row)
     result = []
     for place, rows in groups.items():
-        metrics = [key for key in rows[0] if key.split("_")[-1] in METRICS and all(key in row for row in rows)]
+        metrics = [key for key in rows[0] if key.removeprefix("bicubic_") in METRICS]
+        metrics = [key for key in metrics if all(key in row for row in rows)]
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in metrics}
         result.append({**dict(place), "images": len(rows), **mean})
     return result

@@ -30,6 +30,7 @@ from drrn.config import Config
 from drrn.datamodule import SuperResolutionData
 from drrn.disk import write_json
 from drrn.errors import UserError
+from drrn.fast.training import InTraining
 from drrn.identity import run_dir
 from drrn.module import SuperResolution
 from drrn.patches import Patches, ShuffledBatches
@@ -458,13 +459,16 @@ def test_synchronised_batchnorms_are_averaged_as_caffe_does_too(configure: Calla
     """`trainer.sync_batchnorm` puts other layers in place of the network's after the module was made."""
     config = configure("model.norm=batch", "model.U=2")
     module = SuperResolution(vars(config.model), vars(config.optim))
-    assert len(module.batch_norms) == 6
     module.network = nn.SyncBatchNorm.convert_sync_batchnorm(module.network)
     module._trainer = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=9)))
-    module.on_train_batch_start(None, 9)
-    layers = [layer for layer in module.network.modules() if isinstance(layer, nn.SyncBatchNorm)]
-    assert len(layers) == 6
-    assert all(layer.momentum == pytest.approx(0.001 / (1 - 0.999**10)) for layer in layers)
+    (momentum,) = module._momenta(1)
+    assert momentum == pytest.approx(0.001 / (1 - 0.999**10))
+    trained = InTraining(module.network)
+    assert len(trained.batch) == 2 * 6
+    before = [buffer.clone() for buffer in trained.running]
+    trained.follow([torch.ones(sum(trained.sizes))], [momentum], torch.tensor(True))
+    for old, new in zip(before, trained.running, strict=True):
+        torch.testing.assert_close(new, old + momentum * (1 - old))
 
 
 def test_the_failure_that_came_first_is_the_records(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ SETTLED = {
     "reload_dataloaders_every_n_epochs": "data",
 }
 # `trainer.*` that are ours.
-OURS = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32", "compile", "cuda_graph")
+OURS = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32")
 
 
 def trainer_arguments(config: Config) -> dict[str, Any]:

@@ -142,20 +142,15 @@ def _prepare_torch(config: Config) -> None:
 
     torch.backends.cudnn.allow_tf32 = config.trainer.tf32  # PyTorch's own default is True
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
-    if config.trainer.compile and not torch.cuda.is_available() and not which(os.environ.get("CXX", "g++")):
-        raise UserError("trainer.compile = True: PyTorch needs a C++ compiler for it; install g++ or name one in CXX")
-    if config.trainer.cuda_graph and not torch.cuda.is_available():
-        raise UserError("trainer.cuda_graph = True: needs a GPU, and PyTorch sees none here")
+    if config.speed.compile is True and not torch.cuda.is_available() and not which(os.environ.get("CXX", "g++")):
+        raise UserError("speed.compile = True: PyTorch needs a C++ compiler for it; install g++ or name one in CXX")
 
 
 def _new_record(config: Config, earlier: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    import torch
-
-    from drrn.model import DRRN
+    from drrn.networks import on_paper
     from drrn.runs.record import run_record
 
-    with torch.device("meta"):  # for its counts, before there is any data
-        record = run_record(config, DRRN(**asdict(config.model)))
+    record = run_record(config, on_paper(config.model))  # for its counts, before there is any data
     for key in ("budget", "scores", "means", "validation"):  # of a stopped run: kept until there are new ones
         if key in earlier and config.ckpt_path is not None:
             record[key] = earlier[key]
@@ -201,9 +196,10 @@ def build_module(run: Run, data: SuperResolutionData) -> SuperResolution:
     import torch
 
     from drrn.module import SuperResolution
+    from drrn.networks import structure
 
     config = run.config
-    module = SuperResolution(asdict(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)
+    module = SuperResolution(structure(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)
     module.about = {
         "scales": config.data.scales,
         "origin": run_name(config),
@@ -213,12 +209,9 @@ def build_module(run: Run, data: SuperResolutionData) -> SuperResolution:
     if run.initial is not None:
         module.network.load_state_dict(run.initial)
         module.averaged_before = 1_000_000  # BatchNorm starts from the statistics that came with the weights
-    module.network.checkpointing = config.checkpointing
+    module.compiled, module.checkpointing = config.speed.compile, config.speed.checkpointing
     if config.trainer.channels_last:
         module.network.to(memory_format=torch.channels_last)
-    if config.trainer.compile:
-        module.network.compile_units()
-    module.cuda_graph = config.trainer.cuda_graph
     return module
 
 
@@ -232,6 +225,7 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
         The Trainer; `module` has the weights of the last checkpoint.
     """
     from drrn.fast.memory import freed_memory_kept
+    from drrn.fast.training import memory_errors
 
     config, record = run.config, run.record
     resume = _resume_from(run, data, module)
@@ -249,7 +243,7 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
     trainer = _trainer(run, data, module)
     with _lightnings_refusals():
         try:
-            with freed_memory_kept(not config.checkpointing):
+            with freed_memory_kept(not config.speed.checkpointing), memory_errors():
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         finally:
             if trainer.global_step:

@@ -42,11 +42,10 @@ def count(model: ModelConfig) -> Counts:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from drrn.model import DRRN
+    from drrn.networks import on_paper
 
     if repr(model) not in COUNTED:
-        with torch.device("meta"):
-            network, x = DRRN(**asdict(model)), torch.rand(1, 1, 32, 32)
+        network, x = on_paper(model), torch.rand(1, 1, 32, 32, device="meta")
         with FlopCounterMode(display=False) as counter:
             loss = network(x).sum()
             output = counter.get_total_flops()
@@ -79,7 +78,9 @@ def count_bytes(config: Config) -> int:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_iter
 
-    from drrn.module import SuperResolution, euclidean_loss
+    from drrn.fast.training import InTraining
+    from drrn.losses import euclidean
+    from drrn.module import SuperResolution
 
     class Alive(TorchDispatchMode):
         def __init__(self) -> None:
@@ -104,11 +105,11 @@ def count_bytes(config: Config) -> int:
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
     with FakeTensorMode(), Alive() as alive:
         network = SuperResolution(asdict(config.model), asdict(config.optim)).network
-        network.checkpointing = config.checkpointing
+        trained = InTraining(network, checkpointing=config.speed.checkpointing)
         x = torch.rand(micro_batch(config), 1, config.data.patch_size, config.data.patch_size)
         with torch.autocast("cpu", half, enabled=half is not None):
-            prediction = network(x)
-        euclidean_loss(prediction, x).backward()
+            prediction = trained(x)
+        euclidean(prediction, x).backward()
     weights = sum(p.numel() for p in network.parameters()) * 4
     return alive.peak + weights * (2 if config.optim.algorithm == "adam" else 1)  # momentum, Adam's second moment
 
@@ -146,7 +147,7 @@ def measure(config: Config, threads: int | None = None) -> Speed:
     micro = micro_batch(config)
 
     class RandomPairs(Dataset):
-        size = micro if trainer.compile else min(4, micro)  # every size would be compiled
+        size = micro if config.speed.compile is True else min(4, micro)  # every size would be compiled
 
         def __len__(self) -> int:
             return 10_000
@@ -183,11 +184,9 @@ def measure(config: Config, threads: int | None = None) -> Speed:
     optim = replace(config.optim, lr=1e-12)  # random pairs teach nothing: the weights stay where they are
     with threads_of(threads), quiet():
         module = SuperResolution(asdict(config.model), asdict(optim), 10_000, 10_000)
-        module.network.checkpointing = config.checkpointing
+        module.compiled, module.checkpointing = config.speed.compile, config.speed.checkpointing
         if trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
-        if trainer.compile:
-            module.network.compile_units()
         try:
             Trainer(
                 accelerator=trainer.accelerator,

@@ -149,7 +149,7 @@ def make_plan(jobs: list[Job], workers: int = 1, threads: int | None = None, alw
     counted: dict[str, int] = {}
     for job in work:
         c = job.config
-        of_a_step = (c.checkpointing, micro_batch(c), c.data.patch_size, c.trainer.precision, c.optim.algorithm)
+        of_a_step = (c.speed.checkpointing, micro_batch(c), c.data.patch_size, c.trainer.precision, c.optim.algorithm)
         key = repr((c.model, *of_a_step))
         if key not in counted:
             counted[key] = count_bytes(c)

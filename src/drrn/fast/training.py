@@ -1,0 +1,153 @@
+"""Training without waiting: the network compiled as a whole, BatchNorm's averages and the check for NaN outside it.
+
+What it is worth (one H200, B1U9, batch 128, bf16; docs/performance.md): compiled as a whole a step takes 0.62 to
+0.65 of the eager one's time. It can be compiled once for all steps since nothing in it changes: BatchNorm's momentum,
+another number at every step, is applied outside. A step that waits for the GPU to say that its loss is finite
+leaves the card idle for as long as Python needs to launch the next one.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from drrn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class InTraining:
+    """`network` as training calls it: the same result and gradients; BatchNorm's statistics are handed out.
+
+    It is a copy that shares the network's parameters. Each of its BatchNorms writes the mean and the unbiased
+    variance of a batch into buffers of its own; `follow` lets the network's running averages follow them. So no
+    number changes in what is compiled, a unit that is computed twice (`checkpointing`) averages nothing twice, and
+    a bad batch can be left out.
+
+    Args:
+        network: on its device, in its memory layout.
+        compiled: through `torch.compile`; the first call takes the compiler's time, once for each shape.
+        checkpointing: the `residual(H, u)` of the network's blocks keeps H alone for its gradient and is computed
+            again when that is due.
+
+    Raises:
+        UserError: `checkpointing` for a network without such blocks.
+    """
+
+    def __init__(self, network: nn.Module, compiled: bool = False, checkpointing: bool = False) -> None:
+        known = {id(p): p for p in network.parameters()} | {id(b): b.clone() for b in network.buffers()}
+        shadow = copy.deepcopy(network, known).train()
+        self.running, self.counts, self.batch = [], [], []
+        for kept, norm in zip(norms_of(network), norms_of(shadow), strict=True):
+            norm.momentum, norm.num_batches_tracked = 1.0, None
+            self.running += [kept.running_mean, kept.running_var]
+            self.batch += [norm.running_mean, norm.running_var]
+            self.counts.append(kept.num_batches_tracked)
+        self.sizes = [buffer.numel() for buffer in self.running]
+        self.statistics: list[Tensor] = []  # of the batches since the last `follow`, all BatchNorms' in one tensor
+        if checkpointing:
+            blocks = [module for module in shadow.modules() if hasattr(module, "residual")]
+            if not blocks:
+                raise UserError(f"speed.checkpointing = True: {type(network).__name__} has nothing to compute twice")
+            for block in blocks:
+                block.residual = functools.partial(
+                    checkpoint, block.residual, use_reentrant=False, preserve_rng_state=False
+                )
+        self.run: Callable[[Tensor], Tensor] = shadow
+        if compiled:
+            torch._dynamo.config.optimize_ddp = False  # it would split the network where DDP's buckets end
+            self.run = torch.compile(shadow, dynamic=False, fullgraph=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What `network(x)` gives in training."""
+        y = self.run(x)
+        if self.batch:
+            with torch.no_grad():
+                self.statistics.append(torch.cat(self.batch))
+        return y
+
+    @torch.no_grad()
+    def follow(self, statistics: Sequence[Tensor], momenta: Sequence[float], good: Tensor) -> None:
+        """Let the network's running averages follow batches; on the device, without waiting for it.
+
+        Args:
+            statistics: of the batches, as `self.statistics` had them (of several processes: their mean).
+            momenta: what a batch's statistics weigh, in the same order.
+            good: a truth value on the device; False leaves everything as it is.
+        """
+        self.statistics = []
+        if not statistics:
+            return
+        before = after = torch.cat(self.running)
+        for batch, momentum in zip(statistics, momenta, strict=True):
+            after = after.lerp(batch, momentum)
+        after = torch.where(good, after, before)
+        torch._foreach_copy_(self.running, list(after.split(self.sizes)))
+        torch._foreach_add_(self.counts, len(statistics))
+
+
+def norms_of(network: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorms of a network; `trainer.sync_batchnorm` puts others in their place."""
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
+class Latch:
+    """The first step that was not finite, kept on the device: reading it waits, asking it at each step does not.
+
+    From that step on `good` stays False, and the fused solvers, which take its opposite as `found_inf`, leave
+    weights and momentum as they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.facts = torch.zeros(3, device=device)
+
+    def check(self, step: int, gamma: float, loss: Tensor, norm: Tensor, both: bool = True) -> Tensor:
+        """Whether this step and all before it are good: a truth value on the device.
+
+        Args:
+            step, gamma: of the optimiser.
+            loss, norm: scalars on the device; the norm of the gradient counts where `both` is True.
+        """
+        finite = torch.isfinite(loss + norm if both else loss)
+        first = (self.step < 0) & ~finite
+        self.step = torch.where(first, step, self.step)
+        now = torch.stack([loss, norm, torch.full_like(loss, gamma)]).to(self.facts)
+        self.facts = torch.where(first, now, self.facts)
+        return self.step < 0
+
+    def read(self) -> tuple[int, float, float, float] | None:
+        """Step, loss, norm of the gradient and γ of the first bad step; None if all were good. It waits."""
+        step = int(self.step.item())
+        return None if step < 0 else (step, *self.facts.tolist())
+
+
+def worth_compiling(network: nn.Module, x: Tensor) -> bool:
+    """What `speed.compile=auto` means: on a GPU that Triton has kernels for, and each process by itself."""
+    if x.device.type != "cuda" or any(isinstance(m, nn.SyncBatchNorm) for m in network.modules()):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (7, 0)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Inside, a GPU without enough memory is a user's error.
+
+    Raises:
+        UserError: it says what to lower.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU has not enough memory for a step: lower data.batch_size, raise trainer.accumulate_grad_batches "
+            "(the same batch in smaller parts), or set speed.checkpointing=true (a third of the memory)"
+        ) from error

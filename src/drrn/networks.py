@@ -1,0 +1,85 @@
+"""The networks that can be trained, by name, and what the rest of the house asks of one.
+
+A network of one's own is its file, a line in NETWORKS and a yaml in conf/model with `network: NAME` and the arguments
+of its constructor. A network imports nothing from here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from drrn.errors import UserError
+from drrn.model import DRRN
+
+DEFAULT = "drrn"
+NETWORKS: dict[str, type[nn.Module]] = {
+    DEFAULT: DRRN,
+}
+
+
+class Network(Protocol):
+    """What a class of NETWORKS, an `nn.Module`, offers beside its constructor.
+
+    It works on the luminance, [N, 1, H, W], floating, 0…1. It may also have `conv_rec`, its last convolution, whose
+    initial weights `optim.residual_scale` multiplies, and blocks with `residual(H, u)`, which
+    `speed.checkpointing` computes twice (`fast.training`).
+    """
+
+    input: str  # "interpolated": the image enlarged by bicubic; "low": the low-resolution image itself
+    loss: str | Callable[[Tensor, Tensor], Tensor]  # of its paper: a name of `losses.LOSSES`, or a function
+
+    @property
+    def depth(self) -> int:
+        """Convolutions on the longest path."""
+
+    @property
+    def receptive_radius(self) -> int:
+        """Pixels of the input to each side that an output pixel depends on."""
+
+    @property
+    def conv_weight_count(self) -> int:
+        """Weights of convolutions, each shared one once; no biases."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The estimate of the high-resolution luminance, not clamped."""
+
+
+def structure(model: Any) -> dict[str, Any]:
+    """A network's structure, a dataclass or a mapping, as a plain dict; `network` is left out where it is DRRN."""
+    fields = asdict(model) if is_dataclass(model) else dict(model)
+    return {key: value for key, value in fields.items() if (key, value) != ("network", DEFAULT)}
+
+
+def build(model: Any) -> Any:
+    """A network from its structure: `network`, its name, and its constructor's arguments.
+
+    Raises:
+        UserError: no such network, or arguments that it does not take; the text names `model.…`.
+    """
+    arguments = structure(model)
+    name = arguments.pop("network", DEFAULT)
+    if name not in NETWORKS:
+        raise UserError(f"model.network = {name!r}: allowed are {', '.join(NETWORKS)}")
+    known = inspect.signature(NETWORKS[name]).parameters
+    for key in arguments:
+        if key not in known:
+            raise UserError(f"model.{key}: the network {name!r} does not take it; it takes {', '.join(known)}")
+    missing = [key for key, p in known.items() if p.default is p.empty and key not in arguments]
+    if missing:
+        raise UserError(f"model.{missing[0]}: the network {name!r} needs it")
+    try:
+        return NETWORKS[name](**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.*: the network {name!r} does not take this: {error}") from error
+
+
+def on_paper(model: Any) -> Any:
+    """`build` without memory: tensors with shapes and no contents, for counting and checking."""
+    with torch.device("meta"):
+        return build(model)

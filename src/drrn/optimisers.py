@@ -1,0 +1,117 @@
+"""Optimisers and schedules by name (`optim.algorithm`, `optim.schedule`), or of another library by `_target_`.
+
+One of ours is a function here and a line in its dict. `optim.optimiser={_target_: torch.optim.RMSprop, alpha: 0.9}`
+and `optim.scheduler={_target_: torch.optim.lr_scheduler.OneCycleLR, …}` take any class of PyTorch's kinds instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from drrn.targets import make
+
+if TYPE_CHECKING:  # a name is checked before torch is imported
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from drrn.config import OptimConfig
+
+Groups = list[dict[str, Any]]
+SECOND = 0.999  # Adam's second β; the first is optim.momentum
+
+
+def sgd(groups: Groups, optim: OptimConfig, fused: bool) -> Optimizer:
+    """Sec. 4.2: momentum, weight decay on everything."""
+    from torch.optim import SGD
+
+    return SGD(groups, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused)
+
+
+def adam(groups: Groups, optim: OptimConfig, fused: bool) -> Optimizer:
+    """Kingma and Ba 2015; `optim.weight_decay` is added to the gradient."""
+    from torch.optim import Adam
+
+    return Adam(groups, optim.lr, (optim.momentum, SECOND), weight_decay=optim.weight_decay, fused=fused)
+
+
+def adamw(groups: Groups, optim: OptimConfig, fused: bool) -> Optimizer:
+    """Loshchilov and Hutter 2019: the weights themselves decay, by γ · `optim.weight_decay` a step."""
+    from torch.optim import AdamW
+
+    return AdamW(groups, optim.lr, (optim.momentum, SECOND), weight_decay=optim.weight_decay, fused=fused)
+
+
+OPTIMISERS: dict[str, Callable[[Groups, OptimConfig, bool], Optimizer]] = {"sgd": sgd, "adam": adam, "adamw": adamw}
+
+
+def halve(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
+    """Halved every so many epochs or steps (Sec. 4.2)."""
+    return 0.5 ** (step // _every(optim, steps_per_epoch))
+
+
+def cosine(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
+    """Half a cosine from 1 down to 0 over the run (Loshchilov and Hutter 2017)."""
+    return 0.5 * (1 + math.cos(math.pi * min(step / max_steps, 1)))
+
+
+def tenth(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
+    """A tenth where `halve` has a half, as VDSR is trained (Sec. 4.1 of Kim et al. 2016)."""
+    return 0.1 ** (step // _every(optim, steps_per_epoch))
+
+
+SCHEDULES: dict[str, Callable[[OptimConfig, int, int, int], float]] = {
+    "halve": halve,
+    "cosine": cosine,
+    "step": tenth,
+}
+
+
+def _every(optim: OptimConfig, steps_per_epoch: int) -> int:
+    return optim.halve_every_steps or max(1, round((optim.halve_every_epochs or 1) * steps_per_epoch))
+
+
+def learning_rate_factor(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
+    """γ / optim.lr after `step` optimiser steps; it rises along a line over the first `optim.warmup_steps`."""
+    warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
+    return warm * SCHEDULES[optim.schedule](optim, step, steps_per_epoch, max_steps)
+
+
+def configured(
+    network: nn.Module, optim: OptimConfig, steps_per_epoch: int, max_steps: int, fused: bool
+) -> tuple[Optimizer, LRScheduler]:
+    """The optimiser of a network and the schedule of its rate, a step at a time.
+
+    Args:
+        network: biases of its convolutions learn at `optim.bias_lr_mult` times the rate.
+        fused: whether PyTorch's fused kernels may take the step.
+
+    Raises:
+        UserError: what `optim.optimiser` or `optim.scheduler` names is none, or does not take its arguments.
+    """
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+    slow = [m.bias for m in network.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
+    slow = [] if optim.bias_lr_mult == 1 else slow
+    known = {id(bias) for bias in slow}
+    groups: Groups = [{"params": [p for p in network.parameters() if id(p) not in known]}]
+    if slow:
+        groups.append({"params": slow, "lr": optim.lr * optim.bias_lr_mult})
+    if optim.optimiser is not None:
+        optimizer = make("optim.optimiser", optim.optimiser, Optimizer, groups, lr=optim.lr)
+    else:
+        optimizer = OPTIMISERS[optim.algorithm](groups, optim, fused)
+    if optim.scheduler is not None:
+        return optimizer, make("optim.scheduler", optim.scheduler, LRScheduler, optimizer)
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(optim, step, steps_per_epoch, max_steps))
+
+
+def takes_found_inf(optimizer: Optimizer) -> bool:
+    """Whether it leaves weights and state as they are where its `found_inf` is 1: PyTorch's fused solvers do."""
+    from torch.optim import SGD, Adam, AdamW
+
+    return isinstance(optimizer, SGD | Adam | AdamW) and bool(optimizer.defaults.get("fused"))

@@ -1,0 +1,278 @@
+"""`drrn.fast.training`: the network as it is trained against the network itself, compiled and not; a step that waits
+for nothing, and what becomes of a step that is not finite."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drrn.errors import UserError
+from drrn.fast.training import InTraining, Latch, memory_errors, norms_of
+from drrn.model import DRRN
+from drrn.module import Diverged
+from drrn.optimisers import takes_found_inf
+from drrn.runs.checkpoints import Checkpoints, newest_checkpoint
+from test_model import FAMILY, PORTS, ids, lively
+from test_module import batches, fit, module
+
+__all__ = ["batches"]  # a fixture
+Pair = tuple[Tensor, Tensor]
+GOOD = torch.tensor(True)
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in ("You defined a `validation_step`", "Checkpoint directory", ".*LeafSpec")
+]
+COMPILER = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
+)
+
+
+def gradients(network: DRRN, run: Callable[[Tensor], Tensor], x: Tensor, coarse: bool = False) -> dict[str, Tensor]:
+    network.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=coarse):
+        y = run(x)
+    y.to(x.dtype).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+def momentum_of(network: DRRN, momentum: float) -> None:
+    for norm in norms_of(network):
+        norm.momentum = momentum
+
+
+# ---------------------------------------------------------------------- against the network itself
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("arguments", [*FAMILY[::3], *PORTS], ids=ids)
+def test_gradients_and_statistics_are_the_networks(arguments: dict, checkpointing: bool) -> None:
+    """With another momentum at each step; statistics that count twice would show in the second one."""
+    plain, ours = (lively(DRRN(**arguments, features=3)).train() for _ in range(2))
+    trained = InTraining(ours, checkpointing=checkpointing)
+    generator = torch.Generator().manual_seed(1)
+    for momentum in (1.0, 0.3):
+        momentum_of(plain, momentum)
+        x = torch.rand(2, 1, 7, 9, generator=generator, dtype=torch.float64) * 2 - 1
+        expected, found = gradients(plain, plain, x), gradients(ours, trained, x)
+        trained.follow(trained.statistics, [momentum] * len(trained.statistics), GOOD)
+        assert max(g.abs().max() for g in expected.values()) > 1e-3
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_micro_batches_are_averaged_one_after_another_and_a_bad_step_not_at_all() -> None:
+    plain, ours = (lively(DRRN(1, 1, features=3)).train() for _ in range(2))
+    trained, momenta = InTraining(ours), [0.5, 0.25]
+    for momentum in momenta:
+        x = torch.rand(2, 1, 5, 5, dtype=torch.float64)
+        momentum_of(plain, momentum)
+        plain(x), trained(x)
+    trained.follow(trained.statistics, momenta, GOOD)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-12, atol=1e-14, msg=name)
+    trained(x * math.nan)
+    trained.follow(trained.statistics, [0.5], ~GOOD)
+    for name, tensor in plain.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(ours.get_buffer(name), tensor, rtol=1e-12, atol=1e-14, msg=name)
+
+
+@COMPILER
+@pytest.mark.parametrize(("coarse", "checkpointing"), [(False, True), (True, False)], ids=["float32 twice", "bf16"])
+def test_compiled_it_trains_the_same_from_one_graph(coarse: bool, checkpointing: bool) -> None:
+    """One graph, whatever the momentum is. In bf16 it is as far from the exact gradient as the eager network is."""
+    torch.manual_seed(0)
+    exact = DRRN(1, 2, features=8).train()
+    eager, ours = copy.deepcopy(exact), copy.deepcopy(exact)
+    trained = InTraining(ours, compiled=True, checkpointing=checkpointing)
+    torch._dynamo.utils.counters.clear()
+    for step in range(3):
+        x = torch.rand(4, 1, 12, 12)
+        for network in (exact, eager):
+            momentum_of(network, 1 / (step + 1))
+        true, theirs, found = (
+            gradients(exact, exact, x), gradients(eager, eager, x, coarse), gradients(ours, trained, x, coarse)
+        )  # fmt: skip
+        trained.follow(trained.statistics, [1 / (step + 1)], GOOD)
+        total = torch.cat([g.flatten() for g in true.values()]).norm()  # a bias before a norm has no gradient
+        for name, right in true.items():
+            limit = 1.2 * (theirs[name] - right).norm() + 5e-3 * total if coarse else 1e-5 * total
+            assert (found[name] - right).norm() < limit, name
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for name, tensor in eager.state_dict().items():
+        close = 2e-2 if coarse else 1e-5
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=close, atol=close, msg=name)
+
+
+def peak_maps(network: DRRN, checkpointing: bool) -> float:
+    """Feature maps alive at the peak of a step, by torch's own count of what it allocates and frees."""
+    x, trained = torch.rand(2, 1, 32, 32), InTraining(network, checkpointing=checkpointing)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        trained(x).sum().backward()
+    changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return torch.tensor(changes).cumsum(0).max().item() / (network.features * x.numel() * x.element_size())
+
+
+@pytest.mark.parametrize(("norm", "kept"), [("batch", 4), ("none", 2)])
+def test_a_unit_keeps_one_feature_map_with_checkpointing(norm: str, kept: int) -> None:
+    for on, maps in ((False, kept), (True, 1)):
+        shallow, deep = (peak_maps(DRRN(1, U, features=4, norm=norm), on) for U in (4, 12))
+        assert (deep - shallow) / 8 == pytest.approx(maps, abs=0.2)
+
+
+def test_a_network_without_units_cannot_compute_them_twice() -> None:
+    with pytest.raises(UserError, match=r"speed\.checkpointing = True: Conv2d has nothing"):
+        InTraining(nn.Conv2d(1, 1, 3), checkpointing=True)
+
+
+# ---------------------------------------------------------------------- a step waits for nothing
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make Python wait for a GPU: reading a number, a truth value, a copy to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = operator.__name__
+        if name.startswith(("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")):
+            self.found.append(name)
+        if name.startswith("index") and any(getattr(i, "dtype", None) == torch.bool for i in args[1] or ()):
+            self.found.append(f"{name} by a mask")
+        return operator(*args, **(kwargs or {}))
+
+
+class Counting:
+    """Lightning's callback: `Waits` from the start of a step to its end, for each step."""
+
+    def __new__(cls) -> Any:
+        from lightning.pytorch import Callback
+
+        class Counter(Callback):
+            def __init__(self) -> None:
+                self.steps: list[list[str]] = []
+
+            def on_train_batch_start(self, *_: Any) -> None:
+                self.mode = Waits()
+                self.mode.__enter__()
+
+            def on_train_batch_end(self, *_: Any) -> None:
+                self.mode.__exit__(None, None, None)
+                self.steps.append(self.mode.found)
+
+        return Counter()
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(clip="value"), dict(clip="norm", algorithm="adam"), dict(clip="none", lr=1e-8)], ids=ids
+)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_between_two_rows_of_the_log_nothing_waits(settings: dict, precision: str, batches: list[Pair]) -> None:
+    counting = Counting()
+    logged = fit(
+        module(norm="batch", bias_lr_mult=1.0, **{"lr": 1e-3, **settings}),
+        batches[:8],
+        log_every_n_steps=4,
+        precision=precision,
+        callbacks=[counting],
+    )
+    assert len(logged) == 2
+    assert [bool(found) for found in counting.steps] == [False, False, False, True] * 2, counting.steps
+    assert "_local_scalar_dense.default" in counting.steps[3]  # the stand-in sees it
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_nothing_waits_between_two_rows_of_the_log(batches: list[Pair]) -> None:
+    from lightning.pytorch import Callback
+
+    class Strict(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            strict = 2 < batch_idx % 8 < 7  # the first steps compile
+            torch.cuda.set_sync_debug_mode("error" if strict else "default")
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trained = module(norm="batch", lr=1e-3)
+    trained.compiled = "auto"
+    given = [tuple(z.cuda() for z in pair) for pair in batches]
+    fit(
+        trained,
+        given,
+        accelerator="gpu",
+        devices=1,
+        log_every_n_steps=8,
+        precision="bf16-mixed",
+        callbacks=[Strict()],
+    )
+
+
+# ---------------------------------------------------------------------- a step that is not finite
+
+
+def test_the_first_bad_step_is_the_one_that_is_kept() -> None:
+    latch = Latch(torch.device("cpu"))
+    one, nan, inf = (torch.tensor(value) for value in (1.0, math.nan, math.inf))
+    assert latch.check(0, 0.1, one, one)
+    assert latch.check(1, 0.1, one, inf, both=False)  # with a loss scaler the gradient may overflow
+    assert latch.read() is None
+    assert not latch.check(16_777_217, 0.05, one, inf)  # more than float32 counts to
+    assert not latch.check(16_777_218, 0.02, nan, one)
+    assert not latch.check(16_777_219, 0.02, one, one)
+    assert latch.read() == (16_777_217, 1.0, math.inf, pytest.approx(0.05))
+
+
+@pytest.mark.parametrize("algorithm", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("clip", ["value", "norm", "none"])
+def test_from_a_bad_step_on_nothing_moves(clip: str, algorithm: str, batches: list[Pair], tmp_path: Path) -> None:
+    """It is noticed three steps later, when a step is logged; the checkpoint that would have been due is not kept."""
+    trained = module(
+        norm="batch", clip=clip, algorithm=algorithm, lr=1e-3, theta=1e-4, bias_lr_mult=1.0, weight_decay=0.1
+    )
+    x, truth = batches[2]
+    given = [*batches[:2], (x, truth * math.nan), *batches[3:8]]
+    with pytest.raises(Diverged, match=r"diverged at step 2: loss nan, .*γ = 0\.001"):
+        fit(trained, given, log_every_n_steps=6, enable_checkpointing=True, callbacks=[Checkpoints(tmp_path, 2)])
+    assert [path.name for path in tmp_path.iterdir()] == ["step00000002.ckpt"]
+    last = torch.load(newest_checkpoint(tmp_path), weights_only=True)
+    for name, tensor in trained.network.state_dict().items():
+        if "num_batches" not in name:
+            assert torch.equal(tensor, last["state_dict"][f"network.{name}"]), name
+
+
+def test_a_solver_that_would_take_the_bad_step_is_asked_before_it(batches: list[Pair]) -> None:
+    trained = module(lr=1e-3, optimiser={"_target_": "torch.optim.RMSprop", "alpha": 0.9})
+    start = nn.utils.parameters_to_vector(trained.network.parameters()).clone()
+    x, truth = batches[0]
+    with pytest.raises(Diverged, match="step 0"):
+        fit(trained, [(x, truth * math.nan), batches[1]], log_every_n_steps=50)
+    assert torch.equal(nn.utils.parameters_to_vector(trained.network.parameters()), start)
+    assert not takes_found_inf(trained.trainer.optimizers[0])
+
+
+def test_the_end_of_a_run_is_looked_at_too(batches: list[Pair]) -> None:
+    x, truth = batches[0]
+    with pytest.raises(Diverged, match="step 1"):
+        fit(module(lr=1e-3), [batches[1], (x, truth * math.inf)], log_every_n_steps=50)
+
+
+def test_too_little_memory_is_one_line() -> None:
+    with (
+        pytest.raises(UserError, match=r"lower data\.batch_size, raise trainer\.accumulate_grad_batches"),
+        memory_errors(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
