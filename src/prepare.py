@@ -31,13 +31,14 @@ def prepare(data: DataConfig) -> None:
     """Fetch, verify, build, and say what there is."""
     from drrn.patch_build import prepare_patches
     from drrn.patches import Patches, Recipe
-    from drrn.sets import image_files
+    from drrn.sets import evaluation_sets
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sets = evaluation_sets(data, complete=True)
     path = prepare_patches(data.name, Recipe.of(data), Path(data.root), Path(data.patches), max(1, data.num_workers))
     print(f"{path}: {Patches(path).stored:,} pairs, {path.stat().st_size / 1e9:.2f} GB")
-    for name in data.val:
-        print(f"{name}: {len(image_files(name, Path(data.root)))} images")
+    for label, files in sets.items():
+        print(f"{label}: {len(files)} images")
 
 
 if __name__ == "__main__":

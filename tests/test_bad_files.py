@@ -23,7 +23,6 @@ from PIL import Image
 import drrn.weights.export
 from conftest import TINY
 from drrn.config import ModelConfig
-from drrn.datamodule import check_size
 from drrn.disk import write_whole
 from drrn.errors import UserError
 from drrn.model import DRRN
@@ -31,6 +30,7 @@ from drrn.patch_build import pair_count, prepare_patches
 from drrn.patches import Recipe
 from drrn.photos.read import Photo, read_photo
 from drrn.photos.write import write_photo
+from drrn.sets import check_size
 from drrn.weights.ours import save_weights
 
 # ---------------------------------------------------------------------- images

@@ -13,12 +13,13 @@ import skimage.data
 import torch
 from PIL import Image
 
-from drrn.datamodule import EvaluationImages, SuperResolutionData, Task, check_size
+from drrn.datamodule import EvaluationImages, SuperResolutionData, Task
 from drrn.errors import UserError
 from drrn.images import orientations, read_luminance
 from drrn.matlab import imresize
 from drrn.patches import Patches, ShuffledBatches
 from drrn.protocol import prepare
+from drrn.sets import check_size
 
 
 def prepared(config: object, step: int = 0, rank: int = 0, world: int = 1) -> SuperResolutionData:

@@ -13,14 +13,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from drrn.config import Config, DataConfig
-from drrn.errors import UserError
-from drrn.images import image_size, orientations, read_luminance
-from drrn.metrics import SSIM_WINDOW
+from drrn.config import Config
+from drrn.images import orientations, read_luminance
 from drrn.patch_build import prepare_patches
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches
 from drrn.protocol import prepare
-from drrn.sets import image_files, set_label
+from drrn.sets import evaluation_sets
 from drrn.workers import end_with_parent
 
 
@@ -32,34 +30,6 @@ class Task(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.set_name}_x{self.scale}"
-
-
-def evaluation_sets(data: DataConfig) -> dict[str, list[Path]]:
-    """The sets to measure on, by label, each image looked at before hours of training.
-
-    Raises:
-        UserError: an image cannot be read, or is too small to be scored at the largest scale.
-    """
-    sets = {}
-    for name in data.val:
-        files = image_files(name, Path(data.root), complete=False)
-        for file in files:
-            check_size(file, max(*data.scales, *data.val_scales))
-        if sets.setdefault(label := set_label(name, files), files) is not files:
-            raise UserError(f"data.val: {name} is {label}, which is there already")
-    return sets
-
-
-def check_size(file: Path, scale: int) -> None:
-    """Make sure, before hours of training, that an image can be scored at a scale.
-
-    Raises:
-        UserError: it cannot be read; or, cropped to the scale and shaved by it on every side, it holds no 11×11
-            window for the SSIM.
-    """
-    height, width = image_size(file)
-    if min(side - side % scale for side in (width, height)) - 2 * scale < SSIM_WINDOW:
-        raise UserError(f"{file} ({width}×{height}) is too small to be scored at ×{scale}: take it out of data.val")
 
 
 def _start_worker(worker: int) -> None:

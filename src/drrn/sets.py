@@ -23,6 +23,8 @@ from drrn.home import DATA
 if TYPE_CHECKING:
     from pooch import Pooch
 
+    from drrn.config import DataConfig
+
 log = logging.getLogger(__name__)
 
 REGISTRY = DATA / "registry.txt"
@@ -253,6 +255,40 @@ def set_label(set_name: str, files: list[Path]) -> str:
     return folder.name if same else f"{folder.parent.name}/{folder.name}"
 
 
+# ---------------------------------------------------------------------- sets to measure on
+
+
+def evaluation_sets(data: DataConfig, complete: bool = False) -> dict[str, list[Path]]:
+    """The sets to measure on, by label, each image looked at before hours of training; `complete` as above.
+
+    Raises:
+        UserError: an image cannot be read, or is too small to be scored at the largest scale.
+    """
+    sets = {}
+    for name in data.val:
+        files = image_files(name, Path(data.root), complete)
+        for file in files:
+            check_size(file, max(*data.scales, *data.val_scales))
+        if sets.setdefault(label := set_label(name, files), files) is not files:
+            raise UserError(f"data.val: {name} is {label}, which is there already")
+    return sets
+
+
+def check_size(file: Path, scale: int) -> None:
+    """Make sure, before hours of training, that an image can be scored at a scale.
+
+    Raises:
+        UserError: it cannot be read; or, cropped to the scale and shaved by it on every side, it holds no 11×11
+            window for the SSIM.
+    """
+    from drrn.images import image_size
+    from drrn.metrics import SSIM_WINDOW
+
+    height, width = image_size(file)
+    if min(side - side % scale for side in (width, height)) - 2 * scale < SSIM_WINDOW:
+        raise UserError(f"{file} ({width}×{height}) is too small to be scored at ×{scale}: take it out of data.val")
+
+
 def counterpart(folder: Path, label: str, image: Path, scale: int, only_scale: bool) -> Path:
     """What another program made of an image: `baby_x3.png`, or `baby.png` where it is clear which scale that is.
 
@@ -261,7 +297,7 @@ def counterpart(folder: Path, label: str, image: Path, scale: int, only_scale: b
     Raises:
         UserError: there is none, or there are several.
     """
-    marked = re.compile(rf"{re.escape(image.stem)}[_-]?x{scale}(?!\d).*", re.IGNORECASE)
+    marked = re.compile(rf"({re.escape(image.stem)}|{re.escape(image.name)})[_-]?x{scale}(?!\d).*", re.IGNORECASE)
     for place in (f"{label}/x{scale}", f"x{scale}/{label}", label, f"x{scale}", "."):
         if not (folder / place).is_dir():
             continue
