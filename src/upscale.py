@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 from drrn.config import typed
 from drrn.home import CONF
 from drrn.launch import launch, refusing
-from drrn.photos.upscale import Options, check, plan, upscale
+from drrn.photos.plan import Options, check, plan
+from drrn.photos.upscale import upscale
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="upscale")
@@ -23,16 +24,8 @@ def main(cfg: DictConfig) -> None:
     with refusing():
         options = typed(Options, cfg)
         check(options)
-        jobs = plan(options)
-        try:
-            failed = upscale(options, jobs)
-        except KeyboardInterrupt:
-            print("upscale.py: stopped; nothing is left of the file in hand, the finished ones stay", file=sys.stderr)
-            sys.exit(130)
-    if failed:
-        if len(jobs) > 1:
-            print(f"upscale.py: {failed} of {len(jobs)} files failed", file=sys.stderr)
-        sys.exit(1)
+        status = upscale(options, plan(options))
+    sys.exit(status)
 
 
 if __name__ == "__main__":

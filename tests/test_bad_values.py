@@ -115,6 +115,8 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "suffix": [".gif", "png"],
         "quality": [0, 101],
         "tile": [0, -1],
+        "precision": ["half"],
+        "threads": [0, 5000],
         "device": ["abacus", "cuda:x"],
         "max_pixels": [0, -1],
     },
@@ -153,7 +155,7 @@ SOUND = {
 
 ROOMS = {
     "evaluate": "drrn.evaluation",
-    "upscale": "drrn.photos.upscale",
+    "upscale": "drrn.photos.plan",
     "report": "drrn.report.report",
     "convert": "drrn.weights.convert",
 }

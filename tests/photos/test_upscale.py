@@ -22,11 +22,11 @@ from stress_images import sound_files, stress
 
 from drrn.config import ModelConfig, typed
 from drrn.errors import UserError
-from drrn.fast import strips as inference
+from drrn.fast import strips
 from drrn.images import FORMATS
 from drrn.matlab import imresize, rgb2ycbcr, ycbcr2rgb
 from drrn.photos import enlarge as photos_enlarge
-from drrn.photos import upscale
+from drrn.photos import plan, upscale
 from drrn.photos import write as photos_write
 from drrn.photos.enlarge import enlarge, result_size
 from drrn.photos.read import Photo, read_photo
@@ -70,20 +70,25 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-def options(**values: object) -> upscale.Options:
+def options(**values: object) -> plan.Options:
     """The defaults of conf/upscale.yaml with some values changed, checked as the entry point does."""
     defaults = OmegaConf.load(ROOT / "conf" / "upscale.yaml")
     for key in ("defaults", "hydra"):
         del defaults[key]
-    made = typed(upscale.Options, OmegaConf.merge(defaults, {k: v for k, v in values.items()}))
-    upscale.check(made)
+    made = typed(plan.Options, OmegaConf.merge(defaults, {k: v for k, v in values.items()}))
+    plan.check(made)
     return made
 
 
+def images_in(folder: Path) -> list[str]:
+    """Files below a folder, by their place in it."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
 def run(**values: object) -> int:
-    """What `python src/upscale.py …` does after Hydra: the number of files that failed."""
+    """What `python src/upscale.py …` does after Hydra: its exit code."""
     made = options(**{k: str(v) if isinstance(v, Path) else v for k, v in values.items()})
-    return upscale.upscale(made, upscale.plan(made))
+    return upscale.upscale(made, plan.plan(made))
 
 
 def save(path: Path, array: np.ndarray, **how: object) -> Path:
@@ -304,7 +309,7 @@ def bad_files(rgb: np.ndarray, folder: Path) -> dict[str, str]:
     Image.fromarray(rgb).save(eps, "EPS")
     files = {
         "empty.png": (b"", "empty"),
-        "text.jpg": (b"This is not a picture.\n" * 9, "is not a PNG, JPEG, WebP, TIFF or BMP"),
+        "text.jpg": (b"This is not a picture.\n" * 9, "is not a PNG, JPEG, WebP, TIFF, BMP, GIF"),
         "cut.png": (good[: len(good) // 2], "cannot be read"),
         "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "header.jpg": (jpeg[:9], "cannot be read"),
@@ -373,6 +378,7 @@ def test_colour_is_y_by_the_network_and_the_rest_by_bicubic(scale, tile, rgb, al
     monkeypatch.setattr(photos_enlarge, "CHUNK", 1000)  # strips of few rows, as large images have
     monkeypatch.setattr(photos_write, "CHUNK", 1000)
     network = lively(B=1, U=2)
+    alpha = np.maximum(alpha, 1)  # nothing is hidden
     size = result_size(*rgb.shape[:2], scale)
     ycbcr = imresize(rgb2ycbcr(rgb / 255), size=size)
     with torch.no_grad():
@@ -596,9 +602,10 @@ def test_what_fails_does_not_stop_the_others(rgb, tmp_path, weights, capsys):
     bad.pop("folder.png")
     names = sorted([*bad, "good.png", "good.jpg"])
     inputs, out = [str(tmp_path / name) for name in names], tmp_path / "out"
-    assert run(input=inputs, output=out, scale=2, checkpoint=weights) == len(bad)
+    assert run(input=inputs, output=out, scale=2, checkpoint=weights) == 1
     assert sorted(p.name for p in out.iterdir()) == ["good.jpg", "good.png"]
     errors = capsys.readouterr().err
+    assert f"{len(bad)} of {len(names)} files failed" in errors
     for name, word in bad.items():
         line = next(line for line in errors.splitlines() if name in line)
         assert word in line
@@ -608,9 +615,9 @@ def test_existing_outputs_are_kept_unless_told(rgb, tmp_path, capsys):
     source, target = save(tmp_path / "a.png", rgb), tmp_path / "b.png"
     target.write_bytes(b"precious")
     job = {"input": source, "output": target, "scale": 2, "method": "bicubic"}
-    assert run(**job) == 1
+    assert run(**job) == 0
     assert target.read_bytes() == b"precious"
-    assert f"{target} exists: overwrite=true" in capsys.readouterr().err
+    assert f"{target} exists: skipped; overwrite=true replaces it" in capsys.readouterr().out
     assert run(**job, overwrite=True) == 0
     assert read_photo(target).pixels.shape == (140, 182, 3)
 
@@ -698,11 +705,11 @@ def test_scales_outside_the_training_are_said(rgb, tmp_path, weights, capsys):
 
 def test_a_large_canvas_leaves_less_room_to_feature_maps(monkeypatch):
     network = lively(B=1, U=2)
-    monkeypatch.setattr(inference, "available_memory", lambda: 64 * 10**9)
-    assert upscale.room_beside(4 * 10_000_000, network) == inference.ROOM
+    monkeypatch.setattr(strips, "available_memory", lambda: 64 * 10**9)
+    assert upscale.room_beside(4 * 10_000_000, network) == strips.ROOM
     canvas = 4 * 200_000_000
-    assert upscale.room_beside(canvas, network) + canvas < upscale.MEMORY < inference.ROOM + canvas + upscale.WORKING
-    assert upscale.room_beside(10**12, network) == inference.ROOM // 8  # it goes on all the same
+    assert upscale.room_beside(canvas, network) + canvas < upscale.MEMORY < strips.ROOM + canvas + upscale.WORKING
+    assert upscale.room_beside(10**12, network) == strips.ROOM // 8  # it goes on all the same
 
 
 SCRIPT = str(ROOT / "src" / "upscale.py")
@@ -774,7 +781,8 @@ def test_a_full_disk_is_said_and_leaves_nothing(rgb, tmp_path):
     assert read_photo(out / "small.png").pixels.shape == (8, 8, 3)
 
 
-def test_ctrl_c_leaves_nothing_half_written(rgb, tmp_path, weights):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_leaves_nothing_half_written(number, code, rgb, tmp_path, weights):
     save(tmp_path / "a.png", np.tile(rgb, (12, 12, 1)))
     (tmp_path / "out").mkdir()
     arguments = ("input=a.png", "scale=4", f"checkpoint={weights}", "output=out", "self_ensemble=true", "tile=100")
@@ -787,9 +795,9 @@ def test_ctrl_c_leaves_nothing_half_written(rgb, tmp_path, weights):
     while not list((tmp_path / "out").iterdir()) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     assert [p.suffix for p in (tmp_path / "out").iterdir()] == [".partial"]  # it is being written
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "stopped" in errors
     assert "Traceback" not in errors
     assert list((tmp_path / "out").iterdir()) == []

@@ -10,15 +10,14 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from drrn.matlab import resize_matrix, rgb2ycbcr, ycbcr2rgb
+from drrn.photos.alpha import fill_hidden, opacity
 
 if TYPE_CHECKING:
-    from drrn.model import DRRN
+    from torch import nn
 
 RESULT_FACTOR = 16  # a result has at most so many times max_pixels
+INVISIBLE = 2**-18  # an opacity that is 0 in 8 and 16 bits
 CHUNK = 1 << 20  # pixels that are converted or encoded at a time
-
-
-# ---------------------------------------------------------------------- enlarging
 
 
 def result_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -29,75 +28,103 @@ def result_size(height: int, width: int, scale: float) -> tuple[int, int]:
 def enlarge(
     pixels: NDArray[Any],
     size: tuple[int, int],
-    network: DRRN | None,
+    network: nn.Module | None,
     tile: int | None = None,
     self_ensemble: bool = False,
     progress: Callable[[int, int], None] | None = None,
     room: int | None = None,
+    precision: str = "float32",
 ) -> Iterator[NDArray[Any]]:
     """Super-resolve an image, colour as in the paper: Y by the network, Cb and Cr by bicubic.
 
     A grey image is its own Y (0…255), colour goes through MATLAB's `rgb2ycbcr` (Y in 16…235), unrounded, as in
-    the evaluation protocol. Alpha is enlarged by bicubic. The whole image is mapped on the whole result, so at a
-    fractional scale no border is lost. Only strips are ever in memory.
+    the evaluation protocol. Alpha is enlarged by bicubic. Colours that it hides never show: they are filled from
+    what is visible around them for a network, and without one colours are interpolated weighted by alpha. The whole
+    image is mapped on the whole result, so at a fractional scale no border is lost. Only strips are ever in memory.
 
     Args:
         pixels: [H, W, C], uint8, uint16 or float32 as in `Photo`.
         size: (H', W') of the result.
         network: None enlarges everything by bicubic.
-        tile, self_ensemble, progress, room: as in `drrn.inference.super_resolve_strips`.
+        tile, self_ensemble, progress, room, precision: as in `drrn.inference.super_resolve_strips`.
 
     Yields:
         Strips [h, W', C] of the result from the top, of the same dtype, rounded half up and clipped to its range;
         floating pixels are clipped to 0…1, or to the image's own extremes where they lie outside.
     """
-    height, width, channels = pixels.shape
-    weights = (
-        resize_matrix(height, size[0] / height, size[0]),
-        resize_matrix(width, size[1] / width, size[1]),
-    )
-    if pixels.dtype.kind == "f":
-        low, high = min(0.0, float(pixels.min())), max(1.0, float(pixels.max()))
-    else:
-        low, high = 0.0, float(np.iinfo(pixels.dtype).max)
-    colour = channels >= 3
-
-    def unit(part: NDArray[Any]) -> NDArray[np.float64]:
-        return (part - np.float64(low)) / (high - low)
+    clear = pixels.shape[2] in (2, 4)
+    if clear and network is not None:
+        pixels = fill_hidden(pixels)
+    planes = _Planes(pixels, size, weighted=clear and network is None)
 
     def luminance(first: int, last: int) -> NDArray[np.float32]:
         """Rows of the interpolated Y."""
-        y = np.empty((last - first, size[1]), np.float32)
-        for a, b in _chunks(first, last, size[1]):
-            y[a - first : b - first] = _resized(
-                lambda r, s: rgb2ycbcr(unit(pixels[r:s, :, :3]))[..., :1] if colour else unit(pixels[r:s, :, :1]),
-                weights, a, b,
-            )[..., 0]  # fmt: skip
-        return y
+        parts = [planes.interpolated(slice(0, 1), a, b)[..., 0] for a, b in _chunks(first, last, size[1])]
+        return np.concatenate(parts).astype(np.float32)
 
     if network is None:
         strips: Iterator[NDArray[np.float32]] = (luminance(a, b) for a, b in _chunks(0, size[0], size[1]))
     else:
         from drrn.inference import super_resolve_strips
 
-        strips = super_resolve_strips(network, luminance, size, tile, self_ensemble, progress, room)
+        strips = super_resolve_strips(network, luminance, size, tile, self_ensemble, progress, room, precision)
 
     top = 0
     for y in strips:
         for a, b in _chunks(top, top + len(y), size[1]):
-            result = np.empty((b - a, size[1], channels), np.float64)
-            part = y[a - top : b - top, :, None]
-            if colour:
-                chroma = _resized(lambda r, s: rgb2ycbcr(unit(pixels[r:s, :, :3]))[..., 1:], weights, a, b)
-                result[..., :3] = ycbcr2rgb(np.concatenate([part.astype(np.float64), chroma], axis=2))
-            else:
-                result[..., :1] = part
-            if channels in (2, 4):
-                result[..., -1:] = _resized(lambda r, s: unit(pixels[r:s, :, -1:]), weights, a, b)
-            np.clip(result, 0, 1, out=result)
-            result = result * (high - low) + low
-            yield (np.floor(result + 0.5) if pixels.dtype.kind == "u" else result).astype(pixels.dtype)
+            result = y[a - top : b - top, :, None].astype(np.float64)
+            if planes.colour:
+                result = ycbcr2rgb(np.concatenate([result, planes.interpolated(slice(1, 3), a, b)], axis=2))
+            if clear:
+                result = np.concatenate([result, planes.alpha(a, b)], axis=2)
+            yield planes.stored(result)
         top += len(y)
+
+
+class _Planes:
+    """An image's Y, Cb, Cr (or grey) and alpha, interpolated some rows at a time.
+
+    Args:
+        pixels, size: as in `enlarge`.
+        weighted: weight colours by alpha.
+    """
+
+    def __init__(self, pixels: NDArray[Any], size: tuple[int, int], weighted: bool) -> None:
+        self.pixels, self.weighted, self.colour = pixels, weighted, pixels.shape[2] >= 3
+        self.weights = tuple(resize_matrix(n, new / n, new) for n, new in zip(pixels.shape, size, strict=False))
+        if pixels.dtype.kind == "f":
+            self.low, self.high = min(0.0, float(pixels.min())), max(1.0, float(pixels.max()))
+        else:
+            self.low, self.high = 0.0, float(np.iinfo(pixels.dtype).max)
+
+    def _unit(self, part: NDArray[Any]) -> NDArray[np.float64]:
+        return (part - np.float64(self.low)) / (self.high - self.low)
+
+    def interpolated(self, which: slice, first: int, last: int) -> NDArray[np.float64]:
+        """Rows first…last of some planes of Y, Cb, Cr, or of grey [h, W', C], 0…1."""
+
+        def planes(a: int, b: int) -> NDArray[np.float64]:
+            part = self._unit(self.pixels[a:b, :, : 3 if self.colour else 1])
+            return (rgb2ycbcr(part) if self.colour else part)[..., which]
+
+        def opaque(a: int, b: int) -> NDArray[np.float64]:
+            return opacity(self.pixels[a:b, :, -1:])
+
+        plain = _resized(planes, self.weights, first, last)
+        if not self.weighted:
+            return plain
+        seen = _resized(opaque, self.weights, first, last)
+        sums = _resized(lambda a, b: planes(a, b) * opaque(a, b), self.weights, first, last)
+        return np.divide(sums, seen, out=plain, where=seen > INVISIBLE)
+
+    def alpha(self, first: int, last: int) -> NDArray[np.float64]:
+        """Rows of alpha [h, W', 1], 0…1."""
+        return _resized(lambda a, b: self._unit(self.pixels[a:b, :, -1:]), self.weights, first, last)
+
+    def stored(self, result: NDArray[np.float64]) -> NDArray[Any]:
+        """0…1 → the image's own range and type, clipped, rounded half up."""
+        result = np.clip(result, 0, 1) * (self.high - self.low) + self.low
+        return (np.floor(result + 0.5) if self.pixels.dtype.kind == "u" else result).astype(self.pixels.dtype)
 
 
 def _chunks(first: int, last: int, width: int) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,8 @@
 """People's images: reading what comes, enlarging it, writing it without losing anything in silence.
 
-`drrn.images` reads benchmarks; here are the files that people have: PNG, JPEG, WebP, TIFF and BMP with 8 or 16 bits
-or floating pixels, grey or colour, with palettes, transparency, profiles and orientations.
+`drrn.images` reads benchmarks; here are the files that people have: PNG, JPEG, WebP, TIFF and BMP (read and written),
+GIF, PPM, JPEG 2000 and AVIF (read), with 8 or 16 bits or floating pixels, grey or colour, with palettes,
+transparency, profiles and orientations.
 
 What becomes of what:
 
@@ -14,9 +15,11 @@ What becomes of what:
 | CMYK | 8-bit RGB: through its profile to sRGB, or by Pillow's plain formula if it has none |
 | floating TIFF | 32-bit floating TIFF; values outside 0…1 are mapped to 0…1 for the network and back |
 
+Colour profile, EXIF, XMP, resolution and PNG's colour and text chunks are kept where the result's format can.
+
 Refused by name: NaN or infinity, 32-bit integers, Lab, premultiplied 16-bit alpha.
 
-Files come from anywhere, so only these five formats are ever opened, the size is checked before anything is
+Files come from anywhere, so only these nine formats are ever opened, the size is checked before anything is
 decoded, and whatever a decoder raises becomes a `UserError` that names the file.
 """
 
@@ -33,14 +36,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrn.errors import UserError
-from drrn.images import KINDS, check_whole
+from drrn.images import KINDS, OTHER_FORMATS, check_whole
+from drrn.photos.metadata import Chunks, exif_and_orientation, png_chunks, resolution, upright_xmp
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 100_000_000  # an 8-bit picture of this size takes 0.7 GB to read
-
-ORIENTATION, EXIF_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003  # EXIF tags
+READ = (*KINDS, *dict.fromkeys(kind for kind in OTHER_FORMATS.values() if kind))  # as Pillow calls them
 
 
 @dataclass
@@ -52,12 +55,18 @@ class Photo:
         icc: its colour profile, or None.
         exif: its EXIF data (camera, date, place; no orientation), or None. Not read from TIFF and BMP.
         notes: what was left out or changed on reading, in words for the user.
+        dpi: pixels an inch across and down, or None.
+        xmp: its XMP packet, or None.
+        chunks: a PNG's own colour information and texts.
     """
 
     pixels: NDArray[Any]
     icc: bytes | None = None
     exif: Image.Exif | None = None
     notes: list[str] = field(default_factory=list)
+    dpi: tuple[float, float] | None = None
+    xmp: bytes | None = None
+    chunks: Chunks = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------- reading
@@ -67,7 +76,7 @@ def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Photo:
     """Read an image file, by its content and not by its suffix; of several frames or pages the first.
 
     Raises:
-        UserError: naming the file: it is missing, not one of the five formats, damaged, truncated, larger than
+        UserError: naming the file: it is missing, not one of the nine formats, damaged, truncated, larger than
             `max_pixels`, or of a kind that the module's table does not list.
     """
     if not path.exists():
@@ -91,7 +100,8 @@ def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Photo:
                 if not start:
                     raise UserError(f"{path} is empty") from None
                 raise UserError(
-                    f"{path} is not a PNG, JPEG, WebP, TIFF or BMP image, or its header is damaged"
+                    f"{path} is not a PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000 or AVIF image, or its header "
+                    "is damaged"
                 ) from None
     except UserError:
         raise
@@ -116,7 +126,7 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
     """What Pillow knows."""
     from PIL import Image
 
-    with Image.open(path, formats=KINDS) as image:
+    with Image.open(path, formats=READ) as image:
         _check_size(path, *image.size, max_pixels)
         kind, mode = image.format, image.mode
         raw = [tile.args if isinstance(tile.args, str) else tile.args[0] for tile in image.tile if tile.args]
@@ -126,9 +136,10 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
             return _read_tifffile(path, max_pixels)  # planes of more than 8 bits, which Pillow muddles
         check_whole(path, image)
         white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0
+        shortened = _is_shortened(path, image)
         image.load()
-        info, notes = dict(image.info), []
-        exif, orientation = _exif(image, notes)
+        info, notes = dict(image.info), ["of its more than 8 bits a channel 8 are read"] if shortened else []
+        exif, orientation = exif_and_orientation(image, notes)
         try:
             if getattr(image, "is_animated", False):
                 notes.append("only its first picture is read")
@@ -153,6 +164,8 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
                 raise UserError(f"{path} has {bits[0]} bits a pixel: 8 and 16 are read")
             pixels = np.asarray(image).astype(np.uint16)[..., None]
             pixels = 65535 - pixels if white_is_zero else pixels  # with 8 bits Pillow does it
+        elif mode == "I" and kind == "PPM":
+            pixels = np.asarray(image).astype(np.uint16)[..., None]
         elif mode == "F":
             pixels = np.array(image, dtype=np.float32)[..., None]
         elif mode == "CMYK":
@@ -175,7 +188,25 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
         pixels = np.concatenate([pixels, seen * pixels.dtype.type(np.iinfo(pixels.dtype).max)], axis=2)
     if kind == "TIFF":  # Pillow has turned it
         orientation = 1
-    return Photo(_upright(_finite(path, pixels), orientation), icc, exif, notes)
+    dpi = resolution(info, exif)
+    dpi = dpi[::-1] if dpi and orientation >= 5 else dpi
+    chunks = png_chunks(path, notes) if kind == "PNG" else []
+    pixels = _upright(_finite(path, pixels), orientation)
+    return Photo(pixels, icc, exif, notes, dpi, upright_xmp(info.get("xmp")), chunks)
+
+
+def _is_shortened(path: Path, image: Image.Image) -> bool:
+    """Whether Pillow shortens a colour picture to 8 bits without a word; only where it does not tell the depth."""
+    with path.open("rb") as file:
+        start = file.read(1 << 16)
+    if image.format == "PPM":
+        args = image.tile[0].args  # of a depth of 8 bits the name alone
+        return image.mode == "RGB" and not isinstance(args, str) and args[-1] > 255
+    if image.format == "JPEG2000":  # the codestream's SIZ, 42 bytes before the depth of its first channel
+        depth = start[start.find(b"\xff\x4f\xff\x51") + 42 :][:1]
+        return image.mode != "I;16" and depth != b"" and depth[0] & 127 > 7
+    flags = start[start.find(b"av1C") + 6 :][:1]
+    return image.format == "AVIF" and flags != b"" and bool(flags[0] & 0x40)  # high_bitdepth
 
 
 def _decode_as(path: Path, rawmode: str) -> NDArray[np.uint8]:
@@ -188,23 +219,6 @@ def _decode_as(path: Path, rawmode: str) -> NDArray[np.uint8]:
             for tile in image.tile
         ]
         return np.asarray(image)
-
-
-def _exif(image: Image.Image, notes: list[str]) -> tuple[Image.Exif | None, int]:
-    """EXIF data without the orientation, and the orientation 1…8."""
-    try:
-        exif = image.getexif()
-        orientation = exif.get(ORIENTATION, 1)
-        keep = image.format in ("JPEG", "MPO", "PNG", "WEBP") and len(exif) > 0
-        exif.pop(ORIENTATION, None)
-        if keep:
-            exif.tobytes()  # that it can be written
-    except Exception:  # it is nothing that a picture needs
-        notes.append("its EXIF data are damaged and left out")
-        return None, 1
-    if orientation not in range(1, 9):
-        orientation = 1
-    return (exif if keep else None), orientation
 
 
 def _cmyk_to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes | None]:
@@ -248,6 +262,7 @@ def _read_tifffile(path: Path, max_pixels: int) -> Photo:
         pixels = page.asarray(maxworkers=1)
         notes = ["only its first picture is read"] if len(file.pages) > 1 else []
         icc, orientation = page.iccprofile, page.tags.valueof(274, default=1)
+        dpi = resolution({"dpi": page.get_resolution("INCH")}, None) if page.resolutionunit in (2, 3) else None
         separate = page.planarconfig == 2 and samples > 1
     if dtype.kind == "f":
         pixels = pixels.astype(np.float32)
@@ -255,7 +270,8 @@ def _read_tifffile(path: Path, max_pixels: int) -> Photo:
     if page.photometric == 0 and dtype.kind == "u":
         pixels[..., 0] = np.iinfo(dtype).max - pixels[..., 0]
     orientation = int(orientation) if orientation in range(1, 9) else 1
-    return Photo(_upright(_finite(path, pixels), orientation), icc, None, notes)
+    dpi = dpi[::-1] if dpi and orientation >= 5 else dpi
+    return Photo(_upright(_finite(path, pixels), orientation), icc, None, notes, dpi)
 
 
 def _finite(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:

@@ -1,26 +1,25 @@
-"""Enlarge photographs: one file, several, or a folder with its structure."""
+"""Enlarge photographs file by file: say what becomes of each, count, stop cleanly."""
 
 from __future__ import annotations
 
-import math
-import re
+import contextlib
+import os
+import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING
-
-from drrn.config import key
-from drrn.errors import UserError
+from drrn.errors import UserError, printable
+from drrn.photos.plan import Job, Options
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from rich.progress import Progress
-
-    from drrn.model import DRRN
-
+    from torch import nn
 
 MEMORY = 2_000_000_000  # bytes beside the loaded image, everything included
 WORKING = 600_000_000  # of these, what strips, decoders, encoders and the weights take
@@ -28,155 +27,105 @@ PAPER_SCALES = [2, 3, 4]
 STREAMED = (".png", ".tif", ".tiff")  # results that are written strip by strip
 
 
-@dataclass
-class Options:
-    """What `conf/upscale.yaml` may hold."""
-
-    input: Any = MISSING  # file, folder, or a list of them
-    output: str | None = MISSING  # file, or folder
-    scale: float | None = MISSING  # above 1
-    checkpoint: str | None = MISSING  # weights; needed by method=network
-    method: str = key("what enlarges", choices=("network", "bicubic"))
-    overwrite: bool = MISSING  # replace existing outputs
-    suffix: str | None = MISSING  # format of outputs in a folder; None: the input's own
-    quality: int = key("of JPEG and WebP", at_least=1, below=101)
-    self_ensemble: bool = MISSING  # average over 8 orientations
-    tile: int | None = key("side of a tile, pixels; None: strips, by memory", at_least=1)
-    device: str = MISSING  # auto, or torch's name of one
-    max_pixels: int = key("largest input; results at most 16 times as many", at_least=1)
-
-
-def check(options: Options) -> None:
-    """Values of keys.
-
-    Raises:
-        UserError: by the key's name.
-    """
-    example = "python src/upscale.py input=photo.jpg scale=3 checkpoint=weights.safetensors output=big.png"
-    for name in ("input", "output", "scale"):
-        if getattr(options, name) in (None, "", []):
-            raise UserError(f"{name} is missing: {example}")
-    if not (math.isfinite(options.scale) and options.scale > 1):
-        raise UserError(f"scale = {options.scale}: must be a number above 1")
-    if options.method == "network" and not options.checkpoint:
-        raise UserError("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic")
-    if options.method == "bicubic" and options.checkpoint:
-        raise UserError("checkpoint: method=bicubic uses none; leave out one of the two")
-    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", options.device):
-        raise UserError(f"device = {options.device!r}: allowed are auto, cpu, cuda, cuda:1, mps, xpu")
-
-
-def plan(options: Options) -> list[tuple[Path, Path]]:
-    """Which file becomes which: (input, output) in the order of the inputs, each input once.
-
-    Raises:
-        UserError: a folder without images, one file for several, two inputs for one output, or an output that is
-            an input.
-    """
-    from drrn.images import FORMATS
-
-    given = options.input if isinstance(options.input, list) else [options.input]
-    if not all(isinstance(name, str | int | float) and not isinstance(name, bool) and str(name) for name in given):
-        raise UserError(f"input = {options.input}: a file, a folder, or a list of them")
-    if options.suffix is not None and options.suffix.lower() not in FORMATS:
-        raise UserError(f"suffix = {options.suffix!r}: allowed are {', '.join(FORMATS)}")
-    output = Path(options.output)
-    found: dict[Path, tuple[Path, Path]] = {}  # real path → (input, its place in an output folder)
-    for source in (Path(str(name)) for name in given):
-        if not source.is_dir():
-            found.setdefault(source.resolve(), (source, Path(source.name)))
-            continue
-        images = [
-            path
-            for path in sorted(source.rglob("*"))
-            if path.suffix.lower() in FORMATS
-            and not path.is_dir()
-            and not (output.is_dir() and path.resolve().is_relative_to(output.resolve()) and output != source)
-        ]
-        if not images:
-            raise UserError(f"input: the folder {source} holds no image ({', '.join(FORMATS)})")
-        for path in images:
-            found.setdefault(path.resolve(), (path, path.relative_to(source)))
-
-    if output.suffix.lower() in FORMATS and not output.is_dir():
-        if len(found) > 1 or any(Path(str(name)).is_dir() for name in given):
-            raise UserError(f"output = {output}: {len(found)} images need a folder, this is the name of one file")
-        if options.suffix is not None:
-            raise UserError(f"suffix = {options.suffix!r}: output = {output} has its own; leave out one of the two")
-        jobs = [(source, output) for source, _ in found.values()]
-    else:
-        if output.exists() and not output.is_dir():
-            raise UserError(f"output = {output}: neither a folder nor a name that ends in {', '.join(FORMATS)}")
-        jobs = [
-            (source, output / (place.with_suffix(options.suffix) if options.suffix else place))
-            for source, place in found.values()
-        ]
-
-    taken: dict[Path, Path] = {}
-    for source, target in jobs:
-        real = target.resolve()
-        if real in found or (target.exists() and any(s.exists() and target.samefile(s) for s, _ in jobs)):
-            raise UserError(f"output: {target} is an input, and inputs are never overwritten; name another folder")
-        if real in taken:
-            raise UserError(f"output: {taken[real]} and {source} would both become {target}; enlarge them apart")
-        taken[real] = source
-    return jobs
-
-
-def upscale(options: Options, jobs: list[tuple[Path, Path]]) -> int:
-    """Enlarge every file; what fails is said on stderr and the others go on.
+def upscale(options: Options, jobs: list[Job]) -> int:
+    """Enlarge every file; what fails is said on stderr and the others are done.
 
     Returns:
-        The number of files that failed.
+        The exit code: 0 all done, 1 some file failed, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 
     Raises:
-        UserError: the checkpoint or the device cannot be used.
+        UserError: the checkpoint, the device or the precision cannot be used.
     """
+    results: Counter[str] = Counter()
+    try:
+        with stopped_by_signals():
+            network, precision = prepare(options) if options.method == "network" else (None, "float32")
+            bars = progress_bars()
+            with bars:
+                files = bars.add_task("files", total=len(jobs), visible=len(jobs) > 1)
+                for number, job in enumerate(jobs, start=1):
+                    count = f"[{number}/{len(jobs)}] " if len(jobs) > 1 else ""
+                    results[one(job, count, options, network, precision, bars)] += 1
+                    bars.advance(files)
+    except Stopped as stop:
+        print("upscale.py: stopped; nothing is left of the file in hand, the finished ones stay", file=sys.stderr)
+        return 128 + stop.number
+    if results["skipped"] and len(jobs) > 1:
+        print(f"{results['skipped']} of {len(jobs)} were there already: overwrite=true replaces them")
+    if results["failed"] and len(jobs) > 1:
+        print(f"upscale.py: {results['failed']} of {len(jobs)} files failed", file=sys.stderr)
+    return 1 if results["failed"] else 0
+
+
+def one(job: Job, count: str, options: Options, network: nn.Module | None, precision: str, bars: Progress) -> str:
+    """Enlarge one file and say what became of it: "done", "skipped" or "failed"."""
+    start = time.monotonic()
+    if not job.wrong and job.target.exists() and not options.overwrite:
+        print(f"{count}{printable(job.target)} exists: skipped; overwrite=true replaces it", flush=True)
+        return "skipped"
+    try:
+        if job.wrong:
+            raise UserError(f"{job.source} {job.wrong}")
+        text, notes = enlarge_file(job.source, job.target, options, network, precision, bars)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's "out of memory" is the last
+        reason = str(error) or type(error).__name__
+        named = printable(job.source) in printable(reason) or printable(job.target) in printable(reason)
+        print(f"upscale.py: {printable(reason if named else f'{job.source}: {reason}')}", file=sys.stderr)
+        return "failed"
+    print(f"{count}{printable(text)} in {time.monotonic() - start:.1f} s", flush=True)
+    for note in notes:
+        print(f"  {printable(job.source.name)}: {printable(note)}", flush=True)
+    return "done"
+
+
+def progress_bars() -> Progress:
+    """For a terminal; elsewhere they are off."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    network = None
-    if options.method == "network":
-        from drrn.weights.ours import load_network
-
-        device = choose_device(options.device)
-        network, about = load_network(Path(options.checkpoint))
-        network = network.to(device)
-        scales = about.get("scales") or PAPER_SCALES
-        if options.scale not in scales:
-            print(
-                f"scale {options.scale:g} is outside the scales that these weights were trained for "
-                f"({', '.join(map(str, scales))}): expect less of them",
-                file=sys.stderr,
-            )
-    console, failed = Console(stderr=True), 0
-    name = TextColumn("{task.description}", markup=False)  # brackets in a file's name are no markup
-    bars = Progress(
-        name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False),  # brackets in a file's name are no markup
+        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal, transient=True, redirect_stdout=sys.stdout.isatty(),
     )  # fmt: skip
-    with bars:
-        files = bars.add_task("files", total=len(jobs), visible=len(jobs) > 1)
-        for number, (source, target) in enumerate(jobs, start=1):
-            start = time.monotonic()
-            try:
-                text, notes = enlarge_file(source, target, options, network, bars)
-            except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's "out of memory" is the last
-                failed += 1
-                reason = str(error) or type(error).__name__
-                reason = reason if str(source) in reason or str(target) in reason else f"{source}: {reason}"
-                print(f"upscale.py: {reason}", file=sys.stderr)
-            else:
-                count = f"[{number}/{len(jobs)}] " if len(jobs) > 1 else ""
-                print(f"{count}{text} in {time.monotonic() - start:.1f} s", flush=True)
-                for note in notes:
-                    print(f"  {source.name}: {note}", flush=True)
-            bars.advance(files)
-    return failed
+
+
+def prepare(options: Options) -> tuple[nn.Module, str]:
+    """The network on its device, and the precision in which it will compute; both are said.
+
+    Raises:
+        UserError: the checkpoint, the device or the precision cannot be used.
+    """
+    from drrn.fast.threads import Watch
+
+    watch = Watch()
+    import torch
+
+    from drrn.fast.precision import chosen
+    from drrn.weights.ours import load_network
+
+    device = choose_device(options.device)
+    precision = chosen(options.precision, device)
+    network, about = load_network(Path(options.checkpoint))
+    scales = about.get("scales") or PAPER_SCALES
+    if options.scale not in scales:
+        print(
+            f"scale {options.scale:g} is outside the scales that these weights were trained for "
+            f"({', '.join(map(str, scales))}): expect less of them",
+            file=sys.stderr,
+        )
+    where = str(device)
+    if device.type == "cpu":
+        threads = watch.choose(options.threads)
+        torch.set_num_threads(threads.number)
+        where = f"{threads.number} thread{'s' if threads.number > 1 else ''} ({threads.why})"
+    print(f"{precision} on {where}", flush=True)
+    return network.to(device), precision
 
 
 def enlarge_file(
-    source: Path, target: Path, options: Options, network: DRRN | None, bars: Progress
+    source: Path, target: Path, options: Options, network: nn.Module | None, precision: str, bars: Progress
 ) -> tuple[str, list[str]]:
     """Enlarge one file.
 
@@ -190,8 +139,6 @@ def enlarge_file(
     from drrn.photos.read import read_photo
     from drrn.photos.write import stored_dtype, write_photo
 
-    if target.exists() and not options.overwrite:
-        raise UserError(f"{target} exists: overwrite=true replaces it")
     photo = read_photo(source, options.max_pixels)
     height, width, channels = photo.pixels.shape
     size = result_size(height, width, options.scale)
@@ -205,7 +152,7 @@ def enlarge_file(
     if network is not None and target.suffix.lower() not in STREAMED:
         room = room_beside(4 * size[0] * size[1], network)
 
-    task = bars.add_task(source.name, total=None)
+    task = bars.add_task(printable(source.name), total=None)
     said = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -213,23 +160,32 @@ def enlarge_file(
         bars.update(task, completed=done, total=total)
         if bars.disable and done and time.monotonic() - said > 30:
             said = time.monotonic()
-            print(f"{source}: {done} of {total} parts", file=sys.stderr, flush=True)
+            print(f"{printable(source)}: {done} of {total} parts", file=sys.stderr, flush=True)
+
+    def computed() -> Iterator[NDArray[Any]]:
+        """The result; what goes wrong in it is no failure of writing."""
+        try:
+            yield from enlarge(
+                photo.pixels, size, network, options.tile, options.self_ensemble, progress, room, precision
+            )
+        except (MemoryError, RuntimeError) as error:
+            reason = str(error).split("\n")[0] or "out of memory"
+            raise UserError(f"{source}: {reason}; a tile, such as tile=200, takes less memory") from error
 
     try:
-        strips = enlarge(photo.pixels, size, network, options.tile, options.self_ensemble, progress, room)
-        notes = write_photo(target, strips, (*size, channels), dtype, photo, options.quality)
+        notes = write_photo(target, computed(), (*size, channels), dtype, photo, options.quality)
     finally:
         bars.remove_task(task)
     return f"{source} {width}×{height} → {target} {size[1]}×{size[0]}", photo.notes + notes
 
 
-def room_beside(canvas: int, network: DRRN) -> int:
+def room_beside(canvas: int, network: nn.Module) -> int:
     """Bytes that feature maps may take when a result of so many bytes is in memory too."""
     from drrn.fast.strips import ROOM, free_room
 
     device = next(network.parameters()).device
-    room, on_cpu = free_room(device), device.type == "cpu"
-    return min(room, max(MEMORY - WORKING - canvas, ROOM // 8)) if on_cpu else room
+    room = free_room(device)
+    return min(room, max(MEMORY - WORKING - canvas, ROOM // 8)) if device.type == "cpu" else room
 
 
 def choose_device(name: str) -> torch.device:
@@ -249,3 +205,36 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise UserError(f"device = {name!r} cannot be used here: {reason}") from error
     return device
+
+
+class Stopped(BaseException):
+    """A signal ended the work. What was half written is cleaned up on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP raise `Stopped` once; a second one ends the process at once.
+
+    A signal that the shell has had ignored (nohup) stays ignored. Between files and strips there is nothing to
+    keep, so nothing is noted for later.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def stop(number: int, frame: Any) -> None:
+        for other in taken:
+            signal.signal(other, lambda again, frame: os._exit(128 + again))
+        raise Stopped(number)
+
+    taken = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    try:
+        for number in taken:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from drrn.disk import write_whole
 from drrn.errors import UserError
 from drrn.images import FORMATS
 from drrn.photos.enlarge import CHUNK
-from drrn.photos.read import EXIF_HEIGHT, EXIF_IFD, EXIF_WIDTH, Photo
+from drrn.photos.metadata import (
+    EXIF_HEIGHT,
+    EXIF_IFD,
+    EXIF_WIDTH,
+    XMP,
+    XMP_KEYWORD,
+    Chunks,
+    lost_chunks,
+    with_resolution,
+)
+from drrn.photos.read import Photo
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,7 +77,7 @@ def write_photo(
     photo: Photo,
     quality: int = 95,
 ) -> list[str]:
-    """Write an image that arrives in strips, whole or not at all, with another's profile and EXIF data.
+    """Write an image that arrives in strips, whole or not at all, with what another's file says beside its pixels.
 
     PNG and TIFF (deflated) are written as the strips come; JPEG, WebP and BMP hold the result in memory, 4 bytes a
     pixel.
@@ -77,7 +87,7 @@ def write_photo(
         strips: [h, W, C] from the top.
         shape: (H, W, C) of the whole.
         dtype: what `stored_dtype` said.
-        photo: whose profile, and for PNG, JPEG and WebP EXIF data, are kept.
+        photo: whose profile, resolution, EXIF data, XMP and chunks are kept where the format can hold them.
         quality: 1…100 of JPEG and WebP. JPEG keeps the colours' full resolution.
 
     Returns:
@@ -87,35 +97,55 @@ def write_photo(
         UserError: the file cannot be written (a full disk, no permission); nothing is left behind.
     """
     kind = FORMATS[path.suffix.lower()]
-    notes: list[str] = []
-    exif = None
-    if photo.exif is not None and kind in ("PNG", "JPEG", "WEBP"):
-        exif = _exif_bytes(photo.exif, shape, 65_000 if kind == "JPEG" else None)
-        if exif is None:
-            notes.append("its EXIF data could not be kept")
-    if photo.icc and kind == "BMP":
-        notes.append("BMP holds no colour profile: left out")
+    kept, notes = _kept(photo, kind, shape)
     if dtype != photo.pixels.dtype:
         notes.append(f"{kind} holds 8 bits a channel: rounded from 16")
         strips = (_to_eight_bits(strip) for strip in strips)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
             if kind == "PNG":
-                _write_png(file, strips, shape, dtype, photo.icc, exif)
+                _write_png(file, strips, shape, dtype, kept)
             elif kind == "TIFF":
-                _write_tiff(file, strips, shape, dtype, photo.icc)
+                _write_tiff(file, strips, shape, dtype, kept)
             else:
-                _write_pillow(file, kind, strips, shape, photo.icc, exif, quality)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+                _write_pillow(file, kind, strips, shape, kept, quality)
+
+    write_whole(path, write)
     return notes
+
+
+class Kept(NamedTuple):
+    """What goes into a result beside its pixels, in the form that its format takes."""
+
+    icc: bytes | None
+    exif: bytes | None
+    xmp: bytes | None
+    dpi: tuple[float, float] | None
+    chunks: Chunks
+
+
+def _kept(photo: Photo, kind: str, shape: tuple[int, int, int]) -> tuple[Kept, list[str]]:
+    """What a format can hold of what a photograph says, and notes on the rest."""
+    exif, exif_data, notes = photo.exif, None, []
+    if kind == "WEBP" and photo.dpi:  # its one place for a resolution
+        exif = with_resolution(exif, photo.dpi)
+    if exif is not None and kind in ("PNG", "JPEG", "WEBP"):
+        exif_data = _exif_bytes(exif, shape, 65_000 if kind == "JPEG" else None)
+        if exif_data is None:
+            notes.append("its EXIF data could not be kept")
+    elif exif is not None:
+        notes.append(f"{kind}: its EXIF data are left out")
+    icc, xmp = photo.icc, photo.xmp
+    if icc and kind == "BMP":
+        icc = None
+        notes.append("BMP holds no colour profile: left out")
+    if xmp and (kind == "BMP" or (kind == "JPEG" and len(xmp) > 65_000)):
+        xmp = None
+        notes.append(f"{kind}: its XMP data do not fit: left out")
+    if kind != "PNG":
+        notes += lost_chunks(photo.chunks, kind)
+    return Kept(icc, exif_data, xmp, photo.dpi, photo.chunks if kind == "PNG" else []), notes
 
 
 def _to_eight_bits(strip: NDArray[np.uint16]) -> NDArray[np.uint8]:
@@ -140,8 +170,7 @@ def _write_pillow(
     kind: str,
     strips: Iterator[NDArray[np.uint8]],
     shape: tuple[int, int, int],
-    icc: bytes | None,
-    exif: bytes | None,
+    kept: Kept,
     quality: int,
 ) -> None:
     """JPEG, WebP or BMP."""
@@ -152,9 +181,8 @@ def _write_pillow(
     for strip in strips:
         canvas.paste(Image.fromarray(strip[..., 0] if channels == 1 else strip), (0, top))
         top += len(strip)
-    options: dict[str, Any] = {}
-    if kind != "BMP":
-        options = {"quality": quality, **({"icc_profile": icc} if icc else {}), **({"exif": exif} if exif else {})}
+    options: dict[str, Any] = {"icc_profile": kept.icc, "exif": kept.exif, "xmp": kept.xmp, "dpi": kept.dpi}
+    options = {"quality": quality, **{name: value for name, value in options.items() if value is not None}}
     if kind == "JPEG":
         options["subsampling"] = 0
     # Without a descriptor Pillow writes through Python; by itself it overlooks a write that a full disk cut short.
@@ -166,7 +194,7 @@ def _write_tiff(
     strips: Iterator[NDArray[Any]],
     shape: tuple[int, int, int],
     dtype: np.dtype,
-    icc: bytes | None,
+    kept: Kept,
 ) -> None:
     """Deflate with the horizontal predictor (integers), strip by strip."""
     import tifffile
@@ -193,7 +221,10 @@ def _write_tiff(
         predictor=dtype.kind == "u",
         metadata=None,
         software=False,
-        iccprofile=icc,
+        iccprofile=kept.icc,
+        resolution=kept.dpi,
+        resolutionunit="INCH" if kept.dpi else None,
+        extratags=[(XMP, 1, len(kept.xmp), kept.xmp, True)] if kept.xmp else (),
     )
 
 
@@ -215,8 +246,7 @@ def _write_png(
     strips: Iterator[NDArray[Any]],
     shape: tuple[int, int, int],
     dtype: np.dtype,
-    icc: bytes | None,
-    exif: bytes | None,
+    kept: Kept,
 ) -> None:
     """PNG of 8 or 16 bits, row by row: Pillow writes no 16-bit colour and needs the whole image in memory."""
 
@@ -228,10 +258,16 @@ def _write_png(
     colour_type = (0, 4, 2, 6)[channels - 1]
     file.write(b"\x89PNG\r\n\x1a\n")
     chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * dtype.itemsize, colour_type, 0, 0, 0))
-    if icc:
-        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc))
-    if exif:
-        chunk(b"eXIf", exif.removeprefix(b"Exif\0\0"))
+    if kept.icc:
+        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(kept.icc))
+    for name, data in kept.chunks:
+        chunk(name, data)
+    if kept.dpi:
+        chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in kept.dpi), 1))  # a metre
+    if kept.exif:
+        chunk(b"eXIf", kept.exif.removeprefix(b"Exif\0\0"))
+    if kept.xmp:
+        chunk(b"iTXt", XMP_KEYWORD + b"\0\0\0\0\0" + kept.xmp)
     deflate, previous = zlib.compressobj(6), np.zeros((1, width * step), np.uint8)
     for strip in strips:
         stored = np.ascontiguousarray(strip, dtype=dtype.newbyteorder(">"))

@@ -1,0 +1,114 @@
+"""What an image file says besides its pixels: colour information, resolution, text. Read here, as raw as possible."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ORIENTATION, EXIF_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003  # EXIF tags
+X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, INCH, CENTIMETRE = 0x011A, 0x011B, 0x0128, 2, 3
+
+COLOUR = (b"gAMA", b"cHRM", b"cICP", b"sRGB", b"mDCV", b"cLLI")  # chunks of PNG, beside iCCP
+TEXT = (b"tEXt", b"zTXt", b"iTXt")
+LARGEST_CHUNK = 16 << 20  # bytes of one that is kept
+XMP = 700  # tag of TIFF
+XMP_KEYWORD = b"XML:com.adobe.xmp"
+ELSEWHERE = (XMP_KEYWORD, b"Raw profile type exif", b"Raw profile type APP1")  # texts that `Photo` keeps otherwise
+SRGB = (  # what every format means when it says nothing
+    (b"gAMA", struct.pack(">I", 45455)),
+    (b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)),
+)
+
+Chunks = list[tuple[bytes, bytes]]
+
+
+def png_chunks(path: Path, notes: list[str]) -> Chunks:
+    """A PNG's chunks of colour and text (name, content), as they are; damaged and huge ones are noted.
+
+    Args:
+        path: a PNG whose picture could be read.
+        notes: for the user; is added to.
+    """
+    found: Chunks = []
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, name = int.from_bytes(head[:4], "big"), head[4:]
+            if name not in COLOUR + TEXT:
+                file.seek(length + 4, 1)
+                continue
+            if length > LARGEST_CHUNK:
+                notes.append(f"its {name.decode()} part of {length:,} bytes is left out")
+                file.seek(length + 4, 1)
+                continue
+            data, checksum = file.read(length), file.read(4)
+            if zlib.crc32(name + data) != int.from_bytes(checksum, "big") or len(data) < length:
+                notes.append(f"its {name.decode()} part is damaged and left out")
+            elif name not in TEXT or data.partition(b"\0")[0] not in ELSEWHERE:
+                found.append((name, data))
+    return found
+
+
+def lost_chunks(chunks: Chunks, kind: str) -> list[str]:
+    """A note that names the chunks that another format has no place for; none where nothing is lost."""
+    lost = dict.fromkeys(name.decode() for name, data in chunks if name != b"sRGB" and (name, data) not in SRGB)
+    return [f"{kind} has no place for {', '.join(lost)} of PNG: left out"] if lost else []
+
+
+def resolution(info: dict[str, Any], exif: Image.Exif | None) -> tuple[float, float] | None:
+    """Pixels an inch across and down, if a file says so in a way that makes sense.
+
+    Args:
+        info: Pillow's.
+        exif: where WebP and AVIF say it.
+    """
+    dpi = info.get("dpi")
+    try:
+        if dpi is None and exif is not None and X_RESOLUTION in exif:
+            unit = {INCH: 1.0, CENTIMETRE: 2.54}[exif.get(RESOLUTION_UNIT, INCH)]
+            dpi = [float(exif[tag]) * unit for tag in (X_RESOLUTION, Y_RESOLUTION)]
+        across, down = (float(value) for value in dpi or ())
+    except (TypeError, ValueError, KeyError, ZeroDivisionError):
+        return None
+    if all(math.isfinite(value) and 1 <= value < 65_536 for value in (across, down)):
+        return across, down
+    return None
+
+
+def with_resolution(exif: Image.Exif | None, dpi: tuple[float, float]) -> Image.Exif:
+    """EXIF data that say a resolution."""
+    from PIL import Image
+
+    exif = Image.Exif() if exif is None else exif
+    exif[X_RESOLUTION], exif[Y_RESOLUTION], exif[RESOLUTION_UNIT] = (*dpi, INCH)
+    return exif
+
+
+def upright_xmp(xmp: Any) -> bytes | None:
+    """XMP with an orientation of 1, since the pixels are turned."""
+    if not isinstance(xmp, bytes | str) or not xmp:
+        return None
+    xmp = xmp.encode() if isinstance(xmp, str) else xmp
+    return re.sub(rb'(tiff:Orientation(?:="|>))[0-9]', rb"\g<1>1", xmp)
+
+
+def exif_and_orientation(image: Image.Image, notes: list[str]) -> tuple[Image.Exif | None, int]:
+    """EXIF data without the orientation, and the orientation 1…8."""
+    try:
+        exif = image.getexif()
+        orientation = exif.get(ORIENTATION, 1)
+        keep = image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") and len(exif) > 0
+        exif.pop(ORIENTATION, None)
+        if keep:
+            exif.tobytes()  # that it can be written
+    except Exception:  # it is nothing that a picture needs
+        notes.append("its EXIF data are damaged and left out")
+        return None, 1
+    return (exif if keep else None), orientation if orientation in range(1, 9) else 1

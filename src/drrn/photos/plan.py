@@ -1,0 +1,173 @@
+"""What `upscale.py` may be told, and which file becomes which: all that can be refused before the work."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import MISSING
+
+from drrn.config import key
+from drrn.disk import check_output
+from drrn.errors import UserError
+
+
+@dataclass
+class Options:
+    """What `conf/upscale.yaml` may hold."""
+
+    input: Any = MISSING  # file, folder, or a list of them
+    output: str | None = key("file for one input file, otherwise a folder")
+    scale: float | None = key("sides become scale × side", above=1)
+    checkpoint: str | None = key("weights; needed by method=network")
+    method: str = key("what enlarges", choices=("network", "bicubic"))
+    overwrite: bool = key("replace existing outputs; otherwise they are skipped")
+    suffix: str | None = key("format of outputs in a folder; null: the input's own")
+    quality: int = key("of JPEG and WebP", at_least=1, below=101)
+    self_ensemble: bool = key("average over the 8 orientations")
+    tile: int | None = key("side of a tile, pixels; null: strips, by memory", at_least=1)
+    device: str = key("auto, or torch's name of one")
+    precision: str = key("of the network", choices=("auto", "float32", "tf32", "bf16"))
+    threads: int | None = key("of the CPU; null: as many as cores are free", at_least=1, below=2**10)
+    max_pixels: int = key("largest input; results at most 16 times as many", at_least=1)
+
+
+class Job(NamedTuple):
+    """One file to enlarge."""
+
+    source: Path
+    target: Path
+    wrong: str | None = None  # why it cannot be read
+
+
+def check(options: Options) -> None:
+    """What no single key's limits say.
+
+    Raises:
+        UserError: by the key's name.
+    """
+    example = "python src/upscale.py input=photo.jpg scale=3 checkpoint=weights.safetensors output=big.png"
+    for name in ("input", "output", "scale"):
+        if getattr(options, name) in (None, "", []):
+            raise UserError(f"{name} is missing: {example}")
+    if not math.isfinite(options.scale):
+        raise UserError(f"scale = {options.scale}: must be a finite number above 1")
+    if options.method == "network" and not options.checkpoint:
+        raise UserError("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic")
+    if options.method == "bicubic" and options.checkpoint:
+        raise UserError("checkpoint: method=bicubic uses none; leave out one of the two")
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", options.device):
+        raise UserError(f"device = {options.device!r}: allowed are auto, cpu, cuda, cuda:1, mps, xpu")
+
+
+def plan(options: Options) -> list[Job]:
+    """Which file becomes which, in the order of the inputs, each input once.
+
+    Raises:
+        UserError: a folder without images, one file for several, two inputs for one output, an output that is an
+            input or that could not be written.
+    """
+    from drrn.images import FORMATS
+
+    if options.suffix is not None and options.suffix.lower() not in FORMATS:
+        raise UserError(f"suffix = {options.suffix!r}: allowed are {', '.join(FORMATS)}")
+    given = options.input if isinstance(options.input, list) else [options.input]
+    if not all(isinstance(name, str | int | float) and not isinstance(name, bool) and str(name) for name in given):
+        raise UserError(f"input = {options.input}: a file, a folder, or a list of them")
+    output, sources = Path(options.output), [Path(str(name)) for name in given]
+    found: dict[str, tuple[Path, Path, str | None]] = {}  # real path → (input, its place in a folder, what is wrong)
+    for source in sources:
+        for path, place, wrong in (
+            members(source, output) if is_folder(source) else [(source, Path(source.name), None)]
+        ):
+            found.setdefault(os.path.realpath(path), (path, place, wrong))
+
+    if output.suffix.lower() in FORMATS and not is_folder(output):
+        if len(found) > 1 or any(is_folder(source) for source in sources):
+            raise UserError(f"output = {output}: {len(found)} images need a folder, this is the name of one file")
+        if options.suffix is not None:
+            raise UserError(f"suffix = {options.suffix!r}: output = {output} has its own; leave out one of the two")
+        check_output("output", output)
+        jobs = [Job(path, output, wrong) for path, _, wrong in found.values()]
+    else:
+        if os.path.lexists(output) and not is_folder(output):
+            raise UserError(f"output = {output}: neither a folder nor a name that ends in {', '.join(FORMATS)}")
+        jobs = [Job(path, output / named(place, options.suffix), wrong) for path, place, wrong in found.values()]
+        for folder in dict.fromkeys([output, *(job.target.parent for job in jobs if not job.wrong)]):
+            check_output("output", folder, folder=True)
+    check_targets([job for job in jobs if not job.wrong], set(found))
+    return jobs
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is one; False for what no file system takes as a name."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def members(folder: Path, output: Path) -> list[tuple[Path, Path, str | None]]:
+    """All in a folder that looks like an image: (path, its place in the folder, what is wrong with it).
+
+    Results of an earlier call that lie in the folder are left out.
+
+    Raises:
+        UserError: there is none, or the folder cannot be listed.
+    """
+    from drrn.images import FORMATS, OTHER_FORMATS
+    from drrn.sets import find_images
+
+    root, results = Path(os.path.realpath(folder)), Path(os.path.realpath(output))
+    inside = root in results.parents
+    images = []
+    try:
+        for path, wrong in find_images(folder, deep=True):
+            if inside and Path(os.path.realpath(path.parent)).is_relative_to(results):
+                continue
+            kind = OTHER_FORMATS.get(path.suffix.lower())
+            if kind and path.is_file():
+                wrong = None  # a set would not have it; Pillow reads it
+            elif path.suffix.lower() in OTHER_FORMATS:
+                wrong = f"is not read: save it as one of {', '.join(FORMATS)} first"
+            images.append((path, path.relative_to(folder), wrong))
+    except OSError as error:
+        raise UserError(f"input: {error.filename or folder} cannot be listed: {error.strerror}") from error
+    if not images:
+        raise UserError(f"input: the folder {folder} holds no image ({', '.join(FORMATS)})")
+    return images
+
+
+def named(place: Path, suffix: str | None) -> Path:
+    """The result's place: with `suffix`, else the input's own, or .png for a format that is only read."""
+    from drrn.images import OTHER_FORMATS
+
+    own = ".png" if place.suffix.lower() in OTHER_FORMATS else place.suffix
+    return place.with_suffix(suffix or own)
+
+
+def check_targets(jobs: list[Job], inputs: set[str]) -> None:
+    """Each result in a place of its own, no input among them.
+
+    Args:
+        inputs: real paths of all inputs.
+
+    Raises:
+        UserError: by the result's name.
+    """
+    same = {(s.st_dev, s.st_ino) for s in (job.source.stat() for job in jobs if job.source.exists())}
+    taken: dict[str, Path] = {}
+    for source, target, _ in jobs:
+        real = os.path.realpath(target)
+        linked = target.exists() and (target.stat().st_dev, target.stat().st_ino) in same
+        if real in inputs or linked:
+            raise UserError(f"output: {target} is an input, and inputs are never overwritten; name another folder")
+        if target.is_dir():
+            raise UserError(f"output: {target} is a folder: {source} cannot become that")
+        if real in taken:
+            raise UserError(f"output: {taken[real]} and {source} would both become {target}; enlarge them apart")
+        taken[real] = source
