@@ -3,8 +3,9 @@
     python tests/stress_kill.py            # at least 20 kills; `make stress` runs this
     python tests/stress_kill.py 100 --seed 7
 
-A round trains one small network twice with the same command: once left alone, once killed by SIGKILL, SIGTERM and
-SIGINT, sent to the process or, as terminals and clusters do, to it and its workers. Half of the moments are counted
+A round trains one small network twice with the same command: once left alone, once killed by SIGKILL, SIGTERM,
+SIGINT and SIGHUP, sent to the process or, as terminals and clusters do, to it and its workers, and every third time
+twice, half a second apart; a third of the rounds average the weights by a callback. Half of the moments are counted
 from the start of the process (imports, the build of the patches, the first steps), half from its first checkpoint.
 Then the two are compared bit for bit: weights, BatchNorm's statistics, momentum, learning rate, learning curve,
 scores, and every row that was logged.
@@ -40,8 +41,9 @@ ROUNDS = (
     ("data.num_workers=0",),
     ("data.num_workers=2", "data.augment=online"),
     ("data.num_workers=1", "trainer.accumulate_grad_batches=3"),
+    ("data.num_workers=2", "callbacks=ema", "callbacks.ema.decay=0.9"),
 )
-WORDS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
+WORDS = {word: getattr(signal, word) for word in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")}
 
 
 # ---------------------------------------------------------------------- one start
@@ -72,11 +74,13 @@ def wait_for_checkpoint(process: subprocess.Popen, cwd: Path, seconds: float = 1
         time.sleep(0.02)
 
 
-def kill(process: subprocess.Popen, name: str, group: bool) -> float:
-    """Send a signal, to the process or to its whole group; seconds until it has ended."""
+def kill(process: subprocess.Popen, name: str, group: bool, twice: bool = False) -> float:
+    """Send a signal, to the process or to its whole group, or two; seconds until it has ended."""
     asked = time.monotonic()
-    with contextlib.suppress(ProcessLookupError):
-        (os.killpg if group else os.kill)(process.pid, WORDS[name])
+    for pause in (0.5, 0.0) if twice else (0.0,):
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(process.pid, WORDS[name])
+        time.sleep(pause)
     process.wait(timeout=120)
     return time.monotonic() - asked
 
@@ -134,6 +138,7 @@ def compare(straight: Path, interrupted: Path) -> None:
         record = json.loads((folder / "record.json").read_text())
         keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "validation", "drrn")
         content: dict[str, Any] = {"checkpoint": {key: checkpoint[key] for key in keys}}
+        content["averaged from"] = checkpoint.get("current_model_state")
         content["record"] = {key: record[key] for key in ("status", "validation", "scores", "means", "experiment")}
         content["record"] |= {"budget": {**record["budget"], "seconds": None}}
         content["logged"] = logged(folder)
@@ -175,7 +180,7 @@ def main() -> None:
             if process.wait(600):
                 raise AssertionError((straight / "said.txt").read_text())
 
-            here, process = 0, start(arguments, interrupted)
+            here, began_at, process = 0, time.time(), start(arguments, interrupted)
             while True:
                 if chance.random() < 0.5:
                     time.sleep(chance.uniform(0, 1.2 * startup))
@@ -184,25 +189,32 @@ def main() -> None:
                     time.sleep(chance.uniform(0, 2))
                 if process.poll() is not None:
                     break
-                word, group = chance.choice(list(WORDS)), chance.random() < 0.5
-                took = kill(process, word, group)
+                word, group, twice = chance.choice(list(WORDS)), chance.random() < 0.5, chance.random() < 0.33
+                took = kill(process, word, group, twice)
                 if process.returncode == 0:  # it was about to end
                     break
                 kills, here, told[word] = kills + 1, here + 1, told[word] + 1
                 slowest = max(slowest, took)
-                expected = {"SIGKILL": (-9,), "SIGTERM": (-15, 143), "SIGINT": (-2, 130)}[word]
+                expected = (-WORDS[word], 128 + WORDS[word]) if word != "SIGKILL" else (-9,)
                 kept = sorted(interrupted.rglob("step*.ckpt"))
+                sent = f"{word}{' twice' * twice}{' to the group' * group}"
                 print(
-                    f"round {number + 1}, kill {kills}: {word}{' to the group' * group}, ended with "
+                    f"round {number + 1}, kill {kills}: {sent}, ended with "
                     f"{process.returncode} after {took:.1f} s, {kept[-1].stem if kept else 'nothing kept yet'}",
                     flush=True,
                 )
                 if process.returncode not in expected or took > 30:
                     raise AssertionError((interrupted / "said.txt").read_text())
+                for record in interrupted.rglob("record.json"):
+                    held = json.loads(record.read_text())
+                    if record.stat().st_mtime < began_at:  # an earlier start's: this one had not got so far
+                        continue
+                    if process.returncode > 0 and (held["status"], held["ended_by"]) != ("stopped", f"signal {word}"):
+                        raise AssertionError(f"{record}: {held['status']}, {held['ended_by']} after {word}")
                 for path in kept:
                     if (reason := damage(path)) is not None:
                         raise AssertionError(f"{path}: {reason}")
-                process = start(arguments, interrupted)
+                began_at, process = time.time(), start(arguments, interrupted)
             if process.wait(600):
                 raise AssertionError((interrupted / "said.txt").read_text())
             compare(run_folder(straight), run_folder(interrupted))
