@@ -20,7 +20,7 @@ from rich.text import Text
 from drrn.config import Config
 from drrn.errors import UserError
 from drrn.identity import run_dir, structure_name
-from drrn.runs.record import FILE, finished_record, read_record
+from drrn.runs.record import FILE, done_before, read_record
 from drrn.sweep.cost import TIMED, count, count_bytes, evaluation_pixels, measure, micro_batch, operations
 
 SHARE = 100  # a sweep of fewer steps than this many times the timed ones is not worth timing
@@ -88,12 +88,11 @@ def look(config: Config, overrides: Sequence[str] = ()) -> Job:
     """A job as its records and checkpoints say it is now; nothing is estimated yet."""
     job = Job(config, list(overrides))
     job.stamp = job.written()
-    if finished_record(job.folder) is not None:
+    if done_before(job.config) is not None:
         job.before = "finished"
-    elif record := job.record:
-        if config.ckpt_path is not None:  # null starts afresh
-            checkpoints = sorted(job.folder.glob("checkpoints/step*.ckpt"))
-            job.first = int(checkpoints[-1].stem.removeprefix("step")) if checkpoints else 0
+    elif (record := job.record) and config.ckpt_path is not None:  # null starts afresh
+        checkpoints = sorted(job.folder.glob("checkpoints/step*.ckpt"))
+        job.first = int(checkpoints[-1].stem.removeprefix("step")) if checkpoints else 0
         job.before = "failed" if record.get("status") == "failed" else "resume"
     return job
 
