@@ -1,0 +1,75 @@
+"""Enlarging in Python: an image in memory, a PIL image or an array."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drrn.photos.enlarge import enlarge, result_size
+from drrn.weights.shipped import load
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import nn
+
+BICUBIC = "bicubic"
+
+
+def upscale(
+    image: Image.Image | NDArray[Any],
+    scale: float,
+    network: nn.Module | str | Path | None = None,
+    precision: str = "auto",
+) -> Any:
+    """Enlarge an image: Y by a network, Cb, Cr and alpha by bicubic.
+
+    Args:
+        image: a PIL image (palettes become RGB or RGBA, CMYK becomes RGB, one bit a pixel becomes grey), or an array
+            [H, W] or [H, W, C] with C = 1…4 channels (grey, grey + alpha, RGB, RGBA) of uint8, uint16, or floating
+            in 0…1.
+        scale: above 1; may be a fraction. Sides become scale × side, rounded.
+        network: as `drrn.load` gives it, or what `drrn.load` takes; "bicubic" for none.
+        precision: as in `drrn.inference.super_resolve`.
+
+    Returns:
+        A PIL image for one, an array of the same kind and number of dimensions for an array.
+
+    Raises:
+        ValueError: an image of another kind, or a scale that is not above 1.
+        UserError: weights that cannot be had, or a precision that the device lacks.
+    """
+    if not scale > 1:
+        raise ValueError(f"scale = {scale}: must be above 1")
+    pixels = image if isinstance(image, np.ndarray) else _of_pil(image)
+    if pixels.ndim not in (2, 3) or 0 in pixels.shape or (pixels.ndim == 3 and pixels.shape[2] > 4):
+        raise ValueError(f"an image is [H, W] or [H, W, C] with 1…4 channels, not {pixels.shape}")
+    if pixels.dtype not in (np.uint8, np.uint16) and pixels.dtype.kind != "f":
+        raise ValueError(f"an image is uint8, uint16 or floating, not {pixels.dtype}")
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise ValueError("the image holds values that are not finite")
+    if network == BICUBIC:
+        network = None
+    elif network is None or isinstance(network, str | Path):
+        network = load(network)
+    deep = pixels.reshape(*pixels.shape[:2], -1)
+    result = np.concatenate(
+        list(enlarge(deep, result_size(*pixels.shape[:2], scale), network, precision=precision)), dtype=pixels.dtype
+    )
+    result = result.reshape(*result.shape[:2], *pixels.shape[2:])
+    if isinstance(image, np.ndarray):
+        return result
+    from PIL import Image
+
+    return Image.fromarray(result)
+
+
+def _of_pil(image: Image.Image) -> NDArray[Any]:
+    """Pixels [H, W] or [H, W, C] of a PIL image."""
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
+    elif image.mode in ("1", "CMYK", "YCbCr", "HSV", "LAB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return np.asarray(image)

@@ -1,0 +1,55 @@
+"""Weights by name: those that lie in data/weights/, each with its record, are part of the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drrn.errors import UserError
+from drrn.home import DATA
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FOLDER = DATA / "weights"
+
+
+def shipped() -> dict[str, Path]:
+    """Name → file of the weights that are shipped, the best on Set5 ×3 by their records first."""
+
+    def psnr(path: Path) -> float:
+        means = json.loads(path.with_suffix(".json").read_text())["means"]
+        return next(row["psnr"] for row in means if (row["set"], row["scale"]) == ("Set5", 3))
+
+    return {path.stem: path for path in sorted(FOLDER.glob("*.safetensors"), key=psnr, reverse=True)}
+
+
+def weights_file(checkpoint: str | Path | None) -> Path:
+    """The file that a checkpoint means: a path, the name of shipped weights, or None for the best of them.
+
+    Raises:
+        UserError: there is neither such a file nor such a name.
+    """
+    if checkpoint is not None and Path(checkpoint).is_file():
+        return Path(checkpoint)
+    known = shipped()
+    if checkpoint is None and known:
+        return next(iter(known.values()))
+    if str(checkpoint) in known:
+        return known[str(checkpoint)]
+    names = f", or one of {', '.join(known)}" if known else " (this version ships none)"
+    if checkpoint is None:
+        raise UserError("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic" + names)
+    raise UserError(f"checkpoint {checkpoint} does not exist: give weights.safetensors or a .ckpt{names}")
+
+
+def load(checkpoint: str | Path | None = None) -> nn.Module:
+    """A network in evaluation mode, float32, on the CPU: of a file, by the name of shipped weights, or the best.
+
+    Raises:
+        UserError: there is no such file, or it holds no weights of this package.
+    """
+    from drrn.weights.ours import load_network
+
+    return load_network(weights_file(checkpoint))[0]

@@ -1,0 +1,132 @@
+"""The package in Python: `from drrn import DRRN, load, upscale`, on real photographs; weights by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+import drrn
+from drrn.config import ModelConfig
+from drrn.errors import UserError
+from drrn.matlab import imresize
+from drrn.weights import shipped
+from drrn.weights.ours import save_weights
+
+MODEL = {"norm": "none", "bias": True, "weight_sharing": True, "multi_path": True}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network of random weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_weights(path, drrn.DRRN(1, 1, 4, norm="none"), ModelConfig(B=1, U=1, features=4, **MODEL), {"scales": [2]})
+    return path
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    return skimage.data.chelsea()[60:110, 100:163]
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import drrn, sys; print([m for m in ('torch', 'numpy', 'PIL', 'hydra') if m in sys.modules], dir(drrn))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("[] ")
+    assert all(name in said for name in ("DRRN", "load", "upscale"))
+    with pytest.raises(AttributeError, match="upscael"):
+        drrn.upscael  # noqa: B018
+
+
+def test_bicubic_is_matlabs(photo: np.ndarray) -> None:
+    """Of a grey image it is `imresize` itself, whose MATLAB values tests/test_matlab.py holds."""
+    grey = photo[..., 1]
+    expected = np.floor(np.clip(imresize(grey / 255.0, 3), 0, 1) * 255 + 0.5)
+    np.testing.assert_array_equal(drrn.upscale(grey, 3, "bicubic"), expected)
+
+
+@pytest.mark.parametrize("channels", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_arrays_of_any_kind(channels: int, kind: type, photo: np.ndarray, weights: Path) -> None:
+    network = drrn.load(weights)
+    rgba = np.dstack([photo, np.full_like(photo[..., 0], 255)])
+    pixels = rgba[..., 1] if channels == 0 else rgba[..., [[0], [0, 3], [0, 1, 2], [0, 1, 2, 3]][channels - 1]]
+    pixels = pixels.astype(kind) * {np.uint8: 1, np.uint16: 257, np.float32: np.float32(1 / 255)}[kind]
+    big = drrn.upscale(pixels.astype(kind), 2, network, precision="float32")
+    assert big.dtype == kind
+    assert big.shape == (100, 126, *pixels.shape[2:])
+    eight = drrn.upscale(rgba[..., 1] if channels == 0 else rgba[..., : pixels.shape[2]], 2, network)
+    if channels in (0, 3, 4):  # the same photograph in 8 bits gives the same to its rounding
+        scaled = big.astype(float) / {np.uint8: 1, np.uint16: 257, np.float32: 1 / 255}[kind]
+        assert np.abs(scaled - eight).max() < 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "result"),
+    [
+        ("L", "L"),
+        ("LA", "LA"),
+        ("RGB", "RGB"),
+        ("RGBA", "RGBA"),
+        ("P", "RGB"),
+        ("1", "L"),
+        ("CMYK", "RGB"),
+        ("I;16", "I;16"),
+    ],
+)
+def test_pil_images(mode: str, result: str, photo: np.ndarray, weights: Path) -> None:
+    image = Image.fromarray(photo)
+    image = Image.fromarray(photo[..., 1].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    big = drrn.upscale(image, 1.5, weights)
+    assert (big.mode, big.size) == (result, (95, 75))  # 63 × 1.5 = 94.5 goes up
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda image: image.astype(np.int32), "int32"),
+        (lambda image: image[None], "1, 50, 63"),
+        (lambda image: image[:0], "0, 63"),
+        (lambda image: np.full((9, 9), np.nan), "not finite"),
+    ],
+)
+def test_what_is_no_image_is_refused(change, words: str, photo: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=words):
+        drrn.upscale(change(photo), 2, "bicubic")
+    with pytest.raises(ValueError, match="above 1"):
+        drrn.upscale(photo, 1, "bicubic")
+
+
+def test_weights_go_by_their_names(
+    weights: Path, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    with pytest.raises(UserError, match="ships none"):
+        drrn.load()
+    for name, psnr in (("DRRN_A", 33.9), ("DRRN_B", 34.0)):
+        (tmp_path / f"{name}.safetensors").write_bytes(weights.read_bytes())
+        means = [{"set": "Set14", "scale": 3, "psnr": 50.0}, {"set": "Set5", "scale": 3, "psnr": psnr}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"means": means}))
+    assert shipped.weights_file("DRRN_A") == tmp_path / "DRRN_A.safetensors"
+    assert shipped.weights_file(None) == tmp_path / "DRRN_B.safetensors"  # the better one
+    assert drrn.upscale(photo, 2).shape == (100, 126, 3)
+    with pytest.raises(UserError, match="DRRN_B, DRRN_A"):
+        drrn.load("DRRN_C")
+
+
+def test_the_readmes_example_runs(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(skimage.data.coffee()[:60, :80]).save("photo.jpg")
+    exec(code.replace("runs/…/weights.safetensors", str(weights)), {})
+    with Image.open("big.png") as big:
+        assert big.size == (160, 120)
