@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,10 @@ def photo() -> np.ndarray:
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = "import drrn, sys; print([m for m in ('torch', 'numpy', 'PIL', 'hydra') if m in sys.modules], dir(drrn))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "PYTHONPATH": str(Path(drrn.__file__).parents[1])}
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
     assert said.startswith("[] ")
     assert all(name in said for name in ("DRRN", "load", "upscale"))
     with pytest.raises(AttributeError, match="upscael"):
@@ -63,7 +67,8 @@ def test_arrays_of_any_kind(channels: int, kind: type, photo: np.ndarray, weight
     big = drrn.upscale(pixels.astype(kind), 2, network, precision="float32")
     assert big.dtype == kind
     assert big.shape == (100, 126, *pixels.shape[2:])
-    eight = drrn.upscale(rgba[..., 1] if channels == 0 else rgba[..., : pixels.shape[2]], 2, network)
+    plain = rgba[..., 1] if channels == 0 else rgba[..., : pixels.shape[2]]
+    eight = drrn.upscale(plain, 2, network, precision="float32")
     if channels in (0, 3, 4):  # the same photograph in 8 bits gives the same to its rounding
         scaled = big.astype(float) / {np.uint8: 1, np.uint16: 257, np.float32: 1 / 255}[kind]
         assert np.abs(scaled - eight).max() < 2
