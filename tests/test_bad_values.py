@@ -106,6 +106,8 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "crop": [-1],
         "color": ["hsv"],
         "rounding": ["floor"],
+        "precision": ["fp8", "auto"],
+        "folder": ["no/such", "."],  # beside method=bicubic
     },
     "upscale": {
         "input": [None, []],

@@ -101,6 +101,17 @@ def test_network_and_resume(entry_point: Callable, tiny_images: Path, weights: P
         ("chelsea.png", 3, False),
     ]
 
+    code, _, err = entry_point(*arguments, "scales=[2]", "precision=bf16")
+    assert code == 2
+    assert "do not compare" in err
+    other = tmp_path / "bf16.json"
+    code, out, err = entry_point(*arguments[:-1], f"output={other}", "scales=[2]", "precision=bf16")
+    assert code == 0, err
+    assert "precision=bf16" in out
+    first = {row["image"]: row["psnr"] for row in content["scores"]}
+    for row in json.loads(other.read_text())["scores"]:
+        assert 0 < abs(row["psnr"] - first[row["image"]]) < 0.05
+
     # Another metric for scores that are there: computed, and the old values stay equal.
     before = {(r["image"], r["scale"]): r["psnr"] for r in rows}
     code, out, _ = entry_point(*arguments, "scales=[2]", "metrics=[psnr]", "workers=1")
@@ -369,7 +380,7 @@ import drrn.images
 drrn.images.read_luminance = lambda path: time.sleep(600)
 if __name__ == "__main__":
     jobs = [evaluate.Job(evaluate.Method("bicubic", "Bicubic"), "set", 2, Path("image.png"), "", None, None)] * 2
-    list(evaluate.score_all(jobs, SimpleNamespace(metrics=["psnr"], workers=2), None))
+    list(evaluate.score_all(jobs, SimpleNamespace(metrics=["psnr"], workers=2, precision="float32"), None))
 """
 
 

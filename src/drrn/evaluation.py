@@ -40,6 +40,7 @@ class EvaluateConfig:
     images: str | None = key("a folder for the super-resolved Y images; null keeps none")
     root: str = key("folder of the sets")
     workers: int = key("processes", at_least=1, below=1001)
+    precision: str = key("of networks", default="float32", choices=("float32", "tf32", "bf16"))
     check_protocol: bool = key("first make sure that bicubic gives the published numbers")
     protocol: str = key("its name", choices=("paper",))
     crop: int | None = key("pixels shaved off each side; null: the scale", at_least=0)
@@ -121,7 +122,8 @@ def evaluate(config: EvaluateConfig) -> None:
     protocol = Protocol(config.protocol, 1, config.crop, config.color, config.rounding)
     if config.check_protocol:
         check_bicubic(Path(config.root))
-    scores = Scores(Path(config.output), asdict(protocol))
+    stamp = asdict(protocol) | ({"precision": config.precision} if config.precision != "float32" else {})
+    scores = Scores(Path(config.output), stamp)
     methods = methods_of(config)
     jobs = jobs_of(config, methods, scores)
     scores.add_methods([method.facts() for method in methods])
@@ -156,7 +158,7 @@ def evaluate(config: EvaluateConfig) -> None:
     if scores.dropped:
         print(f"{scores.dropped} scores left the file: their images are in the folders no longer", file=sys.stderr)
     asked = {job.key()[:3] for job in jobs}
-    print_table(means([row for key, row in scores.rows.items() if key[:3] in asked]), config.metrics, protocol)
+    print_table(means([row for key, row in scores.rows.items() if key[:3] in asked]), config.metrics, stamp)
     there = len(jobs) - len(missing)
     print(f"{len(missing)} of {len(jobs)} scores computed, {there} were there already: {printable(config.output)}")
 
@@ -178,13 +180,12 @@ def methods_of(config: EvaluateConfig) -> list[Method]:
 
 def network_in(path: Path) -> Method:
     """The network of a file, called by its origin ("DRRN_B1U9 s1"), else by the file's name."""
-    from drrn.config import ModelConfig
     from drrn.identity import structure_name
     from drrn.images import sha256
     from drrn.weights.ours import load_network
 
     _, about = load_network(path)
-    structure, digest = structure_name(ModelConfig(**about["model"])), sha256(path)
+    structure, digest = structure_name(about["model"]), sha256(path)
     name, experiment = about.get("origin") or path.stem, about.get("experiment") or digest[:8]
     return Method(name, structure, digest, about.get("seed"), about.get("steps"), experiment, path)
 
@@ -225,7 +226,7 @@ def jobs_of(config: EvaluateConfig, methods: list[Method], scores: Scores) -> li
 
 def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Every job's scores as they come: in this process, or in `workers` processes, each job in one of them."""
-    settings = (tuple(config.metrics), protocol, config.workers)
+    settings = (tuple(config.metrics), protocol, config.workers, config.precision)
     if config.workers == 1:
         yield from ((job, score_image(job, *settings)) for job in jobs)
         return
@@ -247,7 +248,9 @@ def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterato
 _networks: dict[Path, Any] = {}  # a worker process loads each network once
 
 
-def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, workers: int) -> dict[str, Any]:
+def score_image(
+    job: Job, metrics: tuple[str, ...], protocol: Any, workers: int = 1, precision: str = "float32"
+) -> dict[str, Any]:
     """Score one image (in a worker process)."""
     import numpy as np
 
@@ -262,8 +265,10 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, workers: int)
         x, truth = prepare(read_luminance(job.path), job.scale)
         if job.made is not None:
             prediction = _fitting(job, read_luminance(job.made), truth.shape) / 255.0
+        elif job.method.checkpoint is not None:
+            prediction = run_network(job.method.checkpoint, x, workers, precision)
         else:
-            prediction = x if job.method.checkpoint is None else run_network(job.method.checkpoint, x, workers)
+            prediction = x
         row = score(prediction, truth, job.scale, metrics, protocol)
         over_colour = tuple(name for name in metrics if METRICS[name].color and protocol.color == "rgb")
         rgb = modcrop(read_pixels(job.path), job.scale) if over_colour else np.empty(())
@@ -309,8 +314,12 @@ def _fitting(job: Job, made: Any, shape: tuple[int, ...]) -> Any:
     return cropped
 
 
-def run_network(checkpoint: Path, x: Any, workers: int) -> Any:
-    """Super-resolve x [H, W] by the network in a file, on this worker's device."""
+def run_network(checkpoint: Path, x: Any, workers: int, precision: str) -> Any:
+    """Super-resolve x [H, W] by the network in a file, on this worker's device.
+
+    Raises:
+        UserError: the device has no such precision.
+    """
     import multiprocessing
 
     import torch
@@ -321,15 +330,12 @@ def run_network(checkpoint: Path, x: Any, workers: int) -> Any:
     if checkpoint not in _networks:
         network, _ = load_network(checkpoint)
         if torch.cuda.is_available():
-            torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is True; scores are those of float32
             worker = (*multiprocessing.current_process()._identity, 1)[0]  # 1, 2, … in a pool
             network.to(f"cuda:{(worker - 1) % torch.cuda.device_count()}")
-        else:
-            torch.set_num_threads(
-                max(1, (os.cpu_count() or 1) // workers) if workers > 1 else torch.get_num_threads()
-            )
+        elif workers > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
         _networks[checkpoint] = network
-    return super_resolve(_networks[checkpoint], x)
+    return super_resolve(_networks[checkpoint], x, precision=precision)
 
 
 def check_bicubic(root: Path) -> None:
@@ -359,7 +365,7 @@ def check_bicubic(root: Path) -> None:
     print("protocol checked: bicubic on Set5 agrees with Table 2", file=sys.stderr)
 
 
-def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: Any) -> None:
+def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: dict[str, Any]) -> None:
     """Means as a table: a row for each set and scale, a column for each method."""
     from rich.console import Console
     from rich.table import Table
@@ -373,7 +379,7 @@ def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: Any) -
 
     means = {(row["set"], row["scale"], row["method"]): row for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    table = Table(title=" / ".join(m.upper() for m in metrics), caption=describe(asdict(protocol)))
+    table = Table(title=" / ".join(m.upper() for m in metrics), caption=describe(protocol))
     for column in ("set", "scale", "images", *methods):
         table.add_column(Text(printable(column)), justify="left" if column == "set" else "right")
     for place in dict.fromkeys((row["set"], row["scale"]) for row in rows):

@@ -42,8 +42,8 @@ PAPER = Protocol()
 
 def describe(protocol: dict[str, Any]) -> str:
     """A protocol in words, its departures from the paper named: "protocol paper v1, but rounding=float"."""
-    departures = ("crop", "color", "rounding")
-    extra = [f"{key}={protocol[key]}" for key in departures if protocol[key] != getattr(PAPER, key)]
+    usual = {"crop": PAPER.crop, "color": PAPER.color, "rounding": PAPER.rounding, "precision": "float32"}
+    extra = [f"{key}={protocol[key]}" for key, value in usual.items() if protocol.get(key, value) != value]
     return f"protocol {protocol['name']} v{protocol['version']}" + (f", but {', '.join(extra)}" if extra else "")
 
 
