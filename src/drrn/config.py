@@ -202,7 +202,7 @@ class LoggerConfig:
 class Config:
     """A whole training configuration."""
 
-    model: ModelConfig = MISSING
+    model: ModelConfig = MISSING  # of another network (`network: NAME`) a plain dict, which `runs.request` checks
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
@@ -264,12 +264,29 @@ def check(cfg: DictConfig) -> Config:
     extra = {}
     if OmegaConf.is_dict(cfg.get("trainer")):
         extra = {name: plain(cfg.trainer.pop(name)) for name in list(cfg.trainer) if name not in known}
+    other = _other_network(cfg)
     config = typed(Config, cfg)
+    config.model = other or config.model
     config.trainer_extra = extra or None
     config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node is not None}
     for part in (config.model, config.data, config.optim, config.trainer, config.speed, config):
-        part.rules()
+        if part is not other:
+            part.rules()
     return config
+
+
+def _other_network(cfg: DictConfig) -> dict[str, Any] | None:
+    """Take the group `model` of a network that is not DRRN out of a configuration; a DRRN's loses `network` only."""
+    if not OmegaConf.is_dict(cfg.get("model")):
+        return None
+    if cfg.model.get("network", "drrn") == "drrn":
+        cfg.model.pop("network", None)
+        return None
+    model = plain(cfg.model)
+    if not isinstance(model["network"], str):
+        raise UserError(f"model.network = {model['network']}: must be a name")
+    cfg.model = OmegaConf.structured(ModelConfig(1, 0, 1, "none", True, True, True))  # in its place for `typed`
+    return model
 
 
 def plain(value: Any) -> Any:

@@ -25,7 +25,8 @@ def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
             key of it is among them; with `from_record` they are what differs from the record.
 
     Raises:
-        UserError: as `config.check`, or a record that cannot be trained again.
+        UserError: as `config.check`, a record that cannot be trained again, a network of another name than those of
+            NETWORKS, or arguments that its constructor does not take.
     """
     if cfg.get("from_record") is not None:
         cfg = _recorded(cfg, overrides)
@@ -35,7 +36,12 @@ def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     if config.init_from is not None and not asked:
         from drrn.weights.ours import load_network
 
-        config.model = ModelConfig(**load_network(Path(config.init_from))[1]["model"])
+        held = load_network(Path(config.init_from))[1]["model"]
+        config.model = dict(held) if "network" in held else ModelConfig(**held)
+    if isinstance(config.model, dict):
+        from drrn.networks import on_paper
+
+        on_paper(config.model)
     return config
 
 
@@ -57,7 +63,7 @@ def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     recorded["trainer"] |= recorded.pop("trainer_extra", None) or {}
     if recorded.get("ckpt_path") is None:
         recorded.pop("ckpt_path", None)  # it set aside what that run found; this one resumes itself
-    merged = OmegaConf.merge(cfg, recorded)
+    merged = OmegaConf.merge({**cfg, "model": {}}, recorded)  # another network's keys are none of this one's
     here = ["from_record", "data.root", "data.patches", "output"]
     for key in (*here, *asked):
         if key in ("experiment", "sweeps"):
