@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tifffile
@@ -55,15 +52,6 @@ def test_palettes_with_transparency(tmp_path):
     palette.putpalette([0, 0, 0, 255, 255, 255])
     palette.save(tmp_path / "a.png", transparency=0)
     assert run(input=tmp_path / "a.png", output=tmp_path / "b.png", scale=4, method="bicubic") == 0
-    assert (laid_on(read_photo(tmp_path / "b.png").pixels, 255) == 255).all()
-
-
-@pytest.mark.parametrize("name", ["rgba_white_on_hidden_black.png", "palette.png"])
-def test_the_cases_that_went_wrong(name, tmp_path):
-    folder = os.environ.get("DRRN_CASES")
-    if not folder:
-        pytest.skip("set DRRN_CASES to the folder of inputs that went wrong")
-    assert run(input=Path(folder) / "alpha" / name, output=tmp_path / "b.png", scale=4, method="bicubic") == 0
     assert (laid_on(read_photo(tmp_path / "b.png").pixels, 255) == 255).all()
 
 

@@ -690,6 +690,27 @@ def test_wrong_checkpoints_and_devices_are_refused(rgb, tmp_path, weights):
         run(input=source, output=tmp_path / "b.png", scale=2, checkpoint=weights, device="abacus")
 
 
+@pytest.mark.parametrize("scale", [2, 3])
+def test_precisions_give_the_same_photograph_to_a_grey_level(scale, rgb, tmp_path, capsys):
+    """In 99.9 % of its pixels; and the line that says which it was, and on how many threads."""
+    source, results, weights = save(tmp_path / "a.png", np.tile(rgb, (2, 2, 1))), {}, tmp_path / "w.safetensors"
+    network = lively(B=1, U=2)
+    with torch.no_grad():
+        network.conv_rec.weight.mul_(0.25)  # a residual of 6 grey levels, as trained ones have
+    save_weights(weights, network, ModelConfig(1, 2, 8, "batch", True, True, True), {"scales": [2, 3]})
+    for precision in ("float32", "bf16", "auto"):
+        target = tmp_path / f"{precision}.png"
+        job = {"input": source, "output": target, "scale": scale, "checkpoint": weights, "precision": precision}
+        assert run(**job, threads=1) == 0
+        results[precision] = read_photo(target).pixels.astype(int)
+        said = capsys.readouterr().out
+        assert f"{precision} on 1 thread (threads)" in said or precision == "auto"
+    for precision in ("bf16", "auto"):
+        assert (np.abs(results[precision] - results["float32"]) <= 1).mean() >= 0.999, precision
+    with pytest.raises(UserError, match="precision = tf32: only NVIDIA"):
+        run(input=source, output=tmp_path / "b.png", scale=2, checkpoint=weights, precision="tf32", device="cpu")
+
+
 def test_too_large_a_result_is_refused(rgb, tmp_path, capsys):
     source = save(tmp_path / "a.png", rgb)
     assert run(input=source, output=tmp_path / "b.png", scale=1e6, method="bicubic") == 1
