@@ -482,7 +482,7 @@ def patches(sizes: dict[str, Any]) -> Iterator[Row]:
             plain.unlink()
             # As a command: a worker that was started from here would import all of this file first.
             build = f"prepare_patches('bench', Recipe({sets!r}), Path({str(root)!r}), Path({str(target)!r}), 2)"
-            script = f"from pathlib import Path; from drrn.patches import Recipe, prepare_patches; {build}"
+            script = f"from pathlib import Path; from drrn.patch_build import *; {build}"
             start = time.perf_counter()
             memory.append(memory_of([sys.executable, "-c", f"import sys; sys.path.insert(0, 'src'); {script}"]))
             seconds.append(time.perf_counter() - start)

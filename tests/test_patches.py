@@ -424,9 +424,7 @@ def test_a_bit_flipped_in_what_the_file_says_of_itself_never_gives_a_wrong_batch
     written = outside & (np.frombuffer(whole, np.uint8) != 0)  # the gaps that align the datasets are not
     assert written.sum() > 300
     rng, refused = np.random.default_rng(7), 0
-    places = [
-        place for which in (outside, written) for place in rng.permutation(np.flatnonzero(which))[:200].tolist()
-    ]
+    places = [place for which in (outside, written) for place in rng.permutation(np.flatnonzero(which))[:80].tolist()]
     for place, bit in zip(places, rng.integers(0, 8, len(places)).tolist(), strict=True):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << bit
@@ -439,7 +437,7 @@ def test_a_bit_flipped_in_what_the_file_says_of_itself_never_gives_a_wrong_batch
         else:  # a byte that nothing depends on
             np.testing.assert_array_equal(batch[0], x)
             np.testing.assert_array_equal(batch[1], y)
-    assert refused > 100
+    assert refused > 40  # every bit: make stress
 
 
 # A build in a process of its own. Its workers import this file too, so `read` is what they do with an image.
@@ -491,9 +489,9 @@ def builder(tiny_images: Path, tmp_path: Path) -> Iterator[Callable[[str], subpr
 
 
 def test_real_processes_that_ask_at_once_build_once(builder: Callable, tiny_images: Path, tmp_path: Path) -> None:
-    processes = [builder() for _ in range(3)]
+    processes = [builder() for _ in range(2)]
     outcomes = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outcomes
+    assert [process.returncode for process in processes] == [0, 0], outcomes
     paths = {Path(out.splitlines()[-1]) for out, _ in outcomes}
     assert len(paths) == 1
     assert sum("building" in err for _, err in outcomes) == 1
