@@ -11,11 +11,11 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from drrn.config import typed
 from drrn.home import CONF
 from drrn.launch import launch, refusing
 from drrn.photos.plan import Options, check, plan
 from drrn.photos.upscale import upscale
+from drrn.schema import typed
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="upscale")

@@ -20,9 +20,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from drrn.config import Config, typed
+from drrn.config import Config
 from drrn.errors import UserError
 from drrn.runs.request import request
+from drrn.schema import typed
 from hydra_plugins.drrn_study import literal
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,39 +8,23 @@ type, limits and meaning stand beside each other; rules between keys are their g
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from drrn.errors import UserError, printable
 from drrn.losses import LOSSES
 from drrn.optimisers import OPTIMISERS, SCHEDULES
+from drrn.schema import key, plain, typed
 from drrn.sets import is_set, known_sets
 
-T = TypeVar("T")
 DEEPEST = 10_000  # layers; the paper's deepest network has 52
-LARGEST = 2**32  # of whole numbers: beyond it nothing here has a meaning
-
-
-def key(meaning: str, default: Any = MISSING, **limits: Any) -> Any:
-    """A field of a configuration.
-
-    Args:
-        meaning: for who reads the schema.
-        default: where conf/ gives none: of keys that earlier records do not have.
-        limits: `at_least`, `above`, `below` (each item of a list), `choices`, `distinct` (a list of one or more,
-            no item twice).
-    """
-    return field(default=default, metadata={"meaning": meaning, **limits})
 
 
 @dataclass
@@ -289,11 +273,6 @@ def _other_network(cfg: DictConfig) -> dict[str, Any] | None:
     return model
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON has it: lists and dicts, no longer OmegaConf's."""
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
 def _old_names(cfg: DictConfig) -> None:
     """Keys of `speed` by the names that earlier versions and their records have for them."""
     groups = {name: cfg[name] for name in ("model", "trainer") if OmegaConf.is_dict(cfg.get(name))}
@@ -312,79 +291,6 @@ def _old_names(cfg: DictConfig) -> None:
                 raise UserError(f"{name} = {value!r}: allowed are true, false")
             if value is not None:
                 OmegaConf.update(cfg, now, value, force_add=True)
-
-
-# ---------------------------------------------------------------------- the checker
-
-
-def typed(schema: type[T], cfg: DictConfig) -> T:
-    """A composed configuration as an instance of the dataclass `schema`, each value within its key's limits.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type or out of range, by the key's name.
-    """
-    try:
-        _check_kinds(schema, cfg)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
-    except OmegaConfBaseException as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{getattr(error, 'full_key', None) or 'configuration'}: {reason}") from error
-    _check_limits(config)
-    return config
-
-
-def _check_kinds(schema: type, cfg: DictConfig, group: str = "") -> None:
-    """What OmegaConf would take or refuse without a name: a number for a truth value, an empty text, lists inside
-    lists or none at all, numbers beyond `LARGEST`."""
-    for name, kind in get_type_hints(schema).items():
-        if name not in cfg or OmegaConf.is_missing(cfg, name) or cfg[name] is None:
-            continue
-        where, value = group + name, cfg[name]
-        kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # X | None
-        if is_dataclass(kind):
-            if OmegaConf.is_dict(value):
-                _check_kinds(kind, value, f"{where}.")
-            continue
-        if get_origin(kind) is dict and not OmegaConf.is_dict(value):
-            raise UserError(f"{where} = {value}: must be a mapping, such as {{a: 1}}")
-        if get_origin(kind) is list:
-            if not OmegaConf.is_list(value):
-                raise UserError(f"{where} = {value}: must be a list, such as [a,b]")
-            if any(OmegaConf.is_config(item) for item in value):
-                raise UserError(f"{where} = {value}: a plain list, without lists or mappings in it")
-        if kind is bool and not isinstance(value, bool | str):
-            raise UserError(f"{where} = {value}: must be true or false")
-        for item in value if OmegaConf.is_list(value) else [value]:
-            if isinstance(item, str) and not item.strip():
-                raise UserError(f"{where} = {value!r}: {'is' if item is value else 'one is'} empty")
-            if isinstance(item, int) and kind is not float and abs(item) >= LARGEST:
-                raise UserError(f"{where} = {value}: must be below {LARGEST}")
-
-
-def _check_limits(config: Any, group: str = "") -> None:
-    """Each value against what `key` says of it."""
-    for its in fields(config):
-        where, value, limits = group + its.name, getattr(config, its.name), its.metadata
-        if is_dataclass(value):
-            _check_limits(value, f"{where}.")
-        if value is None or not limits:
-            continue
-        if "choices" in limits and value not in limits["choices"]:
-            raise UserError(f"{where} = {value!r}: allowed are {', '.join(limits['choices'])}")
-        if limits.get("distinct") and (not value or len(set(value)) < len(value)):
-            raise UserError(f"{where} = {value}: one or more different values")
-        for item in value if isinstance(value, list) else [value]:
-            for limit, words, good in (
-                ("at_least", "at least", float.__ge__),
-                ("above", "above", float.__gt__),
-                ("below", "below", float.__lt__),
-            ):
-                if limit not in limits:
-                    continue
-                if item == math.inf:
-                    raise UserError(f"{where} = {value}: must be a finite number")
-                if not good(float(item), float(limits[limit])):
-                    raise UserError(f"{where} = {value}: must be {words} {limits[limit]}")
 
 
 def check_sets(name: str, sets: Sequence[str]) -> None:
@@ -411,18 +317,6 @@ def check_sets(name: str, sets: Sequence[str]) -> None:
                 f"{name}: no set and no folder named {one!r}: give a folder of images, or one of "
                 f"{', '.join(known_sets())}"
             )
-
-
-def paths(name: str, value: Any) -> list[str]:
-    """A key that takes one path, a list of them or null, as a list.
-
-    Raises:
-        UserError: it is something else.
-    """
-    listed = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(item, str) for item in listed):
-        raise UserError(f"{name} = {value}: must be a path, or a list of paths")
-    return listed
 
 
 def _check_devices(devices: Any) -> None:

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from drrn.config import check_sets, key, paths, typed
+from drrn.config import check_sets
 from drrn.disk import check_output
 from drrn.errors import UserError, printable
+from drrn.schema import key, paths, typed
 from drrn.scores import Scores
 
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageCms, ImageOps
 from stress_images import sound_files, stress
 
-from drrn.config import ModelConfig, typed
+from drrn.config import ModelConfig
 from drrn.errors import UserError
 from drrn.fast import strips
 from drrn.images import FORMATS
@@ -31,6 +31,7 @@ from drrn.photos import write as photos_write
 from drrn.photos.enlarge import enlarge, result_size
 from drrn.photos.read import Photo, read_photo
 from drrn.photos.write import stored_dtype, write_photo
+from drrn.schema import typed
 from drrn.sets import image_files
 from drrn.weights.ours import save_weights
 from test_inference import lively

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
-from drrn.config import key
 from drrn.disk import check_output
 from drrn.errors import UserError
+from drrn.schema import key
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from drrn.config import key, paths, typed
 from drrn.disk import check_output
 from drrn.errors import UserError
+from drrn.schema import key, paths, typed
 
 if TYPE_CHECKING:
     from drrn.report.groups import RunGroup

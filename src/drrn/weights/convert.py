@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from drrn.config import ModelConfig, key, typed
+from drrn.config import ModelConfig
 from drrn.disk import check_output
 from drrn.errors import UserError, printable
 from drrn.identity import structure_name
+from drrn.schema import key, typed
 from drrn.weights.ports import PORTS
 
 if TYPE_CHECKING:
