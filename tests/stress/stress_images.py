@@ -51,7 +51,7 @@ def sound_files() -> dict[str, bytes]:
 
     def save(name: str, image: Image.Image, **options: object) -> None:
         buffer = io.BytesIO()
-        kind = {"jpg": "jpeg", "tif": "tiff"}.get(name.split(".")[-1], name.split(".")[-1])
+        kind = {"jpg": "jpeg", "tif": "tiff", "jp2": "jpeg2000"}.get(name.split(".")[-1], name.split(".")[-1])
         image.save(buffer, kind, **options)
         files[name] = buffer.getvalue()
 
@@ -62,6 +62,9 @@ def sound_files() -> dict[str, bytes]:
         save(f"rgb.{suffix}", rgb)
     for suffix in ("png", "jpg", "bmp", "tif"):
         save(f"grey.{suffix}", grey)
+    for suffix in ("gif", "ppm", "avif"):
+        save(f"rgb.{suffix}", rgb)
+    save("rgb.jp2", rgb, irreversible=False)
     for suffix in ("png", "webp", "tif"):
         save(f"rgba.{suffix}", rgba)
     save("exif.jpg", rgb, exif=exif)

@@ -148,24 +148,9 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
         icc = info.get("icc_profile") or None
         transparent = info.get("transparency")
 
-        if raw == "LA;16B":  # 16-bit grey + alpha, 4 bytes a pixel, which Pillow shortens to 8 bits
-            pixels = _decode_as(path, "RGBA").view(">u2").astype(np.uint16)
-        elif mode in ("RGB", "RGBA") and raw.split(";")[-1] in ("16B", "16L", "16N"):
-            if raw.startswith("RGBa"):
-                raise UserError(f"{path}: 16 bits with premultiplied alpha; save it with plain alpha first")
-            # Pillow keeps one byte of two: the other one is what it keeps in the other byte order.
-            little = raw.endswith("L") or (raw.endswith("N") and sys.byteorder == "little")
-            pixels = np.asarray(image).astype(np.uint16)
-            image.close()
-            pixels <<= 8
-            pixels |= _decode_as(path, raw.split(";")[0] + (";16B" if little else ";16L"))
-        elif mode.startswith("I;16"):
-            if tuple(bits) not in ((8,), (16,)):
-                raise UserError(f"{path} has {bits[0]} bits a pixel: 8 and 16 are read")
-            pixels = np.asarray(image).astype(np.uint16)[..., None]
-            pixels = 65535 - pixels if white_is_zero else pixels  # with 8 bits Pillow does it
-        elif mode == "I" and kind == "PPM":
-            pixels = np.asarray(image).astype(np.uint16)[..., None]
+        deep = _sixteen_bits(path, image, raw, bits, white_is_zero)
+        if deep is not None:
+            pixels = deep
         elif mode == "F":
             pixels = np.array(image, dtype=np.float32)[..., None]
         elif mode == "CMYK":
@@ -193,6 +178,40 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
     chunks = png_chunks(path, notes) if kind == "PNG" else []
     pixels = _upright(_finite(path, pixels), orientation)
     return Photo(pixels, icc, exif, notes, dpi, upright_xmp(info.get("xmp")), chunks)
+
+
+def _sixteen_bits(
+    path: Path, image: Image.Image, raw: str, bits: tuple[int, ...], white_is_zero: bool
+) -> NDArray[np.uint16] | None:
+    """The pixels of a picture of 16 bits [H, W, C]; None for one of 8 or of floats.
+
+    Args:
+        path: the file.
+        image: that file, decoded by Pillow.
+        raw: how its samples are arranged, in Pillow's words.
+        bits: of a sample.
+        white_is_zero: that 0 means white.
+    """
+    if raw == "LA;16B":  # 4 bytes a pixel, which Pillow shortens to 8 bits
+        return _decode_as(path, "RGBA").view(">u2").astype(np.uint16)
+    if image.mode in ("RGB", "RGBA") and raw.split(";")[-1] in ("16B", "16L", "16N"):
+        if raw.startswith("RGBa"):
+            raise UserError(f"{path}: 16 bits with premultiplied alpha; save it with plain alpha first")
+        # Pillow keeps one byte of two: the other one is what it keeps in the other byte order.
+        little = raw.endswith("L") or (raw.endswith("N") and sys.byteorder == "little")
+        pixels = np.asarray(image).astype(np.uint16)
+        image.close()
+        pixels <<= 8
+        pixels |= _decode_as(path, raw.split(";")[0] + (";16B" if little else ";16L"))
+        return pixels
+    if image.mode.startswith("I;16"):
+        if tuple(bits) not in ((8,), (16,)):
+            raise UserError(f"{path} has {bits[0]} bits a pixel: 8 and 16 are read")
+        pixels = np.asarray(image).astype(np.uint16)[..., None]
+        return 65535 - pixels if white_is_zero else pixels  # with 8 bits Pillow does it
+    if image.mode == "I" and image.format == "PPM":
+        return np.asarray(image).astype(np.uint16)[..., None]
+    return None
 
 
 def _is_shortened(path: Path, image: Image.Image) -> bool:
