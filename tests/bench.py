@@ -2,6 +2,7 @@
 
     python tests/bench.py            # half an hour on two idle cores; report/bench.json and bench.md
     python tests/bench.py training   # some parts only
+    python tests/bench.py gpu        # a GPU's part, five minutes
 
 The two things of a ratio live in two processes that take turns, so that neither sees the other's memory. Plain
 versions stand first; tests/test_bench.py holds them against ours. Times are wall-clock, medians over rounds.
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the entry points do
 
 import h5py
@@ -638,6 +639,14 @@ def tiled(side: int, features: int) -> Callable[[], Any]:
     return lambda: super_resolve(ours, x, tile=tile)
 
 
+def gpu(sizes: dict[str, Any]) -> Iterator[Row]:
+    """Training and inference on a GPU (tests/bench_gpu.py); tiny and worth nothing without one."""
+    import bench_gpu
+
+    for what, value, unit, target, detail in bench_gpu.gpu():
+        yield Row(what, value, unit, target if DEVICE == "cuda" else "", detail)
+
+
 PARTS = (startup, patches, training, inference, evaluation, memory, growth)
 
 
@@ -647,12 +656,12 @@ def main(names: list[str], sizes: dict[str, Any], folder: Path) -> list[Row]:
     Raises:
         SystemExit: a name that is no part.
     """
-    parts = {part.__name__: part for part in PARTS}
+    parts = {part.__name__: part for part in (*PARTS, gpu)}
     if unknown := set(names) - set(parts):
         sys.exit(f"bench: {unknown.pop()!r} is none of {', '.join(parts)}")
     started = time.monotonic()
     rows: list[Row] = []
-    for name in names or parts:
+    for name in names or [part.__name__ for part in PARTS] + ["gpu"] * (DEVICE == "cuda"):
         try:
             for row in parts[name](sizes):
                 rows.append(row)

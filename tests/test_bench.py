@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bench
+import bench_gpu
 from drrn.model import DRRN
 from drrn.patch_build import prepare_patches
 from drrn.patches import Patches, Recipe
@@ -145,6 +146,45 @@ def test_the_table_holds_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert stored["rows"][0]["verdict"] == "pass"
     text = (tmp_path / "bench.md").read_text()
     assert all(row.what in text for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the bench itself does it, at its own sizes")
+def test_the_part_of_a_gpu_runs_through_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its trainings is a real one."""
+    done: list[dict] = []
+    through_train = bench_gpu.through_train
+
+    def once(*arguments: Any) -> dict:
+        done.append(done[0] if done else through_train(*arguments))
+        return done[0]
+
+    monkeypatch.setattr(bench_gpu, "through_train", once)
+    rows = bench.main(["gpu"], TINY, tmp_path)
+    assert len(done) == 3
+    assert [row.what for row in rows if not row.value > 0] == []
+    said = " ".join(row.what for row in rows)
+    for what in ("convolutions alone", "raw step, BatchNorm", "through train.py", "compiler cache", "a validation"):
+        assert what in said
+    assert {row.target for row in rows} == {""}
+
+
+def test_each_batchnorm_of_the_bench_is_pytorchs() -> None:
+    """Result, gradients and the statistics that are written, whatever it is made of."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    results = []
+    for kind in (torch.nn.BatchNorm2d, bench_gpu.WrittenOut, bench_gpu.Library):
+        layer, H = torch.nn.BatchNorm2d(3, momentum=1.0), x.clone().requires_grad_()
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
+            layer.bias.copy_(torch.tensor([-1.0, 0.0, 1.0]))
+        layer.__class__ = kind
+        y = layer(H)
+        y.pow(3).sum().backward()
+        results.append([y, H.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
+    for other in results[1:]:
+        for ours, theirs in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

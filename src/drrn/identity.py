@@ -88,7 +88,7 @@ def _identity(whole: dict[str, Any]) -> dict[str, Any]:
     devices, nodes = whole["trainer"]["devices"], whole["trainer"]["num_nodes"]
     devices = str(len(devices) if isinstance(devices, list) else devices)
     shared_out = (devices, nodes) != ("1", 1) and not whole["trainer"]["sync_batchnorm"]
-    if shared_out and whole["model"]["norm"] == "batch":  # each process normalises by its share of a batch
+    if shared_out and whole["model"].get("norm") == "batch":  # each process normalises by its share of a batch
         kept["processes"] = [devices, nodes]
     kept["trainer"]["max_time"] = None  # a run that was stopped by it is resumed in the same folder
     # Keys that came later count only where they are used, so that earlier runs keep their folders.

@@ -81,6 +81,7 @@ def count_bytes(config: Config) -> int:
     from drrn.fast.training import InTraining
     from drrn.losses import euclidean
     from drrn.module import SuperResolution
+    from drrn.networks import structure
 
     class Alive(TorchDispatchMode):
         def __init__(self) -> None:
@@ -104,7 +105,7 @@ def count_bytes(config: Config) -> int:
 
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
     with FakeTensorMode(), Alive() as alive:
-        network = SuperResolution(asdict(config.model), asdict(config.optim)).network
+        network = SuperResolution(structure(config.model), asdict(config.optim)).network
         trained = InTraining(network, checkpointing=config.speed.checkpointing)
         x = torch.rand(micro_batch(config), 1, config.data.patch_size, config.data.patch_size)
         with torch.autocast("cpu", half, enabled=half is not None):
@@ -142,6 +143,7 @@ def measure(config: Config, threads: int | None = None) -> Speed:
     from torch.utils.data import DataLoader, Dataset
 
     from drrn.module import SuperResolution
+    from drrn.networks import structure
 
     trainer, p = config.trainer, config.data.patch_size
     micro = micro_batch(config)
@@ -183,7 +185,7 @@ def measure(config: Config, threads: int | None = None) -> Speed:
     pairs, clock = RandomPairs(), Clock()
     optim = replace(config.optim, lr=1e-12)  # random pairs teach nothing: the weights stay where they are
     with threads_of(threads), quiet():
-        module = SuperResolution(asdict(config.model), asdict(optim), 10_000, 10_000)
+        module = SuperResolution(structure(config.model), asdict(optim), 10_000, 10_000)
         module.compiled, module.checkpointing = config.speed.compile, config.speed.checkpointing
         if trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)

@@ -123,11 +123,12 @@ class Tracker(Logger):
                 self.logged |= {key: max(step, self.logged.get(key, -1)) for key in row}
             mend(path)
         model, structure, steps = config.model, record["structure"], self.module.hparams["max_steps"]
+        sizes = [] if isinstance(model, dict) else [f"B{model.B}", f"U{model.U}"]
         arguments = {
             "project": config.logger.project,
             "name": run_name(config),
             "group": config.study,
-            "tags": [structure_name(model), f"B{model.B}", f"U{model.U}", f"d{structure['depth']}"],
+            "tags": [structure_name(model), *sizes, f"d{structure['depth']}"],
             "id": record["wandb_id"],
             "resume": "allow",
             "dir": self.folder,

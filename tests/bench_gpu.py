@@ -1,0 +1,367 @@
+"""The GPU part of the bench: `python tests/bench.py gpu`, at most five minutes on one card.
+
+It needs PyTorch, Lightning and the project's own dependencies, no W&B and no network; images from DRRN_DATA where
+they are, else noise. Rows come in the order of their importance; what no time is left for says so. Without a GPU it
+runs through with tiny sizes, and its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from drrn.fast.training import InTraining, Latch
+from drrn.inference import super_resolve
+from drrn.losses import euclidean
+from drrn.model import DRRN
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SIZES: dict[str, Any] = (
+    {"U": 9, "features": 128, "batch": 128, "rounds": 5, "steps": 30, "side": 288, "fit": 1600, "every": 400}
+    if GPU
+    else {"U": 1, "features": 2, "batch": 2, "rounds": 2, "steps": 1, "side": 24, "fit": 8, "every": 2}
+)
+BUDGET = 270.0  # seconds in all
+CARDS = {"H200": (0.60, 0.72), "H100": (0.53, 0.65)}  # share of the convolutions' rate, with BatchNorm and without
+Row = tuple[str, float, str, str, str]  # what, value, unit, target, detail
+
+
+# ---------------------------------------------------------------------- timing
+
+
+def seconds(run: Callable[[], Any], sizes: dict[str, Any]) -> list[float]:
+    """Seconds of a call in each round, many calls a round, after one that warms up; the GPU's work included."""
+    times = []
+    for number in range(sizes["rounds"] + 1):
+        count = sizes["steps"] if number else max(3, sizes["steps"] // 4)
+        synchronise()
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        synchronise()
+        if number:
+            times.append((time.perf_counter() - start) / count)
+    return times
+
+
+def synchronise() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def autocast(on: bool = True) -> torch.autocast:
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=on)
+
+
+# ---------------------------------------------------------------------- what is timed
+
+
+def convolutions(sizes: dict[str, Any]) -> Callable[[], Any]:
+    """The convolutions features → features of the units alone, forward and both gradients, as one CUDA graph."""
+    C, n = sizes["features"], 2 * sizes["U"]
+    layout = torch.channels_last
+    H = torch.randn(sizes["batch"], C, 31, 31, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=layout)
+    W = torch.randn(C, C, 3, 3, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=layout)
+
+    def run() -> None:
+        for _ in range(n):
+            y = F.conv2d(H, W, padding=1)
+            torch.ops.aten.convolution_backward(
+                y, H, W, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+            )
+
+    if not GPU:
+        return run
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    synchronise()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+class WrittenOut(nn.BatchNorm2d):
+    """BatchNorm of a batch as an expression: one pass for the statistics, one for the rest."""
+
+    def forward(self, H: Tensor) -> Tensor:
+        wide = H.float()
+        mean, square = wide.mean((0, 2, 3)), wide.square().mean((0, 2, 3))
+        variance = (square - mean.square()).clamp_min(0)
+        with torch.no_grad():
+            count = H.numel() // H.shape[1]
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(variance * (count / (count - 1)))
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return (wide * scale[:, None, None] + shift[:, None, None]).to(H.dtype)
+
+
+@torch.library.custom_op("drrn_bench::batch_norm", mutates_args=())
+def library_norm(H: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """cuDNN's BatchNorm (PyTorch's own on a CPU) as one operation that the compiler leaves alone."""
+    y, mean, inverse = torch.native_batch_norm(H, gain, shift, None, None, True, 0.0, eps)
+    return y, mean, inverse
+
+
+@library_norm.register_fake
+def _(H: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(H), torch.empty_like(gain), torch.empty_like(gain)
+
+
+@torch.library.custom_op("drrn_bench::batch_norm_backward", mutates_args=())
+def library_norm_backward(
+    g: Tensor, H: Tensor, gain: Tensor, mean: Tensor, inverse: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.native_batch_norm_backward(
+        g.contiguous(memory_format=torch.channels_last), H, gain, None, None, mean, inverse, True, eps,
+        [True, True, True],
+    )  # fmt: skip
+
+
+@library_norm_backward.register_fake
+def _(g: Tensor, H: Tensor, gain: Tensor, mean: Tensor, inverse: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(H), torch.empty_like(gain), torch.empty_like(gain)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    H, gain, _, ctx.eps = inputs
+    ctx.save_for_backward(H, gain, output[1], output[2])
+
+
+def _gradient(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+    return (*library_norm_backward(g, *ctx.saved_tensors, ctx.eps), None)
+
+
+library_norm.register_autograd(_gradient, setup_context=_keep)
+
+
+class Library(nn.BatchNorm2d):
+    """BatchNorm of a batch through `library_norm`."""
+
+    def forward(self, H: Tensor) -> Tensor:
+        y, mean, inverse = library_norm(H, self.weight, self.bias, self.eps)
+        count = H.numel() // H.shape[1]
+        with torch.no_grad():
+            self.running_mean.copy_(mean)
+            self.running_var.copy_((inverse.pow(-2) - self.eps) * (count / (count - 1)))
+        return y
+
+
+def raw_step(
+    sizes: dict[str, Any], norm: str, compiled: bool = True, mode: str | None = None, layer: type | None = None
+) -> Callable[[], Any]:
+    """Forward, loss, backward, clipping, solver on tensors that lie on the GPU, as training takes a step.
+
+    Args:
+        norm: of the network.
+        compiled: through `torch.compile`.
+        mode: its mode, where it is another than training's.
+        layer: a BatchNorm to compile in place of PyTorch's.
+    """
+    torch.manual_seed(0)
+    network = DRRN(1, sizes["U"], sizes["features"], norm).to(DEVICE, memory_format=torch.channels_last)
+    trained = InTraining(network, compiled=False)
+    if layer is not None:
+        for module in trained.run.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = layer
+    if compiled and GPU:
+        trained.run = torch.compile(trained.run, mode=mode, dynamic=False, fullgraph=True)
+    optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+    latch = Latch(torch.device(DEVICE))
+    x, truth = torch.rand(2, sizes["batch"], 1, 31, 31, device=DEVICE)
+
+    def step() -> None:
+        with autocast():
+            prediction = trained(x)
+        loss = euclidean(prediction, truth)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        good = latch.check(0, 1e-3, loss.detach(), norm)
+        trained.follow(trained.statistics, [0.1] * len(trained.statistics), good)
+        optimizer.found_inf = (~good).float()
+        optimizer.step()
+
+    return step
+
+
+class Clock(Callback):
+    """Writes when things happened in a run, by the clock, to a file; it waits for the GPU where a step is logged."""
+
+    def __init__(self, path: str, every: int) -> None:
+        self.path, self.every = Path(path), every
+        self.times: dict[str, list[float]] = {"start": [], "first": [], "logged": [], "validation": []}
+
+    def note(self, what: str) -> None:
+        synchronise()
+        self.times[what].append(time.perf_counter())
+        self.path.write_text(json.dumps(self.times))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.note("start")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if not self.times["first"]:
+            self.note("first")
+        elif trainer.global_step % self.every == 0:
+            self.note("logged")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.note("validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.note("validation")
+
+
+def through_train(folder: Path, name: str, norm: str, steps: int, sizes: dict[str, Any]) -> dict[str, list[float]]:
+    """Times of a run of src/train.py with `Clock`."""
+    images, validation = data_sets(folder, sizes)
+    path, every = folder / f"{name}.json", sizes["every"]
+    arguments = [
+        "trainer=gpu" if GPU else "trainer=default", f"model.U={sizes['U']}", f"model.features={sizes['features']}",
+        f"model.norm={norm}", "optim=quick", "optim.lr=1e-4", f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={steps - every}", "trainer.checkpoint_every=1000000",
+        f"trainer.log_every_n_steps={every}", f"data.batch_size={sizes['batch']}", "logger=none", "data.scales=[3]",
+        f"data.train={images}", f"data.val={validation}", f"data.num_workers={4 if GPU else 0}",
+        f"output={folder / name}", f"+callbacks.clock={{_target_: bench_gpu.Clock, path: {path}, every: {every}}}",
+        f"data.root={os.environ.get('DRRN_DATA', folder)}",
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "DRRN_PATCHES": str(folder / "patches"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+    }
+    done = subprocess.run(
+        [sys.executable, "src/train.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"train.py ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(path.read_text())
+
+
+def data_sets(folder: Path, sizes: dict[str, Any]) -> tuple[str, str]:
+    """Sets to train and to validate on, as Hydra takes them: the paper's, or folders of noise."""
+    root = Path(os.environ.get("DRRN_DATA", "no/such"))
+    if GPU and all((root / name).is_dir() for name in ("T91", "BSD200", "Set5")):
+        return "[T91,BSD200]", "[Set5]"
+    from PIL import Image
+
+    for name, count, side in (
+        ("noise", 40 if GPU else 2, 480 if GPU else 64),
+        ("few", 5 if GPU else 1, sizes["side"]),
+    ):
+        (folder / name).mkdir(exist_ok=True)
+        for number in range(count):
+            pixels = np.random.default_rng(number).integers(0, 256, (side, side), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return f"[{folder / 'noise'}]", f"[{folder / 'few'}]"
+
+
+# ---------------------------------------------------------------------- the rows
+
+
+def rate_row(what: str, times: list[float], best: float, target: float | None, batch: int) -> Row:
+    """A step's rate as a share of the convolutions'."""
+    middle = statistics.median(times)
+    spread = 100 * (max(times) - min(times)) / middle
+    detail = f"{1000 * middle:.3g} ms, {batch / middle:,.0f} pairs/s, spread {spread:.0f} %"
+    return what, best / middle, "of the convolutions", "" if target is None else f"≥ {target}", detail
+
+
+def gpu(sizes: dict[str, Any] = SIZES) -> Iterator[Row]:
+    """The rows; see the head of this file."""
+    end, card = time.monotonic() + BUDGET, torch.cuda.get_device_name() if GPU else "no GPU: tiny, and worth nothing"
+    with_norm, without = next((shares for name, shares in CARDS.items() if name in card), CARDS["H100"])
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, True
+    batch = sizes["batch"]
+    best = statistics.median(seconds(convolutions(sizes), sizes))
+    yield "the convolutions alone", batch / best, "pairs/s", "", f"{1000 * best:.3g} ms a step; {card}"
+    raw = {}
+    for norm, target in (("batch", with_norm), ("none", without)):
+        times = seconds(raw_step(sizes, norm), sizes)
+        raw[norm] = statistics.median(times)
+        yield rate_row(f"raw step, {name_of(norm)}", times, best, target, batch)
+    yield from inference(sizes)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for norm in ("batch", "none"):
+            if time.monotonic() > end - 60:
+                yield f"through train.py, {name_of(norm)}: no time was left", float("nan"), "", "", ""
+                continue
+            run = through_train(folder, norm, norm, sizes["fit"], sizes)
+            before = [at for at in run["logged"] if at < run["validation"][0]]
+            a_step = (
+                (before[-1] - before[0]) / (len(before) - 1) / sizes["every"] if len(before) > 1 else float("nan")
+            )
+            detail = f"{1000 * a_step:.3g} ms, {batch / a_step:,.0f} pairs/s"
+            yield f"through train.py, {name_of(norm)}", raw[norm] / a_step, "of the raw step", "≥ 0.9", detail
+            empty = run["first"][0] - run["start"][0]
+            yield f"first step, an empty compiler cache, {name_of(norm)}", empty, "s", "≤ 60", "after the imports"
+            validation = run["validation"][1] - run["validation"][0]
+            yield f"a validation, {name_of(norm)}", validation, "s", "≤ 1", data_sets(folder, sizes)[1]
+        again = through_train(folder, "again", "batch", 2 * sizes["every"], sizes)
+        yield "first step, a full compiler cache", again["first"][0] - again["start"][0], "s", "≤ 15", ""
+    variants: dict[str, tuple] = {
+        "eager": ("batch", False),
+        "reduce-overhead": ("batch", True, "reduce-overhead"),
+        "BatchNorm written out": ("batch", True, None, WrittenOut),
+        "BatchNorm by the library": ("batch", True, None, Library),
+        "no BatchNorm, reduce-overhead": ("none", True, "reduce-overhead"),
+    }
+    for what, arguments in variants.items():
+        if time.monotonic() > end:
+            yield f"raw step, {what}: no time was left", float("nan"), "", "", ""
+            continue
+        yield rate_row(f"raw step, {what}", seconds(raw_step(sizes, *arguments), sizes), best, None, batch)
+
+
+def name_of(norm: str) -> str:
+    return "BatchNorm" if norm == "batch" else "no BatchNorm"
+
+
+def inference(sizes: dict[str, Any]) -> Iterator[Row]:
+    """An image through `super_resolve` against the plain module, by the clock, in each precision."""
+    side = sizes["side"]
+    image = torch.rand(side, side, device=DEVICE)
+    few = {**sizes, "steps": max(1, sizes["steps"] // 3)}
+    for norm in ("batch", "none"):
+        network = DRRN(1, sizes["U"], sizes["features"], norm).to(DEVICE).eval()
+        for precision in ("float32", "tf32", "bf16") if GPU else ("float32", "bf16"):
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+            @torch.inference_mode()
+            def plain(network: nn.Module = network, coarse: bool = precision == "bf16") -> None:
+                with autocast(coarse):
+                    network(image[None, None])
+
+            def ours(network: nn.Module = network, precision: str = precision) -> None:
+                super_resolve(network, image, precision=precision)
+
+            theirs, mine = (statistics.median(seconds(run, few)) for run in (plain, ours))
+            what = f"{side}² in {precision}, {name_of(norm)}"
+            detail = f"{1000 * mine:.3g} ms; plain module {1000 * theirs:.3g} ms"
+            yield f"{what}: faster than plain", theirs / mine, "×", "≥ 1" if precision == "float32" else "", detail
+            if precision == "bf16" and norm == "batch":
+                yield what, 1000 * mine, "ms", "≤ 3", "the paper: 250 ms on a Titan X"
+    torch.backends.cudnn.allow_tf32 = True
