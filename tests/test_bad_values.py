@@ -140,7 +140,18 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
     },
 }
 FREE = {
-    "train": {"name", "callbacks", "output", "data.root", "data.patches", "logger.project"},
+    "train": {
+        "name",
+        "callbacks",
+        "output",
+        "data.root",
+        "data.patches",
+        "logger.project",
+        "logger.entity",
+        "logger.tags",
+        "logger.notes",
+        "logger.job_type",
+    },
     "evaluate": {"output", "images", "root", "folder"},
     "upscale": {"output"},
     "report": {"output", "compare", "root"},
@@ -177,7 +188,7 @@ def kinds(of: type, group: str = "") -> Iterator[tuple[str, Any, bool]]:
         parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         if is_dataclass(parts[0]):
             yield from kinds(parts[0], f"{group}{name}.")
-        elif name != "trainer_extra":  # no key: where +trainer.x is kept
+        elif name not in ("trainer_extra", "logger_extra"):  # no keys: where +trainer.x and +logger.x are kept
             yield f"{group}{name}", parts[0], type(None) in parts or kind is Any
 
 

@@ -174,12 +174,27 @@ class SpeedConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go besides the run record."""
+    """Where metrics go besides the run record: W&B, whose keys these are; `Config.logger_extra` are the others."""
 
-    kind: str = key("tracker", choices=("wandb", "csv", "none"))
+    wandb: bool = key("Weights & Biases, or not", default=False)
     project: str = key("W&B's project")
     mode: str = key("W&B's mode", choices=("offline", "online", "disabled"))
     artifacts: str = key("what W&B keeps", choices=("none", "weights", "checkpoints"))
+    entity: str | None = key("W&B's user or team", default=None)
+    tags: list[str] = key("W&B's, beside the structure's")
+    notes: str | None = key("W&B's", default=None)
+    job_type: str | None = key("W&B's", default=None)
+    kind: str | None = key("one logger, as before there were several", default=None, choices=("wandb", "csv", "none"))
+
+    def rules(self) -> None:
+        """What W&B itself refuses only when the training starts."""
+        if len(self.project) > 128 or set(self.project) & set("/\\#?%:"):
+            raise UserError(f"logger.project = {self.project!r}: at most 128 characters, none of / \\ # ? % :")
+        if any(len(tag) > 64 for tag in self.tags):
+            raise UserError(f"logger.tags = {self.tags}: at most 64 characters each")
+
+
+CSV = {"_target_": "lightning.pytorch.loggers.CSVLogger", "name": "csv"}
 
 
 @dataclass
@@ -202,6 +217,7 @@ class Config:
     callbacks: dict[str, Any] | None = key("NAME: {_target_: a Callback of Lightning's kind, …}", default=None)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     trainer_extra: dict[str, Any] | None = key("+trainer.NAME=…, for Lightning", default=None)
+    logger_extra: dict[str, Any] | None = key("logger.NAME={_target_: a Logger of Lightning's kind, …}", default=None)
 
     def rules(self) -> None:
         """What one group alone does not show; files that exist."""
@@ -222,9 +238,10 @@ class Config:
         for where, part in (("name", self.name or ""), *below):
             if len(os.fsencode(part)) > 200:  # a folder's name has a digest too, and ends at 255
                 raise UserError(f"{where} = {part[:20]}…: {len(os.fsencode(part))} bytes; at most 200")
-        for name, node in self.callbacks.items():
+        nodes = {f"callbacks.{name}": node for name, node in self.callbacks.items()}
+        for name, node in (nodes | {f"logger.{name}": node for name, node in self.logger_extra.items()}).items():
             if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-                raise UserError(f"callbacks.{name} = {node}: must name a class, {{_target_: package.Class, …}}")
+                raise UserError(f"{name} = {node}: must name a class, {{_target_: package.Class, …}}")
         if self.init_from is not None and self.ckpt_path not in (None, "last"):
             raise UserError(
                 "init_from and ckpt_path: init_from starts a new run from weights, ckpt_path resumes a run; give one "
@@ -243,17 +260,20 @@ def check(cfg: DictConfig) -> Config:
     OmegaConf.set_struct(cfg, False)
     if "trainer_extra" in cfg:
         raise UserError("trainer_extra: an argument of Lightning's Trainer is given as +trainer.NAME=VALUE")
+    if "logger_extra" in cfg:
+        raise UserError("logger_extra: a logger is given as +logger.NAME={_target_: …}")
     _old_names(cfg)
-    known = {its.name for its in fields(TrainerConfig)}
-    extra = {}
-    if OmegaConf.is_dict(cfg.get("trainer")):
-        extra = {name: plain(cfg.trainer.pop(name)) for name in list(cfg.trainer) if name not in known}
+    extra, loggers = _beyond(cfg, "trainer", TrainerConfig), _beyond(cfg, "logger", LoggerConfig)
     other = _other_network(cfg)
     config = typed(Config, cfg)
     config.model = other or config.model
     config.trainer_extra = extra or None
+    config.logger_extra = {name: node for name, node in loggers.items() if node is not None}
+    if (kind := config.logger.kind) is not None:  # alone, as it was when there was one
+        config.logger.wandb, config.logger.kind = kind == "wandb", None
+        config.logger_extra = {"csv": CSV} if kind == "csv" else {}
     config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node is not None}
-    for part in (config.model, config.data, config.optim, config.trainer, config.speed, config):
+    for part in (config.model, config.data, config.optim, config.trainer, config.logger, config.speed, config):
         if part is not other:
             part.rules()
     return config
@@ -271,6 +291,14 @@ def _other_network(cfg: DictConfig) -> dict[str, Any] | None:
         raise UserError(f"model.network = {model['network']}: must be a name")
     cfg.model = OmegaConf.structured(ModelConfig(1, 0, 1, "none", True, True, True))  # in its place for `typed`
     return model
+
+
+def _beyond(cfg: DictConfig, group: str, schema: type) -> dict[str, Any]:
+    """Take out of a group what its schema does not have: `+trainer.x`, `+logger.x`."""
+    if not OmegaConf.is_dict(cfg.get(group)):
+        return {}
+    known = {its.name for its in fields(schema)}
+    return {name: plain(cfg[group].pop(name)) for name in list(cfg[group]) if name not in known}
 
 
 def _old_names(cfg: DictConfig) -> None:

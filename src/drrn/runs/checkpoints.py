@@ -232,7 +232,7 @@ def set_aside(folder: Path) -> None:
     number = 1
     while any(folder.glob(f"*.{number}*")):
         number += 1
-    for old in ("checkpoints", "record.json", "weights.safetensors"):
+    for old in ("checkpoints", "record.json", "weights.safetensors", "rows.jsonl"):
         path = folder / old
         if path.exists():
             path.rename(folder / f"{path.stem}.{number}{path.suffix}")

@@ -18,15 +18,15 @@ from drrn.errors import UserError
 from drrn.runs.processes import failure, note_failure
 from drrn.runs.record import read_record
 from drrn.runs.stop import Stopped, StopSignals
-from drrn.tracking.loggers import finish
+from drrn.tracking.loggers import Tracking
 
 log = logging.getLogger("drrn.train")
 
 
 @contextmanager
-def recorded(path: Path, record: dict[str, Any], stop: StopSignals) -> Iterator[None]:
+def recorded(path: Path, record: dict[str, Any], stop: StopSignals, tracking: Tracking) -> Iterator[None]:
     """Keep a run's record: "running" while it runs, so that a killed run leaves its configuration and W&B run;
-    then what became of it. Ends the W&B run, so that the next job of a multirun starts its own."""
+    then what became of it. Ends the tracking, so that the next job of a multirun starts its own W&B run."""
     write = rank_zero_only(write_json)
 
     def close(asked: signal.Signals) -> None:
@@ -63,7 +63,7 @@ def recorded(path: Path, record: dict[str, Any], stop: StopSignals) -> Iterator[
         raise
     finally:
         write(path, record)
-        if finish(record):
+        if tracking.finish():
             write(path, record)
 
 

@@ -7,11 +7,12 @@ and every point of a sweep alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from drrn.config import Config, ModelConfig, check
+from drrn.config import Config, LoggerConfig, ModelConfig, check
 from drrn.errors import UserError
 from drrn.targets import check_trusted
 
@@ -63,7 +64,12 @@ def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     recorded["trainer"] |= recorded.pop("trainer_extra", None) or {}
     if recorded.get("ckpt_path") is None:
         recorded.pop("ckpt_path", None)  # it set aside what that run found; this one resumes itself
-    merged = OmegaConf.merge({**cfg, "model": {}}, recorded)  # another network's keys are none of this one's
+    base = {**cfg, "model": {}}  # another network's keys are none of this one's, nor are the loggers of now
+    if isinstance(recorded.get("logger"), dict) and OmegaConf.is_dict(cfg.get("logger")):
+        recorded["logger"] |= recorded.pop("logger_extra", None) or {}
+        ours = {its.name for its in fields(LoggerConfig)}
+        base["logger"] = {name: value for name, value in cfg.logger.items() if name in ours}
+    merged = OmegaConf.merge(base, recorded)
     here = ["from_record", "data.root", "data.patches", "output"]
     for key in (*here, *asked):
         if key in ("experiment", "sweeps"):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # torch and Lightning are imported when there is something to
     from drrn.module import SuperResolution
     from drrn.runs.processes import Processes
     from drrn.runs.stop import StopSignals
+    from drrn.tracking.loggers import Tracking
 
 log = logging.getLogger("drrn.train")
 
@@ -58,6 +59,7 @@ class Run:
     processes: Processes
     stop: StopSignals
     callbacks: list[Callback]  # somebody's own
+    tracking: Tracking
     initial: dict[str, Any] | None  # the weights that a fine-tuning starts from
 
     @property
@@ -93,6 +95,7 @@ def open_run(config: Config) -> Iterator[Run | None]:
     from drrn.runs.lightning import quiet_lightning, trainer_arguments
     from drrn.runs.processes import Processes
     from drrn.runs.stop import StopSignals
+    from drrn.tracking.loggers import Tracking
 
     quiet_lightning()
     initial = _initial(config)
@@ -110,6 +113,7 @@ def open_run(config: Config) -> Iterator[Run | None]:
         yield None
         return
     record = _new_record(config, earlier, processes)
+    tracking = Tracking(config, folder, record, processes.first)
     if config.from_record is not None and processes.first:
         warn_of_differences(Path(config.from_record), record)
     if processes.first:
@@ -127,8 +131,8 @@ def open_run(config: Config) -> Iterator[Run | None]:
                 from drrn.runs.checkpoints import set_aside
 
                 set_aside(folder)
-        with recorded(folder / FILE, record, stop):
-            yield Run(config, folder, record, earlier, processes, stop, callbacks, initial)
+        with recorded(folder / FILE, record, stop, tracking):
+            yield Run(config, folder, record, earlier, processes, stop, callbacks, tracking, initial)
 
 
 def _initial(config: Config) -> dict[str, Any] | None:
@@ -151,7 +155,7 @@ def _new_record(config: Config, earlier: dict[str, Any], processes: Processes) -
     from drrn.runs.record import run_record
 
     record = run_record(config, on_paper(config.model))  # for its counts, before there is any data
-    for key in ("budget", "scores", "means", "validation"):  # of a stopped run: kept until there are new ones
+    for key in ("budget", "scores", "means", "validation", "tracking"):  # of a stopped run, until there are new ones
         if key in earlier and config.ckpt_path is not None:
             record[key] = earlier[key]
     record["processes"] = processes.number
@@ -283,14 +287,13 @@ def _trainer(run: Run, data: SuperResolutionData, module: SuperResolution) -> Tr
     from drrn.runs.checkpoints import Checkpoints
     from drrn.runs.lightning import TerminalProgress
     from drrn.runs.progress import PlainProgress
-    from drrn.tracking.loggers import make_logger
 
     config = run.config
     with _lightnings_refusals():
         return Trainer(
             **run.processes.arguments,
             max_steps=data.max_steps,
-            logger=make_logger(config, run.folder, run.record, module) if run.processes.first else False,
+            logger=run.tracking.start(module),
             default_root_dir=run.folder,
             callbacks=[
                 *run.callbacks,
@@ -344,7 +347,6 @@ def score(run: Run, data: SuperResolutionData, module: SuperResolution, trainer:
 
     from drrn.protocol import means
     from drrn.runs.lightning import ended_early
-    from drrn.tracking.wandb_run import Tracker
     from drrn.weights.ours import save_weights
 
     record = run.record
@@ -361,7 +363,5 @@ def score(run: Run, data: SuperResolutionData, module: SuperResolution, trainer:
             row["set"], row["scale"], row["psnr"], row["bicubic_psnr"], row["ssim"], row["bicubic_ssim"],
             row["images"],
         )  # fmt: skip
-    for logger in trainer.loggers:
-        if isinstance(logger, Tracker):
-            logger.results()
+    run.tracking.results(module)
     log.info("%s: %s", record["status"], run.folder / FILE)

@@ -1,50 +1,180 @@
-"""Where a run's metrics go besides its record: Weights & Biases (offline unless asked otherwise), or CSV.
+"""Where a run's metrics go besides its record: any number of loggers.
 
-Tracking never decides over a run. Whatever W&B raises (no account, no network, a full or read-only folder, a
-service that was killed) is said once in the run's log and in `record["tracking"]`; training goes on.
+W&B is ours (wandb_run.py); TensorBoard, CSV, MLflow and whatever is a Lightning Logger are named by `_target_`.
+
+Tracking never decides over a run. Whatever a logger raises (no account, no network, a full or read-only folder, a
+service that was killed) is said once in the run's log and in `record["tracking"]`; training continues.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
 from drrn.config import Config
-from drrn.tracking.wandb_run import Tracker, progress
+from drrn.identity import run_name
+from drrn.targets import make, resolve
+from drrn.tracking.results import pictures, test_means
+from drrn.tracking.rows import FILE, Rows, progress
+from drrn.tracking.wandb_run import WandB
 
 if TYPE_CHECKING:
     from drrn.module import SuperResolution
 
-
-def make_logger(config: Config, folder: Path, record: dict[str, Any], module: SuperResolution) -> Logger | bool:
-    """The logger that `logger.kind` names, or False; `record["tracking"]` will say what became of it."""
-    if config.logger.kind == "wandb":
-        return Tracker(config, folder, record, module)
-    record["tracking"] = {"kind": config.logger.kind}
-    return CSV(config, folder, module) if config.logger.kind == "csv" else False
+log = logging.getLogger(__name__)
 
 
-class CSV(CSVLogger):
-    """Metrics by steps done and patches seen; a version for each time the run goes on: none is overwritten."""
+class Tracking:
+    """The loggers of a run.
 
-    def __init__(self, config: Config, folder: Path, module: SuperResolution) -> None:
-        super().__init__(folder, name="csv")
-        self.module, self.batch_size = module, config.data.batch_size
+    Args:
+        config: the checked configuration.
+        folder: the run's; loggers that take a `save_dir` get it where none is given.
+        record: the run record; `tracking` is kept here: of W&B its kind, mode and folder, of every logger its
+            `problem`, None or what went wrong first. Of several, the second and later ones are in `also`.
+        first: whether this is the process that writes; the others log nothing.
 
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """A row."""
-        steps, where = progress(self.module, self.batch_size)
-        super().log_metrics({**metrics, **where}, steps)
+    Raises:
+        UserError: a `_target_` that is no Logger, or does not take its arguments.
+    """
+
+    def __init__(self, config: Config, folder: Path, record: dict[str, Any], first: bool = True) -> None:
+        self.config, self.folder, self.record, self.first = config, folder, record, first
+        before = {state["kind"]: state.get("run") for state in states(record.get("tracking"))}
+        self.others = [
+            Other(name, node, config, folder, before.get(name)) for name, node in config.logger_extra.items() if first
+        ]
+        self.wandb: WandB | None = None
+
+    def start(self, module: SuperResolution) -> list[Logger]:
+        """The loggers for Lightning's Trainer. The last one writes the rows that the others may lose."""
+        if not self.first:
+            return [Rows(None)]
+        rows = Rows(self.folder / FILE, module)
+        if self.config.logger.wandb:
+            self.wandb = WandB(self.config, self.folder, self.record, module, rows)
+        for other in self.others:
+            other.start(self.record, module, rows)
+        made = [*([self.wandb] if self.wandb else []), *self.others]
+        first, *also = [one.state for one in made] or [{"kind": "none"}]
+        if also:
+            first["also"] = also
+        self.record["tracking"] = first  # each keeps its own part up to date
+        return [*([self.wandb] if self.wandb else []), *(other.logger for other in self.others), rows]
+
+    def results(self, module: SuperResolution) -> None:
+        """What a finished evaluation leaves: scores, their table, pictures."""
+        if not (self.wandb or self.others):
+            return
+        drawn = pictures(self.record, module)
+        if self.wandb:
+            self.wandb.results(drawn)
+        for other in self.others:
+            other.results(self.record, drawn)
+
+    def finish(self) -> bool:
+        """End the tracking of the run that is over; True if `record["tracking"]` may have changed."""
+        failed = self.record["status"] == "failed"
+        for other in self.others:
+            other.call("finalize", "failed" if failed else "success")
+        if self.wandb:
+            self.wandb.finish(failed)
+        return bool(self.wandb or self.others)
 
 
-def finish(record: dict[str, Any]) -> bool:
-    """End the tracking of the run that is over; True if `record["tracking"]` may have changed."""
-    tracker, Tracker.current = Tracker.current, None
-    if tracker is not None:
-        tracker.finish(failed=record["status"] == "failed")
-    return tracker is not None
+def states(tracking: Any) -> Iterator[dict[str, Any]]:
+    """The state of each logger, as a record has them."""
+    if isinstance(tracking, dict):
+        yield tracking
+        yield from tracking.get("also", [])
+
+
+class Other:
+    """A logger that is named by `_target_`.
+
+    Its own methods are wrapped: none of them ends a run, and each row comes once. CSV's have the optimiser step and
+    `patches_seen` as columns; the others' only axis is patches seen, so that runs of different batches compare.
+
+    Args:
+        name: of its node in the configuration.
+        node: `{_target_: …, argument: value}`.
+        run: what the logger itself called this run at an earlier start; None: nothing.
+
+    Raises:
+        UserError: it is no Logger, or does not take these arguments.
+    """
+
+    WRAPPED = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
+
+    def __init__(self, name: str, node: dict[str, Any], config: Config, folder: Path, run: Any) -> None:
+        key = f"logger.{name}"
+        kind, _ = resolve(key, node, Logger)
+        offered = {"save_dir": str(folder), "run_name": run_name(config), "run_id": run}
+        taken = inspect.signature(kind).parameters
+        self.logger = make(key, node, Logger, **{key: value for key, value in offered.items() if key in taken})
+        self.keeps_id = "run_id" in taken  # MLflow's: the same run when it is resumed
+        self.state: dict[str, Any] = {"kind": name, "problem": None}
+        self.own = {method: getattr(self.logger, method) for method in self.WRAPPED}
+        self.batch_size = config.data.batch_size
+
+    def call(self, what: str | Callable[[], Any], *arguments: Any, **more: Any) -> None:
+        """Call one of the logger's own methods; at the first failure say so, and from then on only end it."""
+        if self.state["problem"] is not None and what != "finalize":
+            return
+        try:
+            (self.own[what] if isinstance(what, str) else what)(*arguments, **more)
+        except Exception as error:  # of anybody's logger
+            if self.state["problem"] is None:
+                self.state["problem"] = f"{type(error).__name__}: {error}"
+                log.warning("logger.%s failed: %s. The run continues without it", self.state["kind"], error)
+
+    def start(self, record: dict[str, Any], module: SuperResolution, rows: Rows) -> None:
+        """Wrap the logger, and give it the configuration once."""
+
+        def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
+            steps, where = progress(module, self.batch_size)
+            if row := rows.new(metrics, steps):
+                self._log(row, steps, where)
+
+        for method in self.WRAPPED:
+            setattr(self.logger, method, lambda *a, method=method, **k: self.call(method, *a, **k))
+        self.logger.log_metrics = log_metrics
+        self.logger.log_hyperparams = lambda *_, **__: None  # Lightning would give it the module's
+        self.call("log_hyperparams", record["config"])
+        if self.keeps_id:
+            self.call(lambda: self.state.update(run=self.logger.version))
+
+    def _log(self, row: dict[str, float], steps: int, where: dict[str, float]) -> None:
+        if isinstance(self.logger, CSVLogger):
+            self.call("log_metrics", {**row, **where}, steps)
+        else:
+            self.call("log_metrics", row, int(where["patches_seen"]))
+
+    def results(self, record: dict[str, Any], drawn: dict[str, Any]) -> None:
+        """Scores as metrics; their table and pictures where the logger can show them."""
+        steps, patches = record["budget"]["steps"], record["budget"]["patches"]
+        self._log(test_means(record), steps, {"patches_seen": patches})
+        self.call(self._show, record["scores"], drawn, patches)
+        self.call("save")
+
+    def _show(self, scores: list[dict[str, Any]], drawn: dict[str, Any], patches: int) -> None:
+        experiment = getattr(self.logger, "experiment", None)
+        columns = list(dict.fromkeys(key for row in scores for key in row))
+        rows = [[row.get(key, "") for key in columns] for row in scores]
+        if hasattr(experiment, "add_image"):  # TensorBoard
+            lines = [columns, ["---"] * len(columns), *rows]
+            text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+            experiment.add_text("scores", text, patches)
+            for key, pixels in drawn.items():
+                experiment.add_image(key, pixels, patches, dataformats="HWC")
+        elif hasattr(experiment, "log_image") and hasattr(experiment, "log_table"):  # MLflow
+            table = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+            experiment.log_table(self.logger.run_id, table, "scores.json")
+            for key, pixels in drawn.items():
+                experiment.log_image(self.logger.run_id, pixels, f"{key}.png")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
 from drrn.config import Config
 from drrn.identity import run_name, structure_name
+from drrn.tracking.results import test_means
+from drrn.tracking.rows import Rows, place, progress
 from drrn.tracking.wandb_files import ended, history, mend, runs
 
 if TYPE_CHECKING:
@@ -22,25 +23,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PICTURES = 3  # test images drawn side by side: the first of the first set, so that runs can be compared
 FINISH_SECONDS = 180  # for uploading at the end (logger.mode=online); what is left stays on the disk
 ARTIFACTS = {"none": (), "weights": ("weights",), "checkpoints": ("weights", "checkpoint")}
 
 
-def progress(module: SuperResolution, batch_size: int) -> tuple[int, dict[str, float]]:
-    """Optimiser steps done, and the same as patches and as passes over the data.
-
-    Lightning's own count is one behind while it validates, another behind after a resume, and its epoch is 0.
-    """
-    steps = module.trainer.global_step
-    return steps, {"patches_seen": steps * batch_size, "epoch": steps / module.hparams["steps_per_epoch"]}
-
-
-class Tracker(Logger):
+class WandB(Logger):
     """A run of ours as one W&B run, however often it is interrupted.
 
-    W&B's step is the optimiser step and its x-axis `patches_seen`. Steps that are done again after a crash are
-    not logged again: the history of all legs together holds every metric at every step at most once.
+    W&B's step is the optimiser step and its x-axis `patches_seen`. The history of all legs together holds every
+    metric at every step once: what a killed leg's file misses is logged again from `rows`, and steps that are done
+    again are not.
 
     Args:
         config: the checked configuration.
@@ -48,20 +40,18 @@ class Tracker(Logger):
         record: the run record. Its `wandb_id` says which W&B run to go on with; `tracking` is kept here:
             kind, mode, folder, and `problem`, None or what went wrong first.
         module: the module in training, which knows the steps.
+        rows: what earlier starts have logged.
     """
 
-    current: Tracker | None = None  # the one that `finish` ends
-
-    def __init__(self, config: Config, folder: Path, record: dict[str, Any], module: SuperResolution) -> None:
+    def __init__(
+        self, config: Config, folder: Path, record: dict[str, Any], module: SuperResolution, rows: Rows
+    ) -> None:
         super().__init__()
-        self.config, self.folder, self.record, self.module = config, folder, record, module
+        self.config, self.folder, self.record, self.module, self.rows = config, folder, record, module, rows
         self.run: Any = None
         self.logged: dict[str, int] = {}  # metric → the highest step that it was logged at, in any leg
         self.state = {"kind": "wandb", "mode": config.logger.mode, "folder": None, "problem": None}
-        if rank_zero_only.rank == 0:
-            record["tracking"] = self.state
-            Tracker.current = self
-            self._attempt("start", self._start)
+        self._attempt("start", self._start)
 
     # ------------------------------------------------------------------ what Lightning calls
 
@@ -83,15 +73,13 @@ class Tracker(Logger):
     def log_hyperparams(self, *arguments: Any, **more: Any) -> None:
         """The W&B run was started with the whole configuration."""
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """A training or validation line; the test's scores come from the record (`results`)."""
         steps, where = progress(self.module, self.config.data.batch_size)
-        new = {
-            key: value
-            for key, value in metrics.items()
-            if key != "epoch" and not key.startswith("test/") and self.logged.get(key, -1) < steps
-        }
+        self._log(self.rows.new(metrics, steps), steps, where)
+
+    def _log(self, row: Mapping[str, float], steps: int, where: Mapping[str, float]) -> None:
+        new = {key: value for key, value in row.items() if self.logged.get(key, -1) < steps}
         if new and self._attempt("log", lambda: self.run.log({**new, **where}, step=steps)):
             self.logged |= dict.fromkeys(new, steps)
 
@@ -112,7 +100,7 @@ class Tracker(Logger):
         if self.state["problem"] is None:
             self.state["problem"] = problem
             kept = "What it has is kept" if self.run is not None else "Nothing is tracked"
-            log.warning("%s. %s; the run and its record go on without it.", problem, kept)
+            log.warning("%s. %s; the run and its record continue without it.", problem, kept)
 
     def _start(self) -> None:
         import wandb
@@ -124,11 +112,16 @@ class Tracker(Logger):
             mend(path)
         model, structure, steps = config.model, record["structure"], self.module.hparams["max_steps"]
         sizes = [] if isinstance(model, dict) else [f"B{model.B}", f"U{model.U}"]
+        tags = [structure_name(model), *sizes, f"d{structure['depth']}", *config.logger.tags]
+        tags += os.environ.get("WANDB_TAGS", "").split(",")
         arguments = {
             "project": config.logger.project,
-            "name": run_name(config),
-            "group": config.study,
-            "tags": [structure_name(model), *sizes, f"d{structure['depth']}"],
+            "name": os.environ.get("WANDB_NAME") or run_name(config),
+            "group": os.environ.get("WANDB_RUN_GROUP") or config.study,
+            "tags": list(dict.fromkeys(filter(None, tags))),
+            "entity": config.logger.entity,
+            "notes": config.logger.notes,
+            "job_type": config.logger.job_type,
             "id": record["wandb_id"],
             "resume": "allow",
             "dir": self.folder,
@@ -171,36 +164,33 @@ class Tracker(Logger):
             self.state["folder"] = f"wandb/{Path(self.run.dir).parent.name}"
         self.run.define_metric("patches_seen")
         self.run.define_metric("*", step_metric="patches_seen", step_sync=True)
+        for step, row in self.rows.earlier:
+            self._log(row, step, place(step, self.module, config.data.batch_size))
         if mode == "offline":
             log.info("W&B is offline; `wandb sync %s` uploads it", self.folder / "wandb/offline-run-*")
 
-    def results(self) -> None:
+    def results(self, drawn: Mapping[str, np.ndarray]) -> None:
         """What a finished evaluation leaves. The scores come first: the rest may fail where they do not."""
-        for call in (self._scores, self._media, self._artifacts):
+        for call in (self._scores, lambda: self._media(drawn), self._artifacts):
             self._attempt("results", call)
 
     def _scores(self) -> None:
         """A row of its own, after all others, and the run's summary: means by set and scale, budget, status."""
         record = self.record
-        means = {
-            f"test/{row['set']}_x{row['scale']}/{key}": value
-            for row in record["means"]
-            for key, value in row.items()
-            if key not in ("set", "scale")
-        }
+        means = test_means(record)
         last = max([record["budget"]["steps"], *self.logged.values()]) + 1
         self.run.log({"patches_seen": record["budget"]["patches"], **means}, step=last)
         budget = {f"budget/{key}": value for key, value in record["budget"].items()}
         self.run.summary.update({**means, **budget, "status": record["status"]})
 
-    def _media(self) -> None:
+    def _media(self, drawn: Mapping[str, np.ndarray]) -> None:
         """Into the same row: the table of all images' scores, and pictures."""
         import wandb
 
         columns = list(dict.fromkeys(key for row in self.record["scores"] for key in row))
         rows = [[row.get(key) for key in columns] for row in self.record["scores"]]
         table = wandb.Table(columns=columns, data=rows)
-        pictures = {key: wandb.Image(pixels) for key, pixels in self._pictures().items()}
+        pictures = {key: wandb.Image(pixels) for key, pixels in drawn.items()}
         before = os.environ.get("WANDB_DATA_DIR")
         # W&B uploads the table later from a copy there: in the run's folder, not in somebody's home.
         os.environ.setdefault("WANDB_DATA_DIR", str(self.folder.resolve() / "wandb"))
@@ -209,31 +199,6 @@ class Tracker(Logger):
         finally:
             if before is None:
                 del os.environ["WANDB_DATA_DIR"]
-
-    def _pictures(self) -> dict[str, np.ndarray]:
-        """`pictures/Set5_x3/baby` → [H, W, 4] uint8, ground truth, bicubic and this network side by side."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        from drrn.inference import super_resolve
-        from drrn.report.pictures import side_by_side
-
-        if not self.record["scores"]:
-            return {}
-        scales = sorted({row["scale"] for row in self.record["scores"]})
-        scale, first = scales[len(scales) // 2], self.record["scores"][0]["set"]
-        chosen = [r["image"] for r in self.record["scores"] if (r["set"], r["scale"]) == (first, scale)][:PICTURES]
-        pictures = {}
-        try:
-            files = {path.name: path for path in self.module.trainer.datamodule.sets[first]}
-            network = {self.record["structure"]["name"]: lambda x: super_resolve(self.module.network, x)}
-            for image in chosen:
-                figure = side_by_side(files[image], scale, network)
-                canvas = FigureCanvasAgg(figure)
-                canvas.draw()
-                pictures[f"pictures/{first}_x{scale}/{Path(image).stem}"] = np.asarray(canvas.buffer_rgba())
-        except Exception as error:  # nothing that W&B did, and no reason to lose the scores
-            log.warning("no picture of %s for W&B: %s: %s", first, type(error).__name__, error)
-        return pictures
 
     def _artifacts(self) -> None:
         """The weights, or also the last checkpoint (weights and momentum), with aliases for status and step."""

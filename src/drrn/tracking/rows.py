@@ -1,0 +1,106 @@
+"""The rows that a run has logged, in a file of its own: no kill loses them, and no tracker decides what is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers.logger import Logger
+
+if TYPE_CHECKING:
+    from drrn.module import SuperResolution
+
+log = logging.getLogger(__name__)
+
+FILE = "rows.jsonl"
+
+
+def progress(module: SuperResolution, batch_size: int) -> tuple[int, dict[str, float]]:
+    """Optimiser steps done, and the same as patches and as passes over the data.
+
+    Lightning's own count is one behind while it validates, another behind after a resume, and its epoch is 0.
+    """
+    return module.trainer.global_step, place(module.trainer.global_step, module, batch_size)
+
+
+def place(steps: int, module: SuperResolution, batch_size: int) -> dict[str, float]:
+    """A number of optimiser steps as patches and as passes over the data."""
+    return {"patches_seen": steps * batch_size, "epoch": steps / module.hparams["steps_per_epoch"]}
+
+
+class Rows(Logger):
+    """The last of a run's loggers: writes each row to the run's folder as it comes, `{"step": 3, "train/loss": …}`.
+
+    What a start that was killed had logged beyond its last checkpoint is done again when the run resumes, and comes
+    out the same: it is not written again, nor given to the other loggers (`new`).
+
+    Args:
+        path: of the file; its rows are those of the earlier starts. None: nothing is read or written.
+        module: the module in training, which knows the steps.
+    """
+
+    name = version = None  # of Lightning's interface
+
+    def __init__(self, path: Path | None, module: SuperResolution | None = None) -> None:
+        super().__init__()
+        self.path, self.module = path, module
+        self.earlier: list[tuple[int, dict[str, float]]] = []
+        self.last: dict[str, int] = {}  # metric → the highest step that an earlier start logged it at
+        if path is None:
+            return
+        try:
+            self._read()
+        except OSError as error:
+            self._give_up(error)
+
+    @property
+    def save_dir(self) -> str | None:
+        """The run's folder."""
+        return str(self.path.parent) if self.path is not None else None
+
+    def _read(self) -> None:
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        whole = 0
+        for line in content.splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                step = int(row.pop("step"))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            self.earlier.append((step, row))
+            self.last |= {key: max(step, self.last.get(key, -1)) for key in row}
+        if whole < len(content):
+            os.truncate(self.path, whole)  # what a kill or a full disk cut off
+
+    def new(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
+        """Those metrics that no earlier start has logged at this step; the test's scores come from the record."""
+        return {
+            key: value
+            for key, value in metrics.items()
+            if key != "epoch" and not key.startswith("test/") and self.last.get(key, -1) < step
+        }
+
+    def log_hyperparams(self, *arguments: Any, **more: Any) -> None:
+        """They are in the record."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """A line."""
+        steps = self.module.trainer.global_step if self.path is not None else 0
+        if self.path is None or not (row := self.new(metrics, steps)):
+            return
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": steps, **row}) + "\n")
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("%s: %s; the run continues without it", self.path, error)
+        self.path = None
