@@ -86,7 +86,7 @@ WRONG = {
     "unknown key added": (["+model.depth=20"], ["model.depth"]),
     "unknown key at the top": (["+colour=true"], ["colour"]),
     "unknown key of optim": (["++optim.beta=0.9"], ["optim.beta"]),
-    "unknown group": (["model=srcnn"], ["srcnn", "drrn_ns_c"]),
+    "unknown group": (["model=edsr"], ["edsr", "drrn_ns_c"]),
     "unknown group file": (["optim=sota"], ["sota", "release"]),
 }  # fmt: skip
 

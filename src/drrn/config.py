@@ -24,6 +24,7 @@ from drrn.optimisers import OPTIMISERS, SCHEDULES
 from drrn.schema import key, plain, typed
 from drrn.sets import is_set, known_sets
 
+DEFAULT = "drrn"  # the network, where none is named
 DEEPEST = 10_000  # layers; the paper's deepest network has 52
 
 
@@ -283,7 +284,7 @@ def _other_network(cfg: DictConfig) -> dict[str, Any] | None:
     """Take the group `model` of a network that is not DRRN out of a configuration; a DRRN's loses `network` only."""
     if not OmegaConf.is_dict(cfg.get("model")):
         return None
-    if cfg.model.get("network", "drrn") == "drrn":
+    if cfg.model.get("network", DEFAULT) == DEFAULT:
         cfg.model.pop("network", None)
         return None
     model = plain(cfg.model)

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 
 from drrn.config import Config
 from drrn.images import orientations, read_luminance
+from drrn.matlab import resize_matrix
+from drrn.networks import input_of
 from drrn.patch_build import prepare_patches
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches
 from drrn.protocol import prepare
@@ -79,11 +81,35 @@ def turned(patches: Tensor, orientation: Tensor) -> Tensor:
     return patches.flatten(1).gather(1, moves).view_as(patches)
 
 
-class EvaluationImages:
-    """One set at one scale: item i is (x, truth, file name), [1, 1, H, W] float32 each, by the protocol."""
+@lru_cache
+def _bicubic(p: int, scale: int, device: torch.device) -> Tensor:
+    """The weights of MATLAB's bicubic that shrinks p pixels [p / s, p], float32."""
+    return torch.from_numpy(resize_matrix(p, 1 / scale, p // scale).toarray()).float().to(device)
 
-    def __init__(self, files: list[Path], scale: int) -> None:
-        self.files, self.scale = files or [None], scale  # without an image: one empty item, nameless
+
+def low_pairs(truth: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+    """Patches x̃ [N, p, p] → the pairs of a network that takes the low-resolution image, [N, P / s, P / s], [N, P, P].
+
+    A patch is cropped at the bottom and on the right to P pixels, a multiple of the scale (31 to 30, 30 and 28 at ×2,
+    ×3 and ×4), and shrunk as an image is, so its own border is mirrored. The low resolution of the whole image is
+    another there: by 0.9, 1.2 and 1.3 grey levels in the outermost pixels, 0.2 in the next (T91, root mean square).
+    """
+    p = truth.shape[-1] - truth.shape[-1] % scale
+    truth, weights = truth[:, :p, :p], _bicubic(p, scale, truth.device)
+    return weights @ truth @ weights.T, truth
+
+
+class EvaluationImages:
+    """One set at one scale: item i is (x, truth, file name), [1, 1, H, W] float32 each, by the protocol.
+
+    Args:
+        files: of the set.
+        scale: s.
+        input: what the network takes, "interpolated" or "low".
+    """
+
+    def __init__(self, files: list[Path], scale: int, input: str = "interpolated") -> None:
+        self.files, self.scale, self.input = files or [None], scale, input  # no image: one empty item, nameless
 
     def __len__(self) -> int:
         return len(self.files)
@@ -92,9 +118,8 @@ class EvaluationImages:
         path = self.files[index]
         if path is None:
             return torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0), ""
-        x, truth = (
-            torch.from_numpy(z.astype(np.float32))[None, None] for z in prepare(read_luminance(path), self.scale)
-        )
+        pair = prepare(read_luminance(path), self.scale, self.input)
+        x, truth = (torch.from_numpy(z.astype(np.float32))[None, None] for z in pair)
         return x, truth, path.name
 
 
@@ -105,12 +130,13 @@ class SuperResolutionData(LightningDataModule):
     stop and be resumed at any step. `prepare_data` may be called in every process: they wait for one another.
 
     Args:
-        config: a checked configuration; `data`, `seed` and `trainer` are used.
+        config: a checked configuration; `data`, `seed`, `trainer` and the network's input are used.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.data, self.seed, self.micro = config.data, config.seed, config.trainer.accumulate_grad_batches
+        self.input = input_of(config.model)
         self.max_steps, self.max_epochs = config.trainer.max_steps, config.trainer.max_epochs
 
     def prepare_data(self) -> None:
@@ -155,7 +181,7 @@ class SuperResolutionData(LightningDataModule):
             # Each process takes every world-size-th image: nothing is padded, nothing counted twice. One that
             # has none left gets an empty item: it takes part in the evaluation, which the others wait for.
             mine = files[self.trainer.global_rank :: self.trainer.world_size]
-            loaders.append(DataLoader(EvaluationImages(mine, task.scale), batch_size=None, shuffle=False))
+            loaders.append(DataLoader(EvaluationImages(mine, task.scale, self.input), batch_size=None, shuffle=False))
         return loaders
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -171,9 +197,15 @@ class SuperResolutionData(LightningDataModule):
         return tuple(torch.from_numpy(part) for part in batch) if isinstance(batch, Pairs) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Stored integers → (x, x̃) [N, 1, p, p] float32 in 0…1 (x a little beyond), turned; on the device."""
+        """Stored integers → (x, x̃) [N, 1, p, p] float32 in 0…1 (x a little beyond), turned; on the device.
+
+        Of a network that takes the low-resolution image, x is made of x̃ (`low_pairs`).
+        """
         if not self.trainer.training:
             return batch
         data, label, *orientation = batch
         pair = data.float().mul_(STEP).add_(LOW), label.float().div_(255)
-        return tuple((turned(z, *orientation) if orientation else z)[:, None] for z in pair)
+        pair = tuple(turned(z, *orientation) if orientation else z for z in pair)
+        if self.input == "low":
+            pair = low_pairs(pair[1], self.data.scales[0])
+        return tuple(z[:, None] for z in pair)

@@ -60,6 +60,8 @@ class Method(NamedTuple):
     experiment: str | None = None  # `identity.experiment`: equal for runs that differ by their seed alone
     checkpoint: Path | None = None
     folder: Path | None = None
+    input: str = "interpolated"  # of the network: or "low"
+    scale: int | None = None  # of a network of one scale
 
     def facts(self) -> dict[str, Any]:
         """What the file of scores says of it."""
@@ -168,7 +170,11 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def methods_of(config: EvaluateConfig) -> list[Method]:
-    """Bicubic, each network by a name of its own, or the images of a folder."""
+    """Bicubic, each network by a name of its own, or the images of a folder.
+
+    Raises:
+        UserError: a file holds no network, or one of another scale.
+    """
     if config.method == "images":
         name = Path(config.folder).resolve().name
         return [Method(name, name, f"images of {name}", folder=Path(config.folder))]
@@ -176,6 +182,9 @@ def methods_of(config: EvaluateConfig) -> list[Method]:
     methods += [network_in(Path(path)) for path in config.checkpoint]
     if len({method.name for method in methods}) < len(methods):  # two networks of one name: call them by their path
         methods = [method._replace(name=str(method.checkpoint or method.name)) for method in methods]
+    for method in methods:
+        if method.scale not in (None, *config.scales):
+            raise UserError(f"scales = {config.scales}: {method.checkpoint} enlarges by {method.scale}")
     return methods
 
 
@@ -185,10 +194,12 @@ def network_in(path: Path) -> Method:
     from drrn.images import sha256
     from drrn.weights.ours import load_network
 
-    _, about = load_network(path)
+    network, about = load_network(path)
     structure, digest = structure_name(about["model"]), sha256(path)
     name, experiment = about.get("origin") or path.stem, about.get("experiment") or digest[:8]
-    return Method(name, structure, digest, about.get("seed"), about.get("steps"), experiment, path)
+    training = about.get("seed"), about.get("steps"), experiment
+    scale = getattr(network, "scale", None)
+    return Method(name, structure, digest, *training, path, input=network.input, scale=scale)
 
 
 def jobs_of(config: EvaluateConfig, methods: list[Method], scores: Scores) -> list[Job]:
@@ -208,7 +219,7 @@ def jobs_of(config: EvaluateConfig, methods: list[Method], scores: Scores) -> li
         for path, digest in members.items():
             shown = path.stem if stems[path.stem.lower()] == 1 else path.name  # a.png and a.jpg are two pictures
             for scale in config.scales:
-                for method in methods:
+                for method in (method for method in methods if method.scale in (None, scale)):
                     place, made = None, None
                     if config.images is not None:
                         drawn = f"{shown}_x{scale}_{re.sub('[ /]', '_', method.name)}.png"
@@ -263,7 +274,7 @@ def score_image(
 
     started = time.monotonic()
     try:
-        x, truth = prepare(read_luminance(job.path), job.scale)
+        x, truth = prepare(read_luminance(job.path), job.scale, job.method.input)
         if job.made is not None:
             prediction = _fitting(job, read_luminance(job.made), truth.shape) / 255.0
         elif job.method.checkpoint is not None:

@@ -10,17 +10,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from drrn.config import Config, ModelConfig
+from drrn.config import DEFAULT, Config, ModelConfig
+
+Structure = ModelConfig | dict[str, Any]  # what a network is: another than DRRN has its name as `network`
+
+
+def model_of(values: Mapping[str, Any]) -> Structure:
+    """`Config.model` from what a record or a weights file holds of it."""
+    arguments = {key: value for key, value in values.items() if (key, value) != ("network", DEFAULT)}
+    return arguments if "network" in arguments else ModelConfig(**arguments)
 
 
 def structure_name(model: ModelConfig | Mapping[str, Any]) -> str:
     """The paper's name of a structure: DRRN_B1U9, DRRN_NS_B3U4, DRRN_C_B3U2, VDSR_d20; departures follow.
 
-    Another network is called by its name and its arguments: SRCNN_width64.
+    Another network is called by its name and its arguments: SRCNN_middle1_features64.
     """
     if isinstance(model, Mapping):
         arguments = {key: value for key, value in model.items() if key != "network"}
-        if model.get("network", "drrn") != "drrn":
+        if model.get("network", DEFAULT) != DEFAULT:
             return "_".join([model["network"].upper(), *(f"{key}{value}" for key, value in arguments.items())])
         model = ModelConfig(**arguments)
     if model.U == 0:

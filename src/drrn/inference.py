@@ -47,9 +47,9 @@ def super_resolve(
     """The network's estimate of an image of any size; in parts when it is large, with the same result.
 
     Args:
-        network: [N, 1, H, W] → [N, 1, H, W] with a `receptive_radius`, on any device; BatchNorm uses its running
+        network: one of `drrn.networks`' kind, on any device; BatchNorm uses its running
             statistics whatever mode the network is in. What is prepared for it is kept for the next image.
-        x: interpolated luminance [H, W], 0…1; a tensor may be on any device.
+        x: interpolated luminance [H, W], 0…1, or what else the network's `input` says; a tensor may be on any device.
         tile: side in pixels of what a tile adds to the result; it is computed with `receptive_radius` more
             pixels on every side that is not a border of the image. None: strips as wide as the image, which need
             no such overlap, or large tiles where there is no memory for them or the image is turned.
@@ -58,8 +58,8 @@ def super_resolve(
         precision: "float32", "tf32", "bf16", or "auto" for the fastest that the device computes in hardware.
 
     Returns:
-        [H, W], float32, not clamped; an array for an array, a tensor on the network's device for a tensor. The
-        division changes it by rounding only (1e-5).
+        [H, W], float32, not clamped; [s · H, s · W] of a network that enlarges, by its `scale` s. An array for an
+        array, a tensor on the network's device for a tensor. The division changes it by rounding only (1e-5).
 
     Raises:
         ValueError: `x` is not [H, W] with at least one pixel, or `tile` is below 1.
@@ -86,13 +86,13 @@ def super_resolve_strips(
 
     Args:
         network, tile, self_ensemble, progress, precision: as in `super_resolve`.
-        rows: called with (first, last + 1), gives those rows of the interpolated luminance [rows, W], 0…1, from
-            the top. With tiles, neighbouring calls overlap by twice the receptive radius.
-        shape: (H, W) of the whole.
+        rows: called with (first, last + 1), gives those rows of the network's input [rows, W], 0…1, from the
+            top. With tiles, neighbouring calls overlap by twice the receptive radius.
+        shape: (H, W) of the whole input.
         room: bytes that feature maps may take; None: `free_room`.
 
     Yields:
-        Strips [h, W] of the result, from the top.
+        Strips [h, W] of the result ([h, s · W] where the network enlarges), from the top.
 
     Raises:
         ValueError, UserError: as `super_resolve`.
@@ -127,7 +127,7 @@ def _parts(
         parts = strips(ready, x.shape, room, LOW_STRIP_BYTES if tile else STRIP_BYTES)
         return torch.cat(list(_run(ready, lambda a, b: x[a:b], x.shape, parts, lambda done, total: None)))
 
-    (height, width), radius = shape, ready.receptive_radius
+    (height, width), radius, s = shape, ready.receptive_radius, ready.scale
     tile_height, tile_width = (tile, tile) if tile else tile_shape(ready, shape, room)
     tops, lefts = range(0, height, tile_height), range(0, width, tile_width)
     done, total = 0, len(tops) * len(lefts)
@@ -136,13 +136,14 @@ def _parts(
         bottom = min(top + tile_height, height)
         above, below = max(top - radius, 0), min(bottom + radius, height)
         x = _tensor(rows(above, below)).to(device)
-        strip = torch.empty((bottom - top, width), device=device)
+        strip = torch.empty((s * (bottom - top), s * width), device=device)
         for left in lefts:
             right = min(left + tile_width, width)
             before, after = max(left - radius, 0), min(right + radius, width)
             region = x[:, before:after]
             y = ensemble(whole, region) if self_ensemble else whole(region)
-            strip[:, left:right] = y[top - above : bottom - above, left - before : right - before]
+            inner = y[s * (top - above) : s * (bottom - above), s * (left - before) : s * (right - before)]
+            strip[:, s * left : s * right] = inner
             done += 1
             progress(done, total)
         yield strip
@@ -167,10 +168,10 @@ def _tensor(x: NDArray[np.floating] | Tensor) -> Tensor:
 
 
 def ensemble(whole: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The mean of `whole` over the paper's 8 orientations (Sec. 4.2), each turned back [h, w] → [h, w]."""
-    total = torch.zeros_like(x)
+    """The mean of `whole` over the paper's 8 orientations (Sec. 4.2), each turned back; [h, w] → `whole`'s shape."""
+    total = 0
     for mirrored in (False, True):
         for quarters in range(4):
             y = torch.rot90(whole(torch.rot90(x.fliplr() if mirrored else x, quarters)), -quarters)
-            total += y.fliplr() if mirrored else y
+            total = total + (y.fliplr() if mirrored else y)
     return total / 8

@@ -21,37 +21,17 @@ One class serves the whole family of the paper's experiments:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drrn.layers import conv_weights, convolution, in_float32
+
 NORMS = ("batch", "none")
-
-
-def conv3x3(in_channels: int, out_channels: int, bias: bool) -> nn.Conv2d:
-    """A 3×3 convolution with the initialisation of Sec. 4.2: He normal over the fan-in, biases 0."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    return conv
 
 
 def normalisation(norm: str, channels: int) -> nn.Module:
     """BatchNorm with its own affine (Caffe's BatchNorm + Scale), or nothing."""
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
-
-
-def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)` without autocast, which would round the image in `x` to steps of 1/256; then in autocast's type.
-
-    The network sharpens that rounding: it costs published weights 0.03 dB at ×3 and 0.11 dB at ×4.
-    """
-    kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return layer(x)
-    with torch.autocast(kind, enabled=False):
-        return layer(x.float()).to(torch.get_autocast_dtype(kind))
 
 
 class RecursiveBlock(nn.Module):
@@ -80,11 +60,11 @@ class RecursiveBlock(nn.Module):
         self.rectified_identity, self.input_relu = rectified_identity, input_relu
         sets = min(U, 1) if weight_sharing else U  # weight sets W of the residual function (Eq. 4)
         self.norm = normalisation(norm, in_channels)
-        self.conv = conv3x3(in_channels, features, bias)
+        self.conv = convolution(in_channels, features, 3, bias)
         self.norm_a = nn.ModuleList(normalisation(norm, features) for _ in range(U))
         self.norm_b = nn.ModuleList(normalisation(norm, features) for _ in range(U))
-        self.conv_a = nn.ModuleList(conv3x3(features, features, bias) for _ in range(sets))
-        self.conv_b = nn.ModuleList(conv3x3(features, features, bias) for _ in range(sets))
+        self.conv_a = nn.ModuleList(convolution(features, features, 3, bias) for _ in range(sets))
+        self.conv_b = nn.ModuleList(convolution(features, features, 3, bias) for _ in range(sets))
 
     def first(self, x: Tensor) -> Tensor:
         """H⁰ = f_b(x_{b-1}) of Eq. 5."""
@@ -158,7 +138,7 @@ class DRRN(nn.Module):
             for b in range(B)
         )
         self.norm_rec = normalisation(norm, features)
-        self.conv_rec = conv3x3(features, 1, bias)
+        self.conv_rec = convolution(features, 1, 3, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Super-resolve.
@@ -191,4 +171,4 @@ class DRRN(nn.Module):
 
         At B2U3 they are 739,584; the 784K of Sec. 4.3 is a misprint (its other counts follow this rule).
         """
-        return sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Conv2d))
+        return conv_weights(self)

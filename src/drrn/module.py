@@ -17,6 +17,7 @@ from drrn.errors import UserError
 from drrn.fast.training import InTraining, Latch, worth_compiling
 from drrn.inference import forget, super_resolve
 from drrn.losses import LOSSES
+from drrn.matlab import imresize
 from drrn.metrics import in_training
 from drrn.networks import build
 from drrn.optimisers import configured, takes_found_inf
@@ -58,7 +59,12 @@ class SuperResolution(LightningModule):
         if hasattr(self.network, "conv_rec"):
             with torch.no_grad():  # `optim.residual_scale` 0 starts at bicubic itself; 1 is the paper's start
                 self.network.conv_rec.weight.mul_(self.optim.residual_scale)
-        loss = self.optim.loss or getattr(self.network, "loss", "euclidean")
+        loss = self.network.loss
+        if self.optim.loss is not None and not isinstance(loss, str):
+            raise UserError(
+                f"optim.loss = {self.optim.loss}: the network brings a loss of its own; give optim.loss=null"
+            )
+        loss = self.optim.loss or loss
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
         self.compiled: bool | str = False
         self.checkpointing = False
@@ -86,7 +92,7 @@ class SuperResolution(LightningModule):
                 self.metrics[f"{name}_{index}"] = MeanMetric()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Interpolated luminance [N, 1, H, W] in 0…1 → super-resolved, same shape."""
+        """What `network(x)` gives."""
         return self.network(x)
 
     # ------------------------------------------------------------------ training
@@ -98,6 +104,8 @@ class SuperResolution(LightningModule):
         gradient of the loss over the whole batch.
         """
         x, truth = batch
+        if hasattr(self.network, "at_step"):
+            self.network.at_step(self.trainer.global_step)
         if self.trained is None:
             compiled = worth_compiling(self.network, x) if self.compiled == "auto" else self.compiled
             self.trained = InTraining(self.network, compiled, self.checkpointing)
@@ -255,17 +263,18 @@ class SuperResolution(LightningModule):
     # ------------------------------------------------------------------ evaluation (drrn.protocol)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor, str], batch_idx: int, dataloader_idx: int, stage: str) -> None:
-        x, truth, image = batch  # [1, 1, H, W] each
+        x, truth, image = batch  # [1, 1, H, W] each, or x the low-resolution image
         if not image:
             return
         task = self.trainer.datamodule.evaluation_tasks(stage)[dataloader_idx]
-        interpolated, truth = (plane[0, 0].float().cpu().numpy() for plane in (x, truth))
+        given, truth = (plane[0, 0].float().cpu().numpy() for plane in (x, truth))
         with torch.autocast(x.device.type, enabled=False):  # in float32 and in strips, as src/evaluate.py scores
-            values = score(super_resolve(self.network, interpolated), truth, task.scale)
+            values = score(super_resolve(self.network, given), truth, task.scale)
         for name, value in values.items():
             self.metrics[f"{name}_{dataloader_idx}"].update(value)
         row = {"set": task.set_name, "scale": task.scale, "image": image, **values}
         if stage == "test":
+            interpolated = imresize(given, task.scale) if self.network.input == "low" else given
             row |= {f"bicubic_{name}": value for name, value in score(interpolated, truth, task.scale).items()}
         self.rows.append((dataloader_idx, batch_idx * self.trainer.world_size + self.trainer.global_rank, row))
 

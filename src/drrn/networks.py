@@ -8,27 +8,43 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, field, is_dataclass, make_dataclass
+from typing import Any, Protocol, get_type_hints
 
 import torch
+from omegaconf import MISSING
 from torch import Tensor, nn
 
+from drrn.drcn import DRCN
 from drrn.errors import UserError
+from drrn.espcn import ESPCN
+from drrn.fsrcnn import FSRCNN
 from drrn.model import DRRN
+from drrn.red30 import RED30
+from drrn.resnet import ResNet
+from drrn.srcnn import SRCNN
 
 DEFAULT = "drrn"
 NETWORKS: dict[str, type[nn.Module]] = {
     DEFAULT: DRRN,
+    "drcn": DRCN,
+    "espcn": ESPCN,
+    "fsrcnn": FSRCNN,
+    "red30": RED30,
+    "resnet": ResNet,
+    "srcnn": SRCNN,
 }
 
 
 class Network(Protocol):
     """What a class of NETWORKS, an `nn.Module`, offers beside its constructor.
 
-    It works on the luminance, [N, 1, H, W], floating, 0…1. It may also have `conv_rec`, its last convolution, whose
-    initial weights `optim.residual_scale` multiplies, and blocks with `residual(H, u)`, which
-    `speed.checkpointing` computes twice (`fast.training`).
+    It works on the luminance, [N, 1, H, W], floating, 0…1. It may also have
+
+        conv_rec       the last convolution of a global residual: `optim.residual_scale` multiplies its first weights
+        blocks         with `residual(H, u)`, which `speed.checkpointing` computes twice (`fast.training`)
+        at_step(step)  told the optimiser step, from 0, before each batch: for a loss that changes in training
+        scale          of an input "low": how much larger the result is than the image; one network, one scale
     """
 
     input: str  # "interpolated": the image enlarged by bicubic; "low": the low-resolution image itself
@@ -54,6 +70,33 @@ def structure(model: Any) -> dict[str, Any]:
     """A network's structure, a dataclass or a mapping, as a plain dict; `network` is left out where it is DRRN."""
     fields = asdict(model) if is_dataclass(model) else dict(model)
     return {key: value for key, value in fields.items() if (key, value) != ("network", DEFAULT)}
+
+
+def input_of(model: Any) -> str:
+    """What a structure's network takes: "interpolated" or "low"."""
+    return NETWORKS[structure(model).get("network", DEFAULT)].input
+
+
+def pair_sides(model: Any, patch_size: int) -> tuple[int, int]:
+    """Sides of the two images, (input, truth), of the pair that a patch gives (`datamodule.low_pairs`)."""
+    scale = structure(model)["scale"] if input_of(model) == "low" else 1
+    return patch_size // scale, patch_size - patch_size % scale
+
+
+def schema(name: str) -> type:
+    """What `model.*` may hold for a network, as a dataclass of its constructor's arguments, for `config.typed`.
+
+    Raises:
+        UserError: no such network.
+    """
+    if name not in NETWORKS:
+        raise UserError(f"model.network = {name!r}: allowed are {', '.join(NETWORKS)}")
+    hints, parameters = get_type_hints(NETWORKS[name].__init__), inspect.signature(NETWORKS[name]).parameters
+    arguments = [
+        (key, hints.get(key, Any), field(default=MISSING if p.default is p.empty else p.default))
+        for key, p in parameters.items()
+    ]
+    return make_dataclass(NETWORKS[name].__name__, [("network", str, field(default=name)), *arguments])
 
 
 def build(model: Any) -> Any:

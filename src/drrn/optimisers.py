@@ -95,7 +95,7 @@ def configured(
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-    slow = [m.bias for m in network.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
+    slow = [m.bias for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) and m.bias is not None]
     slow = [] if optim.bias_lr_mult == 1 else slow
     known = {id(bias) for bias in slow}
     groups: Groups = [{"params": [p for p in network.parameters() if id(p) not in known]}]

@@ -77,10 +77,18 @@ def shave(image: NDArray, border: int) -> NDArray:
     return image[border : image.shape[0] - border, border : image.shape[1] - border]
 
 
-def prepare(y: NDArray[np.uint8], scale: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps 2 and 3: 8-bit Y [H, W] → (network input, ground truth), each [H', W'] in 0…1."""
+def prepare(
+    y: NDArray[np.uint8], scale: int, input: str = "interpolated"
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps 2 and 3: 8-bit Y [H, W] → (network input, ground truth [H', W']), in 0…1.
+
+    Args:
+        y: luminance.
+        scale: s.
+        input: what the network takes: "interpolated" [H', W'], or "low", step 3's first half [H' / s, W' / s].
+    """
     truth = modcrop(y, scale) / 255.0
-    return degrade(truth, scale), truth
+    return imresize(truth, 1 / scale) if input == "low" else degrade(truth, scale), truth
 
 
 def score(

@@ -31,7 +31,8 @@ class Prepared:
         device, dtype: of the input.
         itemsize: bytes of a value of a feature map.
         features: channels of the widest feature map.
-        receptive_radius: pixels to each side that one output pixel depends on.
+        receptive_radius: pixels of the input to each side that one output pixel depends on.
+        scale: how much larger the result is than the input; 1 unless that is the low-resolution image.
     """
 
     open: Callable[[int], Opened]
@@ -41,6 +42,7 @@ class Prepared:
     itemsize: int
     features: int
     receptive_radius: int
+    scale: int
 
 
 def fold_drrn(network: DRRN, precision: str) -> Callable[[int], Opened]:
@@ -89,7 +91,8 @@ def _prepared(
     streams: bool = False,
 ) -> Prepared:
     features = max((layer.out_channels for layer in network.modules() if hasattr(layer, "out_channels")), default=1)
-    return Prepared(open, streams, first.device, dtype, itemsize, features, network.receptive_radius)
+    scale = getattr(network, "scale", 1)
+    return Prepared(open, streams, first.device, dtype, itemsize, features, network.receptive_radius, scale)
 
 
 def _whole(network: nn.Module, precision: str, height: int) -> Opened:

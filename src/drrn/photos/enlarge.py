@@ -44,7 +44,7 @@ def enlarge(
 
     Args:
         pixels: [H, W, C], uint8, uint16 or float32 as in `Photo`.
-        size: (H', W') of the result.
+        size: (H', W') of the result; of a network that takes the low-resolution image, `scale` times [H, W].
         network: None enlarges everything by bicubic.
         tile, self_ensemble, progress, room, precision: as in `drrn.inference.super_resolve_strips`.
 
@@ -57,6 +57,10 @@ def enlarge(
         pixels = fill_hidden(pixels)
     planes = _Planes(pixels, size, weighted=clear and network is None)
 
+    def own_luminance(first: int, last: int) -> NDArray[np.float32]:
+        """Rows of the image's own Y."""
+        return planes.own(slice(0, 1), first, last)[..., 0].astype(np.float32)
+
     def luminance(first: int, last: int) -> NDArray[np.float32]:
         """Rows of the interpolated Y."""
         parts = [planes.interpolated(slice(0, 1), a, b)[..., 0] for a, b in _chunks(first, last, size[1])]
@@ -67,7 +71,8 @@ def enlarge(
     else:
         from drrn.inference import super_resolve_strips
 
-        strips = super_resolve_strips(network, luminance, size, tile, self_ensemble, progress, room, precision)
+        given = (own_luminance, pixels.shape[:2]) if network.input == "low" else (luminance, size)
+        strips = super_resolve_strips(network, *given, tile, self_ensemble, progress, room, precision)
 
     top = 0
     for y in strips:
@@ -100,12 +105,16 @@ class _Planes:
     def _unit(self, part: NDArray[Any]) -> NDArray[np.float64]:
         return (part - np.float64(self.low)) / (self.high - self.low)
 
+    def own(self, which: slice, first: int, last: int) -> NDArray[np.float64]:
+        """Rows first…last of some planes of Y, Cb, Cr, or of grey, as they are [h, W, C], 0…1."""
+        part = self._unit(self.pixels[first:last, :, : 3 if self.colour else 1])
+        return (rgb2ycbcr(part) if self.colour else part)[..., which]
+
     def interpolated(self, which: slice, first: int, last: int) -> NDArray[np.float64]:
-        """Rows first…last of some planes of Y, Cb, Cr, or of grey [h, W', C], 0…1."""
+        """Rows first…last of the result of some planes [h, W', C], 0…1."""
 
         def planes(a: int, b: int) -> NDArray[np.float64]:
-            part = self._unit(self.pixels[a:b, :, : 3 if self.colour else 1])
-            return (rgb2ycbcr(part) if self.colour else part)[..., which]
+            return self.own(which, a, b)
 
         def opaque(a: int, b: int) -> NDArray[np.float64]:
             return opacity(self.pixels[a:b, :, -1:])

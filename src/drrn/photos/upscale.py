@@ -108,6 +108,8 @@ def prepare(options: Options) -> tuple[nn.Module, str]:
     device = choose_device(options.device)
     precision = chosen(options.precision, device)
     network, about = load_network(Path(options.checkpoint))
+    if network.input == "low" and options.scale != network.scale:
+        raise UserError(f"scale = {options.scale:g}: {options.checkpoint} enlarges by {network.scale}")
     scales = about.get("scales") or PAPER_SCALES
     if options.scale not in scales:
         print(

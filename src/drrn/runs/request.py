@@ -7,13 +7,15 @@ and every point of a sweep alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, make_dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from drrn.config import Config, LoggerConfig, ModelConfig, check
+from drrn.config import Config, LoggerConfig, check
 from drrn.errors import UserError
+from drrn.identity import model_of
+from drrn.schema import typed
 from drrn.targets import check_trusted
 
 
@@ -37,13 +39,30 @@ def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     if config.init_from is not None and not asked:
         from drrn.weights.ours import load_network
 
-        held = load_network(Path(config.init_from))[1]["model"]
-        config.model = dict(held) if "network" in held else ModelConfig(**held)
+        config.model = model_of(load_network(Path(config.init_from))[1]["model"])
     if isinstance(config.model, dict):
-        from drrn.networks import on_paper
-
-        on_paper(config.model)
+        _check_network(config)
     return config
+
+
+def _check_network(config: Config) -> None:
+    """Hold a network that is not DRRN against its constructor, and its scale against those of the data.
+
+    Raises:
+        UserError: no such network, it does not take this, or the data has other scales than a network of one scale.
+    """
+    from drrn.networks import DEFAULT, on_paper, schema
+
+    name = config.model.get("network", DEFAULT)
+    own = make_dataclass("Own", [("model", schema(name))])
+    config.model = asdict(typed(own, OmegaConf.create({"model": config.model})).model)
+    scale = getattr(on_paper(config.model), "scale", None)
+    for key in ("scales", "val_scales"):
+        if scale is not None and getattr(config.data, key) != [scale]:
+            raise UserError(
+                f"data.{key} = {getattr(config.data, key)} and model.scale = {scale}: the network {name!r} enlarges "
+                f"by one scale; give data.scales=[{scale}] data.val_scales=[{scale}]"
+            )
 
 
 def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:

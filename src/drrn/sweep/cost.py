@@ -46,18 +46,21 @@ def count(model: ModelConfig) -> Counts:
 
     if repr(model) not in COUNTED:
         network, x = on_paper(model), torch.rand(1, 1, 32, 32, device="meta")
-        with FlopCounterMode(display=False) as counter:
-            loss = network(x).sum()
-            output = counter.get_total_flops()
-            loss.backward()
-        counted = (output / x.numel(), counter.get_total_flops() / x.numel())
+        with FlopCounterMode(display=False) as forward:
+            pixels = network.eval()(x).numel()
+        with FlopCounterMode(display=False) as step:
+            network.train()(x).sum().backward()
+        counted = (forward.get_total_flops() / pixels, step.get_total_flops() / pixels)
         COUNTED[repr(model)] = Counts(network.depth, network.conv_weight_count, *counted)
     return COUNTED[repr(model)]
 
 
 def operations(config: Config) -> float:
     """Floating-point operations of an optimiser step: forward, and backward for weights and inputs."""
-    return count(config.model).step * config.data.patch_size**2 * config.data.batch_size
+    from drrn.networks import pair_sides
+
+    _, side = pair_sides(config.model, config.data.patch_size)
+    return count(config.model).step * side**2 * config.data.batch_size
 
 
 def micro_batch(config: Config) -> int:
@@ -79,9 +82,8 @@ def count_bytes(config: Config) -> int:
     from torch.utils._pytree import tree_iter
 
     from drrn.fast.training import InTraining
-    from drrn.losses import euclidean
     from drrn.module import SuperResolution
-    from drrn.networks import structure
+    from drrn.networks import pair_sides, structure
 
     class Alive(TorchDispatchMode):
         def __init__(self) -> None:
@@ -103,15 +105,16 @@ def count_bytes(config: Config) -> int:
         def freed(self, size: int) -> None:
             self.now -= size
 
+    sides = pair_sides(config.model, config.data.patch_size)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
     with FakeTensorMode(), Alive() as alive:
-        network = SuperResolution(structure(config.model), asdict(config.optim)).network
-        trained = InTraining(network, checkpointing=config.speed.checkpointing)
-        x = torch.rand(micro_batch(config), 1, config.data.patch_size, config.data.patch_size)
+        module = SuperResolution(structure(config.model), asdict(config.optim))
+        trained = InTraining(module.network, checkpointing=config.speed.checkpointing)
+        x, truth = (torch.rand(micro_batch(config), 1, side, side) for side in sides)
         with torch.autocast("cpu", half, enabled=half is not None):
             prediction = trained(x)
-        euclidean(prediction, x).backward()
-    weights = sum(p.numel() for p in network.parameters()) * 4
+        module.loss(prediction, truth).backward()
+    weights = sum(p.numel() for p in module.network.parameters()) * 4
     return alive.peak + weights * (2 if config.optim.algorithm == "adam" else 1)  # momentum, Adam's second moment
 
 
@@ -143,9 +146,9 @@ def measure(config: Config, threads: int | None = None) -> Speed:
     from torch.utils.data import DataLoader, Dataset
 
     from drrn.module import SuperResolution
-    from drrn.networks import structure
+    from drrn.networks import pair_sides, structure
 
-    trainer, p = config.trainer, config.data.patch_size
+    trainer, sides = config.trainer, pair_sides(config.model, config.data.patch_size)
     micro = micro_batch(config)
 
     class RandomPairs(Dataset):
@@ -155,8 +158,8 @@ def measure(config: Config, threads: int | None = None) -> Speed:
             return 10_000
 
         def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            x = torch.rand(self.size, 1, p, p)
-            return x, x
+            x, truth = (torch.rand(self.size, 1, side, side) for side in sides)
+            return x, truth
 
     class Data(LightningDataModule):
         def evaluation_tasks(self, stage: str) -> list:
@@ -224,10 +227,10 @@ def evaluation_speed(module: Any, config: Config) -> float:
             times = []
             for _ in range(3):
                 start = now(device)
-                module.network(x)
+                y = module.network(x)
                 times.append(now(device) - start)
             best = min(times)
-    return count(config.model).output * side**2 / best
+    return count(config.model).output * y.numel() / best
 
 
 def now(device: Any) -> float:

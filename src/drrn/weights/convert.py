@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from omegaconf import DictConfig
 from drrn.config import ModelConfig
 from drrn.disk import check_output
 from drrn.errors import UserError, printable
-from drrn.identity import structure_name
+from drrn.identity import model_of, structure_name
 from drrn.schema import key, typed
 from drrn.weights.ports import PORTS
 
@@ -84,7 +85,7 @@ def convert(config: ConvertConfig) -> None:
         "onnx": export.export_onnx,
         "torch_export": export.export_program,
     }
-    output, model = Path(config.output), ModelConfig(**about["model"])
+    output, model = Path(config.output), model_of(about["model"])
     facts = {key: value for key, value in about.items() if key not in ("format", "model", "digest")}
     difference = writers[WRITTEN[output.suffix]](output, network, model, facts)
     said = f"from {form}" if difference is None else f"differs from ours by at most {difference:.1e}"
@@ -98,6 +99,7 @@ def read(config: ConvertConfig) -> tuple[str, DRRN, dict[str, Any], list[str]]:
         UserError: it cannot be read.
     """
     from drrn.images import sha256
+    from drrn.networks import structure
     from drrn.weights.foreign import read_foreign, recognise
     from drrn.weights.ours import build, load_network
 
@@ -106,16 +108,16 @@ def read(config: ConvertConfig) -> tuple[str, DRRN, dict[str, Any], list[str]]:
     notes: list[str] = []
     if form == "drrn":
         network, about = load_network(path)
-        if config.U not in (None, about["model"]["U"]):
-            raise UserError(f"U = {config.U}: {path} holds U = {about['model']['U']}")
+        if config.U not in (None, about["model"].get("U")):
+            raise UserError(f"U = {config.U}: {path} holds U = {about['model'].get('U')}")
     else:
-        foreign = read_foreign(path, form, config.U)
+        foreign = read_foreign(path, form, config.U, config.scales)
         try:
             network = build(foreign.model, foreign.state)
         except ValueError as error:
             raise UserError(f"{path} is no whole network of the form {form}: {error}") from error
         about = {
-            "model": asdict(foreign.model),
+            "model": structure(foreign.model),
             "scales": foreign.scales,
             "origin": foreign.origin,
             "source": {"form": form, "file": path.name, "sha256": sha256(path)},
@@ -129,7 +131,7 @@ def read(config: ConvertConfig) -> tuple[str, DRRN, dict[str, Any], list[str]]:
 
 def describe(path: Path, form: str, network: DRRN, about: dict[str, Any]) -> str:
     """What a file holds, a line each: form, structure, d, k, norm, origin, and whether it fits the paper."""
-    model = ModelConfig(**about["model"])
+    model = about["model"]
     departures = departures_from_paper(model)
     scales = ", ".join(f"×{scale}" for scale in about.get("scales") or []) or "not known"
     source = about.get("source") or {}
@@ -138,10 +140,10 @@ def describe(path: Path, form: str, network: DRRN, about: dict[str, Any]) -> str
     lines = {
         "file": path,
         "form": form,
-        "structure": f"{structure_name(model)}: B = {model.B}, U = {model.U}, {model.features} features",
+        "structure": f"{structure_name(model)}: " + ", ".join(f"{key} = {value}" for key, value in model.items()),
         "d": f"{network.depth} layers",
         "k": f"{network.conv_weight_count:,} convolution weights; {parameters:,} parameters in all",
-        "norm": model.norm,
+        "norm": model.get("norm", "none"),
         "scales": scales,
         "origin": ", ".join(origin),
         "paper": f"departs from it: {'; '.join(departures)}" if departures else "fits it",
@@ -149,8 +151,11 @@ def describe(path: Path, form: str, network: DRRN, about: dict[str, Any]) -> str
     return "\n".join(f"{key:10} {printable(value)}" for key, value in lines.items())
 
 
-def departures_from_paper(model: ModelConfig) -> list[str]:
+def departures_from_paper(values: Mapping[str, Any]) -> list[str]:
     """Where a structure is none of the paper's (Sec. 3 and 4, and the authors' release); empty if it is one."""
+    model = model_of(values)
+    if not isinstance(model, ModelConfig):
+        return [f"it is no DRRN but {structure_name(values)}"]
     released = (64, 128) if model.U == 0 else (128,)
     found = {
         f"{model.features} features, not {' or '.join(map(str, released))}": model.features not in released,

@@ -7,16 +7,16 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from drrn.config import ModelConfig
 from drrn.disk import write_whole
 from drrn.errors import UserError
+from drrn.identity import Structure
+from drrn.networks import structure
 
 SIZES = ((24, 20), (3, 17), (41, 50))  # height and width, on which an exported network is held against ours
 TOLERANCE = 1e-5  # on a scale of 0…1
@@ -30,7 +30,7 @@ USE = {
 }
 
 
-def export_onnx(path: Path, network: nn.Module, model: ModelConfig, about: dict[str, Any]) -> float:
+def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> float:
     """Write a network as ONNX with dynamic height and width, shared weights once.
 
     Args:
@@ -67,7 +67,7 @@ def export_onnx(path: Path, network: nn.Module, model: ModelConfig, about: dict[
     facts = {
         **USE,
         "scales": ",".join(map(str, about.get("scales") or [])),
-        "drrn": json.dumps({"model": asdict(model), **about}),
+        "drrn": json.dumps({"model": structure(model), **about}),
     }
     onnx.helper.set_model_props(proto, facts)
     onnx.checker.check_model(proto)
@@ -78,7 +78,7 @@ def export_onnx(path: Path, network: nn.Module, model: ModelConfig, about: dict[
     return difference
 
 
-def export_program(path: Path, network: nn.Module, model: ModelConfig, about: dict[str, Any]) -> float:
+def export_program(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> float:
     """Write a network as torch.export's program (.pt2), which `torch.export.load(path).module()` runs.
 
     Arguments, result and errors as of `export_onnx`; the metadata are the extra file `drrn.json`.

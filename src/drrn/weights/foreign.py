@@ -7,8 +7,10 @@ The forms, told apart by what a file holds:
     jt827859032  jt827859032/DRRN-pytorch: a pickled module, `input`, `conv1`, `conv2`, `output`
     yjn870       yjn870/DRRN-pytorch: a state dict, `rbs.{b}.h0…`, `rbs.{b}.ru…`, `rec…`
     twtygqyy     twtygqyy/pytorch-vdsr: a pickled module, `input`, `residual_layer.{i}.conv`, `output`
+    srcnn        SRCNN: a state dict, `conv1`, `conv2`, `conv3`
+    fsrcnn       FSRCNN: a state dict, `extraction`, `shrink`, `nonlinear_map`, `expand`, `deconv`
 
-The last three are pickles in one of torch's two containers (`drrn.weights.pickles`).
+All but the first two are pickles in one of torch's two containers (`drrn.weights.pickles`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from drrn.weights.caffe import caffe_layers, read_caffe
 from drrn.weights.files import Foreign, container, read_bytes
 from drrn.weights.matlab_file import read_vdsr
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
-from drrn.weights.ports import PORTS
+from drrn.weights.ports import PORTS, Said
 
 WHOLE = {"caffe": read_caffe, "matlab": read_vdsr}  # form → its reader of (bytes, U, the file's stem)
 FORMS = (*WHOLE, *PORTS)
@@ -59,7 +61,7 @@ def recognise(path: Path) -> str:
         raise UserError(f"{path} is not a weight file that is known here: {error}") from error
 
 
-def read_foreign(path: Path, form: str, U: int | None = None) -> Foreign:
+def read_foreign(path: Path, form: str, U: int | None = None, scales: list[int] | None = None) -> Foreign:
     """Read a foreign file.
 
     Args:
@@ -67,6 +69,7 @@ def read_foreign(path: Path, form: str, U: int | None = None) -> Foreign:
         form: one of `FORMS`.
         U: residual units of a block, for the forms that share weights and so do not show it; if None it is
             taken from a file name that says B1U25.
+        scales: of an FSRCNN, which does not show it; if None it is taken from a file name that says scale3.
 
     Raises:
         UserError: the file is damaged, hostile or not of this form, or U is not to be known.
@@ -79,7 +82,7 @@ def read_foreign(path: Path, form: str, U: int | None = None) -> Foreign:
         for name in tensors:
             if not re.fullmatch(PORTS[form].names, name):
                 raise ValueError(f"its tensor {name[:80]!r} is not one of that form")
-        return PORTS[form].read(tensors, U, path.stem)
+        return PORTS[form].read(tensors, Said(path.stem, U, scales))
     except UserError:
         raise
     except KeyError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,10 +16,11 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from drrn.config import DEEPEST, ModelConfig
+from drrn.config import ModelConfig
 from drrn.disk import write_whole
 from drrn.errors import UserError, printable
-from drrn.model import DRRN
+from drrn.identity import Structure, model_of
+from drrn.networks import DEFAULT, on_paper, schema, structure
 from drrn.weights.files import container, read_bytes
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
 
@@ -30,7 +30,7 @@ FACTS = {"format": int, "model": dict, "digest": str, "origin": str, "scales": l
          "seed": int, "steps": int, "experiment": str}  # fmt: skip
 
 
-def save_weights(path: Path, network: nn.Module, model: ModelConfig, about: dict[str, Any]) -> None:
+def save_weights(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> None:
     """Write a network as safetensors, whole or not at all.
 
     Args:
@@ -40,12 +40,12 @@ def save_weights(path: Path, network: nn.Module, model: ModelConfig, about: dict
         about: further facts: training scales, origin.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    facts = {"format": FORMAT, "model": asdict(model), **about, "digest": digest(tensors)}
+    facts = {"format": FORMAT, "model": structure(model), **about, "digest": digest(tensors)}
     content = save_safetensors(tensors, {"drrn": json.dumps(facts)})  # its save_file makes files private (0600)
     write_whole(path, lambda partial: partial.write_bytes(content))
 
 
-def save_checkpoint(path: Path, network: nn.Module, model: ModelConfig, about: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> None:
     """Write a network as a Lightning checkpoint without an optimiser, whole or not at all.
 
     `init_from=` and `SuperResolution.load_from_checkpoint(path, optim=…)` take it; no run can resume from it.
@@ -56,7 +56,7 @@ def save_checkpoint(path: Path, network: nn.Module, model: ModelConfig, about: d
         "pytorch-lightning_version": __version__,
         "epoch": 0,
         "global_step": about.get("steps") or 0,
-        "hyper_parameters": {"model": asdict(model)},
+        "hyper_parameters": {"model": structure(model)},
         "state_dict": {f"network.{name}": tensor.cpu() for name, tensor in network.state_dict().items()},
         "drrn": about,
     }
@@ -72,7 +72,7 @@ def digest(state: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def build(model: ModelConfig, state: dict[str, Tensor]) -> DRRN:
+def build(model: Structure, state: dict[str, Tensor]) -> nn.Module:
     """A network in evaluation mode from its structure and its state dict, float32.
 
     The structure is held against the tensors before memory is taken for it.
@@ -80,11 +80,9 @@ def build(model: ModelConfig, state: dict[str, Tensor]) -> DRRN:
     Raises:
         ValueError: they do not fit together, or a value is not finite.
     """
-    depth = (1 + 2 * model.U) * model.B + 1
-    if not depth <= DEEPEST:
-        raise ValueError(f"B = {model.B} and U = {model.U} make {depth:,} layers")
-    with torch.device("meta"):
-        network = DRRN(**asdict(model))
+    if isinstance(model, ModelConfig):
+        model.rules()  # its depth
+    network = on_paper(model)
     wanted = network.state_dict()
     for name in wanted.keys() | state.keys():
         shapes = [list(tensors[name].shape) if name in tensors else "none" for tensors in (wanted, state)]
@@ -99,7 +97,7 @@ def build(model: ModelConfig, state: dict[str, Tensor]) -> DRRN:
     return network.eval()
 
 
-def load_network(path: Path) -> tuple[DRRN, dict[str, Any]]:
+def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A network in evaluation mode and what its file says of it.
 
     Reads our safetensors and our Lightning checkpoints, told apart by content; neither can execute code.
@@ -112,7 +110,7 @@ def load_network(path: Path) -> tuple[DRRN, dict[str, Any]]:
     data = read_bytes(path)
     try:
         state, about = _read_safetensors(data) if container(data) == "safetensors" else _read_lightning(data)
-        network = build(ModelConfig(**about["model"]), state)
+        network = build(model_of(about["model"]), state)
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         raise UserError(
             f"{path} is not weights of ours ({type(error).__name__}: {error}); give weights.safetensors or a .ckpt "
@@ -159,25 +157,26 @@ def checked_facts(about: Any) -> dict[str, Any]:
             raise ValueError(f"what it says of its {key} is not as this project writes it")
     if not all(type(scale) is int and scale > 1 for scale in about.get("scales") or ()):
         raise ValueError("what it says of its scales is not as this project writes it")
-    hints = get_type_hints(DRRN.__init__)
+    name = about["model"].get("network", DEFAULT)
+    hints = get_type_hints(schema(name) if isinstance(name, str) else object)
     for key, value in about["model"].items():
         if type(value) is not hints.get(key):
-            raise ValueError(f"its network has {key} = {value!r}, which is no argument of a DRRN")
+            raise ValueError(f"its network has {key} = {value!r}, which is no argument of a {name}")
     if about.get("origin"):
         about["origin"] = printable(about["origin"])
     return about
 
 
-def initial_state(path: Path, model: ModelConfig) -> dict[str, Tensor]:
+def initial_state(path: Path, model: Structure) -> dict[str, Tensor]:
     """What a fine-tuning starts from: the state dict of a file of ours, whose structure has to be `model`.
 
     Raises:
         UserError: the file cannot be read, or holds another structure; the text says what to type.
     """
     network, about = load_network(path)
-    held, asked = asdict(ModelConfig(**about["model"])), asdict(model)
-    differing = [key for key in asked if held[key] != asked[key]]
+    held, asked = structure(model_of(about["model"])), structure(model)
+    differing = [key for key in held | asked if held.get(key) != asked.get(key)]
     if differing:
-        words = " ".join(f"model.{key}={str(held[key]).lower()}" for key in differing)
+        words = " ".join(f"model.{key}={str(held.get(key)).lower()}" for key in differing)
         raise UserError(f"init_from = {str(path)!r} holds another network than model.* describes; add {words}")
     return network.state_dict()

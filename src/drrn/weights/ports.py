@@ -1,6 +1,7 @@
 """The networks of common PyTorch ports: how each names its tensors, and what they are here.
 
-A port is an entry of `PORTS`: the pattern of its tensors' names, and a function of (tensors, U, the file's stem).
+A port is an entry of `PORTS`: the pattern of its tensors' names, and a function of the tensors and of
+what is said of the file beside it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,24 @@ if TYPE_CHECKING:
 RECTIFIED = "its in-place ReLUs make every identity a ReLU's output: kept so (rectified_identity=true)"
 
 
+class Said(NamedTuple):
+    """What is said of a file beside it."""
+
+    stem: str  # of its name
+    U: int | None = None
+    scales: list[int] | None = None
+
+    def its_scales(self) -> list[int]:
+        """As asked for, else as the file is called: …_scale3…, …_x3….; else none."""
+        named = re.search(r"(?:scale|[_-]x)(\d)(?!\d)", self.stem)
+        return self.scales or ([int(named[1])] if named else [])
+
+
 class Port(NamedTuple):
     """A port's form."""
 
     names: str  # a regular expression that each tensor's name matches
-    read: Callable[[dict[str, Tensor], int | None, str], Foreign]
+    read: Callable[[dict[str, Tensor], Said], Foreign]
 
 
 def shared_units(form: str, B: int, U: int | None, stem: str) -> int:
@@ -47,17 +61,17 @@ def plain(B: int, U: int, first: Tensor, **switches: bool) -> ModelConfig:
     return ModelConfig(B, U, len(first), norm="none", bias=False, weight_sharing=True, multi_path=True, **switches)
 
 
-def read_jt827859032(tensors: dict[str, Tensor], U: int | None, stem: str) -> Foreign:
+def read_jt827859032(tensors: dict[str, Tensor], said: Said) -> Foreign:
     """jt827859032/DRRN-pytorch: one block."""
     ours = {"input": "blocks.0.conv", "conv1": "blocks.0.conv_a.0", "conv2": "blocks.0.conv_b.0"}
     ours["output"] = "conv_rec"
     state = {f"{ours[name.removesuffix('.weight')]}.weight": tensor for name, tensor in tensors.items()}
-    U = shared_units("jt827859032", 1, U, stem)
+    U = shared_units("jt827859032", 1, said.U, said.stem)
     model = plain(1, U, tensors["input.weight"], rectified_identity=True)
     return Foreign("jt827859032", model, state, "jt827859032/DRRN-pytorch", [2, 3, 4], [RECTIFIED])
 
 
-def read_yjn870(tensors: dict[str, Tensor], U: int | None, stem: str) -> Foreign:
+def read_yjn870(tensors: dict[str, Tensor], said: Said) -> Foreign:
     """yjn870/DRRN-pytorch: any B."""
     ours = {"h0.module.1": "conv", "ru.module.0.module.1": "conv_a.0", "ru.module.1.module.1": "conv_b.0"}
     state, blocks = {}, set()
@@ -69,15 +83,15 @@ def read_yjn870(tensors: dict[str, Tensor], U: int | None, stem: str) -> Foreign
             _, b, rest = layer.split(".", 2)
             blocks.add(int(b))
             state[f"blocks.{int(b)}.{ours[rest]}.weight"] = tensor
-    U = shared_units("yjn870", len(blocks), U, stem)
+    U = shared_units("yjn870", len(blocks), said.U, said.stem)
     model = plain(len(blocks), U, tensors["rbs.0.h0.module.1.weight"], rectified_identity=True)
     return Foreign("yjn870", model, state, "yjn870/DRRN-pytorch", [], [RECTIFIED])
 
 
-def read_twtygqyy(tensors: dict[str, Tensor], U: int | None, stem: str) -> Foreign:
+def read_twtygqyy(tensors: dict[str, Tensor], said: Said) -> Foreign:
     """twtygqyy/pytorch-vdsr: U = 0, no ReLU before the first convolution."""
-    if U:
-        raise ValueError(f"it is a VDSR, which has U = 0, not {U}")
+    if said.U:
+        raise ValueError(f"it is a VDSR, which has U = 0, not {said.U}")
     last = len(tensors) - 2  # of the blocks
     order = ["input", *(f"residual_layer.{i}.conv" for i in range(last)), "output"]
     ours = [*(f"blocks.{b}.conv" for b in range(last + 1)), "conv_rec"]
@@ -86,10 +100,42 @@ def read_twtygqyy(tensors: dict[str, Tensor], U: int | None, stem: str) -> Forei
     return Foreign("twtygqyy", model, state, "twtygqyy/pytorch-vdsr", [2, 3, 4], [OVERSHOOT])
 
 
+def read_srcnn(tensors: dict[str, Tensor], said: Said) -> Foreign:
+    """SRCNN as PyTorch ports have it: `conv1`, `conv2`, `conv3`, zeros around the image."""
+    first, middle = tensors["conv1.weight"], tensors["conv2.weight"]
+    model = {"network": "srcnn", "middle": middle.shape[-1], "features": len(first)}
+    return Foreign("srcnn", model, tensors, "SRCNN (PyTorch)", said.its_scales(), [])
+
+
+def read_fsrcnn(tensors: dict[str, Tensor], said: Said) -> Foreign:
+    """FSRCNN as PyTorch ports have it; a PReLU's one slope, where it has one for all channels, is each channel's."""
+    scales, state = said.its_scales(), {}
+    if len(scales) != 1:
+        raise UserError(
+            "the scale cannot be read from the weights of an FSRCNN: give scales=[3], or call the file …_scale3…"
+        )
+    for name, tensor in tensors.items():
+        state[name.replace("extraction", "extract").replace("nonlinear_map", "map")] = tensor
+    for part in [name.removesuffix(".bias") for name in state if name.endswith(".bias") and name != "deconv.bias"]:
+        layer, place = part.split(".")
+        slope = f"{layer}.{int(place) + 1}.weight"
+        state[slope] = state[slope].expand(len(state[f"{part}.weight"])).contiguous()
+    mapping = sum(name.startswith("map.") and name.endswith(".bias") for name in state)
+    d, s = len(state["extract.0.weight"]), len(state["shrink.0.weight"])
+    model = {"network": "fsrcnn", "scale": scales[0], "features": d, "s": s, "m": mapping}
+    return Foreign("fsrcnn", model, state, "FSRCNN (PyTorch)", scales, [])
+
+
 PORTS = {
     "jt827859032": Port(r"(input|conv1|conv2|output)\.weight", read_jt827859032),
     "yjn870": Port(
         r"(rbs\.\d{1,4}\.(h0\.module\.1|ru\.module\.[01]\.module\.1)|rec\.module\.1)\.weight", read_yjn870
     ),
     "twtygqyy": Port(r"(input|residual_layer\.\d{1,4}\.conv|output)\.weight", read_twtygqyy),
+    "srcnn": Port(r"conv[123]\.(weight|bias)", read_srcnn),
+    "fsrcnn": Port(
+        r"((extraction|shrink|expand)\.0|nonlinear_map\.\d{1,3}|deconv)\.(weight|bias)"
+        r"|(extraction|shrink|expand)\.1\.weight",
+        read_fsrcnn,
+    ),
 }
