@@ -98,12 +98,10 @@ def fit(trained: SuperResolution, batches: list[Pair], **arguments: Any) -> list
     """Train on the batches; what was logged, a dict a step."""
     recorder = Recorder()
     arguments = {
-        "enable_checkpointing": False, "max_steps": -1, "accelerator": "cpu", "log_every_n_steps": 1, **arguments
+        "enable_checkpointing": False, "max_steps": -1, "accelerator": "cpu", "log_every_n_steps": 1,
+        "enable_progress_bar": False, **arguments,
     }  # fmt: skip
-    trainer = Trainer(
-        max_epochs=1, logger=recorder, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        **arguments,
-    )  # fmt: skip
+    trainer = Trainer(max_epochs=1, logger=recorder, enable_model_summary=False, num_sanity_val_steps=0, **arguments)
     trainer.fit(trained, datamodule=Given(batches))
     return [step for step in recorder.steps if "train/gamma" in step]
 

@@ -37,9 +37,9 @@ def normalisation(norm: str, channels: int) -> nn.Module:
 class RecursiveBlock(nn.Module):
     """R_b of Eq. 8: one convolution f_b, then U residual units G (Sec. 3.2, Fig. 4).
 
-    Pre-activation throughout (Sec. 3.1): every convolution is preceded by BatchNorm and ReLU. With
-    `weight_sharing` the two convolutions of a unit exist once and serve all U units, while the
-    BatchNorm of every unit is its own, as in the release. The arguments are those of `DRRN`.
+    Pre-activation throughout (Sec. 3.1): every convolution is preceded by BatchNorm and ReLU. With `weight_sharing`
+    the two convolutions of a unit exist once and serve all U units, while the BatchNorm of every unit is its own, as
+    in the release. The arguments are those of `DRRN`.
     """
 
     def __init__(
@@ -98,12 +98,10 @@ class DRRN(nn.Module):
         bias: biases on the convolutions (the release has them).
         weight_sharing: share the convolutions over a block's units; False is DRRN_NS.
         multi_path: identity from H⁰ (Eq. 5); False is the chain of DRRN_C (Eq. 3).
-        rectified_identity: every identity passes a ReLU: x̂ = F + ReLU(x) in Eq. 9, H^u = F + ReLU(H⁰) in Eq. 5.
-            Not the paper's: it is what the weights of jt827859032/DRRN-pytorch and yjn870/DRRN-pytorch mean,
-            whose in-place ReLUs overwrite the tensors that their identities use.
+        rectified_identity: every identity passes a ReLU: F + ReLU(x) in Eq. 9, F + ReLU(H⁰) in Eq. 5. Not the
+            paper's: jt827859032's and yjn870's weights mean it, by the in-place ReLUs of their DRRN-pytorch.
         input_relu: a ReLU before the first convolution. False is the VDSR of huangzehao/caffe-vdsr and
-            twtygqyy/pytorch-vdsr, which convolves its input as it is; they differ where bicubic
-            interpolation overshoots below 0.
+            twtygqyy/pytorch-vdsr; they differ where bicubic interpolation overshoots below 0.
 
     Raises:
         ValueError: for a value outside the above.
@@ -131,8 +129,8 @@ class DRRN(nn.Module):
             raise ValueError(f"norm = {norm!r}: allowed are {', '.join(NORMS)}")
         super().__init__()
         self.B, self.U, self.features, self.rectified_identity = B, U, features, rectified_identity
-        shared = {"norm": norm, "bias": bias, "weight_sharing": weight_sharing, "multi_path": multi_path}
-        shared["rectified_identity"] = rectified_identity
+        shared = dict(norm=norm, bias=bias, weight_sharing=weight_sharing, multi_path=multi_path)
+        shared |= dict(rectified_identity=rectified_identity)
         self.blocks = nn.ModuleList(
             RecursiveBlock(features if b else 1, features, U, input_relu=input_relu or b > 0, **shared)
             for b in range(B)
@@ -141,14 +139,7 @@ class DRRN(nn.Module):
         self.conv_rec = convolution(features, 1, 3, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Super-resolve.
-
-        Args:
-            x: interpolated low-resolution luminance [N, 1, H, W], float, 0…1; any H, W ≥ 1.
-
-        Returns:
-            The estimate of the high-resolution luminance, same shape, not clamped.
-        """
+        """Interpolated luminance [N, 1, H, W], float, 0…1, any H, W ≥ 1 → super-resolved, same shape, not clamped."""
         xb = x  # [N, 1, H, W]  x_0 = x
         for block in self.blocks:
             xb = block(xb)  # [N, C, H, W]  x_b = R_b(x_{b-1}), Eq. 8

@@ -22,6 +22,7 @@ from drrn.model import DRRN
 from drrn.module import Diverged
 from drrn.optimisers import takes_found_inf
 from drrn.runs.checkpoints import Checkpoints, newest_checkpoint
+from drrn.runs.lightning import TerminalProgress
 from test_model import FAMILY, PORTS, ids, lively
 from test_module import batches, fit, module
 
@@ -180,15 +181,19 @@ class Counting:
 @pytest.mark.parametrize(
     "settings", [dict(clip="value"), dict(clip="norm", algorithm="adam"), dict(clip="none", lr=1e-8)], ids=ids
 )
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_between_two_rows_of_the_log_nothing_waits(settings: dict, precision: str, batches: list[Pair]) -> None:
+@pytest.mark.parametrize(("precision", "bar"), [("32-true", True), ("bf16-mixed", False)])
+def test_between_two_rows_of_the_log_nothing_waits(
+    settings: dict, precision: str, bar: bool, batches: list[Pair]
+) -> None:
+    """With the terminal's progress bar too, which shows the loss."""
     counting = Counting()
     logged = fit(
         module(norm="batch", bias_lr_mult=1.0, **{"lr": 1e-3, **settings}),
         batches[:8],
         log_every_n_steps=4,
         precision=precision,
-        callbacks=[counting],
+        callbacks=[TerminalProgress()] * bar + [counting],
+        enable_progress_bar=bar,
     )
     assert len(logged) == 2
     assert [bool(found) for found in counting.steps] == [False, False, False, True] * 2, counting.steps

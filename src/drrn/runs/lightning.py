@@ -91,8 +91,16 @@ def quiet_lightning() -> None:
 class TerminalProgress(RichProgressBar):
     """Lightning's bar, which would call the run "Epoch 0/-2": to Lightning a run is one epoch without an end."""
 
+    shown: dict[str, Any] | None = None
+
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What was logged last: Lightning would read it again at every step, and each time wait for the GPU."""
+        if self.shown is None or trainer.global_step % trainer.log_every_n_steps == 0:
+            self.shown = super().get_metrics(trainer, pl_module)
+        return self.shown
 
 
 class WholeCheckpoints(TorchCheckpointIO):
