@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
@@ -14,7 +15,9 @@ from drrn.home import CONF
 from drrn.identity import run_dir
 from drrn.networks import NETWORKS
 from drrn.runs import run as train
+from drrn.runs.record import FILE, read_record
 from drrn.runs.request import request
+from drrn.weights.ours import load_network
 
 
 class Toy(nn.Module):
@@ -43,6 +46,48 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     (tmp_path / "conf/model").mkdir(parents=True)
     (tmp_path / "conf/model/toy.yaml").write_text("network: toy\nwidth: 4\n")
     return f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
+
+
+def test_a_network_of_ones_own_trains_resumes_and_is_evaluated(
+    toy: str, entry_point: Callable, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = (
+        toy, "model=toy", f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", "data.batch_size=4",
+        "data.num_workers=0", "data.scales=[2]", "data.val_scales=[2]", "trainer.accelerator=cpu", "logger=none",
+        "optim.lr=0.001",
+    )  # fmt: skip
+    code, _, err = entry_point("train", *command, "trainer.max_steps=2")
+    assert code == 0, err
+    (short,) = (tmp_path / "runs/main").iterdir()
+    assert short.name.startswith("TOY_width4_slope0.0_s1-")
+    record = read_record(short / FILE)
+    assert record["config"]["model"] == {"network": "toy", "width": 4, "slope": 0.0}
+    assert (record["structure"]["depth"], record["structure"]["conv_weights"]) == (2, 72)
+    network, about = load_network(short / "weights.safetensors")
+    assert isinstance(network, Toy)
+    assert about["model"] == {"network": "toy", "width": 4, "slope": 0.0}
+
+    checkpoint = short / "checkpoints/step00000002.ckpt"
+    code, _, err = entry_point("train", *command, "trainer.max_steps=4", f"ckpt_path={checkpoint}", "study=longer")
+    assert code == 0, err
+    assert f"resuming from {checkpoint}" in err
+    code, _, err = entry_point("train", toy, f"from_record={short / FILE}", "output=again")
+    assert code == 0, err
+    (again,) = (tmp_path / "again/main").iterdir()
+    assert again.name == short.name
+    for name, tensor in load_network(again / "weights.safetensors")[0].state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[name])
+    code, _, err = entry_point(
+        "train", *command[2:], "trainer.max_steps=1", f"init_from={short / 'weights.safetensors'}"
+    )
+    assert code == 0, err
+    code, out, err = entry_point(
+        "evaluate", f"checkpoint={short / 'weights.safetensors'}", f"sets=[{tiny_images}]", "scales=[2]",
+        "output=s.json", "workers=1",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "TOY_width4" in out
 
 
 @pytest.mark.parametrize(
