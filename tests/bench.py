@@ -42,6 +42,7 @@ from torch.nn import functional as F
 from drrn.datamodule import pair_loader
 from drrn.fast.folded import Convolution
 from drrn.fast.memory import freed_memory_kept
+from drrn.fast.precision import chosen
 from drrn.fast.training import InTraining
 from drrn.images import orientations, read_pixels
 from drrn.inference import super_resolve, super_resolve_strips
@@ -152,10 +153,9 @@ def plain_inference(U: int, side: int, norm: str, features: int) -> Callable[[],
     return synchronised(torch.inference_mode()(lambda: plain(x).cpu()))
 
 
-def our_inference(U: int, side: int, norm: str, features: int) -> Callable[[], Any]:
-    """With the heap as evaluate.py and upscale.py keep it."""
+def our_inference(U: int, side: int, norm: str, features: int, precision: str = "float32") -> Callable[[], Any]:
     x, ours = np.random.default_rng(0).random((side, side), np.float32), network(U, norm, features).eval()
-    return synchronised(lambda: super_resolve(ours, x))
+    return synchronised(lambda: super_resolve(ours, x, precision=precision))
 
 
 def convolutions(U: int, side: int, features: int, conv: int) -> Callable[[], Any]:
@@ -353,6 +353,7 @@ def inference(sizes: dict[str, Any]) -> Iterator[Row]:
             things = {
                 "plain": (plain_inference, U, side, norm, features),
                 "ours": (our_inference, U, side, norm, features),
+                "bf16": (our_inference, U, side, norm, features, "bf16"),
                 **{f"conv {c}²": (convolutions, U, side, features, c) for c in sizes["conv"]},
             }
             times = in_turn(things, rounds, warm=side < 400)
@@ -363,6 +364,9 @@ def inference(sizes: dict[str, Any]) -> Iterator[Row]:
             yield Row(f"bare {features}→{features} convolutions at the best size", rate, "GFLOP/s", "", best)
             what = f"B1U{U} {side}², {'BatchNorm' if norm == 'batch' else 'no BatchNorm'}"
             yield ratio(f"inference {what}: faster than plain", "≥ 1.5", times, "plain", "ours")
+            in_hardware = chosen("auto", torch.device(DEVICE)) == "bf16"
+            target = "≥ 1.5" if in_hardware else ""
+            yield ratio(f"inference {what}: bf16 faster than float32", target, times, "ours", "bf16")
             yield ratio(f"inference {what}: rate of its own convolutions", "≥ 0.85", times, best, "ours")
     side = sizes["images"][0][1]
     times = in_turn({k: (first_image, k == "ours", side, features) for k in ("plain", "ours")}, 3, warm=True)
