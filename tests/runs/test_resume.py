@@ -594,7 +594,7 @@ def test_a_record_is_trained_again(
     code, _, err = entry_point("train", f"from_record={folder / FILE}", "output=other", "seed=3", "logger=none")
     assert code == 0, err
     other = read_record(run_folder(tmp_path / "other") / FILE)
-    assert (other["seed"], other["config"]["logger"]["kind"]) == (3, "none")
+    assert (other["seed"], other["config"]["logger"]["wandb"]) == (3, False)
     assert other["config"]["optim"] == record["config"]["optim"]
 
 
