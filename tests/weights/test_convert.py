@@ -26,6 +26,7 @@ from drrn.errors import UserError
 from drrn.home import CONF
 from drrn.identity import structure_name
 from drrn.model import DRRN
+from drrn.networks import NETWORKS
 from drrn.runs import run as train
 from drrn.runs.request import request
 from drrn.weights import convert as command
@@ -513,11 +514,62 @@ def test_torch_export(tmp_path) -> None:
     assert str(SRC).encode() not in (tmp_path / "w.pt2").read_bytes()
     extra = {"drrn.json": ""}
     program = torch.export.load(tmp_path / "w.pt2", extra_files=extra).module()
-    assert json.loads(extra["drrn.json"])["scales"] == [3]
+    said = json.loads(extra["drrn.json"])
+    assert said["scales"] == [3]
+    assert said["drrn"]["model"] == asdict(model)
     for height, width in ((2, 7), (33, 18)):
         x = photograph(height, width)
         with torch.no_grad():
             np.testing.assert_allclose(program(x).numpy(), network(x).numpy(), atol=1e-5)
+
+
+class Toy(nn.Module):
+    """A network of somebody's own: what `drrn.networks` asks for, and nothing else."""
+
+    input, loss = "interpolated", "euclidean"
+
+    def __init__(self, width: int, gain: float = 1.0, deep: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, 1, 5, padding=2)
+        self.gain, self.depth, self.receptive_radius = gain, 2, 3
+        self.conv_weight_count = width * (9 + 25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.gain * self.second(self.first(x).relu())
+
+
+def test_a_network_of_ones_own_is_saved_converted_and_exported(tmp_path, monkeypatch, capsys) -> None:
+    """A line in NETWORKS is all that it takes."""
+    monkeypatch.setitem(NETWORKS, "toy", Toy)
+    structure = {"network": "toy", "width": 4, "gain": 0.5}
+    network, x = Toy(4, 0.5).eval(), photograph(13, 9)
+    path = tmp_path / "toy.safetensors"
+    save_weights(path, network, structure, {"scales": [2], "origin": "here"})
+    run(input=path, output=tmp_path / "toy.ckpt")
+    run(input=tmp_path / "toy.ckpt", output=tmp_path / "again.safetensors")
+    run(input=path, output=tmp_path / "toy.pt2")
+    back, about = load_network(tmp_path / "again.safetensors")
+    program = torch.export.load(tmp_path / "toy.pt2").module()
+    assert about["model"] == structure
+    with torch.no_grad():
+        assert torch.equal(back(x), network(x))
+        torch.testing.assert_close(program(x), network(x), atol=1e-5, rtol=0)
+    said = info(capsys, input=path)
+    assert said["structure"] == "TOY_width4_gain0.5: width = 4, gain = 0.5"
+    assert said["k"].startswith("136 ")
+    assert "paper" not in said
+    assert digest(initial_state(path, structure)) == digest(network.state_dict())
+    with pytest.raises(UserError, match=r"model\.width=4"):
+        initial_state(path, {**structure, "width": 5})
+    with pytest.raises(UserError, match=r"model\.network=toy model\.width=4"):
+        initial_state(path, random_network()[1])
+    for wrong, words in (
+        ({"network": "toi"}, "toi"), ({"width": "4"}, "width"), ({"width": 10**9}, "more than any"),
+        ({"width": 5}, "structure has"), ({"deep": 1}, "deep"), ({"depth": 3}, "depth"), ({"gain": True}, "gain"),
+    ):  # fmt: skip
+        path.write_bytes(rewritten((tmp_path / "again.safetensors").read_bytes(), model={**structure, **wrong}))
+        with pytest.raises(UserError, match=words):
+            load_network(path)
 
 
 def test_an_export_that_differs_is_refused() -> None:

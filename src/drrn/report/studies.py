@@ -128,14 +128,10 @@ def _same_point(planned: dict[str, Any], other: dict[str, Any]) -> bool:
 @cache
 def _described(items: tuple[tuple[str, Any], ...]) -> tuple[str, int, int]:
     """Name, depth and convolution weights of a network that nobody has trained."""
-    import torch
+    from drrn.networks import on_paper
 
-    from drrn.model import DRRN
-
-    model = dict(items)
-    with torch.device("meta"):
-        network = DRRN(**{key: value for key, value in model.items() if key != "network"})
-    return structure_name(model), network.depth, network.conv_weight_count
+    network = on_paper(dict(items))
+    return structure_name(dict(items)), network.depth, network.conv_weight_count
 
 
 def wanted(study: str, model: dict[str, Any]) -> bool:

@@ -28,6 +28,18 @@ USE = {
     "output": "y, same shape: super-resolved luminance, to be clamped to 0…1",
     "colour": "only Y goes through the network; Cb and Cr are enlarged bicubically, then ycbcr2rgb",
 }
+USE_LOW = {
+    "input": "x [1, 1, height, width] float32: luminance Y / 255 of the low-resolution image itself (MATLAB's "
+    "rgb2ycbcr, Y in 16…235)",
+    "output": "y, larger by the scale: super-resolved luminance, to be clamped to 0…1",
+    "colour": USE["colour"],
+}
+
+
+def facts(network: nn.Module, model: Structure, about: dict[str, Any]) -> dict[str, Any]:
+    """What an exported file says: how to use it, its scales, and as `drrn` what our own files say."""
+    use = USE_LOW if getattr(network, "input", "interpolated") == "low" else USE
+    return {**use, "scales": about.get("scales") or [], "drrn": {"model": structure(model), **about}}
 
 
 def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> float:
@@ -64,12 +76,9 @@ def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[st
     for part in (graph.input[0], graph.output[0]):
         for axis, name in ((2, "height"), (3, "width")):
             part.type.tensor_type.shape.dim[axis].dim_param = name
-    facts = {
-        **USE,
-        "scales": ",".join(map(str, about.get("scales") or [])),
-        "drrn": json.dumps({"model": structure(model), **about}),
-    }
-    onnx.helper.set_model_props(proto, facts)
+    said = facts(network, model, about)
+    said |= {"scales": ",".join(map(str, said["scales"])), "drrn": json.dumps(said["drrn"])}
+    onnx.helper.set_model_props(proto, said)
     onnx.checker.check_model(proto)
     serialised = proto.SerializeToString()
     session = onnxruntime.InferenceSession(serialised, providers=["CPUExecutionProvider"])
@@ -84,10 +93,10 @@ def export_program(path: Path, network: nn.Module, model: Structure, about: dict
     Arguments, result and errors as of `export_onnx`; the metadata are the extra file `drrn.json`.
     """
     exported = program(network)
-    facts = json.dumps({**USE, "scales": about.get("scales") or [], "drrn": about}, ensure_ascii=False)
+    said = json.dumps(facts(network, model, about), ensure_ascii=False)
     difference = largest_difference(network, exported.module())
     content = io.BytesIO()  # torch.export.save wants the suffix .pt2 of a path
-    torch.export.save(exported, content, extra_files={"drrn.json": facts})
+    torch.export.save(exported, content, extra_files={"drrn.json": said})
     write_whole(path, lambda partial: partial.write_bytes(content.getvalue()))
     return difference
 

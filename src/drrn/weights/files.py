@@ -17,11 +17,14 @@ LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # pytorch/pytorc
 OVERSHOOT = "no ReLU before the first convolution: negative overshoot of the bicubic input is kept"
 
 
+Structure = ModelConfig | dict[str, Any]  # a DRRN's, or another network's arguments with its name as `network`
+
+
 class Foreign(NamedTuple):
     """What a foreign file holds, in our terms."""
 
     form: str
-    model: ModelConfig | dict[str, Any]  # a DRRN's structure, or another network's with its name as `network`
+    model: Structure
     state: dict[str, Tensor]  # the network's state dict, not yet checked against the structure
     origin: str
     scales: list[int]  # that it was trained for; empty if nobody says
