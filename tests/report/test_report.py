@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 
 from drrn.errors import UserError
@@ -132,6 +133,47 @@ def test_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "sub").iterdir())) == 2
     with pytest.raises(UserError, match="not inside"):
         side_by_side(tiny_images / "chelsea.png", 2, {}, Box(80, 0, 30, 10))
+
+
+def test_other_programs_images_stand_beside_the_networks(
+    tiny_images: Path, tmp_path: Path, entry_point: Callable
+) -> None:
+    """A panel each, scored by the protocol; a picture of another size is refused by name."""
+    from drrn.images import read_luminance
+    from drrn.protocol import prepare, score
+
+    path = tiny_images / "chelsea.png"
+    x, truth = prepare(read_luminance(path), 2)
+    made = np.round(np.clip((x + truth) / 2, 0, 1) * 255).astype(np.uint8)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    Image.fromarray(made).save(folder / "chelsea_x2.png")
+    arguments = [f"compare={path}", "scale=2", f"output={tmp_path / 'out'}"]
+    code, _, err = entry_point("report", *arguments, f"others={{Half way: {folder}}}")
+    assert code == 0, err
+    assert (tmp_path / "out" / "chelsea_x2.png").is_file()
+    figure = side_by_side(path, 2, {"Half way": lambda _: made / 255.0})
+    psnr = score(made / 255.0, truth, 2)["psnr"]
+    assert figure.axes[-1].get_xlabel().startswith(f"{psnr:.2f} dB")
+    Image.fromarray(made[:-4]).save(folder / "chelsea_x2.png")
+    wrong = ((f"{{A: {folder}}}", "chelsea_x2.png has"), ("{A: nowhere}", "others.A"), ("[a]", "others = "))
+    for others, words in wrong:
+        code, _, err = entry_point("report", *arguments, f"others={others}")
+        assert code == 2
+        assert words in err
+        assert "Traceback" not in err
+
+
+def test_images_of_one_stem_are_two_pictures(tmp_path: Path, entry_point: Callable) -> None:
+    """a.png and a.jpg; and what follows a point in a name stays in it."""
+    pixels = np.asarray(skimage.data.camera()[100:164, 200:264])
+    for name in ("a.png", "a.bmp", "b.c.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    for name in ("a.png", "a.bmp", "b.c.png"):
+        code, _, err = entry_point("report", f"compare={tmp_path / name}", f"output={tmp_path / 'out'}")
+        assert code == 0, err
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert names == {"a.png_x3.png", "a.bmp_x3.png", "b.c_x3.png"}
 
 
 def test_presets_are_inside_their_images(drrn_data: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from drrn.config import ModelConfig
 from drrn.errors import UserError
+from drrn.identity import model_of
 from drrn.protocol import describe
 from drrn.report.measurements import set_size
 from drrn.report.records import recipe
@@ -22,7 +23,7 @@ def structure(model: dict[str, Any]) -> dict[str, Any]:
     """A network's name and arguments in full: earlier records leave out what came later."""
     if model.get("network", "drrn") != "drrn":
         return dict(model)
-    return {"network": "drrn"} | asdict(ModelConfig(**{key: model[key] for key in STRUCTURE[1:] if key in model}))
+    return {"network": "drrn"} | asdict(model_of({key: model[key] for key in STRUCTURE if key in model}))
 
 
 def variant(model: dict[str, Any]) -> str:

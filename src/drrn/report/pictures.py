@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from drrn.disk import write_whole
 from drrn.errors import UserError, printable
-from drrn.images import read_pixels
+from drrn.images import read_luminance, read_pixels
 from drrn.matlab import rgb2ycbcr, to_uint8, ycbcr2rgb
 from drrn.protocol import degrade, modcrop, prepare, score
 
@@ -140,6 +140,7 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     path, scale, box = _chosen(config, tested)
     runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
     try:
+        runs = {n: lambda x, y=y: y for n, y in _others(config.others, path, scale).items()} | runs
         figure = side_by_side(path, scale, runs, box)
     except ValueError as error:  # an image smaller than the scale or the metrics' windows
         raise UserError(f"{path} at ×{scale}: {error}") from error
@@ -147,6 +148,21 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     written = save(figure, output / f"{prefix}{path.name if alike else path.stem}_x{scale}")  # a.png is not a.jpg
     print(f"written: {printable(', '.join(map(str, written)))}")
     return written
+
+
+def _others(folders: dict[str, str], path: Path, scale: int) -> dict[str, NDArray[np.float64]]:
+    """Name → Y [H, W] in 0…1 of what another program made of an image."""
+    from drrn.sets import counterpart
+
+    height, width = modcrop(read_luminance(path), scale).shape
+    result = {}
+    for name, folder in folders.items():
+        made = counterpart(Path(folder), path.parent.name, path, scale, only_scale=True)
+        y = modcrop(read_luminance(made), scale) / 255.0
+        if y.shape != (height, width):
+            raise UserError(f"others: {made} has {y.shape[1]}×{y.shape[0]} pixels; {width}×{height} are needed")
+        result[printable(name)] = y
+    return result
 
 
 def _chosen(config: ReportConfig, tested: list[dict[str, Any]]) -> tuple[Path, int, Box | None]:

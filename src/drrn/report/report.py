@@ -29,6 +29,7 @@ class ReportConfig:
     scale: int | None = key("of the comparison", at_least=2)
     box: list[int] | None = key("the enlarged part: left, top, width, height", at_least=0)
     checkpoint: list[str] = key("networks of the comparison")
+    others: Any = key("name: folder of another program's images, for the comparison")
     root: str = key("the data root")
 
 
@@ -51,6 +52,12 @@ def check(cfg: DictConfig) -> ReportConfig:
         for path in getattr(config, name):
             if not Path(path).is_file():
                 raise UserError(f"{name}: {path} does not exist")
+    config.others = {} if config.others is None else config.others
+    if not isinstance(config.others, dict):
+        raise UserError(f"others = {config.others}: must be {{NAME: FOLDER}}, such as others='{{SelfEx: images}}'")
+    for name, folder in config.others.items():
+        if not isinstance(folder, str) or not Path(folder).is_dir():
+            raise UserError(f"others.{name} = {folder}: no such folder")
     check_output("output", Path(config.output), folder=True)
     return config
 

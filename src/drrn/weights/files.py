@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from drrn.config import ModelConfig
 from drrn.disk import check_regular
 from drrn.errors import UserError
+from drrn.identity import Structure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 LIMIT = 1 << 30  # bytes of a file; the paper's largest network, B17U1, takes 30 MB
 LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # pytorch/pytorch: torch/serialization.py
 OVERSHOOT = "no ReLU before the first convolution: negative overshoot of the bicubic input is kept"
-
-
-Structure = ModelConfig | dict[str, Any]  # a DRRN's, or another network's arguments with its name as `network`
 
 
 class Foreign(NamedTuple):

@@ -16,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from drrn.config import ModelConfig
+from drrn.config import DEEPEST, ModelConfig
 from drrn.disk import write_whole
 from drrn.errors import UserError, printable
 from drrn.identity import Structure, model_of
@@ -82,6 +82,9 @@ def build(model: Structure, state: dict[str, Tensor]) -> nn.Module:
     """
     if isinstance(model, ModelConfig):
         model.rules()  # its depth
+    for key, value in structure(model).items():  # even without memory, 10⁹ layers take for ever to build
+        if isinstance(value, int) and value > 10 * DEEPEST:
+            raise ValueError(f"{key} = {value:,}: more than any network has")
     network = on_paper(model)
     wanted = network.state_dict()
     for name in wanted.keys() | state.keys():
