@@ -208,6 +208,7 @@ class Config:
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = MISSING
     seed: int = key("fixes initial weights and the order of the patches", at_least=0, below=2**32)
+    threads: int | None = key("CPU threads; null: what is free", default=None, at_least=1, below=2**12)
     name: str | None = key("for people and W&B")
     study: str = key("folder and W&B group that its runs share")
     output: str = key("folder of all runs")

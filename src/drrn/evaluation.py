@@ -119,8 +119,8 @@ def evaluate(config: EvaluateConfig) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from drrn.environment import environment
     from drrn.protocol import Protocol, means
-    from drrn.runs.record import environment
 
     protocol = Protocol(config.protocol, 1, config.crop, config.color, config.rounding)
     if config.check_protocol:

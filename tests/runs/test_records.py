@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import drrn.runs.record
+import drrn.environment
 from drrn.disk import write_json
+from drrn.environment import git_commit
 from drrn.errors import UserError
 from drrn.model import DRRN
 from drrn.protocol import means
-from drrn.runs.record import FILE, FORMAT, git_commit, read_record, run_record
+from drrn.runs.record import FILE, FORMAT, read_record, run_record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +104,7 @@ def test_the_commit_is_the_clones_and_none_outside_of_one(monkeypatch: pytest.Mo
         assert commit is not None
         assert len(commit["commit"]) == 40
         assert isinstance(commit["changed"], bool)
-    monkeypatch.setattr(drrn.runs.record, "__file__", str(tmp_path / "records.py"))
+    monkeypatch.setattr(drrn.environment, "__file__", str(tmp_path / "records.py"))
     assert git_commit() is None
     monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
     assert git_commit() is None

@@ -41,10 +41,10 @@ class Watch:
         """
         if asked is not None:
             return Threads(asked, "threads")
-        if before is not None:
-            return Threads(before, "as before: results depend on it bit by bit")
         if (said := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(said) > 0:
             return Threads(int(said), "OMP_NUM_THREADS")
+        if before is not None:
+            return Threads(before, "as before: the last bits of a result depend on it")
         time.sleep(max(0.0, LOOK - (time.monotonic() - self.since)))
         seconds = time.monotonic() - self.since
         others = max(0.0, busy_seconds(self.cores) - self.busy - (own_seconds() - self.own)) / seconds

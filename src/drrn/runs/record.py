@@ -5,17 +5,15 @@ Tables and figures read nothing but these files, so they need no account and no 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from drrn.config import Config
 from drrn.disk import check_regular
+from drrn.environment import environment
 from drrn.errors import UserError
 from drrn.identity import experiment, run_dir, run_name, structure_name
 from drrn.protocol import PAPER
@@ -23,18 +21,6 @@ from drrn.protocol import PAPER
 FORMAT = 1
 FILE = "record.json"
 LARGEST = 1 << 28  # bytes of a record; one of 100,000 rows has 20 MB
-PACKAGES = (
-    "torch",
-    "lightning",
-    "hydra-core",
-    "omegaconf",
-    "torchmetrics",
-    "wandb",
-    "h5py",
-    "numpy",
-    "scipy",
-    "pillow",
-)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -83,44 +69,6 @@ def finished_record(folder: Path) -> Path | None:
     own, others = folder / FILE, sorted(folder.parents[1].glob(f"*/{folder.name}/{FILE}"))
     paths = [*([own] if own.is_file() else []), *others]
     return next((path for path in paths if read_record(path).get("status") == "finished"), None)
-
-
-def git_commit() -> dict[str, Any] | None:
-    """Commit of the source tree and whether it has uncommitted changes; None outside a clone."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    """None for what is not installed, such as wandb with `logger=csv`."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and commit."""
-    import torch
-
-    return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "machine": {
-            "host": platform.node(),
-            "system": platform.platform(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
-        "git": git_commit(),
-    }
 
 
 def run_record(config: Config, network: Any) -> dict[str, Any]:

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from shutil import which
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from drrn.config import Config
-from drrn.disk import check_output, locked
 from drrn.errors import UserError
-from drrn.identity import run_dir, run_name
-from drrn.launch import launched
-from drrn.runs.record import FILE, done_before, own_record
+from drrn.identity import run_name
+from drrn.runs.opening import Run, open_run
+from drrn.runs.record import FILE
 
 if TYPE_CHECKING:  # torch and Lightning are imported when there is something to train
-    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch import Trainer
 
     from drrn.datamodule import SuperResolutionData
     from drrn.module import SuperResolution
-    from drrn.runs.processes import Processes
-    from drrn.runs.stop import StopSignals
-    from drrn.tracking.loggers import Tracking
 
 log = logging.getLogger("drrn.train")
 
@@ -39,130 +32,13 @@ def train(config: Config) -> None:
         UserError: what the user can mend; the record says "failed" and why.
         Stopped: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; the record says "stopped", and the same command resumes.
     """
-    with open_run(config) as run:
+    with open_run(config, train) as run:
         if run is None:  # it is finished, or processes of its own have trained it
             return
         data = prepare_data(run)
         module = build_module(run, data)
         trainer = fit(run, data, module)
         score(run, data, module, trainer)
-
-
-@dataclass
-class Run:
-    """What the steps of a training share."""
-
-    config: Config
-    folder: Path
-    record: dict[str, Any]  # written when the run ends, however it ends
-    earlier: dict[str, Any]  # the record that an earlier start left; {}: none
-    processes: Processes
-    stop: StopSignals
-    callbacks: list[Callback]  # somebody's own
-    tracking: Tracking
-    initial: dict[str, Any] | None  # the weights that a fine-tuning starts from
-
-    @property
-    def checkpoints(self) -> Path:
-        """Their folder."""
-        return self.folder / "checkpoints"
-
-
-# ---------------------------------------------------------------------- 1. open the run
-
-
-@contextmanager
-def open_run(config: Config) -> Iterator[Run | None]:
-    """A run's folder, lock, log, record and signals for as long as it lasts; None if there is nothing to do here.
-
-    Raises:
-        UserError: something that can be known before the work: a place that cannot be written, arguments that
-            Lightning does not take, another process that trains this run.
-    """
-    folder = run_dir(config)
-    earlier, finished = own_record(folder), done_before(config)
-    message = (
-        f"{run_name(config)} is finished: {finished}. Delete its folder or give ckpt_path=null to train it again."
-    )
-    if finished is not None and not launched():
-        print(message)
-        yield None
-        return
-    check_output("output", folder, folder=True)
-
-    from drrn.runs.callbacks import make_callbacks
-    from drrn.runs.journal import log_to, recorded, warn_of_differences
-    from drrn.runs.lightning import quiet_lightning, trainer_arguments
-    from drrn.runs.processes import Processes
-    from drrn.runs.stop import StopSignals
-    from drrn.tracking.loggers import Tracking
-
-    quiet_lightning()
-    initial = _initial(config)
-    _prepare_torch(config)
-    processes = Processes(config, trainer_arguments(config))
-    callbacks = make_callbacks(config, folder)
-    if processes.to_be_started:
-        processes.start(train, config, folder / FILE)
-        yield None
-        return
-    processes.join()
-    earlier, message = processes.broadcast(lambda: (earlier, message if finished else None))
-    if message is not None:
-        print(message)
-        yield None
-        return
-    record = _new_record(config, earlier, processes)
-    tracking = Tracking(config, folder, record, processes.first)
-    if config.from_record is not None and processes.first:
-        warn_of_differences(Path(config.from_record), record)
-    if processes.first:
-        folder.mkdir(parents=True, exist_ok=True)
-    with (
-        processes.together(),
-        locked(folder / ".lock", f"{record['name']} is being trained") if processes.first else nullcontext(),
-        StopSignals() as stop,
-        log_to(folder / "train.log"),
-    ):
-        if processes.first:
-            for left in [*folder.glob(".*.partial"), *folder.glob("checkpoints/.*.partial")]:
-                left.unlink()  # half written when a process was killed
-            if config.ckpt_path is None:
-                from drrn.runs.checkpoints import set_aside
-
-                set_aside(folder)
-        with recorded(folder / FILE, record, stop, tracking):
-            yield Run(config, folder, record, earlier, processes, stop, callbacks, tracking, initial)
-
-
-def _initial(config: Config) -> dict[str, Any] | None:
-    from drrn.weights.ours import initial_state
-
-    return initial_state(Path(config.init_from), config.model) if config.init_from is not None else None
-
-
-def _prepare_torch(config: Config) -> None:
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = config.trainer.tf32  # PyTorch's own default is True
-    torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
-    if config.speed.compile is True and not torch.cuda.is_available() and not which(os.environ.get("CXX", "g++")):
-        raise UserError("speed.compile = True: PyTorch needs a C++ compiler for it; install g++ or name one in CXX")
-
-
-def _new_record(config: Config, earlier: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    from drrn.networks import on_paper
-    from drrn.runs.record import run_record
-
-    record = run_record(config, on_paper(config.model))  # for its counts, before there is any data
-    for key in ("budget", "scores", "means", "validation", "tracking"):  # of a stopped run, until there are new ones
-        if key in earlier and config.ckpt_path is not None:
-            record[key] = earlier[key]
-    record["processes"] = processes.number
-    agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-    before = earlier.get("wandb_id") if config.ckpt_path else None  # afresh: a new one
-    record["wandb_id"] = agents or before or uuid.uuid4().hex[:8]
-    return record
 
 
 # ---------------------------------------------------------------------- 2. prepare data
