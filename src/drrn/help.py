@@ -10,12 +10,14 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from drrn.config import Config
 from drrn.home import CONF, HOME
 
 CONFIGS = {"train": "config", "prepare": "config"}  # the others' are called as they are
@@ -85,19 +87,33 @@ def shown(value: Any) -> str:
 
 
 def comments() -> dict[tuple[str, str], str]:
-    """(command, key) → what conf/ says beside it; keys of groups with the group's name in front."""
+    """(command, key) → what conf/ says beside it, else its meaning in `drrn.config`; keys with their group in front."""
     found: dict[tuple[str, str], str] = {}
-    line = re.compile(r"^(\w+):(?:.*?\s#\s(.*)|.*)$")
+    line = re.compile(r"^( *)(\w+):(?:.*?\s#\s(.*)|.*)$")
     files = [(path, path.read_text().splitlines()) for path in sorted(Path(CONF).rglob("*.yaml"))]
     for path, lines in sorted(files, key=lambda file: -len(file[1])):  # a group's basis before what departs from it
         group = path.parent.relative_to(CONF).as_posix()
         commands = [c for c in ("train", "prepare") if group != "." or path.stem == "config"] or [path.stem]
-        for text in lines:
-            if match := line.match(text):
-                for name in commands:
-                    key = match[1] if group == "." else f"{group}.{match[1]}"
-                    found.setdefault((name, key), match[2] or "")
+        parent = ""
+        for match in filter(None, map(line.match, lines)):
+            parent = parent if match[1] else match[2]
+            key = f"{parent}.{match[2]}" if match[1] else match[2]
+            for name in commands:
+                found.setdefault((name, key if group == "." else f"{group}.{key}"), match[3] or "")
+    for key, meaning in meanings(Config):
+        for name in ("train", "prepare"):
+            found[name, key] = found.get((name, key)) or meaning
     return found
+
+
+def meanings(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every key of a schema with its meaning."""
+    for name, kind in get_type_hints(schema).items():
+        (one,) = (field for field in fields(schema) if field.name == name)
+        if is_dataclass(kind):
+            yield from meanings(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", one.metadata.get("meaning", "")
 
 
 def closest(word: str, words: Iterable[str]) -> str:

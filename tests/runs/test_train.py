@@ -94,7 +94,7 @@ def straight(configure: Callable, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_what_a_run_leaves(straight: tuple[Config, Path]) -> None:
     config, folder = straight
     assert {path.name for path in folder.iterdir()} == {
-        "record.json", "weights.safetensors", "train.log", "checkpoints", "csv", ".lock",
+        "record.json", "weights.safetensors", "train.log", "checkpoints", "csv", "rows.jsonl", ".lock",
     }  # fmt: skip
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         "step00000003.ckpt", "step00000004.ckpt",
