@@ -87,7 +87,7 @@ def shown(value: Any) -> str:
 
 
 def comments() -> dict[tuple[str, str], str]:
-    """(command, key) → what conf/ says beside it, else its meaning in `drrn.config`; keys with their group in front."""
+    """(command, key) → what conf/ says beside it, else its meaning in `drrn.config`; keys as `model.B`."""
     found: dict[tuple[str, str], str] = {}
     line = re.compile(r"^( *)(\w+):(?:.*?\s#\s(.*)|.*)$")
     files = [(path, path.read_text().splitlines()) for path in sorted(Path(CONF).rglob("*.yaml"))]
