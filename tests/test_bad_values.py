@@ -43,7 +43,8 @@ WRONG_TYPES: dict[Any, list[Any]] = {
 # By key. What has neither a line here nor an end to its range is in `FREE`.
 OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
     "train": {
-        "seed": [-1, 2**32], "threads": [0, 2**12],
+        "seed": [-1, 2**32],
+        "threads": [0, 2**12],
         "study": ["/", "../elsewhere", "/tmp/x"],
         "ckpt_path": ["no/such.ckpt"],
         "init_from": ["no/such.safetensors"],
