@@ -96,13 +96,14 @@ def report_studies(config: ReportConfig, command: str) -> None:
     Raises:
         UserError: an unknown study, no run that belongs to any, or runs that do not compare.
     """
-    from drrn.report.page import write_page
-    from drrn.report.records import read_runs
     from drrn.report.studies import STUDIES, run_groups
 
     for study in config.study:
         if study not in STUDIES:
             raise UserError(f"study = {study!r}: allowed are {', '.join(STUDIES)}, or a list of them")
+    from drrn.report.page import write_page  # with Matplotlib, which a refusal need not wait for
+    from drrn.report.records import read_runs
+
     records = read_runs(config.runs)
     found = {study: run_groups(study, records) for study in config.study}
     if not any(found.values()):
