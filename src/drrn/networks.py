@@ -83,27 +83,11 @@ def pair_sides(model: Any, patch_size: int) -> tuple[int, int]:
     return patch_size // scale, patch_size - patch_size % scale
 
 
-def schema(name: str) -> type:
-    """What `model.*` may hold for a network, as a dataclass of its constructor's arguments, for `config.typed`.
+def arguments_of(model: Any) -> tuple[str, dict[str, Any]]:
+    """The name of a structure's network, and its arguments.
 
     Raises:
-        UserError: no such network.
-    """
-    if name not in NETWORKS:
-        raise UserError(f"model.network = {name!r}: allowed are {', '.join(NETWORKS)}")
-    hints, parameters = get_type_hints(NETWORKS[name].__init__), inspect.signature(NETWORKS[name]).parameters
-    arguments = [
-        (key, hints.get(key, Any), field(default=MISSING if p.default is p.empty else p.default))
-        for key, p in parameters.items()
-    ]
-    return make_dataclass(NETWORKS[name].__name__, [("network", str, field(default=name)), *arguments])
-
-
-def build(model: Any) -> Any:
-    """A network from its structure: `network`, its name, and its constructor's arguments.
-
-    Raises:
-        UserError: no such network, or arguments that it does not take; the text names `model.…`.
+        UserError: no such network, or arguments that it does not take or lacks; the text names `model.…`.
     """
     arguments = structure(model)
     name = arguments.pop("network", DEFAULT)
@@ -116,6 +100,26 @@ def build(model: Any) -> Any:
     missing = [key for key, p in known.items() if p.default is p.empty and key not in arguments]
     if missing:
         raise UserError(f"model.{missing[0]}: the network {name!r} needs it")
+    return name, arguments
+
+
+def schema(name: str) -> type:
+    """What `model.*` may hold for a network, as a dataclass of its constructor's arguments, for `schema.typed`."""
+    hints, parameters = get_type_hints(NETWORKS[name].__init__), inspect.signature(NETWORKS[name]).parameters
+    arguments = [
+        (key, hints.get(key, Any), field(default=MISSING if p.default is p.empty else p.default))
+        for key, p in parameters.items()
+    ]
+    return make_dataclass(NETWORKS[name].__name__, [("network", str, field(default=name)), *arguments])
+
+
+def build(model: Any) -> Any:
+    """A network from its structure: `network`, its name, and its constructor's arguments.
+
+    Raises:
+        UserError: as `arguments_of`, or a value that it does not take.
+    """
+    name, arguments = arguments_of(model)
     try:
         return NETWORKS[name](**arguments)
     except (TypeError, ValueError) as error:

@@ -51,9 +51,9 @@ def _check_network(config: Config) -> None:
     Raises:
         UserError: no such network, it does not take this, or the data has other scales than a network of one scale.
     """
-    from drrn.networks import DEFAULT, on_paper, schema
+    from drrn.networks import arguments_of, on_paper, schema
 
-    name = config.model.get("network", DEFAULT)
+    name, _ = arguments_of(config.model)
     own = make_dataclass("Own", [("model", schema(name))])
     config.model = asdict(typed(own, OmegaConf.create({"model": config.model})).model)
     scale = getattr(on_paper(config.model), "scale", None)

@@ -20,7 +20,7 @@ from drrn.config import DEEPEST, ModelConfig
 from drrn.disk import write_whole
 from drrn.errors import UserError, printable
 from drrn.identity import Structure, model_of
-from drrn.networks import DEFAULT, on_paper, schema, structure
+from drrn.networks import arguments_of, on_paper, schema, structure
 from drrn.weights.files import container, read_bytes
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
 
@@ -160,8 +160,8 @@ def checked_facts(about: Any) -> dict[str, Any]:
             raise ValueError(f"what it says of its {key} is not as this project writes it")
     if not all(type(scale) is int and scale > 1 for scale in about.get("scales") or ()):
         raise ValueError("what it says of its scales is not as this project writes it")
-    name = about["model"].get("network", DEFAULT)
-    hints = get_type_hints(schema(name) if isinstance(name, str) else object)
+    name, _ = arguments_of(about["model"])
+    hints = get_type_hints(schema(name))
     for key, value in about["model"].items():
         if type(value) is not hints.get(key):
             raise ValueError(f"its network has {key} = {value!r}, which is no argument of a {name}")
