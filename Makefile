@@ -41,9 +41,10 @@ stress: install  ## 2,000 damaged images, patch files with each bit of their hea
 	$(RUN) tests/stress/stress_kill.py 20
 	DRRN_SLOW=1 $(RUN) -m pytest tests/runs/test_ddp.py tests/weights/test_foreign.py tests/tracking/test_tracking.py tests/test_bad_files.py
 
-lint: install  ## ruff
+lint: install  ## ruff, and import-linter: arrows go one way (pyproject.toml)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	PYTHONPATH=src $(VENV)/bin/lint-imports
 
 data: install  ## fetch the 291 training images and Set5, and build the patch file (5 GB)
 	$(RUN) src/prepare.py

@@ -14,9 +14,10 @@ from PIL import Image
 
 from drrn.errors import UserError
 from drrn.paper import paper_numbers
+from drrn.pictures import Box, save, side_by_side
 from drrn.protocol import PAPER
+from drrn.report.comparison import FIG7
 from drrn.report.measurements import MISSING, Measurement, over_seeds, signed
-from drrn.report.pictures import FIG7, Box, save, side_by_side
 from drrn.report.tables import ablation_table, benchmark_table, runs_table
 
 PROTOCOL = vars(PAPER) | {}

@@ -162,7 +162,7 @@ def test_the_pictures_show_the_network_beside_bicubic(straight: tuple, tiny_imag
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from drrn.inference import super_resolve
-    from drrn.report.pictures import side_by_side
+    from drrn.pictures import side_by_side
     from drrn.weights.ours import load_network
 
     folder, _, path = straight
@@ -503,7 +503,7 @@ def test_online_without_account_or_network_goes_offline(
 def test_pictures_that_cannot_be_drawn_cost_nothing_else(
     configure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("drrn.report.pictures.side_by_side", fail)
+    monkeypatch.setattr("drrn.pictures.side_by_side", fail)
     folder, record = trained(configure(*FOUR, f"output={tmp_path}", "trainer.max_steps=1"))
     assert record["tracking"]["problem"] is None
     assert "no picture of tiny" in (folder / "train.log").read_text()

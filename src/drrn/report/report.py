@@ -66,8 +66,8 @@ def report(config: ReportConfig) -> None:
     """Write everything that the given records and files allow."""
     from drrn.metrics import METRICS
     from drrn.paper import paper_numbers
+    from drrn.report.comparison import compare
     from drrn.report.measurements import from_record, from_scores
-    from drrn.report.pictures import compare
     from drrn.report.records import read_runs
     from drrn.report.tables import ablation_table, benchmark_table, runs_table, write_table
 
@@ -144,9 +144,9 @@ def study_part(config: ReportConfig, group: RunGroup) -> Part:
 
 def _add_figures(part: Part, output: Path) -> None:
     """The study's figure, and the learning curves of its runs."""
+    from drrn.pictures import save
     from drrn.report.figures import draw
     from drrn.report.page import Picture, alt, svg
-    from drrn.report.pictures import save
     from drrn.report.studies import STUDIES
 
     group = part.group
@@ -165,8 +165,8 @@ def _add_figures(part: Part, output: Path) -> None:
 
 def _add_comparison(part: Part, config: ReportConfig) -> None:
     """Crops of the deepest networks."""
+    from drrn.report.comparison import compare
     from drrn.report.page import Picture, png
-    from drrn.report.pictures import compare
 
     there = [point for point in part.group.points if point.finished()]
     depth = max((point.depth for point in there), default=0)

@@ -31,7 +31,7 @@ def pictures(record: dict[str, Any], module: SuperResolution) -> dict[str, np.nd
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from drrn.inference import super_resolve
-    from drrn.report.pictures import side_by_side
+    from drrn.pictures import side_by_side
 
     if not record["scores"]:
         return {}

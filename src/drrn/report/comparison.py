@@ -1,0 +1,101 @@
+"""Which image a comparison shows, and what is set side by side on it (Fig. 7)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drrn.errors import UserError, printable
+from drrn.images import read_luminance
+from drrn.pictures import Box, save, side_by_side
+from drrn.protocol import modcrop
+
+if TYPE_CHECKING:
+    from drrn.report.report import ReportConfig
+
+# The images of the paper's Fig. 7: set, file, scale, and a box
+# around what the paper says of each (lines, pattern, text).
+FIG7 = {
+    "img059": ("Urban100", "img059.png", 3, Box(340, 300, 120, 80)),
+    "253027": ("BSD100", "253027.jpg", 3, Box(190, 150, 90, 60)),
+    "ppt3": ("Set14", "ppt3.bmp", 4, Box(30, 225, 120, 80)),
+}
+
+
+def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, prefix: str = "") -> list[Path]:
+    """Crops side by side: of the image asked for, or of the last one that the runs were tested on.
+
+    Returns:
+        The files written; none if no run has got as far as its pictures.
+
+    Raises:
+        UserError: an image or the weights of a run are not there, or the box is not inside the image.
+    """
+    from drrn.inference import super_resolve
+    from drrn.weights.ours import load_network
+
+    tested = [record for record in records if record.get("scores")]
+    if not config.compare and not tested:
+        return []
+    files = [Path(path) for path in config.checkpoint]
+    files = files or [Path(record["path"]).with_name("weights.safetensors") for record in tested]
+    loaded = {file: load_network(file) for file in files}
+    names = {file: about.get("origin") or printable(file.stem) for file, (_, about) in loaded.items()}
+    if len(set(names.values())) < len(names):  # two networks of one name: call them by their folders
+        names = {file: printable(f"{file.parent.name}/{file.stem}") for file in files}
+    networks = {names[file]: network for file, (network, _) in loaded.items()}
+    path, scale, box = _chosen(config, tested)
+    runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
+    try:
+        runs = {n: lambda x, y=y: y for n, y in _others(config.others, path, scale).items()} | runs
+        figure = side_by_side(path, scale, runs, box)
+    except ValueError as error:  # an image smaller than the scale or the metrics' windows
+        raise UserError(f"{path} at ×{scale}: {error}") from error
+    alike = any(other.stem == path.stem and other != path for other in path.parent.iterdir())
+    written = save(figure, output / f"{prefix}{path.name if alike else path.stem}_x{scale}")  # a.png is not a.jpg
+    print(f"written: {printable(', '.join(map(str, written)))}")
+    return written
+
+
+def _others(folders: dict[str, str], path: Path, scale: int) -> dict[str, NDArray[np.float64]]:
+    """Name → Y [H, W] in 0…1 of what another program made of an image."""
+    from drrn.sets import counterpart
+
+    height, width = modcrop(read_luminance(path), scale).shape
+    result = {}
+    for name, folder in folders.items():
+        made = counterpart(Path(folder), path.parent.name, path, scale, only_scale=True)
+        y = modcrop(read_luminance(made), scale) / 255.0
+        if y.shape != (height, width):
+            raise UserError(f"others: {made} has {y.shape[1]}×{y.shape[0]} pixels; {width}×{height} are needed")
+        result[printable(name)] = y
+    return result
+
+
+def _chosen(config: ReportConfig, tested: list[dict[str, Any]]) -> tuple[Path, int, Box | None]:
+    """The image of a comparison, its scale and its box."""
+    from drrn.sets import image_files
+
+    box = Box(*config.box) if config.box else None
+    if config.compare in FIG7:
+        set_name, file, scale, preset = FIG7[config.compare]
+        found = [p for p in image_files(set_name, Path(config.root), complete=False) if p.name == file]
+        if not found:
+            raise UserError(
+                f"{file} of {set_name} is not under {config.root}: python src/prepare.py 'data.val=[{set_name}]'"
+            )
+        return found[0], config.scale or scale, box or preset
+    if config.compare:
+        if not Path(config.compare).is_file():
+            raise UserError(f"compare = {config.compare!r}: no such file, and none of {', '.join(FIG7)}")
+        return Path(config.compare), config.scale or 3, box
+    last = tested[-1]["scores"][-1]
+    files = image_files(tested[-1]["config"]["data"]["val"][-1], Path(config.root), complete=False)
+    path = next((p for p in files if p.name == last["image"]), None)
+    if path is None:
+        raise UserError(f"{printable(last['image'])}, which the runs were tested on, is not under {config.root}")
+    scales = sorted({row["scale"] for row in tested[-1]["scores"]})
+    return path, config.scale or scales[len(scales) // 2], box
