@@ -57,6 +57,8 @@ def finished_runs(folder: Path) -> list[dict]:
 def test_every_configuration_trains_for_a_step(
     group: str, name: str, entry_point: Callable, small: tuple[str, ...], tmp_path: Path
 ) -> None:
+    if name == "mlflow":
+        pytest.importorskip("mlflow", reason="MLflow is not in requirements.lock")
     logger = () if group == "logger" else ("logger=none",)
     plus = "+" if group == "budget" else ""  # a budget is no group of its own: it overrides others
     code, _, err = entry_point("train", f"{plus}{group}={name}", *logger, *small)
@@ -64,10 +66,10 @@ def test_every_configuration_trains_for_a_step(
     (record,) = finished_runs(tmp_path)
     as_written = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
     if group in ("model", "optim"):  # what the file says is what was run
-        ran = record["config"][group]
-        kept = {
-            key: value for key, value in as_written.items() if key not in ("defaults", "features", "checkpointing")
-        }
+        ran = {"network": "drrn", **record["config"][group]}  # which a DRRN's record does not name
+        kept = {key: value for key, value in as_written.items() if "${" not in str(value)}
+        for key in ("defaults", "features", "checkpointing"):
+            kept.pop(key, None)
         assert {key: ran[key] for key in kept} == kept
 
 

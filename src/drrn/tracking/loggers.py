@@ -116,6 +116,8 @@ class Other:
         key = f"logger.{name}"
         kind, _ = resolve(key, node, Logger)
         offered = {"save_dir": str(folder), "run_name": run_name(config), "run_id": run}
+        if str(node.get("tracking_uri")).startswith("sqlite:"):  # MLflow without a server: files beside its database
+            offered["artifact_location"] = str(Path(config.output).resolve() / "mlflow")
         taken = inspect.signature(kind).parameters
         self.logger = make(key, node, Logger, **{key: value for key, value in offered.items() if key in taken})
         self.keeps_id = "run_id" in taken  # MLflow's: the same run when it is resumed
