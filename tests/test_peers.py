@@ -30,7 +30,7 @@ from drrn.resnet import ResNet
 from drrn.runs import run as train
 from drrn.runs.checkpoints import newest_checkpoint
 from drrn.srcnn import SRCNN
-from drrn.weights.ours import load_network, save_weights
+from drrn.weights.ours import initial_state, load_network, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -402,6 +402,18 @@ def test_a_network_of_one_scale_is_asked_for_no_other(
     assert (code, "enlarges by 3" in err) == (2, True)
     code, _, err = entry_point("upscale", *given[:1], f"input={tiny_images}", "scale=2", f"output={tmp_path / 'o'}")
     assert (code, "enlarges by 3" in err) == (2, True)
+
+
+def test_fsrcnn_starts_from_another_scale_and_espcn_does_not(tmp_path: Path) -> None:
+    for network, said in (("fsrcnn", None), ("espcn", "add model.scale=3")):
+        at3, at2 = ({"network": network, "features": 4, "scale": scale} for scale in (3, 2))
+        path = tmp_path / f"{network}.safetensors"
+        save_weights(path, build(at3), at3, {})
+        if said is None:
+            build(at2).load_state_dict(initial_state(path, at2))
+            continue
+        with pytest.raises(UserError, match=said):
+            initial_state(path, at2)
 
 
 # ------------------------------------------------------------------ published weights

@@ -173,13 +173,19 @@ def checked_facts(about: Any) -> dict[str, Any]:
 def initial_state(path: Path, model: Structure) -> dict[str, Tensor]:
     """What a fine-tuning starts from: the state dict of a file of ours, whose structure has to be `model`.
 
+    A network of one scale may come from another scale, where its tensors have the same shapes.
+
     Raises:
         UserError: the file cannot be read, or holds another structure; the text says what to type.
     """
     network, about = load_network(path)
     held, asked = structure(model_of(about["model"])), structure(model)
     differing = [key for key in held | asked if held.get(key) != asked.get(key)]
+    state = network.state_dict()
+    if differing == ["scale"]:  # FSRCNN: its tensors serve every scale, ESPCN's do not
+        shapes = {name: tensor.shape for name, tensor in on_paper(model).state_dict().items()}
+        differing = [] if shapes == {name: tensor.shape for name, tensor in state.items()} else differing
     if differing:
         words = " ".join(f"model.{key}={str(held.get(key)).lower()}" for key in differing)
         raise UserError(f"init_from = {str(path)!r} holds another network than model.* describes; add {words}")
-    return network.state_dict()
+    return state
