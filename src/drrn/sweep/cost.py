@@ -193,24 +193,31 @@ def measure(config: Config, threads: int | None = None) -> Speed:
         if trainer.channels_last:
             module.network.to(memory_format=torch.channels_last)
         try:
-            Trainer(
-                accelerator=trainer.accelerator,
-                devices=1,
-                precision=trainer.precision,
-                deterministic=trainer.deterministic,
-                max_epochs=-1,
-                max_steps=10_000,
-                logger=False,
-                callbacks=[clock],
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-            ).fit(module, datamodule=Data())
+            _trainer(config, clock).fit(module, datamodule=Data())
             step = min(clock.timed) * micro / pairs.size * trainer.accumulate_grad_batches
             return Speed(step, evaluation_speed(module, config))
         except (RuntimeError, ValueError, TypeError, ImportError) as error:  # Lightning's and torch's own kinds
             raise UserError(str(error).split("\n")[0]) from error
+
+
+def _trainer(config: Config, clock: Any) -> Any:
+    """Lightning's, for as long as `clock` says, on one device; nothing is written or shown."""
+    from lightning.pytorch import Trainer
+
+    return Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=1,
+        precision=config.trainer.precision,
+        deterministic=config.trainer.deterministic,
+        max_epochs=-1,
+        max_steps=10_000,
+        logger=False,
+        callbacks=[clock],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
 
 
 def evaluation_speed(module: Any, config: Config) -> float:

@@ -110,32 +110,7 @@ class WandB(Logger):
             for step, row in history(path):
                 self.logged |= {key: max(step, self.logged.get(key, -1)) for key in row}
             mend(path)
-        model, structure, steps = config.model, record["structure"], self.module.hparams["max_steps"]
-        sizes = [] if isinstance(model, dict) else [f"B{model.B}", f"U{model.U}"]
-        tags = [structure_name(model), *sizes, f"d{structure['depth']}", *config.logger.tags]
-        tags += os.environ.get("WANDB_TAGS", "").split(",")
-        arguments = {
-            "project": config.logger.project,
-            "name": os.environ.get("WANDB_NAME") or run_name(config),
-            "group": os.environ.get("WANDB_RUN_GROUP") or config.study,
-            "tags": list(dict.fromkeys(filter(None, tags))),
-            "entity": config.logger.entity,
-            "notes": config.logger.notes,
-            "job_type": config.logger.job_type,
-            "id": record["wandb_id"],
-            "resume": "allow",
-            "dir": self.folder,
-            "config": {
-                **record["config"],
-                "d": structure["depth"],
-                "k": structure["conv_weights"],
-                **{
-                    key: record.get(key)
-                    for key in ("structure", "experiment", "patches", "protocol", "versions", "machine", "git")
-                },
-                "budget": {"steps": steps, "patches": steps * config.data.batch_size},
-            },
-        }
+        arguments = self._about()
 
         def init(mode: str) -> Any:
             settings = wandb.Settings(
@@ -168,6 +143,36 @@ class WandB(Logger):
             self._log(row, step, place(step, self.module, config.data.batch_size))
         if mode == "offline":
             log.info("W&B is offline; `wandb sync %s` uploads it", self.folder / "wandb/offline-run-*")
+
+    def _about(self) -> dict[str, Any]:
+        """What the W&B run says of itself: arguments of `wandb.init`."""
+        config, record = self.config, self.record
+        model, structure, steps = config.model, record["structure"], self.module.hparams["max_steps"]
+        sizes = [] if isinstance(model, dict) else [f"B{model.B}", f"U{model.U}"]
+        tags = [structure_name(model), *sizes, f"d{structure['depth']}", *config.logger.tags]
+        tags += os.environ.get("WANDB_TAGS", "").split(",")
+        return {
+            "project": config.logger.project,
+            "name": os.environ.get("WANDB_NAME") or run_name(config),
+            "group": os.environ.get("WANDB_RUN_GROUP") or config.study,
+            "tags": list(dict.fromkeys(filter(None, tags))),
+            "entity": config.logger.entity,
+            "notes": config.logger.notes,
+            "job_type": config.logger.job_type,
+            "id": record["wandb_id"],
+            "resume": "allow",
+            "dir": self.folder,
+            "config": {
+                **record["config"],
+                "d": structure["depth"],
+                "k": structure["conv_weights"],
+                **{
+                    key: record.get(key)
+                    for key in ("structure", "experiment", "patches", "protocol", "versions", "machine", "git")
+                },
+                "budget": {"steps": steps, "patches": steps * config.data.batch_size},
+            },
+        }
 
     def results(self, drawn: Mapping[str, np.ndarray]) -> None:
         """What a finished evaluation leaves. The scores come first: the rest may fail where they do not."""
