@@ -47,6 +47,10 @@ WRONG = {
         ["optim=paper", "optim.halve_every_epochs=null"],
         ["optim.halve_every_epochs", "give one of the two"],
     ),
+    "warm-up of another schedule": (
+        ["optim.warmup_steps=5", "optim.scheduler={_target_: torch.optim.lr_scheduler.ConstantLR}"],
+        ["optim.warmup_steps = 5", "optim.scheduler"],
+    ),
     "bias rate with adam": (
         ["optim.algorithm=adam", "optim.bias_lr_mult=0.1"],
         ["optim.bias_lr_mult = 0.1", "optim.algorithm=sgd"],

@@ -37,6 +37,16 @@ def patch_file(data: SuperResolutionData) -> Path:
 # ---------------------------------------------------------------------- training
 
 
+def test_what_is_prepared_is_not_prepared_again(
+    configure: Callable, inline_pool: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning asks before each fit and test: a file that was deleted meanwhile is whole for who has it open."""
+    data = prepared(configure("trainer.max_steps=4"))
+    monkeypatch.setattr("drrn.datamodule.prepare_patches", lambda *_: pytest.fail("built again"))
+    data.prepare_data()
+    next(iter(data.train_dataloader()))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_read_in_the_order_of_the_seed(workers: int, configure: Callable, inline_pool: None) -> None:
     config = configure("trainer.max_steps=40", "data.batch_size=12", f"data.num_workers={workers}", "seed=3")

@@ -517,7 +517,7 @@ def test_a_network_is_folded_once_and_again_when_it_changes(monkeypatch):
         assert np.abs(y - before).max() > 1e-4 or what == "moved"
         before = y
     with torch.no_grad():
-        network.conv_rec.weight.data.mul_(2)  # PyTorch does not count it, nor what a CUDA graph writes
+        network.conv_rec.weight.data.mul_(2)  # PyTorch does not count it
     forget(network)
     np.testing.assert_allclose(super_resolve(network, x), whole(network, x), rtol=0, atol=1e-5)
 

@@ -402,6 +402,11 @@ def test_a_network_of_one_scale_is_asked_for_no_other(
     assert (code, "enlarges by 3" in err) == (2, True)
     code, _, err = entry_point("upscale", *given[:1], f"input={tiny_images}", "scale=2", f"output={tmp_path / 'o'}")
     assert (code, "enlarges by 3" in err) == (2, True)
+    given = (f"compare={tiny_images / 'chelsea.png'}", f"checkpoint=[{weights}]", f"output={tmp_path / 'report'}")
+    code, _, err = entry_point("report", *given, "scale=2")
+    assert (code, "enlarges by 3" in err) == (2, True)
+    code, _, err = entry_point("report", *given, "scale=3")
+    assert code == 0, err
 
 
 def test_fsrcnn_starts_from_another_scale_and_espcn_does_not(tmp_path: Path) -> None:

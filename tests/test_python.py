@@ -17,6 +17,7 @@ from PIL import Image
 import drrn
 from drrn.config import ModelConfig
 from drrn.errors import UserError
+from drrn.fsrcnn import FSRCNN
 from drrn.matlab import imresize
 from drrn.weights import shipped
 from drrn.weights.ours import save_weights
@@ -108,6 +109,14 @@ def test_what_is_no_image_is_refused(change, words: str, photo: np.ndarray) -> N
         drrn.upscale(change(photo), 2, "bicubic")
     with pytest.raises(ValueError, match="above 1"):
         drrn.upscale(photo, 1, "bicubic")
+
+
+def test_a_network_of_another_scale_is_refused(photo: np.ndarray) -> None:
+    network = FSRCNN(3, 4, 2, 1).eval()
+    assert drrn.upscale(photo, 3, network).shape == (150, 189, 3)
+    for image in (photo, photo[..., 1]):
+        with pytest.raises(ValueError, match="enlarges by 3"):
+            drrn.upscale(image, 2, network)
 
 
 def test_weights_go_by_their_names(

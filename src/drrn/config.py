@@ -121,6 +121,10 @@ class OptimConfig:
                 "optim.halve_every_epochs and optim.halve_every_steps: give one of the two and set the other to null "
                 f"(now {self.halve_every_epochs} and {self.halve_every_steps})"
             )
+        if self.scheduler is not None and self.warmup_steps:
+            raise UserError(
+                f"optim.warmup_steps = {self.warmup_steps} and optim.scheduler: it is optim.schedule's; set it to 0"
+            )
         if self.algorithm != "sgd" and self.bias_lr_mult != 1:
             raise UserError(f"optim.bias_lr_mult = {self.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
 

@@ -141,6 +141,8 @@ class SuperResolutionData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fetch what is missing, build the patch file if it is not there, and settle the run's length."""
+        if hasattr(self, "patches"):  # Lightning asks once more for each fit and test: the file is open by then
+            return
         data, root = self.data, Path(self.data.root)
         self.sets = evaluation_sets(data)
         path = prepare_patches(data.name, Recipe.of(data), root, Path(data.patches), max(1, data.num_workers))

@@ -15,7 +15,7 @@ from drrn.errors import UserError
 
 
 def launched() -> bool:
-    """Whether torchrun, Slurm or `drrn.processes` started this process with others."""
+    """Whether torchrun, Slurm or `drrn.runs.processes` started this process with others."""
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 

@@ -75,7 +75,7 @@ class SuperResolution(LightningModule):
         self.validated: int | None = None
         self.rows: list[tuple[int, int, dict[str, Any]]] = []  # this process's, in an evaluation: (task, image, row)
         self.metrics = nn.ModuleDict()  # means over the sets, `psnr_0` of the first one
-        self.seconds_before = 0.0  # of training, before this process took it on
+        self.seconds_before = 0.0  # of training, in earlier starts
         self.since: float | None = None
         self._between_runs()
 
@@ -218,7 +218,7 @@ class SuperResolution(LightningModule):
 
     @property
     def seconds(self) -> float:
-        """Of training up to these weights, over all processes that it has gone on in."""
+        """Of training up to these weights, over all starts of the run."""
         return self.seconds_before + (time.monotonic() - self.since if self.since is not None else 0)
 
     def on_fit_start(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor, nn
 
+from drrn.config import DEFAULT
 from drrn.drcn import DRCN
 from drrn.errors import UserError
 from drrn.espcn import ESPCN
@@ -24,7 +25,6 @@ from drrn.red30 import RED30
 from drrn.resnet import ResNet
 from drrn.srcnn import SRCNN
 
-DEFAULT = "drrn"
 NETWORKS: dict[str, type[nn.Module]] = {
     DEFAULT: DRRN,
     "drcn": DRCN,

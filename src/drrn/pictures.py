@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ def side_by_side(
     scale: int,
     networks: dict[str, Callable[[NDArray], NDArray]],
     box: Box | None = None,
+    low: Collection[str] = (),
 ) -> Figure:
     """A crop from the ground truth, bicubic and each network, PSNR and SSIM under each (Fig. 7's way).
 
@@ -51,6 +52,7 @@ def side_by_side(
         scale: the scale to degrade and super-resolve it by.
         networks: name → function of the network's input [H, W] that returns its output.
         box: the region to enlarge; None takes the middle quarter of the image's sides.
+        low: names of those whose input is the low-resolution image; the others' is the interpolated one.
 
     Raises:
         UserError: the box is not inside the image.
@@ -64,12 +66,12 @@ def side_by_side(
         raise UserError(f"box = {list(box)} (left, top, width, height): not inside {path.name}, {width}×{height}")
     colour = truth.ndim == 3
     y = rgb2ycbcr(pixels)[..., 0] if colour else pixels
-    x, y_truth = prepare(y, scale)
+    (x, y_truth), (x_low, _) = prepare(y, scale), prepare(y, scale, "low")
     chroma = degrade(rgb2ycbcr(truth)[..., 1:] / 255.0, scale) if colour else None
 
     panels = [("ground truth", truth, "PSNR / SSIM")]
     for name, run in {"bicubic": lambda image: image, **networks}.items():
-        prediction = run(x)
+        prediction = run(x_low if name in low else x)
         scores = score(prediction, y_truth, scale)
         shown = to_uint8(np.asarray(prediction))
         if chroma is not None:

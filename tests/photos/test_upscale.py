@@ -354,7 +354,7 @@ def test_a_picture_with_missing_strips_is_refused(rgb, tmp_path):
 
 
 def test_damaged_files_never_crash_hang_or_swell(tmp_path):
-    """The whole of it, 2,000 files, is `python tests/stress_images.py`."""
+    """The whole of it, 2,000 files, is `python tests/stress/stress_images.py`."""
     outcomes, failures = stress(len(sound_files()) * 6, seed=11, keep=tmp_path)
     assert failures == []
     assert outcomes["read_photo:read"] > 10

@@ -13,6 +13,7 @@ import skimage.data
 from PIL import Image
 
 from drrn.errors import UserError
+from drrn.matlab import imresize
 from drrn.paper import paper_numbers
 from drrn.pictures import Box, save, side_by_side
 from drrn.protocol import PAPER
@@ -134,6 +135,9 @@ def test_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "sub").iterdir())) == 2
     with pytest.raises(UserError, match="not inside"):
         side_by_side(tiny_images / "chelsea.png", 2, {}, Box(80, 0, 30, 10))
+    low = side_by_side(tiny_images / "chelsea.png", 2, {"low": lambda x: imresize(x, 2)}, box, low=["low"])
+    np.testing.assert_array_equal(low.axes[-1].images[0].get_array(), bicubic.images[0].get_array())
+    assert low.axes[-1].get_xlabel() == bicubic.get_xlabel()
 
 
 def test_other_programs_images_stand_beside_the_networks(

@@ -329,7 +329,7 @@ def command(tiny_images: Path, *overrides: str) -> list[str]:
 def test_a_run_killed_and_terminated_for_real_goes_on_bit_for_bit(
     tiny_images: Path, straight: Callable, configure: Callable, tmp_path: Path
 ) -> None:
-    """Two real processes with workers; the third start is in this one. The long version is tests/stress_kill.py."""
+    """Two real processes with workers; the third start is in this one. At length: tests/stress/stress_kill.py."""
     overrides = (
         "data.num_workers=2",
         "trainer.max_steps=60",

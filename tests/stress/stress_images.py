@@ -1,7 +1,7 @@
 """Throw damaged image files at both readers: none may crash, hang, take over 1 GB or raise anything but UserError.
 
-    python tests/stress_images.py                 # 2,000 files, and a 24-megapixel photograph: 1 to 2 minutes
-    python tests/stress_images.py 300 --seed 7
+    python tests/stress/stress_images.py                 # 2,000 files, and a 24-megapixel photograph: 1 to 2 minutes
+    python tests/stress/stress_images.py 300 --seed 7
 
 Sound files of every kind that the readers know are damaged at random (seeded): cut, bytes and bits changed, runs
 zeroed or repeated, lengths and sizes set to extremes, two files spliced. Each is read in a child process, whose

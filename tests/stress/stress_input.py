@@ -1,6 +1,6 @@
 """Damage a patch file in every way there is: never a wrong batch, never a hang.
 
-    python tests/stress_input.py        # about 5 minutes
+    python tests/stress/stress_input.py        # about 5 minutes
 
 Every bit of what is not a pair is flipped (attributes, types, shapes, offsets, checksums), one at a time, of the
 zeros between only those of every 64th byte, and the file is cut at 2,000 random lengths; each is checked and read

@@ -1,7 +1,7 @@
 """Kill trainings at random moments and start them again until they are done; nothing may be lost or changed.
 
-    python tests/stress_kill.py            # at least 20 kills; `make stress` runs this
-    python tests/stress_kill.py 100 --seed 7
+    python tests/stress/stress_kill.py            # at least 20 kills; `make stress` runs this
+    python tests/stress/stress_kill.py 100 --seed 7
 
 A round trains one small network twice with the same command: once left alone, once killed by SIGKILL, SIGTERM,
 SIGINT and SIGHUP, sent to the process or, as terminals and clusters do, to it and its workers, and every third time

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from drrn.runs.record import FILE, read_record
-from drrn.sweep.machine import Ended, NotBegun, OwnPart, cores
+from drrn.sweep.machine import Ended, NotBegun, OwnPart, allowed_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,10 +64,10 @@ def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.Monkey
     assert set(jobs) == {(pid, *part) for pid, part in parts.items()}  # a process never changes its part
     assert {gpu for _, gpu, _ in parts.values()} == {"4", "7"}
     assert {method for *_, method in parts.values()} != {"loky"}
-    if len(cores()) > 1:
+    if len(allowed_cores()) > 1:
         first, second = (set(affinity) for affinity, *_ in parts.values())
         assert not first & second
-        assert first | second == set(cores())
+        assert first | second == set(allowed_cores())
 
 
 def test_a_stopped_process_begins_no_further_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,13 @@ def test_memory_is_a_devices_share(configure: Callable) -> None:
     assert count_bytes(parts) == pytest.approx(count_bytes(whole) / 8, rel=0.1)
 
 
+def test_memory_has_two_moments_for_adam_and_adamw(configure: Callable) -> None:
+    sgd, adam, adamw = (
+        count_bytes(configure("optim=quick", f"optim.algorithm={name}")) for name in ("sgd", "adam", "adamw")
+    )
+    assert sgd < adam == adamw
+
+
 def test_real_steps_and_images_are_timed(configure: Callable) -> None:
     """Through Lightning, with the configured precision; what it takes is not a test's business, that it is."""
     before = torch.get_num_threads()

@@ -58,7 +58,7 @@ _kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list, Prepared]]] = WeakKeyD
 def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
     """The network ready to run. Folded once, and again when one of its tensors was changed, moved or replaced.
 
-    PyTorch counts the changes of a tensor, but not those that a CUDA graph makes: `forget` after such a training.
+    PyTorch counts the changes of a tensor, but not those through `Tensor.data`: `forget` after them.
 
     Args:
         network: in any mode; BatchNorm uses its running statistics.

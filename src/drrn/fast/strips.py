@@ -25,7 +25,7 @@ def free_room(device: torch.device) -> int:
         free = torch.cuda.mem_get_info(device)[0]
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if free < max(2 * ROOM, cached):
-            torch.cuda.empty_cache()  # what PyTorch keeps for later; what it keeps for a CUDA graph stays
+            torch.cuda.empty_cache()  # what PyTorch keeps for later
         return torch.cuda.mem_get_info(device)[0] // 2
     return min(ROOM, available_memory() // 2)
 

@@ -38,7 +38,7 @@ def upscale(
         A PIL image for one, an array of the same kind and number of dimensions for an array.
 
     Raises:
-        ValueError: an image of another kind, or a scale that is not above 1.
+        ValueError: an image of another kind, or a scale that is not above 1, or not the network's.
         UserError: weights that cannot be had, or a precision that the device lacks.
     """
     if not scale > 1:
@@ -54,6 +54,8 @@ def upscale(
         network = None
     elif network is None or isinstance(network, str | Path):
         network = load(network)
+    if network is not None and getattr(network, "scale", scale) != scale:
+        raise ValueError(f"scale = {scale}: the network enlarges by {network.scale}")
     deep = pixels.reshape(*pixels.shape[:2], -1)
     result = np.concatenate(
         list(enlarge(deep, result_size(*pixels.shape[:2], scale), network, precision=precision)), dtype=pixels.dtype

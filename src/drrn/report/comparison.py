@@ -16,8 +16,7 @@ from drrn.protocol import modcrop
 if TYPE_CHECKING:
     from drrn.report.report import ReportConfig
 
-# The images of the paper's Fig. 7: set, file, scale, and a box
-# around what the paper says of each (lines, pattern, text).
+# The images of the paper's Fig. 7: set, file, scale, and a box around the lines, pattern or text that it points to.
 FIG7 = {
     "img059": ("Urban100", "img059.png", 3, Box(340, 300, 120, 80)),
     "253027": ("BSD100", "253027.jpg", 3, Box(190, 150, 90, 60)),
@@ -28,11 +27,14 @@ FIG7 = {
 def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, prefix: str = "") -> list[Path]:
     """Crops side by side: of the image asked for, or of the last one that the runs were tested on.
 
+    Runs of a network that enlarges by another scale are left out.
+
     Returns:
         The files written; none if no run has got as far as its pictures.
 
     Raises:
-        UserError: an image or the weights of a run are not there, or the box is not inside the image.
+        UserError: an image or the weights of a run are not there, the box is not inside the image, or a
+            checkpoint enlarges by another scale.
     """
     from drrn.inference import super_resolve
     from drrn.weights.ours import load_network
@@ -46,12 +48,18 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     names = {file: about.get("origin") or printable(file.stem) for file, (_, about) in loaded.items()}
     if len(set(names.values())) < len(names):  # two networks of one name: call them by their folders
         names = {file: printable(f"{file.parent.name}/{file.stem}") for file in files}
-    networks = {names[file]: network for file, (network, _) in loaded.items()}
     path, scale, box = _chosen(config, tested)
+    networks = {}
+    for file, (network, _) in loaded.items():
+        if getattr(network, "scale", scale) == scale:
+            networks[names[file]] = network
+        elif config.checkpoint:
+            raise UserError(f"scale = {scale}: {file} enlarges by {network.scale}")
+    low = [name for name, network in networks.items() if network.input == "low"]
     runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
     try:
         runs = {n: lambda x, y=y: y for n, y in _others(config.others, path, scale).items()} | runs
-        figure = side_by_side(path, scale, runs, box)
+        figure = side_by_side(path, scale, runs, box, low)
     except ValueError as error:  # an image smaller than the scale or the metrics' windows
         raise UserError(f"{path} at ×{scale}: {error}") from error
     alike = any(other.stem == path.stem and other != path for other in path.parent.iterdir())

@@ -76,10 +76,10 @@ class Point:
         """The records of its finished runs, by seed."""
         return [run for _, run in sorted(self.runs.items()) if run["status"] == "finished"]
 
-    def values(self, place: tuple[str, int] = PLACE, metric: str = "psnr") -> dict[int, float]:
-        """Seed → mean over the whole set (a part of a set is not the set), of the finished runs."""
+    def values(self, place: tuple[str, int] = PLACE) -> dict[int, float]:
+        """Seed → PSNR, the mean over the whole set (a part of a set is not the set), of the finished runs."""
         return {
-            run["seed"]: row[metric]
+            run["seed"]: row["psnr"]
             for run in self.finished()
             for row in run["means"]
             if (row["set"], row["scale"]) == place and row["images"] == set_size(place[0], row["images"])

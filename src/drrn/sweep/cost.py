@@ -115,7 +115,7 @@ def count_bytes(config: Config) -> int:
             prediction = trained(x)
         module.loss(prediction, truth).backward()
     weights = sum(p.numel() for p in module.network.parameters()) * 4
-    return alive.peak + weights * (2 if config.optim.algorithm == "adam" else 1)  # momentum, Adam's second moment
+    return alive.peak + weights * (1 if config.optim.algorithm == "sgd" else 2)  # momentum, Adam's second moment
 
 
 # ---------------------------------------------------------------------- measured

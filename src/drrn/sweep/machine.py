@@ -19,19 +19,15 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from drrn.errors import UserError
+from drrn.fast.threads import allowed_cores
 
 ENDED = "ended"  # the file in the shared folder that says: begin nothing more
 LAST_STEP = 60.0  # seconds that a run has to keep its last step when the sweep's process is gone
 
 
-def cores() -> list[int]:
-    """The CPU cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
 def threads(n: int) -> int | None:
     """CPU threads of each of n jobs; None for what torch takes by itself."""
-    return None if n == 1 or "OMP_NUM_THREADS" in os.environ else max(1, len(cores()) // n)
+    return None if n == 1 or "OMP_NUM_THREADS" in os.environ else max(1, len(allowed_cores()) // n)
 
 
 def is_joblib(launcher: DictConfig) -> bool:
@@ -48,7 +44,7 @@ def workers(launcher: DictConfig) -> int:
     n = launcher.get("n_jobs", 1)
     if type(n) is not int or n == 0:
         raise UserError(f"hydra.launcher.n_jobs = {n}: jobs at a time, or -1 for one a core")
-    return n if n > 0 else max(1, len(cores()) + 1 + n)  # joblib: -1 for all cores
+    return n if n > 0 else max(1, len(allowed_cores()) + 1 + n)  # joblib: -1 for all cores
 
 
 class Ended(Exception):
@@ -119,7 +115,7 @@ class OwnPart:
                 continue
         # loky leaves its own way to start processes as the default, which the processes of a run do not know.
         multiprocessing.set_start_method(None, force=True)
-        every, gpus = cores(), visible_gpus()
+        every, gpus = allowed_cores(), visible_gpus()
         mine = every[number :: self.n] or [every[number % len(every)]]
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, mine)

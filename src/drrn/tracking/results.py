@@ -41,9 +41,10 @@ def pictures(record: dict[str, Any], module: SuperResolution) -> dict[str, np.nd
     drawn = {}
     try:
         files = {path.name: path for path in module.trainer.datamodule.sets[first]}
-        network = {record["structure"]["name"]: lambda x: super_resolve(module.network, x)}
+        name = record["structure"]["name"]
+        low = [name] if module.network.input == "low" else []
         for image in chosen:
-            figure = side_by_side(files[image], scale, network)
+            figure = side_by_side(files[image], scale, {name: lambda x: super_resolve(module.network, x)}, low=low)
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
             drawn[f"pictures/{first}_x{scale}/{Path(image).stem}"] = np.asarray(canvas.buffer_rgba())

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from wandb.proto.wandb_internal_pb2 import Record
 
 
-# ---------------------------------------------------------------------- W&B's own files
-
-
 def runs(folder: Path, wandb_id: str) -> list[Path]:
     """The W&B files of all legs of a run, oldest first."""
     place = folder / "wandb"

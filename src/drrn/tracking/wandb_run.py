@@ -37,7 +37,7 @@ class WandB(Logger):
     Args:
         config: the checked configuration.
         folder: the run's folder; W&B's files go to `wandb/` below it.
-        record: the run record. Its `wandb_id` says which W&B run to go on with; `tracking` is kept here:
+        record: the run record. Its `wandb_id` says which W&B run to resume; `tracking` is kept here:
             kind, mode, folder, and `problem`, None or what went wrong first.
         module: the module in training, which knows the steps.
         rows: what earlier starts have logged.
