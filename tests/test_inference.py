@@ -33,6 +33,7 @@ from drrn.matlab import to_uint8
 from drrn.model import DRRN
 from drrn.protocol import prepare, score
 from drrn.sets import image_files
+from drrn.srcnn import SRCNN
 from drrn.weights.foreign import read_foreign
 from drrn.weights.ours import build
 
@@ -520,6 +521,14 @@ def test_a_network_is_folded_once_and_again_when_it_changes(monkeypatch):
         network.conv_rec.weight.data.mul_(2)  # PyTorch does not count it
     forget(network)
     np.testing.assert_allclose(super_resolve(network, x), whole(network, x), rtol=0, atol=1e-5)
+
+
+def test_a_network_without_a_folding_computes_in_float32_whatever_its_weights_are_in() -> None:
+    """As what is saved of it is scored; bfloat16 would round the image to steps of 1/256."""
+    network, x = SRCNN(features=4).bfloat16(), np.random.default_rng(0).random((20, 24), np.float32)
+    rounded = super_resolve(network, x)
+    assert next(network.parameters()).dtype == torch.bfloat16
+    np.testing.assert_array_equal(rounded, super_resolve(network.float(), x))
 
 
 def test_what_was_prepared_goes_with_the_network():

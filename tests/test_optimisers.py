@@ -126,3 +126,9 @@ def test_a_solver_and_a_schedule_of_others_train(batches: list[Pair]) -> None:
 def test_what_is_no_solver_is_refused(node: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         configured(nn.Conv2d(1, 2, 3), OptimConfig(**optim(optimiser=node)), 1, 10, fused=True)
+
+
+def test_a_schedule_that_follows_a_measure_is_refused() -> None:
+    node = {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau"}
+    with pytest.raises(UserError, match=r"optim\.scheduler: ReduceLROnPlateau"):
+        configured(nn.Conv2d(1, 2, 3), OptimConfig(**optim(scheduler=node)), 1, 10, fused=True)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from drrn.errors import UserError
 from drrn.targets import make
 
 if TYPE_CHECKING:  # a name is checked before torch is imported
@@ -89,11 +90,12 @@ def configured(
         fused: whether PyTorch's fused kernels may take the step.
 
     Raises:
-        UserError: what `optim.optimiser` or `optim.scheduler` names is none, or does not take its arguments.
+        UserError: what `optim.optimiser` or `optim.scheduler` names is none, does not take its arguments, or
+            follows a measure.
     """
     from torch import nn
     from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+    from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
     slow = [m.bias for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) and m.bias is not None]
     slow = [] if optim.bias_lr_mult == 1 else slow
@@ -106,7 +108,12 @@ def configured(
     else:
         optimizer = OPTIMISERS[optim.algorithm](groups, optim, fused)
     if optim.scheduler is not None:
-        return optimizer, make("optim.scheduler", optim.scheduler, LRScheduler, optimizer)
+        schedule = make("optim.scheduler", optim.scheduler, LRScheduler, optimizer)
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise UserError(
+                "optim.scheduler: ReduceLROnPlateau follows a measure, and here schedules follow the step"
+            )
+        return optimizer, schedule
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(optim, step, steps_per_epoch, max_steps))
 
 

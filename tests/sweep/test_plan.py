@@ -107,6 +107,13 @@ def test_memory_is_a_devices_share(configure: Callable) -> None:
     assert count_bytes(parts) == pytest.approx(count_bytes(whole) / 8, rel=0.1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_sweep_for_a_machine_with_gpus_is_planned_without_one(configure: Callable) -> None:
+    plan = make_plan([look(configure("trainer.accelerator=gpu"))], always=True)
+    assert plan.note.startswith("not timed on this machine: ")
+    assert (plan.seconds, plan.jobs[0].bytes > 0) == (None, True)
+
+
 def test_memory_has_two_moments_for_adam_and_adamw(configure: Callable) -> None:
     sgd, adam, adamw = (
         count_bytes(configure("optim=quick", f"optim.algorithm={name}")) for name in ("sgd", "adam", "adamw")

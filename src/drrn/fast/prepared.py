@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -66,12 +67,13 @@ def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
     """
     tensors = [*network.parameters(), *network.buffers()]
     fold, first = FOLDINGS.get(type(network)), next(iter(tensors), torch.empty(0))
+    dtype = torch.promote_types(first.dtype, torch.float32)  # bfloat16 would round the image
     if fold is None:
-        return _prepared(network, partial(_whole, network, precision), first, first.dtype, first.itemsize)
+        wide = network if dtype == first.dtype else copy.deepcopy(network).to(dtype)
+        return _prepared(wide, partial(_whole, wide, precision), first, dtype, dtype.itemsize)
     state = [None if t.is_inference() else (id(t), t.data_ptr(), t._version) for t in tensors]
     known = _kept.setdefault(network, {})
     if precision not in known or known[precision][0] != state or None in state:
-        dtype = torch.promote_types(first.dtype, torch.float32)
         size = 2 if precision == "bf16" else dtype.itemsize
         known[precision] = state, _prepared(network, fold(network, precision), first, dtype, size, streams=True)
     return known[precision][1]

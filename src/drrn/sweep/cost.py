@@ -143,6 +143,7 @@ def measure(config: Config, threads: int | None = None) -> Speed:
     """
     import torch
     from lightning.pytorch import Callback, LightningDataModule, Trainer
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from torch.utils.data import DataLoader, Dataset
 
     from drrn.module import SuperResolution
@@ -196,7 +197,7 @@ def measure(config: Config, threads: int | None = None) -> Speed:
             _trainer(config, clock).fit(module, datamodule=Data())
             step = min(clock.timed) * micro / pairs.size * trainer.accumulate_grad_batches
             return Speed(step, evaluation_speed(module, config))
-        except (RuntimeError, ValueError, TypeError, ImportError) as error:  # Lightning's and torch's own kinds
+        except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
             raise UserError(str(error).split("\n")[0]) from error
 
 

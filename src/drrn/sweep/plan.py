@@ -213,7 +213,7 @@ def print_plan(plan: Plan) -> None:
             "this one."
         )
     if plan.note:
-        print(f"Time and memory: {plan.note}.")
+        print(f"Time and memory: {plan.note.rstrip('.!')}.")
     print(
         "k: convolution weights. Operations: of the convolutions, forward and backward,\n"
         "a multiply-add is two. Time: from a few real steps and images here. Memory: the\n"
