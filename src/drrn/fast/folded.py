@@ -1,6 +1,6 @@
 """DRRN folded for inference: BatchNorm into the convolutions, sums and ReLUs fused.
 
-What it is worth on a CPU and a GPU stands in docs/performance.md, "Inference".
+What it is worth stands in docs/performance.md, "What is".
 """
 
 from __future__ import annotations
