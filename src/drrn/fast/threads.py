@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 
-LOOK = 0.5  # seconds that the machine is looked at, at least
+WATCHED = 0.5  # seconds that the machine is looked at, at least
 
 
 class Threads(NamedTuple):
@@ -26,7 +26,7 @@ class Threads(NamedTuple):
 
 
 class Watch:
-    """A look at the machine that begins here and ends with `choose`: torch is imported in between."""
+    """Watches the machine; it begins here and ends with `choose`: torch is imported in between."""
 
     def __init__(self) -> None:
         self.cores = allowed_cores()
@@ -45,7 +45,7 @@ class Watch:
             return Threads(int(said), "OMP_NUM_THREADS")
         if before is not None:
             return Threads(before, "as before: the last bits of a result depend on it")
-        time.sleep(max(0.0, LOOK - (time.monotonic() - self.since)))
+        time.sleep(max(0.0, WATCHED - (time.monotonic() - self.since)))
         seconds = time.monotonic() - self.since
         others = max(0.0, busy_seconds(self.cores) - self.busy - (own_seconds() - self.own)) / seconds
         return free_threads(len(self.cores), others, quota())

@@ -17,7 +17,7 @@ QUEUE = """\
 # {title} as a W&B queue: the points of sweeps/{study}.yaml, taken one by one by `wandb agent` on any machines.
 #   wandb sweep --project drrn sweeps/wandb/{study}.yaml     (prints the queue's name)
 #   wandb agent ENTITY/drrn/NAME                         (on every machine, in the clone, logged in)
-# Cost and numbers to expect: sweeps/{study}.yaml. For another recipe, length or data put their overrides at the end of
+# Cost and numbers to expect: sweeps/{study}.yaml. For another recipe, length or data put overrides at the end of
 # `command`: `- +budget=cpu`. A point that failed or was stopped is taken again with the same command as without W&B.
 # Made by `make queues`: change the study, not this file.
 program: src/train.py
