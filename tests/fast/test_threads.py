@@ -34,7 +34,7 @@ def test_as_many_as_are_free(cores: int, others: float, limit: float | None, exp
 
 
 def test_what_is_asked_for_counts_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "LOOK", 0.0)
+    monkeypatch.setattr(threads, "WATCHED", 0.0)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     watch = Watch()
     assert watch.choose(asked=7, before=5).number == 7
