@@ -403,7 +403,7 @@ def evaluation(sizes: dict[str, Any]) -> Iterator[Row]:
             method = evaluate.network_in(path)
             for file in files:
                 job = evaluate.Job(method, "Set5", 3, file, sha256(file))
-                evaluate.score_image(job, ("psnr", "ssim"), PAPER, None, 1)
+                evaluate.score_image(job, ("psnr", "ssim"), PAPER, torch.get_num_threads())
             totals.append(time.perf_counter() - start)
             shares.append(100 * (1 - inside / totals[-1]))
         evaluate.run_network = run_network

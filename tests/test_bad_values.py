@@ -104,6 +104,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "scales": [[1], [-2]],
         "metrics": [[], ["lpips"]],
         "workers": [0, -1, 5000],
+        "threads": [0, 2**12],
         "protocol": ["ntire"],
         "crop": [-1],
         "color": ["hsv"],
@@ -155,7 +156,7 @@ FREE = {
     },
     "evaluate": {"output", "images", "root", "folder"},
     "upscale": {"output"},
-    "report": {"output", "compare", "root"},
+    "report": {"output", "compare", "root", "others"},
     "convert": set(),
 }
 # What else has to be said for the entry point to have nothing to complain of.

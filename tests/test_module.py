@@ -33,6 +33,7 @@ from drrn.optimisers import learning_rate_factor
 from drrn.patches import LOW, STEP, Patches
 from drrn.protocol import prepare, score
 from drrn.runs.checkpoints import Checkpoints, newest_checkpoint
+from drrn.runs.lightning import WholeSteps
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
@@ -349,8 +350,7 @@ def test_what_the_optimiser_remembers_takes_the_layout_of_the_weights(algorithm:
         if before is not None:
             trained.network.load_state_dict(before[0])
             optimizer.load_state_dict(copy.deepcopy(before[1]))
-        trained._trainer = SimpleNamespace(optimizers=[optimizer])
-        trained.on_train_start()
+        WholeSteps().on_train_start(SimpleNamespace(optimizers=[optimizer]), trained)
         generator = torch.Generator().manual_seed(1)
         for parameter in trained.network.parameters():
             gradient = torch.rand(parameter.shape, generator=generator)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from drrn.datamodule import low_pairs
 from drrn.drcn import DRCN
 from drrn.errors import UserError
 from drrn.espcn import ESPCN
@@ -25,6 +24,7 @@ from drrn.inference import super_resolve
 from drrn.matlab import imresize, to_uint8
 from drrn.module import SuperResolution
 from drrn.networks import NETWORKS, build, on_paper
+from drrn.pairs import low_pairs
 from drrn.red30 import RED30
 from drrn.resnet import ResNet
 from drrn.runs import run as train

@@ -5,7 +5,6 @@ The file of scores is `drrn.scores`; what a score is, `drrn.protocol`.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -23,8 +22,10 @@ from omegaconf import DictConfig
 from drrn.config import check_sets
 from drrn.disk import check_output
 from drrn.errors import UserError, printable
+from drrn.fast.threads import Watch
 from drrn.schema import key, paths, typed
 from drrn.scores import Scores
+from drrn.weights.shipped import weights_file
 
 
 @dataclass
@@ -41,6 +42,7 @@ class EvaluateConfig:
     images: str | None = key("a folder for the super-resolved Y images; null keeps none")
     root: str = key("folder of the sets")
     workers: int = key("processes", at_least=1, below=1001)
+    threads: int | None = key("CPU threads, over all processes; null: what is free", at_least=1, below=2**12)
     precision: str = key("of networks", default="float32", choices=("float32", "tf32", "bf16"))
     check_protocol: bool = key("first make sure that bicubic gives the published numbers")
     protocol: str = key("its name", choices=("paper",))
@@ -94,11 +96,8 @@ def check(cfg: DictConfig) -> EvaluateConfig:
     config = typed(EvaluateConfig, cfg)
     check_sets("sets", config.sets)
     config.checkpoint = paths("checkpoint", config.checkpoint)
-    if config.method == "network" and not config.checkpoint:
-        raise UserError("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic")
-    for path in config.checkpoint:
-        if not Path(path).is_file():
-            raise UserError(f"checkpoint {path} does not exist")
+    if config.method == "network" or config.checkpoint:
+        config.checkpoint = [str(weights_file(path)) for path in config.checkpoint or [None]]
     if (config.method == "images") != (config.folder is not None):
         raise UserError("method=images and folder=FOLDER: the one needs the other")
     if config.folder is not None and not Path(config.folder).is_dir():
@@ -238,7 +237,8 @@ def jobs_of(config: EvaluateConfig, methods: list[Method], scores: Scores) -> li
 
 def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Every job's scores as they come: in this process, or in `workers` processes, each job in one of them."""
-    settings = (tuple(config.metrics), protocol, config.workers, config.precision)
+    threads = Watch().choose(config.threads).number if config.checkpoint and jobs else 1
+    settings = (tuple(config.metrics), protocol, max(1, threads // config.workers), config.precision)
     if config.workers == 1:
         yield from ((job, score_image(job, *settings)) for job in jobs)
         return
@@ -261,7 +261,7 @@ _networks: dict[Path, Any] = {}  # a worker process loads each network once
 
 
 def score_image(
-    job: Job, metrics: tuple[str, ...], protocol: Any, workers: int = 1, precision: str = "float32"
+    job: Job, metrics: tuple[str, ...], protocol: Any, threads: int = 1, precision: str = "float32"
 ) -> dict[str, Any]:
     """Score one image (in a worker process)."""
     import numpy as np
@@ -278,7 +278,7 @@ def score_image(
         if job.made is not None:
             prediction = _fitting(job, read_luminance(job.made), truth.shape) / 255.0
         elif job.method.checkpoint is not None:
-            prediction = run_network(job.method.checkpoint, x, workers, precision)
+            prediction = run_network(job.method.checkpoint, x, threads, precision)
         else:
             prediction = x
         row = score(prediction, truth, job.scale, metrics, protocol)
@@ -326,7 +326,7 @@ def _fitting(job: Job, made: Any, shape: tuple[int, ...]) -> Any:
     return cropped
 
 
-def run_network(checkpoint: Path, x: Any, workers: int, precision: str) -> Any:
+def run_network(checkpoint: Path, x: Any, threads: int, precision: str) -> Any:
     """Super-resolve x [H, W] by the network in a file, on this worker's device.
 
     Raises:
@@ -344,8 +344,7 @@ def run_network(checkpoint: Path, x: Any, workers: int, precision: str) -> Any:
         if torch.cuda.is_available():
             worker = (*multiprocessing.current_process()._identity, 1)[0]  # 1, 2, … in a pool
             network.to(f"cuda:{(worker - 1) % torch.cuda.device_count()}")
-        elif workers > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        torch.set_num_threads(threads)
         _networks[checkpoint] = network
     return super_resolve(_networks[checkpoint], x, precision=precision)
 

@@ -7,7 +7,9 @@ scale (a mean over pixels is p² times smaller). All are in float32, whatever th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from drrn.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,3 +37,17 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": l1,
     "charbonnier": charbonnier,
 }
+
+
+def loss_of(network: Any, asked: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss that a network is trained with: the one asked for by name, else its own.
+
+    Raises:
+        UserError: another is asked for than the one that belongs to what the network returns.
+    """
+    own = network.loss
+    if isinstance(own, str):
+        return LOSSES[asked or own]
+    if asked is not None:
+        raise UserError(f"optim.loss = {asked}: the network brings a loss of its own; give optim.loss=null")
+    return own

@@ -16,7 +16,7 @@ from drrn.config import OptimConfig
 from drrn.errors import UserError
 from drrn.fast.training import InTraining, Latch, worth_compiling
 from drrn.inference import forget, super_resolve
-from drrn.losses import LOSSES
+from drrn.losses import loss_of
 from drrn.matlab import imresize
 from drrn.metrics import in_training
 from drrn.networks import build
@@ -59,13 +59,7 @@ class SuperResolution(LightningModule):
         if hasattr(self.network, "conv_rec"):
             with torch.no_grad():  # `optim.residual_scale` 0 starts at bicubic itself; 1 is the paper's start
                 self.network.conv_rec.weight.mul_(self.optim.residual_scale)
-        loss = self.network.loss
-        if self.optim.loss is not None and not isinstance(loss, str):
-            raise UserError(
-                f"optim.loss = {self.optim.loss}: the network brings a loss of its own; give optim.loss=null"
-            )
-        loss = self.optim.loss or loss
-        self.loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.loss = loss_of(self.network, self.optim.loss)
         self.compiled: bool | str = False
         self.checkpointing = False
         self.averaged_before = 0
@@ -136,7 +130,8 @@ class SuperResolution(LightningModule):
         bound = self.optim.theta / gamma if gamma > 0 else math.inf
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
-        loss, statistics = self._of_all_processes()
+        loss, statistics = self.trained.of_all_processes(torch.stack(self.losses).mean(), self.trainer)
+        self.losses = []
         # A loss scaler expects infinite gradients now and then, skips the step and lowers its scale.
         good = self.latch.check(self.trainer.global_step, gamma, loss, norm, both=not self.loss_is_scaled)
         self.trained.follow(statistics, self._momenta(len(statistics)), good)
@@ -156,21 +151,6 @@ class SuperResolution(LightningModule):
         if logged:
             self.log("train/loss", loss, prog_bar=True)
             self.log_dict({"train/gamma": gamma, "train/gradient_norm": norm, "train/clipped": touched})
-
-    def _of_all_processes(self) -> tuple[Tensor, list[Tensor]]:
-        """The loss over the whole batch of the step, and BatchNorm's statistics of its micro-batches.
-
-        Each process has seen its own share only: what all have is their mean, in one message.
-        """
-        loss, statistics = torch.stack(self.losses).mean(), self.trained.statistics
-        self.losses = []
-        if self.trainer.world_size == 1:
-            return loss, statistics
-        message = torch.cat([loss.reshape(1), *(part.to(loss.dtype) for part in statistics)])
-        first, *parts = self.trainer.strategy.reduce(message, reduce_op="mean").split(
-            [1, *(part.numel() for part in statistics)]
-        )
-        return first[0], [part.to(old.dtype) for part, old in zip(parts, statistics, strict=True)]
 
     def _momenta(self, batches: int) -> list[float]:
         """What the statistics of the step's micro-batches weigh in BatchNorm's averages, as Caffe takes them.
@@ -225,18 +205,6 @@ class SuperResolution(LightningModule):
         """Start the clock."""
         self._between_runs()
         self.since = time.monotonic()
-
-    def on_train_start(self) -> None:
-        """What the optimiser remembers lies in memory as its weights do.
-
-        A checkpoint keeps the layout that it was trained with (`trainer.channels_last`), and fused kernels go
-        through both in the order of their memory.
-        """
-        for optimizer in self.trainer.optimizers:
-            for parameter, state in optimizer.state.items():
-                for key, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        state[key] = torch.empty_like(parameter).copy_(value)
 
     def on_validation_start(self) -> None:
         """No validation of weights that have diverged."""

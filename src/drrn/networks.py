@@ -78,7 +78,7 @@ def input_of(model: Any) -> str:
 
 
 def pair_sides(model: Any, patch_size: int) -> tuple[int, int]:
-    """Sides of the two images, (input, truth), of the pair that a patch gives (`datamodule.low_pairs`)."""
+    """Sides of the two images, (input, truth), of the pair that a patch gives (`pairs.low_pairs`)."""
     scale = structure(model)["scale"] if input_of(model) == "low" else 1
     return patch_size // scale, patch_size - patch_size % scale
 

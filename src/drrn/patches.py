@@ -136,7 +136,7 @@ class Patches:
 
     With online augmentation (`turns` = 8) the indices run over turns × stored pairs: index i is stored
     pair i mod N in orientation i div N, so an epoch sees every orientation once, as offline does. The pairs come
-    as they are stored, with their orientations; `datamodule.turned` turns them, on the device.
+    as they are stored, with their orientations; `pairs.turned` turns them, on the device.
 
     The datasets are contiguous, so h5py is asked once where they start and rows are read with preadv: ten
     times as fast as slicing through HDF5, and it needs no handle that would not survive a fork. Every reading

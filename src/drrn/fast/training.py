@@ -13,6 +13,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from drrn.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +77,18 @@ class InTraining:
             with torch.no_grad():
                 self.statistics.append(torch.cat(self.batch))
         return y
+
+    def of_all_processes(self, loss: Tensor, trainer: Trainer) -> tuple[Tensor, list[Tensor]]:
+        """A step's loss over the whole batch, and BatchNorm's statistics of its micro-batches.
+
+        Each process has seen its own share only: what all have is their mean, in one message.
+        """
+        if trainer.world_size == 1:
+            return loss, self.statistics
+        message = torch.cat([loss.reshape(1), *(part.to(loss.dtype) for part in self.statistics)])
+        sizes = [1, *(part.numel() for part in self.statistics)]
+        first, *parts = trainer.strategy.reduce(message, reduce_op="mean").split(sizes)
+        return first[0], [part.to(old.dtype) for part, old in zip(parts, self.statistics, strict=True)]
 
     @torch.no_grad()
     def follow(self, statistics: Sequence[Tensor], momenta: Sequence[float], good: Tensor) -> None:

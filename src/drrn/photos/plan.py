@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from drrn.disk import check_output
 from drrn.errors import UserError
 from drrn.schema import key
+from drrn.weights.shipped import weights_file
 
 
 @dataclass
@@ -56,8 +57,8 @@ def check(options: Options) -> None:
             raise UserError(f"{name} is missing: {example}")
     if not math.isfinite(options.scale):
         raise UserError(f"scale = {options.scale}: must be a finite number above 1")
-    if options.method == "network" and not options.checkpoint:
-        raise UserError("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic")
+    if options.method == "network":
+        options.checkpoint = str(weights_file(options.checkpoint))
     if options.method == "bicubic" and options.checkpoint:
         raise UserError("checkpoint: method=bicubic uses none; leave out one of the two")
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", options.device):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from drrn.config import Config
 from drrn.disk import write_whole
@@ -154,8 +157,17 @@ class WholeSteps(Checkpoint):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """No stop has been asked for."""
+        """No stop has been asked for; what the optimisers remember lies in memory as their weights do.
+
+        A checkpoint keeps the layout that it was trained with (`trainer.channels_last`), and fused kernels go
+        through both in the order of their memory.
+        """
         self.stopping = False
+        for optimizer in trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                        state[key] = torch.empty_like(parameter).copy_(value)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -193,6 +205,15 @@ class WholeSteps(Checkpoint):
                 "is_last_batch": False,
             },
         }
+
+
+@contextmanager
+def lightnings_refusals() -> Iterator[None]:
+    """What Lightning refuses by its own kind of error is the user's: an argument, or a callback that does not fit."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(f"trainer.* or callbacks.*: Lightning does not take this: {error}") from error
 
 
 def ended_early(trainer: Trainer, max_steps: int) -> str | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +104,7 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
     """
     from drrn.fast.memory import freed_memory_kept
     from drrn.fast.training import memory_errors
+    from drrn.runs.lightning import lightnings_refusals
 
     config, record = run.config, run.record
     resume = _resume_from(run, data, module)
@@ -121,7 +120,7 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
             data.max_steps, config.trainer.val_check_interval,
         )  # fmt: skip
     trainer = _trainer(run, data, module)
-    with _lightnings_refusals():
+    with lightnings_refusals():
         try:
             with freed_memory_kept(not config.speed.checkpointing), memory_errors():
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -161,11 +160,11 @@ def _trainer(run: Run, data: SuperResolutionData, module: SuperResolution) -> Tr
     from lightning.pytorch import Trainer
 
     from drrn.runs.checkpoints import Checkpoints
-    from drrn.runs.lightning import TerminalProgress
+    from drrn.runs.lightning import TerminalProgress, lightnings_refusals
     from drrn.runs.progress import PlainProgress
 
     config = run.config
-    with _lightnings_refusals():
+    with lightnings_refusals():
         return Trainer(
             **run.processes.arguments,
             max_steps=data.max_steps,
@@ -178,17 +177,6 @@ def _trainer(run: Run, data: SuperResolutionData, module: SuperResolution) -> Tr
             ],
             enable_progress_bar=sys.stderr.isatty(),
         )
-
-
-@contextmanager
-def _lightnings_refusals() -> Iterator[None]:
-    """What Lightning refuses by its own kind of error is the user's: an argument, or a callback that does not fit."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    try:
-        yield
-    except MisconfigurationException as error:
-        raise UserError(f"trainer.* or callbacks.*: Lightning does not take this: {error}") from error
 
 
 def _take_last(run: Run, data: SuperResolutionData, module: SuperResolution, trainer: Trainer) -> None:

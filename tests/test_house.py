@@ -1,0 +1,47 @@
+"""The rules of the house that a linter does not know: sizes of files, functions and entry points, and of the tour."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[1] / "src"
+FILES = sorted(SRC.rglob("*.py"))
+ENTRIES = ("train", "evaluate", "upscale", "convert", "report", "prepare")
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(SRC)) for path in FILES])
+def test_a_file_is_read_in_one_sitting(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            lines = node.end_lineno - node.lineno + 1 - len(docstring.splitlines())
+            assert lines <= 60, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_point_composes_checks_and_calls(name: str) -> None:
+    assert len((SRC / f"{name}.py").read_text().splitlines()) <= 50
+
+
+def test_the_tour_of_the_package_is_short() -> None:
+    """Model → module → datamodule → the steps of a run."""
+    tour = ("model.py", "module.py", "datamodule.py", "runs/run.py")
+    lengths = {name: len((SRC / "drrn" / name).read_text().splitlines()) for name in tour}
+    assert lengths["model.py"] <= 190
+    assert sum(lengths.values()) < 900, lengths
+
+
+def test_no_constructor_takes_a_row_of_flags() -> None:
+    """Truth values behind the second argument are given by their names."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__" and path.name != "model.py":
+                flags = [
+                    a.arg for a in node.args.args if isinstance(a.annotation, ast.Name) and a.annotation.id == "bool"
+                ]
+                assert len(flags) < 3, f"{path.name}: {flags}"
