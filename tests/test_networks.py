@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from drrn.config import ModelConfig
 from drrn.errors import UserError
 from drrn.identity import run_dir
+from drrn.layers import conv_weights
 from drrn.model import DRRN
 from drrn.networks import NETWORKS, build, on_paper, structure
 
@@ -39,10 +40,6 @@ class Toy(nn.Module):
     def depth(self) -> int:
         return 2
 
-    @property
-    def conv_weight_count(self) -> int:
-        return self.body.weight.numel() + self.end.weight.numel()
-
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +56,7 @@ def test_every_network_offers_what_it_must(name: str) -> None:
     assert network.input in ("interpolated", "low")
     assert network.depth >= 1
     assert network.receptive_radius >= 1
-    assert network.conv_weight_count >= 1
+    assert conv_weights(network) >= 1
 
 
 def test_a_structure_says_its_network_only_where_it_is_another() -> None:
@@ -67,7 +64,7 @@ def test_a_structure_says_its_network_only_where_it_is_another() -> None:
     assert "network" not in structure(model)
     assert structure({"network": "drrn", "B": 1}) == {"B": 1}
     assert isinstance(build(model), DRRN)
-    assert on_paper(model).conv_weight_count == build(model).conv_weight_count
+    assert conv_weights(on_paper(model)) == conv_weights(build(model))
 
 
 @pytest.mark.parametrize(

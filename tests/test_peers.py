@@ -21,6 +21,7 @@ from drrn.fsrcnn import FSRCNN
 from drrn.identity import run_dir
 from drrn.images import read_pixels
 from drrn.inference import super_resolve
+from drrn.layers import conv_weights
 from drrn.matlab import imresize, to_uint8
 from drrn.module import SuperResolution
 from drrn.networks import NETWORKS, build, on_paper
@@ -64,7 +65,7 @@ SMALL: dict[str, tuple[str, ...]] = {
 def test_depth_and_weights_are_those_of_the_papers(name: str) -> None:
     structure, depth, weights = PUBLISHED[name]
     network = on_paper(structure)
-    assert (network.depth, network.conv_weight_count) == (depth, weights)
+    assert (network.depth, conv_weights(network)) == (depth, weights)
 
 
 def test_the_ratios_that_the_paper_prints() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drrn.layers import MOST, conv_weights, convolution, in_float32, within
+from drrn.layers import MOST, convolution, in_float32, within
 from drrn.losses import euclidean
 
 
@@ -80,8 +80,3 @@ class DRCN(nn.Module):
     def receptive_radius(self) -> int:
         """Pixels to each side that an output pixel depends on: every layer is 3×3."""
         return self.depth
-
-    @property
-    def conv_weight_count(self) -> int:
-        """k: weights of the convolutions, the recursive one once; no w."""
-        return conv_weights(self)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drrn.layers import MOST, conv_weights, convolution, in_float32, within
+from drrn.layers import MOST, convolution, in_float32, within
 
 
 class ESPCN(nn.Module):
@@ -48,8 +48,3 @@ class ESPCN(nn.Module):
         f1 = torch.tanh(in_float32(self.conv1, x))  # [N, 64, H, W]
         f2 = torch.tanh(self.conv2(f1))  # [N, 32, H, W]
         return F.pixel_shuffle(self.conv3(f2), self.scale)  # [N, r², H, W] → [N, 1, r·H, r·W]
-
-    @property
-    def conv_weight_count(self) -> int:
-        """k: weights of the convolutions."""
-        return conv_weights(self)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from drrn.layers import MOST, conv_weights, convolution, he_normal, in_float32, within
+from drrn.layers import MOST, convolution, he_normal, in_float32, within
 
 
 class FSRCNN(nn.Module):
@@ -60,8 +60,3 @@ class FSRCNN(nn.Module):
         Extraction 2, each mapping layer 1; output pixel n·i + r is within 4 of n·k for k ≤ i + (r + 4) / n.
         """
         return 2 + (self.depth - 4) + (self.scale - 1 + 4) // self.scale
-
-    @property
-    def conv_weight_count(self) -> int:
-        """k: weights of the convolutions and of the deconvolution; no PReLU's slopes."""
-        return conv_weights(self)

@@ -58,10 +58,6 @@ class Network(Protocol):
     def receptive_radius(self) -> int:
         """Pixels of the input to each side that an output pixel depends on."""
 
-    @property
-    def conv_weight_count(self) -> int:
-        """Weights of convolutions, each shared one once; no biases."""
-
     def __call__(self, x: Tensor) -> Tensor:
         """The estimate of the high-resolution luminance, not clamped."""
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drrn.layers import MOST, conv_weights, convolution, he_normal, in_float32, within
+from drrn.layers import MOST, convolution, he_normal, in_float32, within
 
 
 class RED30(nn.Module):
@@ -63,8 +63,3 @@ class RED30(nn.Module):
     def receptive_radius(self) -> int:
         """Pixels to each side that an output pixel depends on: every layer is 3×3."""
         return self.depth
-
-    @property
-    def conv_weight_count(self) -> int:
-        """k: weights of the convolutions and the transposed ones."""
-        return conv_weights(self)

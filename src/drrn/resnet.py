@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drrn.layers import MOST, conv_weights, convolution, in_float32, within
+from drrn.layers import MOST, convolution, in_float32, within
 
 
 class Unit(nn.Module):
@@ -68,8 +68,3 @@ class ResNet(nn.Module):
     def receptive_radius(self) -> int:
         """Pixels to each side that an output pixel depends on: every layer is 3×3."""
         return self.depth
-
-    @property
-    def conv_weight_count(self) -> int:
-        """k: weights of the convolutions."""
-        return conv_weights(self)

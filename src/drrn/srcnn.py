@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drrn.layers import MOST, conv_weights, convolution, in_float32, within
+from drrn.layers import MOST, convolution, in_float32, within
 
 
 class SRCNN(nn.Module):
@@ -46,8 +46,3 @@ class SRCNN(nn.Module):
         F1 = F.relu(in_float32(self.conv1, x))  # [N, 64, H, W]
         F2 = F.relu(self.conv2(F1))  # [N, 32, H, W]
         return self.conv3(F2)  # [N, 1, H, W]
-
-    @property
-    def conv_weight_count(self) -> int:
-        """k: weights of the convolutions."""
-        return conv_weights(self)

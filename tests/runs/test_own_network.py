@@ -31,10 +31,6 @@ class Toy(nn.Module):
         self.first, self.last = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, 1, 3, padding=1)
         self.slope = slope
 
-    @property
-    def conv_weight_count(self) -> int:
-        return self.first.weight.numel() + self.last.weight.numel()
-
     def forward(self, x: Tensor) -> Tensor:
         return x + self.last(nn.functional.leaky_relu(self.first(x), self.slope))
 

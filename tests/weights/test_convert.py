@@ -532,7 +532,6 @@ class Toy(nn.Module):
         super().__init__()
         self.first, self.second = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, 1, 5, padding=2)
         self.gain, self.depth, self.receptive_radius = gain, 2, 3
-        self.conv_weight_count = width * (9 + 25)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.gain * self.second(self.first(x).relu())

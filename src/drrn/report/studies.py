@@ -128,10 +128,11 @@ def _same_point(planned: dict[str, Any], other: dict[str, Any]) -> bool:
 @cache
 def _described(items: tuple[tuple[str, Any], ...]) -> tuple[str, int, int]:
     """Name, depth and convolution weights of a network that nobody has trained."""
+    from drrn.layers import conv_weights
     from drrn.networks import on_paper
 
     network = on_paper(dict(items))
-    return structure_name(dict(items)), network.depth, network.conv_weight_count
+    return structure_name(dict(items)), network.depth, conv_weights(network)
 
 
 def wanted(study: str, model: dict[str, Any]) -> bool:

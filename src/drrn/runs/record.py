@@ -81,8 +81,10 @@ def run_record(config: Config, network: Any) -> dict[str, Any]:
 
     Args:
         config: the whole checked configuration.
-        network: a `drrn.model.DRRN`.
+        network: built from `config.model`; its contents do not matter.
     """
+    from drrn.layers import conv_weights
+
     return {
         "format": FORMAT,
         "name": run_name(config),
@@ -94,7 +96,7 @@ def run_record(config: Config, network: Any) -> dict[str, Any]:
         "structure": {
             "name": structure_name(config.model),
             "depth": network.depth,
-            "conv_weights": network.conv_weight_count,
+            "conv_weights": conv_weights(network),
             "parameters": sum(p.numel() for p in network.parameters()),
         },
         "protocol": asdict(PAPER),

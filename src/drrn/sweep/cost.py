@@ -42,6 +42,7 @@ def count(model: ModelConfig) -> Counts:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from drrn.layers import conv_weights
     from drrn.networks import on_paper
 
     if repr(model) not in COUNTED:
@@ -51,7 +52,7 @@ def count(model: ModelConfig) -> Counts:
         with FlopCounterMode(display=False) as step:
             network.train()(x).sum().backward()
         counted = (forward.get_total_flops() / pixels, step.get_total_flops() / pixels)
-        COUNTED[repr(model)] = Counts(network.depth, network.conv_weight_count, *counted)
+        COUNTED[repr(model)] = Counts(network.depth, conv_weights(network), *counted)
     return COUNTED[repr(model)]
 
 

@@ -131,6 +131,8 @@ def read(config: ConvertConfig) -> tuple[str, DRRN, dict[str, Any], list[str]]:
 
 def describe(path: Path, form: str, network: DRRN, about: dict[str, Any]) -> str:
     """What a file holds, a line each: form, structure, d, k, norm, origin, and whether it fits the paper."""
+    from drrn.layers import conv_weights
+
     model = about["model"]
     departures = departures_from_paper(model)
     scales = ", ".join(f"×{scale}" for scale in about.get("scales") or []) or "not known"
@@ -142,7 +144,7 @@ def describe(path: Path, form: str, network: DRRN, about: dict[str, Any]) -> str
         "form": form,
         "structure": f"{structure_name(model)}: " + ", ".join(f"{key} = {value}" for key, value in model.items()),
         "d": f"{network.depth} layers",
-        "k": f"{network.conv_weight_count:,} convolution weights; {parameters:,} parameters in all",
+        "k": f"{conv_weights(network):,} convolution weights; {parameters:,} parameters in all",
         "norm": model.get("norm", "none"),
         "scales": scales,
         "origin": ", ".join(origin),
