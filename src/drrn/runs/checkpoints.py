@@ -56,6 +56,7 @@ class Checkpoints(WholeSteps):
         self.stop.take()
         self.kept = (trainer.global_step, pl_module.validated)
         self.seconds = math.inf  # of the last step: the first may be slow, and nothing is new before it
+        self.group = torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Between two steps: keep the one that is over if it is due, and stop if that was asked."""
@@ -63,8 +64,9 @@ class Checkpoints(WholeSteps):
             return
         asked, slow = self.stop.asked is not None, self.seconds > SLOW
         if trainer.world_size > 1:  # all processes do the same
-            mine = torch.tensor([asked, slow], dtype=torch.float32, device=pl_module.device)
-            asked, slow = (trainer.strategy.reduce(mine, reduce_op="sum") > 0).tolist()
+            any_of_all = torch.tensor([asked, slow], dtype=torch.int32)  # on the CPU: no step waits for a GPU
+            torch.distributed.all_reduce(any_of_all, group=self.group)
+            asked, slow = (any_of_all > 0).tolist()
         step = trainer.global_step
         if asked or slow or step % self.every == 0 or pl_module.validated == step:
             self.keep(trainer, pl_module)
