@@ -1,4 +1,4 @@
-"""What the figures share: panels with a title and a face, axes' limits, names beside points."""
+"""What the figures share: panels with a title and an origin, axes' limits, names beside points."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from drrn.report.groups import RunGroup
 def canvas(
     title: str, group: RunGroup, panels: int, stacked: bool, height: float = 3.6, handles: list[Line2D] | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a title above its panels, and a legend and the run group's face below them."""
+    """A figure with a title above its panels, and a legend and the run group's origin below them."""
     columns = 1 if stacked or panels == 1 else 2
     rows = math.ceil(panels / columns)
     width = 4.3 if stacked else 8.6
-    face = "\n".join(line for text in group.face() for line in textwrap.wrap(text, int(width * 15.5)))
+    origin = "\n".join(line for text in group.origin() for line in textwrap.wrap(text, int(width * 15.5)))
     head = "\n".join(textwrap.wrap(title, int(width * 11)))
-    top, bottom = 0.18 * (head.count("\n") + 1) + 0.12, 0.145 * (face.count("\n") + 1) + 0.14  # inches
+    top, bottom = 0.18 * (head.count("\n") + 1) + 0.12, 0.145 * (origin.count("\n") + 1) + 0.14  # inches
     room = 0.15 * math.ceil(len(handles or ()) / columns) + 0.1 * bool(handles)  # of the legend
     total = height * rows + top + room + bottom
     figure = Figure(figsize=(width, total), dpi=160, layout="constrained")
@@ -32,7 +32,7 @@ def canvas(
         rect=(0, (room + bottom) / total, 1, 1 - (top + room + bottom) / total), w_pad=0.08, h_pad=0.08
     )
     figure.text(0.1 / width, 1 - 0.08 / total, head, va="top", size=10.5, weight="bold")
-    figure.text(0.1 / width, 0.07 / total, face, va="bottom", size=7.5, color="#333333", linespacing=1.3)
+    figure.text(0.1 / width, 0.07 / total, origin, va="bottom", size=7.5, color="#333333", linespacing=1.3)
     if handles:
         corner = (0.02 / width, (bottom - 0.05) / total)
         figure.legend(handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=corner, fontsize=7,

@@ -1,6 +1,6 @@
 """The paper's figures drawn from a study's runs, the paper's own points beside them (Fig. 1, 6, 8, 9, Tab. 4).
 
-Every figure says on its face what it was drawn from (`RunGroup.face`). Points of the paper that stand only in its
+Every figure says what it was drawn from (`RunGroup.origin`). Points of the paper that stand only in its
 pictures have no number and are not drawn as one. Each function draws panels side by side, or one below the other
 for a narrow screen.
 """

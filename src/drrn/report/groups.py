@@ -158,7 +158,7 @@ class RunGroup:
         batch = self.runs[0]["config"]["data"]["batch_size"]
         return listed([f"{100 * steps * batch / PAPER_PATCHES:.2g} %" for steps in self.steps])
 
-    def face(self) -> list[str]:
+    def origin(self) -> list[str]:
         """What every figure says of itself: length, recipe, seeds, protocol, commit.
 
         So that a small study can't pass for the paper's.

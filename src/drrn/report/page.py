@@ -100,7 +100,7 @@ def summary(group: RunGroup) -> str:
 def alt(group: RunGroup) -> str:
     """What a figure shows, for those who do not see it."""
     measured = [f"{point.name} {mean:.2f} dB" for point in group.points if (mean := point.mean()) is not None]
-    return f"{STUDIES[group.study].title}. {' '.join(group.face())} Our means: {', '.join(measured)}."
+    return f"{STUDIES[group.study].title}. {' '.join(group.origin())} Our means: {', '.join(measured)}."
 
 
 def write_page(page: Path, parts: list[Part], absent: list[str], command: str) -> None:

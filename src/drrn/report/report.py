@@ -128,7 +128,7 @@ def study_part(config: ReportConfig, group: RunGroup) -> Part:
     part, output = Part(group), Path(config.output)
     if group.study == "table4" and group.finished:
         table = ablation_table([m for run in group.finished for m in from_record(run)])
-        table.notes[:1] = group.face()  # which names the protocol too
+        table.notes[:1] = group.origin()  # which names the protocol too
         part.tables.append(table)
     else:
         table = points_table(group)

@@ -169,5 +169,5 @@ def points_table(group: RunGroup) -> Table:
         mean = [over_seeds([values[seed] for seed in sorted(values)], "psnr")] * several
         printed = paper.get((point.variant, point.model.get("B"), point.model.get("U")), MISSING)
         rows.append([point.name, str(point.depth), f"{point.weights:,}", *cells, *mean, printed])
-    notes = [*group.face(), *(["± is the sample standard deviation over the seeds."] if several else [])]
+    notes = [*group.origin(), *(["± is the sample standard deviation over the seeds."] if several else [])]
     return Table(f"{STUDIES[group.study].title} (PSNR in dB, {PLACE[0]} ×{PLACE[1]})", columns, rows, notes)
