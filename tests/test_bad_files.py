@@ -287,7 +287,7 @@ def test_a_full_disk_leaves_the_old_files_and_nothing_else(
 
 
 def test_a_full_disk_while_training(tiny_images: Path, tmp_path: Path, entry_point: Callable) -> None:
-    """The record says what happened, the earlier checkpoint stays, and with room again the run goes on."""
+    """The record says what happened, the earlier checkpoint stays, and with room again the run is resumed."""
     arguments = (*TINY, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path / 'runs'}",
                  "model.features=64", "model.U=2")  # fmt: skip
     entry_point("prepare", *arguments)  # the patch file has room

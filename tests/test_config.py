@@ -330,7 +330,7 @@ def test_runs_that_differ_live_in_folders_that_differ(configure: Callable) -> No
 
 @pytest.mark.parametrize("change", SAME)
 def test_what_does_not_change_the_result_does_not_move_the_run(change: str, configure: Callable) -> None:
-    """Else a run could not go on with other workers, on another machine, or with more time."""
+    """Else a run could not be resumed with other workers, on another machine, or with more time."""
     assert run_dir(configure(change)) == run_dir(configure())
 
 

@@ -943,7 +943,7 @@ def test_every_epoch_of_a_run_is_shuffled_afresh() -> None:
 
 @pytest.mark.parametrize("start", [0, 1, 4, 5, 7, 19, 20])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_a_run_goes_on_exactly_where_it_was(start: int, micro: int) -> None:
+def test_a_run_is_resumed_exactly_where_it_was(start: int, micro: int) -> None:
     whole = list(ShuffledBatches(53, 10, seed=4, steps=20, micro=micro))
     rest = list(ShuffledBatches(53, 10, seed=4, steps=20, micro=micro, start=start))
     assert len(rest) == (20 - start) * micro

@@ -2,7 +2,7 @@
 
 What follows the name is what the script takes, `key=value`. `drrn upscale` takes plain words too:
 
-    drrn upscale photo.jpg -x 2 -c weights.safetensors
+    drrn upscale photo.jpg -x 2 -c weights.safetensors -o big.png
     drrn upscale holidays -x 3 -c weights.safetensors -o holidays_x3
 """
 

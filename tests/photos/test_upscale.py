@@ -731,7 +731,7 @@ def test_a_large_canvas_leaves_less_room_to_feature_maps(monkeypatch):
     assert upscale.room_beside(4 * 10_000_000, network) == strips.ROOM
     canvas = 4 * 200_000_000
     assert upscale.room_beside(canvas, network) + canvas < upscale.MEMORY < strips.ROOM + canvas + upscale.WORKING
-    assert upscale.room_beside(10**12, network) == strips.ROOM // 8  # it goes on all the same
+    assert upscale.room_beside(10**12, network) == strips.ROOM // 8  # it enlarges all the same
 
 
 SCRIPT = str(ROOT / "src" / "upscale.py")

@@ -170,7 +170,7 @@ def machines(
     root = tmp_path_factory.mktemp("machines")
     folders = [root / "first", root / "second"]
 
-    # A run of this process that was interrupted in its last step, for the two to go on with. Only the first
+    # A run of this process that was interrupted in its last step, for the two to resume. Only the first
     # machine has its files.
     argued = overrides(sets, tiny_images, POINTS["interrupted"])
     with pytest.MonkeyPatch.context() as patch:
@@ -325,7 +325,7 @@ def test_train_starts_the_processes_that_trainer_devices_names(
 
 
 @slow
-def test_a_process_that_fails_ends_the_others_and_the_sweep_goes_on(
+def test_a_process_that_fails_ends_the_others_and_the_sweep_continues(
     sets: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
     """The second process cannot read its image while the first waits for it."""
@@ -374,7 +374,7 @@ def test_a_process_that_is_killed_ends_the_others(sets: Path, tiny_images: Path,
 def test_a_signal_stops_all_processes_after_the_same_step(
     number: signal.Signals, sets: Path, tiny_images: Path, configure: Callable, tmp_path: Path
 ) -> None:
-    """The command gets it, as from a cluster; the same command goes on."""
+    """The command gets it, as from a cluster; the same command resumes."""
     arguments = overrides(sets, tiny_images, {"seed": 8, "trainer.max_steps": 20000, "logger": "none"})
     arguments += ["trainer.val_check_interval=20000", f"output={tmp_path}"]
     run = start(sys.executable, "src/train.py", *arguments, "trainer.devices=2")

@@ -104,7 +104,7 @@ def checkpoint(folder: Path) -> dict[str, Any]:
         (signal.SIGINT, "test_step", 6, 6, ()),
     ],
 )
-def test_a_signal_keeps_the_step_and_the_same_command_goes_on(
+def test_a_signal_keeps_the_step_and_the_same_command_resumes(
     number: signal.Signals,
     method: str,
     at: int,
@@ -326,7 +326,7 @@ def command(tiny_images: Path, *overrides: str) -> list[str]:
     return [*TINY, *sets, *SIX, *overrides, "output=runs"]
 
 
-def test_a_run_killed_and_terminated_for_real_goes_on_bit_for_bit(
+def test_a_run_killed_and_terminated_for_real_is_resumed_bit_for_bit(
     tiny_images: Path, straight: Callable, configure: Callable, tmp_path: Path
 ) -> None:
     """Two real processes with workers; the third start is in this one. At length: tests/stress/stress_kill.py."""
@@ -500,7 +500,7 @@ def test_a_checkpoint_says_what_it_is_of(straight: Callable) -> None:
         assert about[key] == weights[key], key
 
 
-def test_checkpoints_go_on_with_other_accumulation(straight: Callable, configure: Callable, tmp_path: Path) -> None:
+def test_checkpoints_are_resumed_with_other_accumulation(straight: Callable, configure: Callable, tmp_path: Path) -> None:
     """From a file of another run, at an odd step: the micro-batches of a step stay together."""
     config = configure(*SIX, f"output={tmp_path}", "trainer.max_steps=3")
     train.train(config)
@@ -598,7 +598,7 @@ def test_a_record_is_trained_again(
     assert other["config"]["optim"] == record["config"]["optim"]
 
 
-def test_a_record_of_a_run_begun_afresh_goes_on_where_it_was(straight: Callable, tmp_path: Path) -> None:
+def test_a_record_of_a_run_begun_afresh_is_resumed_where_it_was(straight: Callable, tmp_path: Path) -> None:
     """Started twice, because it was stopped, `from_record` does not set its own checkpoints aside."""
     record = read_record(straight() / FILE)
     for held, meant in ((None, "last"), ("last", "last"), (str(tmp_path / FILE), str(tmp_path / FILE))):

@@ -221,7 +221,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable:
 
 
 @pytest.mark.parametrize(("at", "workers"), [(1, 0), (2, 0), (3, 0), (2, 2)])
-def test_an_interrupted_run_goes_on_bit_for_bit(
+def test_an_interrupted_run_is_resumed_bit_for_bit(
     at: int, workers: int, straight: tuple[Config, Path], configure: Callable, interrupt: Callable, tmp_path: Path
 ) -> None:
     overrides = (*FOUR, "data.scales=[2,3]", f"output={tmp_path}", f"data.num_workers={workers}")
@@ -245,7 +245,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert record["scores"] == read_record(straight[1] / FILE)["scores"]
 
 
-def test_accumulated_steps_go_on_bit_for_bit(configure: Callable, interrupt: Callable, tmp_path: Path) -> None:
+def test_accumulated_steps_are_resumed_bit_for_bit(configure: Callable, interrupt: Callable, tmp_path: Path) -> None:
     overrides = (*FOUR, "trainer.accumulate_grad_batches=2", "data.batch_size=20")
     straight = trained(configure(*overrides, f"output={tmp_path / 'straight'}"))
     interrupt(3)
@@ -257,7 +257,7 @@ def test_accumulated_steps_go_on_bit_for_bit(configure: Callable, interrupt: Cal
 
 
 @pytest.mark.parametrize(("micro", "after"), [(1, 2), (2, 5)])
-def test_a_run_that_was_stopped_goes_on(
+def test_a_run_that_was_stopped_is_resumed(
     micro: int, after: int, configure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """`trainer.max_time` ends during the given micro-batch, the second time in the middle of a step."""
@@ -473,7 +473,7 @@ def test_the_same_multirun_again_tries_only_what_failed(multirun: tuple, entry_p
 def test_an_unexpected_error_in_a_job_does_not_stop_the_others(
     entry_point: Callable, tiny_images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Not a refusal but a bug of ours: the sweep goes on, tells it, and exits with an error."""
+    """Not a refusal but a bug of ours: the sweep continues, tells it, and exits with an error."""
     real = SuperResolution.training_step
 
     def buggy(self: SuperResolution, batch: Any, batch_idx: int) -> Any:
@@ -572,7 +572,7 @@ def test_patches_that_are_changed_in_place_end_the_run(
     assert sorted(path.parent.glob("checkpoints/*"))[-1].name in ("step00000004.ckpt", "step00000006.ckpt")
 
 
-def test_an_interrupted_run_does_not_go_on_with_other_images(configure: Callable, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_not_resumed_with_other_images(configure: Callable, tmp_path: Path) -> None:
     """The images of a folder may change between two starts; the run's folder is the same, its data is not."""
     from drrn.disk import write_json
 

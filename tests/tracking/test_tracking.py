@@ -383,7 +383,7 @@ def test_syncing_both_legs_gives_one_history(
         assert Listener.files[name] == (folder / record["tracking"]["folder"] / "files" / name).read_bytes()
 
 
-# ---------------------------------------------------------------------- whatever W&B does, the run goes on
+# ---------------------------------------------------------------------- whatever W&B does, the run continues
 
 
 def same_result(record: dict[str, Any], straight: tuple) -> None:
@@ -421,7 +421,7 @@ def test_a_folder_that_cannot_be_written(configure: Callable, straight: tuple, t
 
 
 def test_a_service_that_is_killed(configure: Callable, straight: tuple, tmp_path: Path) -> None:
-    """W&B's process dies in the middle; the run goes on, and so does the tracking of the next one."""
+    """W&B's process dies in the middle; the run continues, and so does the tracking of the next one."""
     with before_step(2, lambda: os.kill(service(), signal.SIGKILL)):
         folder, record = trained(configure(*FOUR, f"output={tmp_path}"))
     same_result(record, straight)

@@ -614,7 +614,7 @@ def test_training_starts_from_the_file(tmp_path) -> None:
         config(f"ckpt_path={path}")
     with pytest.raises(UserError, match=r"nowhere\.ckpt"):
         config("init_from=nowhere.ckpt")
-    assert config("ckpt_path=last").init_from == str(path)  # goes on with this fine-tuning
+    assert config("ckpt_path=last").init_from == str(path)  # resumes this fine-tuning
     assert config().model == model  # nothing else about the network has to be typed
     assert not (tmp_path / "runs").exists()
 
