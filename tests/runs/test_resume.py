@@ -500,7 +500,9 @@ def test_a_checkpoint_says_what_it_is_of(straight: Callable) -> None:
         assert about[key] == weights[key], key
 
 
-def test_checkpoints_are_resumed_with_other_accumulation(straight: Callable, configure: Callable, tmp_path: Path) -> None:
+def test_checkpoints_are_resumed_with_other_accumulation(
+    straight: Callable, configure: Callable, tmp_path: Path
+) -> None:
     """From a file of another run, at an odd step: the micro-batches of a step stay together."""
     config = configure(*SIX, f"output={tmp_path}", "trainer.max_steps=3")
     train.train(config)
