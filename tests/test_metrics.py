@@ -352,7 +352,7 @@ def test_what_runs_measure_and_how_tables_print_it() -> None:
 
 def test_a_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is scored with the others, after the ground truth, and has a mean over the images of a set."""
-    brightness = Metric(lambda truth, estimate: float(truth.mean() - estimate.mean()), digits=1)
+    brightness = Metric(lambda truth, estimate: float(truth.mean() - estimate.mean()), digits=1, training=True)
     monkeypatch.setitem(METRICS, "brightness", brightness)
     rows = [{"set": "a", "scale": 2, **score(np.full((20, 20), level), np.ones((20, 20)), 2)} for level in (0.2, 0.6)]
     assert [row["brightness"] for row in rows] == [204, 102]

@@ -163,3 +163,14 @@ def is_sweep(argument: str) -> bool:
         return OverridesParser.create().parse_override(argument).is_sweep_override()
     except HydraException:
         return False
+
+
+def unnamed_group(arguments: Sequence[str]) -> str | None:
+    """What is wrong with `model=5`, which Hydra answers with a ValueError; None if there is nothing of the kind."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    groups = dict(choices(command()))
+    for override in OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")]):
+        if override.key_or_group in groups and not isinstance(override.value(), str | list | None):
+            return f"{override.input_line}: must be one of {', '.join(groups[override.key_or_group])}"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -61,7 +62,7 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from hydra.errors import HydraException
 
-    from drrn.help import explained, show
+    from drrn.help import explained, show, unnamed_group
 
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
@@ -71,10 +72,13 @@ def launch(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:  # Ctrl-C while there is nothing to keep
         print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except ValueError as error:
-        if not str(error).startswith("Config group override"):  # Hydra's words for model=5
+    except BrokenPipeError:  # `… | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except ValueError:
+        if (wrong := unnamed_group(sys.argv[1:])) is None:
             raise
-        _refuse(f"{error}, in {' '.join(sys.argv[1:])}")
+        _refuse(wrong)
     except HydraException as error:
         _refuse(explained(error, sys.argv[1:]))
     except (UserError, OmegaConfBaseException) as error:

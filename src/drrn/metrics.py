@@ -229,19 +229,19 @@ class Metric:
         function: (ground truth, estimate), both [H, W] in 0…255 → a number.
         digits: decimals of tables.
         color: it is taken over [H, W, 3] where the protocol scores colour; otherwise it stays on Y.
-        training: runs measure it at each validation and at their end; False where it is too slow for that.
+        training: runs measure it at each validation and at their end; evaluate.py measures any.
     """
 
     function: Callable[[Image, Image], float]
     digits: int
     color: bool = False
-    training: bool = True
+    training: bool = False
 
 
 METRICS: dict[str, Metric] = {
-    "psnr": Metric(psnr, 2, color=True),
-    "ssim": Metric(ssim, 4),
-    "ifc": Metric(ifc, 3, training=False),
+    "psnr": Metric(psnr, 2, color=True, training=True),
+    "ssim": Metric(ssim, 4, training=True),
+    "ifc": Metric(ifc, 3),
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from drrn.config import Config
 from drrn.disk import write_whole
 from drrn.errors import UserError
+from drrn.targets import resolve
 
 # Arguments of the Trainer that a run settles by itself → the key to use instead.
 SETTLED = {
@@ -59,6 +60,7 @@ def trainer_arguments(config: Config) -> dict[str, Any]:
             raise UserError(f"trainer.{name} is settled by src/train.py; see {SETTLED[name]}")
         if name not in known:
             raise UserError(f"trainer.{name}: neither ours nor an argument of Lightning's Trainer")
+    kinds = [resolve(f"callbacks.{name}", node, Callback)[0] for name, node in config.callbacks.items()]
     return {
         **{name: value for name, value in asdict(config.trainer).items() if name not in OURS},
         "max_epochs": -1,  # max_steps ends a run; an epoch that a checkpoint ends would end the next run too
@@ -67,9 +69,7 @@ def trainer_arguments(config: Config) -> dict[str, Any]:
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the data module shares batches and images out itself
         "enable_model_summary": False,
-        "plugins": [
-            WholeCheckpoints(keep_timer=any(n["_target_"].endswith(".Timer") for n in config.callbacks.values()))
-        ],
+        "plugins": [WholeCheckpoints(keep_timer=any(issubclass(kind, Timer) for kind in kinds))],
         **extra,
     }
 
