@@ -112,8 +112,8 @@ def test_a_wrong_value_is_refused_by_the_entry_point(
 
 def test_a_patch_larger_than_the_images_is_refused(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
     code, out, err = entry_point(
-        "train", f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", "data.patch_size=500", f"data.patches={tmp_path}",
-        f"output={tmp_path / 'runs'}", "logger=none",
+        "train", f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", "data.patch_size=500",
+        f"data.patches={tmp_path}", f"output={tmp_path / 'runs'}", "logger=none",
     )  # fmt: skip
     assert code == 2
     assert "data.patch_size" in err
