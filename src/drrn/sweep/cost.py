@@ -290,7 +290,7 @@ def evaluation_pixels(config: Config, first: int) -> int:
     data, trainer, pixels = config.data, config.trainer, 0
     validations = trainer.max_steps // trainer.val_check_interval - first // trainer.val_check_interval
     for name in data.val:
-        if name in registered_sets() and not (Path(data.root) / name).is_dir():
+        if name in registered_sets() and not any((Path(data.root) / name).glob("*")):
             continue
         for file in image_files(name, Path(data.root), complete=False):
             with Image.open(file) as image:
