@@ -573,7 +573,7 @@ class Toy(nn.Module):
         return x + self.layers(x)
 
 
-@pytest.mark.parametrize("how", [{}, {"tile": 9}, {"room": 20_000}, {"self_ensemble": True}, {"precision": "bf16"}])
+@pytest.mark.parametrize("how", [{}, {"tile": 9}, {"room": 20_000}, {"self_ensemble": True}, {"precision": "auto"}])
 def test_any_network_goes_through_as_it_is(how):
     torch.manual_seed(0)
     network, x = Toy().eval(), photograph(41, 33)
@@ -646,6 +646,9 @@ def test_auto_is_the_fastest_that_is_in_hardware(monkeypatch):
     assert precision.chosen("tf32", gpu) == "tf32"
     with pytest.raises(UserError, match="precision = tf32: only NVIDIA"):
         precision.chosen("tf32", cpu)
+    assert precision.chosen("auto", gpu, folded=False) == "float32"  # never said to be what it is not
+    with pytest.raises(UserError, match="precision = bf16"):
+        precision.chosen("bf16", gpu, folded=False)
 
 
 @pytest.fixture(scope="module")

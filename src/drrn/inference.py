@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from drrn.fast.precision import chosen
-from drrn.fast.prepared import Prepared, forget, prepared
+from drrn.fast.prepared import FOLDINGS, Prepared, forget, prepared
 from drrn.fast.strips import (
     LOW_STRIP_BYTES,
     STRIP_BYTES,
@@ -115,7 +115,7 @@ def _parts(
     if tile is not None and tile < 1:
         raise ValueError(f"tile = {tile}: a tile has at least 1 pixel")
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    ready = prepared(network, chosen(precision, device))
+    ready = prepared(network, chosen(precision, device, type(network) in FOLDINGS))
     room = free_room(device) if room is None else room
     progress = progress or (lambda done, total: None)
     fits = at_once(ready, shape, room) or most_rows(ready, shape[1], room) >= STRIP_ROWS

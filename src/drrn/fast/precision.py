@@ -12,14 +12,21 @@ from drrn.errors import UserError
 PRECISIONS = ("float32", "tf32", "bf16")  # and "auto", where a command offers it
 
 
-def chosen(precision: str, device: torch.device) -> str:
+def chosen(precision: str, device: torch.device, folded: bool = True) -> str:
     """One of `PRECISIONS`; "auto" becomes the fastest that the device computes in hardware.
 
+    Args:
+        precision: one of `PRECISIONS`, or "auto".
+        device: that computes.
+        folded: whether the network is one of `prepared.FOLDINGS`; the others have no path in bfloat16.
+
     Raises:
-        UserError: TF32 where there is none.
+        UserError: TF32 or bfloat16 where there is none.
     """
     if precision == "auto":
-        return "bf16" if _has_bf16(device) else "float32"
+        return "bf16" if folded and _has_bf16(device) else "float32"
+    if precision == "bf16" and not folded:
+        raise UserError("precision = bf16: networks other than DRRN and VDSR compute in float32 or tf32")
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"precision = tf32: only NVIDIA's GPUs have it, not {device.type}; float32 or bf16")
     return precision

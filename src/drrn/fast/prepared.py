@@ -63,7 +63,7 @@ def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
 
     Args:
         network: in any mode; BatchNorm uses its running statistics.
-        precision: one of `PRECISIONS`. A network without a folding computes in float32 where bf16 is asked for.
+        precision: as `chosen` gives it.
     """
     tensors = [*network.parameters(), *network.buffers()]
     fold, first = FOLDINGS.get(type(network)), next(iter(tensors), torch.empty(0))

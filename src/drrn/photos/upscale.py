@@ -103,11 +103,12 @@ def prepare(options: Options) -> tuple[nn.Module, str]:
     import torch
 
     from drrn.fast.precision import chosen
+    from drrn.fast.prepared import FOLDINGS
     from drrn.weights.ours import load_network
 
     device = choose_device(options.device)
-    precision = chosen(options.precision, device)
     network, about = load_network(Path(options.checkpoint))
+    precision = chosen(options.precision, device, type(network) in FOLDINGS)
     if network.input == "low" and options.scale != network.scale:
         raise UserError(f"scale = {options.scale:g}: {options.checkpoint} enlarges by {network.scale}")
     scales = about.get("scales") or PAPER_SCALES
