@@ -171,6 +171,6 @@ def unnamed_group(arguments: Sequence[str]) -> str | None:
 
     groups = dict(choices(command()))
     for override in OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")]):
-        if override.key_or_group in groups and not isinstance(override.value(), str | list | None):
+        if override.key_or_group in groups and not isinstance(override.value(), str | list):
             return f"{override.input_line}: must be one of {', '.join(groups[override.key_or_group])}"
     return None
