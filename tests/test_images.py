@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
@@ -21,7 +22,7 @@ import drrn.sets
 from drrn.config import check_sets
 from drrn.errors import UserError
 from drrn.images import check_whole, image_size, orientations, read_luminance, read_pixels
-from drrn.sets import DEMO_SETS, fetch, find_images, image_files, registered_sets, set_label
+from drrn.sets import DEMO_SETS, fetch, find_images, image_files, is_absent, registered_sets, set_label
 
 # ---------------------------------------------------------------------- a server, and a registry that points at it
 
@@ -291,6 +292,37 @@ def test_a_set_is_called_by_what_it_holds(
     (tmp_path / "imgs[hr]").mkdir()
     assert set_label(".", files) == "data"
     assert set_label("../imgs[hr]", files) == "imgs[hr]"
+
+
+def test_a_part_of_a_set_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Set5@2-3`: the second and third image by name; no other one is fetched."""
+    (tmp_path / "data/mine").mkdir(parents=True)
+    for name in ("c.png", "a.png", "d.png", "b.png"):
+        png(skimage.data.camera()[:20, :20], tmp_path / "data/mine" / name)
+    mine = str(tmp_path / "data/mine")
+    names = [path.name for path in image_files(f"{mine}@2-3", tmp_path)]
+    assert names == ["b.png", "c.png"]
+    assert [path.name for path in image_files(f"{mine}@1-1", tmp_path)] == ["a.png"]
+    assert image_files("demo_test@2-3", tmp_path) == image_files("demo_test", tmp_path)[1:]
+    assert set_label(f"{mine}@2-3", []) == "mine@2-3"
+    for wrong in ("3-5", "3-2"):
+        with pytest.raises(UserError, match="has the images 1-4"):
+            image_files(f"{mine}@{wrong}", tmp_path)
+    for name in (f"{mine}@2-3", "Set5@1-2", "demo_test@1-2"):
+        check_sets("data.val", [name])
+    for name in (f"{mine}@0-3", f"{mine}@a-b", "Set6@1-2", f"{mine}/no@1-2"):
+        with pytest.raises(UserError, match=r"does not exist|no set and no folder"):
+            check_sets("data.val", [name])
+    monkeypatch.setattr(drrn.sets, "REGISTRY", tmp_path / "registry.txt")
+    line = f"Some/{{}}.png {digest((tmp_path / 'data/mine/a.png').read_bytes())} http://127.0.0.1:9/none\n"
+    drrn.sets.REGISTRY.write_text("".join(line.format(name) for name in "cab"))
+    (tmp_path / "data/Some").mkdir()
+    assert is_absent("Some@2-3", tmp_path / "data")
+    for name in "bc":
+        shutil.copy(tmp_path / "data/mine/a.png", tmp_path / f"data/Some/{name}.png")
+    assert [path.name for path in image_files("Some@2-3", tmp_path / "data")] == ["b.png", "c.png"]
+    assert is_absent("Some@1-1", tmp_path / "data")
+    assert not is_absent("Some", tmp_path / "data")
 
 
 def test_a_new_set_is_lines_in_the_registry(

@@ -342,7 +342,7 @@ def check_sets(name: str, sets: Sequence[str]) -> None:
     if len({Path(one).name for one in sets}) < len(sets):
         raise UserError(f"{name} = {sets}: two sets of one name cannot be told apart")
     for one in sets:
-        if os.sep in one and not Path(one).is_dir():
+        if os.sep in one and not is_set(one):
             raise UserError(f"{name}: the folder {one!r} does not exist")
         if one != printable(one):
             raise UserError(f"{name}: {one}: a name with bytes that are not UTF-8 or control codes; rename it")

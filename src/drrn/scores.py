@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drrn.errors import UserError
-from drrn.sets import known_sets, set_label
+from drrn.sets import known_sets, part_of, set_label
 
 FORMAT = 1
 LARGEST = 1 << 30  # bytes of a file that is read
@@ -72,7 +72,7 @@ class Scores:
         """
         images = {path.name: digest for path, digest in members.items()}
         contents = hashlib.sha256(json.dumps(sorted(images.items())).encode()).hexdigest()
-        if name in known_sets():
+        if part_of(name)[0] in known_sets():
             label, folder = name, None
         else:
             folder, base = str(Path(name).resolve()), set_label(name, list(members))

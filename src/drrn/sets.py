@@ -3,7 +3,8 @@
 A *set* is a folder of images. `T91`, `BSD200` (together the 291 training images), `Set5`, `Set14`, `BSD100` and
 `Urban100` are folders of that name under the data root, listed with SHA-256 and URL in the registry and fetched from
 there when absent; lines in the registry make another one. `demo_train` and `demo_test` are photographs inside
-scikit-image's wheel. Any other name is taken as the path of a folder.
+scikit-image's wheel. Any other name is taken as the path of a folder. `BSD200@181-200` is a part of a set: its images
+181 to 200 by name, such as those held out from `BSD200@1-180`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from drrn.errors import UserError, printable
 from drrn.home import DATA
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from drrn.config import DataConfig
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 REGISTRY = DATA / "registry.txt"
 
@@ -43,14 +45,13 @@ TIMEOUT = 20  # seconds without a byte after which a download is tried again
 
 def registered_sets() -> dict[str, int]:
     """The sets of the registry and how many images each has, in the order in which they stand there."""
-    return _counted(REGISTRY)
+    return dict(Counter(name.rpartition("/")[0] for name in _listed(REGISTRY)))
 
 
 @cache
-def _counted(registry: Path) -> dict[str, int]:
+def _listed(registry: Path) -> tuple[str, ...]:
     lines = registry.read_text().splitlines() if registry.is_file() else []
-    names = [line.split()[0] for line in lines if line.strip() and line[0] != "#"]
-    return dict(Counter(name.rpartition("/")[0] for name in names))
+    return tuple(line.split()[0] for line in lines if line.strip() and line[0] != "#")
 
 
 def known_sets() -> list[str]:
@@ -59,8 +60,40 @@ def known_sets() -> list[str]:
 
 
 def is_set(name: str) -> bool:
-    """Whether a name is a known set's or a folder's."""
-    return name in DEMO_SETS or Path(name).is_dir() or name in registered_sets()
+    """Whether a name is a known set's, a folder's, or a part's of one."""
+    whole, _ = part_of(name)
+    return whole in DEMO_SETS or Path(whole).is_dir() or whole in registered_sets()
+
+
+def part_of(name: str) -> tuple[str, range | None]:
+    """The set of a part and its images, ("BSD200", range(180, 200)) of "BSD200@181-200"; of a set (name, None)."""
+    found = re.fullmatch(r"(.+)@([1-9]\d*)-([1-9]\d*)", name)
+    if found is None or Path(name).is_dir():
+        return name, None
+    return found[1], range(int(found[2]) - 1, int(found[3]))
+
+
+def _members(name: str, files: list[T]) -> list[T]:
+    """Of the images of a whole set, by name, those of `name`.
+
+    Raises:
+        UserError: it is a part that the set does not have.
+    """
+    whole, part = part_of(name)
+    if part is None:
+        return files
+    if not part or part.stop > len(files):
+        raise UserError(f"{name}: {whole} has the images 1-{len(files)}, a part of it is {whole}@FIRST-LAST of these")
+    return [files[index] for index in part]
+
+
+def is_absent(name: str, root: Path) -> bool:
+    """Whether a set, or a part of one, would have to be downloaded: none of its registered files is there."""
+    whole, _ = part_of(name)
+    if whole not in registered_sets():
+        return False
+    listed = _members(name, sorted(line for line in _listed(REGISTRY) if line.rpartition("/")[0] == whole))
+    return not any((root / line).is_file() for line in listed)
 
 
 def _registry(root: Path, path: Path) -> Pooch:
@@ -92,7 +125,7 @@ def fetch(set_name: str, root: Path, registry: Path | None = None, complete: boo
     verifies, and renames.
 
     Args:
-        set_name: "Set5", …
+        set_name: "Set5", "BSD200@181-200", …
         root: the data root.
         registry: the list of files; None is the project's.
         complete: False downloads only when no file of the set is there, and otherwise takes those that are.
@@ -103,7 +136,8 @@ def fetch(set_name: str, root: Path, registry: Path | None = None, complete: boo
     from drrn.images import sha256
 
     fetcher = _registry(root, registry or REGISTRY)
-    names = [name for name in fetcher.registry if name.rpartition("/")[0] == set_name]
+    whole, _ = part_of(set_name)
+    names = _members(set_name, sorted(name for name in fetcher.registry if name.rpartition("/")[0] == whole))
     present = [name for name in names if (root / name).is_file()]
     for name in present:
         if (found := f"sha256:{sha256(root / name)}") != fetcher.registry[name]:
@@ -147,7 +181,7 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
     """The image files of a set, by name.
 
     Args:
-        set_name: a known set, or the path of a folder of images.
+        set_name: a known set, the path of a folder of images, or a part of either.
         root: the data root, under which the known sets are folders.
         complete: fetch what is absent; False takes the files of a known set that are there (Urban100 is
             often incomplete) and fetches only when there is none.
@@ -156,6 +190,11 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
         UserError: the folder does not exist or holds no image, something in it looks like an image and is none, a
             name in it is not UTF-8, or a file cannot be fetched.
     """
+    whole, part = part_of(set_name)
+    if whole in registered_sets():
+        return fetch(set_name, root, complete=complete)
+    if part is not None:
+        return _members(set_name, image_files(whole, root))
     if set_name in DEMO_SETS:
         package = importlib.util.find_spec("skimage")
         if package is None or package.submodule_search_locations is None:
@@ -165,8 +204,6 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
         if absent:
             raise UserError(f"this scikit-image does not ship {', '.join(absent)}: install the locked version")
         return [folder / name for name in DEMO_SETS[set_name]]
-    if set_name in registered_sets():
-        return sorted(fetch(set_name, root, complete=complete))
     folder = Path(set_name)
     if not folder.is_dir():
         _registry(root, REGISTRY)  # that it is there
@@ -237,10 +274,13 @@ def _warn_of_another(path: Path, wrong: str) -> None:
 
 
 def set_label(set_name: str, files: list[Path]) -> str:
-    """What tables and records call a set: a known one by its name, a folder by its own.
+    """What tables and records call a set: a known one by its name, a folder by its own, a part with its numbers.
 
     A folder is called Set5 only if all its images are Set5's; another one of that name has its parent's before it.
     """
+    whole, part = part_of(set_name)
+    if part is not None:
+        return set_label(whole, files) + set_name.removeprefix(whole)
     if set_name in known_sets():
         return set_name
     folder = Path(set_name).resolve()

@@ -285,12 +285,12 @@ def evaluation_pixels(config: Config, first: int) -> int:
     """
     from PIL import Image
 
-    from drrn.sets import image_files, registered_sets
+    from drrn.sets import image_files, is_absent
 
     data, trainer, pixels = config.data, config.trainer, 0
     validations = trainer.max_steps // trainer.val_check_interval - first // trainer.val_check_interval
     for name in data.val:
-        if name in registered_sets() and not any((Path(data.root) / name).glob("*")):
+        if is_absent(name, Path(data.root)):
             continue
         for file in image_files(name, Path(data.root), complete=False):
             with Image.open(file) as image:
