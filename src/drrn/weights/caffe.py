@@ -1,15 +1,19 @@
-"""Caffe's networks: as much of protobuf as they need."""
+"""Caffe's networks, as much of them as this family needs."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 from torch import Tensor
 
 from drrn.config import ModelConfig
@@ -17,80 +21,60 @@ from drrn.errors import printable
 from drrn.weights.files import OVERSHOOT, Foreign
 
 
-def path_of_layers(B: int, U: int, weight_sharing: bool) -> Iterator[tuple[str, str]]:
-    """`DRRN`'s (convolution, BatchNorm before it) along its longest path; shared ones come again and again."""
+def path_of_layers(B: int, U: int, weight_sharing: bool) -> Iterator[tuple[str, str, str]]:
+    """(Caffe's convolution, ours, BatchNorm before it) along `DRRN`'s longest path; shared ones come again."""
     for b in range(B):
-        yield f"blocks.{b}.conv", f"blocks.{b}.norm"
+        yield f"conv{b + 1}", f"blocks.{b}.conv", f"blocks.{b}.norm"
         for u in range(U):
             for ab in "ab":
-                yield f"blocks.{b}.conv_{ab}.{0 if weight_sharing else u}", f"blocks.{b}.norm_{ab}.{u}"
-    yield "conv_rec", "norm_rec"
+                ours = f"blocks.{b}.conv_{ab}.{0 if weight_sharing else u}"
+                yield f"conv{b + 1}_{u + 1}{ab}", ours, f"blocks.{b}.norm_{ab}.{u}"
+    yield "conv_end", "conv_rec", "norm_rec"
 
 
-# ---------------------------------------------------------------------------------------- protobuf and Caffe
-# https://protobuf.dev/programming-guides/encoding; field numbers are those of BVLC/caffe's caffe.proto.
+# ---------------------------------------------------------------------- caffe.proto, what matters of it
+
+PARAMETERS = (
+    "convolution_param={}:Convolution batch_norm_param=139:BatchNorm relu_param={}:ReLU eltwise_param={}:Eltwise"
+)
+# Message → fields, NAME=NUMBER:TYPE, with * where they repeat. Names are bytes: they may be no UTF-8.
+PROTO = {
+    "Net": "name=1:bytes layers=2:V1Layer* layer=100:Layer*",
+    "Layer": f"name=1:bytes type=2:bytes bottom=3:bytes* blobs=7:Blob* {PARAMETERS.format(106, 123, 110)}",
+    "V1Layer": f"name=4:bytes type=5:int32 bottom=2:bytes* blobs=6:Blob* {PARAMETERS.format(10, 30, 24)}",
+    "Blob": "num=1:int32 channels=2:int32 height=3:int32 width=4:int32 shape=7:Shape "
+    "data=5:float* double_data=8:double*",
+    "Shape": "dim=1:int64*",
+    "Convolution": "pad=3:uint32* pad_h=9:uint32 pad_w=10:uint32 kernel_size=4:uint32* kernel_h=11:uint32 "
+    "kernel_w=12:uint32 stride=6:uint32* stride_h=13:uint32 stride_w=14:uint32 group=5:uint32 dilation=18:uint32*",
+    "BatchNorm": "eps=3:float",
+    "ReLU": "negative_slope=1:float",
+    "Eltwise": "operation=1:int32",
+}
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """A base-128 number at a position → (number, the position after it)."""
-    value = 0
-    for shift in range(10):
-        if at + shift >= len(data):
-            raise ValueError("it ends within a number: truncated, or not protobuf")
-        byte = data[at + shift]
-        value |= (byte & 0x7F) << (7 * shift)
-        if byte < 0x80:
-            return value, at + shift + 1
-    raise ValueError("a number of more than 10 bytes: not protobuf")
+def _net() -> type:
+    """The class of NetParameter, of BVLC/caffe's caffe.proto."""
+    file = FileDescriptorProto(name="drrn/caffe.proto", package="drrn")
+    for message, fields in PROTO.items():
+        described = file.message_type.add(name=message)
+        for name, number, kind, many in re.findall(r"(\w+)=(\d+):(\w+)(\*?)", fields):
+            field = described.field.add(name=name, number=int(number), label=3 if many else 1)  # repeated, optional
+            if kind in PROTO:
+                field.type, field.type_name = FieldDescriptorProto.TYPE_MESSAGE, f".drrn.{kind}"
+            else:
+                field.type = getattr(FieldDescriptorProto, f"TYPE_{kind.upper()}")
+    pool = DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return GetMessageClass(pool.FindMessageTypeByName("drrn.Net"))
 
 
-def _message(data: int | memoryview) -> dict[int, list[int | memoryview]]:
-    """The fields of a message by number: varints as int, everything else as its bytes."""
-    if isinstance(data, int):
-        raise ValueError("a number where a message should be: not Caffe's")
-    fields: dict[int, list[int | memoryview]] = defaultdict(list)
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            fields[number].append(value)
-            continue
-        if wire == 2:
-            length, at = _varint(data, at)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire}: damaged, or not protobuf")
-        if length > len(data) - at:
-            raise ValueError(f"a field of {length:,} bytes where {len(data) - at:,} are left: truncated")
-        fields[number].append(data[at : at + length])
-        at += length
-    return fields
+Net = _net()
 
 
-def _text(values: list[int | memoryview]) -> str:
-    """A string field, "" if it is not there; control characters are replaced, since it gets printed."""
-    if not values:
-        return ""
-    if isinstance(values[-1], int):
-        raise ValueError("a number where a name should be: not Caffe's")
-    return printable(bytes(values[-1][:100]).decode(errors="replace"))
-
-
-def _integers(values: list[int | memoryview]) -> list[int]:
-    """A repeated integer field, packed or not."""
-    result: list[int] = []
-    for value in values:
-        if isinstance(value, int):
-            result.append(value)
-            continue
-        at = 0
-        while at < len(value):
-            number, at = _varint(value, at)
-            result.append(number)
-    return result
+def _text(value: bytes) -> str:
+    """A name, made fit to be printed."""
+    return printable(value[:100].decode(errors="replace"))
 
 
 class Layer(NamedTuple):
@@ -104,79 +88,63 @@ class Layer(NamedTuple):
 
 UNIT = r"conv(\d{1,4})_(\d{1,4})([ab])"
 V1_TYPES = {4: "Convolution", 18: "ReLU", 25: "Eltwise"}  # V1LayerParameter.LayerType
-# Type → the field of its parameters in (LayerParameter, V1LayerParameter), and what they must be where they are
-# given: 3×3, padding 1, no stride, groups or dilation; eps 1e-5; no leak; a sum.
-SETTINGS: dict[str, tuple[tuple[int, int], dict[int, float]]] = {
-    "Convolution": ((106, 10), {3: 1, 4: 3, 5: 1, 6: 1, 9: 1, 10: 1, 11: 3, 12: 3, 13: 1, 14: 1, 18: 1}),
-    "BatchNorm": ((139, 139), {3: 1e-5}),
-    "ReLU": ((123, 30), {1: 0}),
-    "Eltwise": ((110, 24), {1: 1}),
+# What a layer's parameters must be where they are given: 3×3, padding 1, no stride, groups or dilation; a sum.
+SETTINGS: dict[str, tuple[str, dict[str, float]]] = {
+    "Convolution": (
+        "convolution_param",
+        {"pad": 1, "pad_h": 1, "pad_w": 1, "kernel_size": 3, "kernel_h": 3, "kernel_w": 3, "group": 1, "dilation": 1}
+        | {"stride": 1, "stride_h": 1, "stride_w": 1},
+    ),
+    "BatchNorm": ("batch_norm_param", {"eps": 1e-5}),
+    "ReLU": ("relu_param", {"negative_slope": 0}),
+    "Eltwise": ("eltwise_param", {"operation": 1}),
 }
 
 
 def caffe_layers(data: bytes) -> tuple[str, list[Layer]]:
-    """NetParameter → its name and its layers, in the new list (`layer` = 100) or the old (`layers` = 2).
+    """NetParameter → its name and its layers, in the new list (`layer`) or the old (`layers`).
 
     Raises:
         ValueError: no layers, damaged, or a layer set to what this family of networks does not have.
     """
-    net = _message(memoryview(data))
-    new = bool(net[100])
-    layers = [_layer(layer, new) for layer in (net[100] if new else net[2])]
+    try:
+        net = Net.FromString(data)
+    except DecodeError as error:
+        raise ValueError("truncated, damaged, or not protobuf") from error
+    layers = [_layer(layer) for layer in net.layer or net.layers]
     if not any(layer.type == "Convolution" for layer in layers):
         raise ValueError("no network with convolutions")
-    return _text(net[1]), layers
+    return _text(net.name), layers
 
 
-def _layer(data: int | memoryview, new: bool) -> Layer:
+def _layer(layer: Any) -> Layer:
     """LayerParameter or V1LayerParameter → Layer; of an unknown type, by its blobs."""
-    fields = _message(data)
-    name, kind, bottom, blob = (1, 2, 3, 7) if new else (4, 5, 2, 6)
-    title = _text(fields[name])
-    blobs = [_blob(value, title) for value in fields[blob]]
-    if not new and fields[kind] and isinstance(fields[kind][-1], int):
-        type_ = V1_TYPES.get(fields[kind][-1], "")
-    else:
-        type_ = _text(fields[kind])
+    title = _text(layer.name)
+    blobs = [_blob(blob, title) for blob in layer.blobs]
+    type_ = V1_TYPES.get(layer.type, "") if isinstance(layer.type, int) else _text(layer.type)
     if blobs and not type_:  # the old list knows no BatchNorm and no Scale
         kernels = blobs[0].dim() == 4 and blobs[0].shape[-2:] == (3, 3)
         type_ = "Convolution" if kernels else "BatchNorm" if len(blobs) == 3 else "Scale"
     if blobs and type_ not in ("Convolution", "BatchNorm", "Scale"):
         raise ValueError(f"layer {title!r} is a {type_} with weights: no network of this family has one")
     if type_ in SETTINGS:
-        places, wanted = SETTINGS[type_]
-        for message in fields[places[0] if new else places[1]]:
-            _check_settings(title, type_, _message(message), wanted)
-    return Layer(title, type_, [_text([value]) for value in fields[bottom]], blobs)
+        place, wanted = SETTINGS[type_]
+        given = {field.name: value for field, value in getattr(layer, place).ListFields()}
+        if type_ == "Convolution" and layer.HasField(place) and not given.keys() & {"pad", "pad_h", "pad_w"}:
+            raise ValueError(f"layer {title!r} is a convolution without padding; ours have padding 1")
+        for name, value in given.items():
+            have = [value] if isinstance(value, int | float) else list(value)
+            if any(abs(number - wanted[name]) > 1e-9 for number in have):
+                raise ValueError(f"layer {title!r} ({type_}) has {name} = {have[:4]}; {wanted[name]} is needed")
+    return Layer(title, type_, [_text(name) for name in layer.bottom], blobs)
 
 
-def _check_settings(
-    title: str, type_: str, given: dict[int, list[int | memoryview]], wanted: dict[int, float]
-) -> None:
-    if type_ == "Convolution" and not (given[3] or given[9] or given[10]):
-        raise ValueError(f"layer {title!r} is a convolution without padding; ours have padding 1")
-    for number, want in wanted.items():
-        for value in given[number]:
-            if isinstance(value, memoryview) and len(value) == 4:
-                have = [float(np.frombuffer(value, "<f4")[0])]
-            else:
-                have = _integers([value])
-            if any(abs(number_ - want) > 1e-9 for number_ in have):
-                raise ValueError(f"layer {title!r} ({type_}) has parameter {number} = {have}; {want} is needed")
-
-
-def _blob(data: int | memoryview, title: str) -> Tensor:
-    """BlobProto → float32 tensor: shape (7) or num, channels, height, width (1…4); data (5) or double_data (8)."""
-    fields = _message(data)
-    raw, kind = (fields[8], "<f8") if fields[8] else (fields[5], "<f4")
-    if any(isinstance(value, int) for value in raw):
-        raise ValueError(f"layer {title!r} holds integers, not weights")
-    values = np.frombuffer(b"".join(raw), kind).astype(np.float32)
-    if fields[7]:
-        shape = _integers(_message(fields[7][-1])[1])
-    else:
-        shape = [(_integers(fields[number]) or [0])[-1] for number in (1, 2, 3, 4)]
-    if not 1 <= len(shape) <= 4 or not len(values) or math.prod(shape) != len(values):
+def _blob(blob: Any, title: str) -> Tensor:
+    """BlobProto → float32 tensor; its shape, or num, channels, height and width; its data, or double_data."""
+    raw = blob.double_data or blob.data
+    values = np.fromiter(raw, np.float32, len(raw))
+    shape = list(blob.shape.dim) if blob.HasField("shape") else [blob.num, blob.channels, blob.height, blob.width]
+    if not 1 <= len(shape) <= 4 or not len(values) or min(shape) < 1 or math.prod(shape) != len(values):
         raise ValueError(f"layer {title!r} says {shape[:8]} and holds {len(values):,} values")
     return torch.from_numpy(values).reshape(shape)
 
@@ -233,7 +201,7 @@ def read_caffe(data: bytes, U: int | None, stem: str) -> Foreign:
         input_relu=first_relu,
     )
     state: dict[str, Tensor] = {}
-    for c, (conv, norm) in zip(convolutions, path_of_layers(B, found_U, shared), strict=True):
+    for c, (_, conv, norm) in zip(convolutions, path_of_layers(B, found_U, shared), strict=True):
         state[f"{conv}.weight"] = c.weight
         if c.bias is not None:
             state[f"{conv}.bias"] = c.bias
@@ -252,12 +220,7 @@ def _structure(names: list[str]) -> tuple[int, int]:
     if not units:
         return len(names) - 1, 0
     B, U = max(int(m[1]) for m in units), max(int(m[2]) for m in units)
-    expected = []
-    if len(names) == (1 + 2 * U) * B + 1:
-        for b in range(1, B + 1):
-            expected += [f"conv{b}", *(f"conv{b}_{u}{ab}" for u in range(1, U + 1) for ab in "ab")]
-        expected.append("conv_end")
-    if names != expected:
+    if names != [caffe for caffe, _, _ in islice(path_of_layers(B, U, True), len(names) + 1)]:
         raise ValueError(f"its {len(names)} convolutions ({', '.join(names[:5])}, …) are not all of a B{B}U{U}")
     return B, U
 

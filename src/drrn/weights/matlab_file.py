@@ -139,7 +139,7 @@ def read_vdsr(data: bytes, U: int | None, stem: str) -> Foreign:
     if depth < 2 or len(model["bias"]) != depth:
         raise ValueError(f"it has {depth} weights and {len(model['bias'])} biases; a VDSR has two layers or more")
     state: dict[str, Tensor] = {}
-    for i, (conv, _) in enumerate(path_of_layers(depth - 1, 0, True)):
+    for i, (_, conv, _) in enumerate(path_of_layers(depth - 1, 0, True)):
         weight, bias = model["weight"][i], model["bias"][i]
         if not isinstance(weight, np.ndarray) or not isinstance(bias, np.ndarray):
             raise ValueError(f"layer {i + 1} holds no arrays")

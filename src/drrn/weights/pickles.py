@@ -1,88 +1,199 @@
-"""torch's pickles read by a machine that calls nothing.
+"""torch's pickles, read by Python's own unpickler with every opcode taken out that calls, imports or hashes.
 
-The machine knows tensors, plain containers and the names of the ports' modules; a module becomes the dict of its
-attributes. Sizes are held against what the file has before memory is taken for them. Opcodes: Python's pickletools.
+What is left knows tensors, plain containers and the names of the ports' modules; a module becomes the dict of its
+attributes. Sizes are held against what the file has before memory is taken for them.
 
-`pickle.Unpickler` with `find_class` is not as safe: it takes memory by a memo index of the file (4 GB for 2²⁸,
-measured), it hashes whatever the file makes a key of (of nested tuples: for ever), and BUILD sets attributes on the
-very stand-ins that `find_class` returns. `torch.load(weights_only=True)` hashes such keys too, and reads no modules.
-So our own checkpoints are read here as well: one reader for torch's files.
+The unpickler is the one in Python, `pickle._Unpickler`, whose opcodes can be replaced one by one. With `find_class`
+alone it is not safe: BUILD sets attributes on the very stand-ins that `find_class` returns, and whatever the file
+makes a key of is hashed (nested tuples: for ever); the one in C also takes memory by a memo index of the file (4 GB
+for 2²⁸, measured). `torch.load(weights_only=True)` hashes such keys too, and reads no modules. So our own
+checkpoints are read here as well: one reader for torch's files.
 """
 
 from __future__ import annotations
 
 import io
+import math
+import pickle
 import pickletools
+import struct
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from drrn.weights.files import LIMIT, container
-from drrn.weights.inert import CALLS, STORAGES, Global, Module, Storage, Stored, count, dict_key, is_module, known
+
+# ---------------------------------------------------------------------- what stands for what a pickle names
 
 
-class _Machine:
-    """The stack, the marks and the memo of one pickle. Its methods are what opcodes do; `STEPS` names them."""
+@dataclass(eq=False)
+class Storage:
+    """The numbers behind tensors: torch.FloatStorage and its like, read when a tensor needs them."""
 
-    def __init__(self, persistent: Callable[[Any], Any] | None) -> None:
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        self.persistent = persistent
+    dtype: torch.dtype
+    numel: int
+    read: Callable[[], bytes] | None = None
 
-    def since_mark(self) -> list[Any]:
-        """What was pushed since the last mark, taken from the stack."""
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
 
-    def last(self, count: int) -> list[Any]:
-        """The last items, taken from the stack."""
-        return [self.stack.pop() for _ in range(count)][::-1]
+class Stored(NamedTuple):
+    """A tensor in a file: numbers of a storage from `offset` on, `stride` apart."""
 
-    def extend(self, items: list[Any]) -> None:
-        """Append to the list on top."""
-        if not isinstance(self.stack[-1], list):
-            raise TypeError("items for what is no list")
-        self.stack[-1].extend(items)
+    storage: Storage
+    offset: Any
+    size: Any
+    stride: Any
 
-    def fill(self, items: list[Any]) -> None:
-        """Keys and values in turn, for the dict on top."""
-        if not isinstance(self.stack[-1], dict):
-            raise TypeError("items for what is no dict")
-        self.stack[-1].update((dict_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
+    def tensor(self) -> Tensor:
+        """The tensor, floating ones as float32.
 
-    def dict_since_mark(self) -> None:
-        """A new dict of what was pushed since the mark."""
-        items = self.since_mark()
-        self.stack.append({})
-        self.fill(items)
+        Raises:
+            ValueError: it reaches beyond its storage, or the storage beyond the file.
+        """
+        storage, offset = self.storage, count(self.offset)
+        if not isinstance(self.size, tuple) or len(self.size) > 4 or len(self.size) != len(self.stride):
+            raise ValueError("a tensor of an impossible size")
+        size, stride = [count(n) for n in self.size], [count(n) for n in self.stride]
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if 0 in size or math.prod(size) > storage.numel or last >= storage.numel:
+            raise ValueError(f"a tensor of size {size} in a storage of {storage.numel:,} numbers")
+        raw = storage.read() if storage.read else b""
+        if len(raw) != storage.numel * storage.dtype.itemsize:
+            raise ValueError(f"a storage of {storage.numel:,} numbers has {len(raw):,} bytes: truncated")
+        values = torch.frombuffer(bytearray(raw), dtype=storage.dtype).as_strided(size, stride, offset)
+        return values.float().contiguous() if values.is_floating_point() else values.contiguous()
 
-    def name(self, module: Any, name: Any) -> None:
-        """A name, known or refused."""
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise TypeError("a name that is no text")
-        self.stack.append(known(Global(module, name)))
 
-    def call(self) -> None:
-        """What CALLS does instead of the function."""
-        function, arguments = self.last(2)
-        if not isinstance(function, Global) or function not in CALLS:
+class Module(NamedTuple):
+    """What a pickled torch.nn.Module becomes: its attributes."""
+
+    attributes: dict[str, Any]
+
+
+class Call(NamedTuple):
+    """What is done instead of a function that a pickle may call."""
+
+    instead: Callable[..., Any]
+
+
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+LAYERS = {"Conv2d", "ReLU", "BatchNorm2d", "Sequential", "ModuleList", "DataParallel"}
+NETWORKS = {"DRRN", "RecursiveBlock", "ResidualUnit", "ConvLayer", "Net", "VDSR", "Conv_ReLU_Block"}
+
+
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    return {dict_key(key): value for key, value in pairs}
+
+
+def _stored(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
+    """`torch._utils._rebuild_tensor`, and `_v2` with requires_grad, hooks and metadata after it."""
+    base, storage = storage
+    if not isinstance(storage, Storage):
+        raise TypeError("a tensor without a storage")
+    return Stored(storage, base + count(offset), size, stride)
+
+
+CALLS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("torch._utils", "_rebuild_tensor"): _stored,
+    ("torch._utils", "_rebuild_tensor_v2"): _stored,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("torch.nn.parameter", "Parameter"): lambda data, *_: data,
+    ("torch.nn.backends.thnn", "_get_thnn_function_backend"): lambda: None,  # Module._backend until torch 1.4
+    ("torch", "Size"): tuple,
+    ("torch", "device"): lambda *_: None,
+    ("__builtin__", "set"): list,
+    ("builtins", "set"): list,
+}
+
+
+def dict_key(key: Any) -> Any:
+    """A dict's key: text or a number (hashing nested tuples can be made to take forever)."""
+    if not isinstance(key, str | int):
+        raise ValueError(f"a dict key that is a {type(key).__name__}")
+    return key
+
+
+def count(value: Any) -> int:
+    """A size, a stride or an offset.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise ValueError("a size, stride or offset that is not a count")
+    return value
+
+
+# ---------------------------------------------------------------------- the unpickler
+
+CODES = {opcode.name: ord(opcode.code) for opcode in pickletools.opcodes}
+# Opcodes that are Python's own here: they push values, keep the stack and the memo, and make tuples and lists.
+PLAIN = """
+PROTO FRAME STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE
+INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE
+SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE
+EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT GLOBAL STACK_GLOBAL BINPERSID"""
+
+
+class _Refusing(dict):
+    def __missing__(self, code: int) -> Any:
+        raise ValueError(f"opcode {pickletools.code2op[chr(code)].name} is not run here")
+
+
+class _Inert(pickle._Unpickler):
+    """Calls what `CALLS` has, constructs a `Module`, and nothing else."""
+
+    def __init__(self, file: io.BytesIO, persistent: Callable[[Any], Any] | None) -> None:
+        super().__init__(file, encoding="latin-1")
+        if persistent is not None:
+            self.persistent_load = persistent
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name, which is never looked up.
+
+        Raises:
+            ValueError: it is none that a file of these networks has.
+        """
+        if (module, name) in CALLS:
+            return Call(CALLS[module, name])
+        if module in ("torch", "torch.cuda") and name in STORAGES:
+            return STORAGES[name]
+        if module.startswith("torch.nn.") if name in LAYERS else name in NETWORKS and not module.startswith("torch"):
+            return Module
+        shown = f"{module}.{name}"[:100]
+        raise ValueError(
+            f"it names {shown!r}, which is no tensor, no plain container and no part of these networks; nothing in "
+            "a foreign file is run"
+        )
+
+    def _call(self) -> None:
+        arguments = self.stack.pop()
+        if not isinstance(self.stack[-1], Call):
             raise TypeError("a call of what is no function")
-        self.stack.append(CALLS[function](*arguments))
+        self.stack[-1] = self.stack[-1].instead(*arguments)
 
-    def new(self) -> None:
-        """A module without attributes yet."""
-        function, arguments = self.last(2)
-        if arguments != () or not isinstance(function, Global) or not is_module(function):
+    def _new(self) -> None:
+        if self.stack.pop() != () or self.stack[-1] is not Module:
             raise TypeError("an object that is no module")
-        self.stack.append(Module({}))
+        self.stack[-1] = Module({})
 
-    def build(self) -> None:
+    def _build(self) -> None:
         """A module's attributes; a state dict's `_metadata` and a parameter's hooks are dropped."""
         attributes = self.stack.pop()
         if isinstance(self.stack[-1], Module) and isinstance(attributes, dict):
@@ -90,57 +201,30 @@ class _Machine:
         elif not isinstance(self.stack[-1], dict | Stored):
             raise TypeError("attributes for what has none")
 
-    def persistent_id(self) -> None:
-        """A storage, or a module's class."""
-        if self.persistent is None:
-            raise TypeError("a persistent id where there are none")
-        self.stack.append(self.persistent(self.stack.pop()))
+    def _fill(self, items: list[Any]) -> None:
+        """Keys and values in turn, for the dict on top."""
+        if not isinstance(self.stack[-1], dict):
+            raise TypeError("items for what is no dict")
+        self.stack[-1].update((dict_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
 
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({})
+        self._fill(items)
 
-def _steps() -> dict[str, Callable[[_Machine, Any], Any]]:
-    """Opcode → what it does with its argument; an opcode that is not here is refused by name."""
-    push = lambda m, arg: m.stack.append(arg)  # noqa: E731
-    values = (
-        "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
-        "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8"
-    )
-    put = lambda m, arg: m.memo.__setitem__(arg, m.stack[-1])  # noqa: E731
-    get = lambda m, arg: m.stack.append(m.memo[arg])  # noqa: E731
-    return {
-        **dict.fromkeys(("PROTO", "FRAME"), lambda m, arg: None),
-        **dict.fromkeys((*values.split(), "NONE"), push),
-        **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), put),
-        **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), get),
-        "MEMOIZE": lambda m, _: put(m, len(m.memo)),
-        "NEWTRUE": lambda m, _: m.stack.append(True),
-        "NEWFALSE": lambda m, _: m.stack.append(False),
-        "MARK": lambda m, _: m.marks.append(len(m.stack)),
-        "POP": lambda m, _: m.stack.pop(),
-        "POP_MARK": lambda m, _: m.since_mark(),
-        "DUP": lambda m, _: m.stack.append(m.stack[-1]),
-        "EMPTY_TUPLE": lambda m, _: m.stack.append(()),
-        "TUPLE1": lambda m, _: m.stack.append(tuple(m.last(1))),
-        "TUPLE2": lambda m, _: m.stack.append(tuple(m.last(2))),
-        "TUPLE3": lambda m, _: m.stack.append(tuple(m.last(3))),
-        "TUPLE": lambda m, _: m.stack.append(tuple(m.since_mark())),
-        **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda m, _: m.stack.append([])),
-        **dict.fromkeys(("LIST", "FROZENSET"), lambda m, _: m.stack.append(m.since_mark())),
-        "APPEND": lambda m, _: m.extend(m.last(1)),
-        **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda m, _: m.extend(m.since_mark())),
-        "EMPTY_DICT": lambda m, _: m.stack.append({}),
-        "DICT": lambda m, _: m.dict_since_mark(),
-        "SETITEM": lambda m, _: m.fill(m.last(2)),
-        "SETITEMS": lambda m, _: m.fill(m.since_mark()),
-        "GLOBAL": lambda m, arg: m.name(*arg.split(" ", 1)),
-        "STACK_GLOBAL": lambda m, _: m.name(*m.last(2)),
-        "REDUCE": lambda m, _: m.call(),
-        "NEWOBJ": lambda m, _: m.new(),
-        "BUILD": lambda m, _: m.build(),
-        "BINPERSID": lambda m, _: m.persistent_id(),
+    own = {  # noqa: RUF012 — as in its base
+        "REDUCE": _call,
+        "NEWOBJ": _new,
+        "BUILD": _build,
+        "DICT": _dict,
+        "SETITEM": lambda self: self._fill([self.stack.pop(), self.stack.pop()][::-1]),
+        "SETITEMS": lambda self: self._fill(self.pop_mark()),
+        "EMPTY_SET": pickle._Unpickler.load_empty_list,  # sets as lists: nothing is hashed
+        "FROZENSET": pickle._Unpickler.load_list,
+        "ADDITEMS": pickle._Unpickler.load_appends,
     }
-
-
-STEPS = _steps()
+    dispatch = _Refusing({CODES[name]: pickle._Unpickler.dispatch[CODES[name]] for name in PLAIN.split()})
+    dispatch.update({CODES[name]: step for name, step in own.items()})
 
 
 def unpickle(file: io.BytesIO, persistent: Callable[[Any], Any] | None = None) -> Any:
@@ -151,22 +235,18 @@ def unpickle(file: io.BytesIO, persistent: Callable[[Any], Any] | None = None) -
         persistent: what a persistent id stands for.
 
     Returns:
-        None, bool, int, float, str, bytes, list, tuple, dict, `Stored`, `Module` or `Global`; sets as lists.
+        None, bool, int, float, str, bytes, list, tuple, dict, `Stored`, `Module` or `Call`; sets as lists.
 
     Raises:
         ValueError: damaged, or something else is in it, by name.
     """
-    machine = _Machine(persistent)
     try:
-        for opcode, arg, _ in pickletools.genops(file):
-            if opcode.name == "STOP":
-                return machine.stack.pop()
-            if opcode.name not in STEPS:
-                raise ValueError(f"opcode {opcode.name} {str(arg)[:80]!r} is not run here")
-            STEPS[opcode.name](machine, arg)
-    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        return _Inert(file, persistent).load()
+    except (LookupError, TypeError, AttributeError, EOFError, struct.error, pickle.UnpicklingError) as error:
         raise ValueError(f"a damaged or foreign pickle ({type(error).__name__}: {error})") from error
-    raise ValueError("a pickle without an end")
+
+
+# ---------------------------------------------------------------------- torch's two containers
 
 
 def _persistent(identity: Any, storages: dict[str, Storage]) -> Any:
@@ -178,12 +258,11 @@ def _persistent(identity: Any, storages: dict[str, Storage]) -> Any:
     kind, name, *rest = identity
     if kind == "module":
         return name
-    if kind != "storage" or not isinstance(rest[0], str):
+    if kind != "storage" or not isinstance(name, torch.dtype) or not isinstance(rest[0], str):
         raise TypeError("a persistent id that is not torch's")
     key, numel = rest[0], count(rest[2])
-    dtype = STORAGES[name.name]
-    storage = storages.setdefault(key, Storage(dtype, numel))
-    if (storage.dtype, storage.numel) != (dtype, numel):
+    storage = storages.setdefault(key, Storage(name, numel))
+    if (storage.dtype, storage.numel) != (name, numel):
         raise TypeError(f"storage {key[:40]!r} is described in two ways")
     view = rest[3] if len(rest) > 3 else None
     return (count(view[1]) if view else 0), storage
