@@ -2,7 +2,7 @@
 
 python src/prepare.py
 python src/prepare.py data.augment=online
-python src/prepare.py 'data.val=[Set5,Set14,BSD100,Urban100]'
+python src/prepare.py 'data.test=[Set5,Set14,BSD100,Urban100]'
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def prepare(data: DataConfig) -> None:
     sets = evaluation_sets(data, complete=True)
     path = prepare_patches(data.name, Recipe.of(data), Path(data.root), Path(data.patches), max(1, data.num_workers))
     print(f"{path}: {Patches(path).stored:,} pairs, {path.stat().st_size / 1e9:.2f} GB")
-    for label, files in sets.items():
+    for label, files in (sets["validate"] | sets["test"]).items():
         print(f"{label}: {len(files)} images")
 
 

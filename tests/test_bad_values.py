@@ -57,6 +57,8 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "data.name": ["a/b"],
         "data.train": [[], ["T92"], ["no/such/folder"], ["T91", "T91"]],
         "data.val": [[], ["Set6"], ["no/such/folder"], ["Set5", "./Set5"]],
+        "data.test": [[], ["Set6"], ["no/such/folder"], ["Set5", "./Set5"]],
+        "data.test_metrics": [[], ["vmaf"], ["psnr", "psnr"]],
         "data.scales": [[1], [0], [-2], [2, 2]],
         "data.val_scales": [[1], [3, 3]],
         "data.patch_size": [2, 0, -31],

@@ -15,6 +15,7 @@ from PIL import Image
 
 from drrn.datamodule import EvaluationImages, SuperResolutionData, Task
 from drrn.errors import UserError
+from drrn.identity import run_dir
 from drrn.images import orientations, read_luminance
 from drrn.matlab import imresize
 from drrn.patches import Patches, ShuffledBatches
@@ -164,6 +165,26 @@ def test_tasks_are_sets_times_scales(configure: Callable, tiny_images: Path, inl
     assert data.evaluation_tasks("test") == [(name, scale) for name in sets for scale in (2, 3, 4)]
     assert [str(task) for task in data.evaluation_tasks("test")[:2]] == ["tiny_x2", "tiny_x3"]
     assert str(Task("demo_test", 4)) == "demo_test_x4"
+
+
+def test_the_sets_of_the_end_are_others_than_those_of_the_validations(
+    configure: Callable, tiny_images: Path, inline_pool: None
+) -> None:
+    sets = (f"data.val=[{tiny_images}]", "data.test=[demo_test]", "data.test_metrics=[ifc,psnr]")
+    config = configure(*sets, "data.scales=[2,3]", "data.val_scales=[3]")
+    data = prepared(config)
+    assert data.evaluation_tasks("validate") == [("tiny", 3)]
+    assert data.evaluation_tasks("test") == [("demo_test", 2), ("demo_test", 3)]
+    assert data.evaluation_metrics("validate") == ("psnr", "ssim")
+    assert data.evaluation_metrics("test") == ("psnr", "ssim", "ifc")
+    assert run_dir(config) == run_dir(configure("data.scales=[2,3]", "data.val_scales=[3]"))  # it trains the same
+
+
+def test_images_that_a_metric_does_not_take_are_refused_before_the_training(
+    configure: Callable, inline_pool: None
+) -> None:
+    with pytest.raises(UserError, match=r"too small to be scored at ×2 by ifc: take it out of data\.val"):
+        prepared(configure("data.test_metrics=[ifc]"))
 
 
 def test_a_folder_that_is_not_set5_is_not_called_so(

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skimage.data
 import skimage.metrics
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,6 +30,7 @@ from drrn.errors import UserError
 from drrn.images import read_luminance
 from drrn.losses import euclidean
 from drrn.matlab import imresize, to_uint8
+from drrn.metrics import ifc
 from drrn.module import Diverged, SuperResolution
 from drrn.optimisers import learning_rate_factor
 from drrn.patches import LOW, STEP, Patches
@@ -588,3 +591,18 @@ def test_a_sets_score_is_the_plain_mean_of_its_images(evaluated: tuple) -> None:
             if scale == 3:
                 assert validated[f"validate/tiny_x3/{metric}"] == pytest.approx(mean, rel=1e-5)
     assert set(validated) == {"validate/tiny_x3/psnr", "validate/tiny_x3/ssim"}
+
+
+def test_the_end_scores_other_sets_by_other_metrics(configure: Callable, tmp_path: Path) -> None:
+    """`data.test` and `data.test_metrics`: IFC, of a photograph that is not among those of the validations."""
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(skimage.data.chelsea()[60:150, 100:190]).save(tmp_path / "cat/eye.png")
+    config = configure(f"data.test=[{tmp_path}/cat]", "data.test_metrics=[ifc]", "data.scales=[3]")
+    scored = SuperResolution(asdict(config.model), asdict(config.optim))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (logged,) = trainer.test(scored, datamodule=SuperResolutionData(config), verbose=False)
+    (row,) = scored.scores
+    x, truth = prepare(read_luminance(tmp_path / "cat/eye.png"), 3)
+    assert row["bicubic_ifc"] == pytest.approx(ifc(eight_bit(truth, 3), eight_bit(x, 3)), rel=1e-6)
+    assert logged["test/cat_x3/ifc"] == pytest.approx(row["ifc"], rel=1e-5)
+    assert {"psnr", "ssim", "bicubic_psnr", "bicubic_ssim"} < row.keys()

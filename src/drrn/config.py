@@ -55,7 +55,7 @@ class DataConfig:
 
     name: str = key("first part of the patch file's name")
     train: list[str] = key("image sets, or folders")
-    val: list[str] = key("sets to measure on, or folders")
+    val: list[str] = key("sets to measure on while training, or folders")
     root: str = key("folder of the sets")
     patches: str = key("folder of the patch files")
     scales: list[int] = key("scales of training and of the final evaluation", at_least=2, distinct=True)
@@ -65,6 +65,8 @@ class DataConfig:
     augment: str = key("offline stores all orientations", choices=("offline", "online"))
     batch_size: int = key("pairs of an optimiser step, over all devices and micro-batches", at_least=1)
     num_workers: int = key("processes that read patches", at_least=0, below=2**10)
+    test: list[str] | None = key("sets to score at the end, or folders; null: those of val", default=None)
+    test_metrics: list[str] | None = key("of METRICS, at the end beside psnr and ssim", default=None)
 
     def share(self, micro: int, processes: int = 1) -> int:
         """Pairs of one process's micro-batch.
@@ -80,10 +82,20 @@ class DataConfig:
             )
         return self.batch_size // (micro * processes)
 
+    @property
+    def test_sets(self) -> list[str]:
+        """The sets that are scored at the end."""
+        return self.test or self.val
+
     def rules(self) -> None:
-        """Sets that exist."""
-        for name in ("train", "val"):
-            check_sets(f"data.{name}", getattr(self, name))
+        """Sets and metrics that exist."""
+        for name in ("train", "val", "test"):
+            if getattr(self, name) is not None:
+                check_sets(f"data.{name}", getattr(self, name))
+        if self.test_metrics is not None:
+            from drrn.metrics import check_names
+
+            check_names("data.test_metrics", self.test_metrics)
         if os.sep in self.name:
             raise UserError(f"data.name = {self.name!r}: the first part of a file's name, without {os.sep}")
 

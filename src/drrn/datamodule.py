@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from drrn.config import Config
 from drrn.images import read_luminance
+from drrn.metrics import in_training
 from drrn.networks import input_of
 from drrn.pairs import low_pairs, turned
 from drrn.patch_build import prepare_patches
@@ -133,9 +134,17 @@ class SuperResolutionData(LightningDataModule):
         return {}
 
     def evaluation_tasks(self, stage: str) -> list[Task]:
-        """Sets × scales: `data.val_scales` while training, every trained scale at the end."""
+        """Sets × scales: `data.val` and `val_scales` while training, `data.test` and every trained scale after."""
         scales = self.data.scales if stage == "test" else self.data.val_scales
-        return [Task(label, scale) for label in self.sets for scale in scales]
+        return [Task(label, scale) for label in self._sets(stage) for scale in scales]
+
+    def evaluation_metrics(self, stage: str) -> tuple[str, ...]:
+        """What is measured: at the end `data.test_metrics` too."""
+        more = (self.data.test_metrics or ()) if stage == "test" else ()
+        return tuple(dict.fromkeys([*in_training(), *more]))
+
+    def _sets(self, stage: str) -> dict[str, list[Path]]:
+        return self.sets["test" if stage == "test" else "validate"]
 
     def train_dataloader(self) -> DataLoader:
         """Batches of stored integers; the hooks below make them floats on the device."""
@@ -147,7 +156,7 @@ class SuperResolutionData(LightningDataModule):
     def _evaluation_dataloaders(self, stage: str) -> list[DataLoader]:
         loaders = []
         for task in self.evaluation_tasks(stage):
-            files = self.sets[task.set_name]
+            files = self._sets(stage)[task.set_name]
             # Each process takes every world-size-th image: nothing is padded, nothing counted twice. One that
             # has none left gets an empty item: it takes part in the evaluation, which the others wait for.
             mine = files[self.trainer.global_rank :: self.trainer.world_size]
@@ -159,7 +168,7 @@ class SuperResolutionData(LightningDataModule):
         return self._evaluation_dataloaders("validate")
 
     def test_dataloader(self) -> list[DataLoader]:
-        """The same at every trained scale."""
+        """The same for the sets and scales of the end."""
         return self._evaluation_dataloaders("test")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -105,11 +105,9 @@ def check(cfg: DictConfig) -> EvaluateConfig:
     check_output("output", Path(config.output))
     if config.images is not None:
         check_output("images", Path(config.images), folder=True)
-    from drrn.metrics import METRICS  # last, since it is not light
+    from drrn.metrics import check_names  # last, since it is not light
 
-    for metric in config.metrics:
-        if metric not in METRICS:
-            raise UserError(f"metrics: {metric!r} is not one of {', '.join(METRICS)}")
+    check_names("metrics", config.metrics)
     return config
 
 

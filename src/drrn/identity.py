@@ -50,7 +50,7 @@ def structure_name(model: ModelConfig | Mapping[str, Any]) -> str:
 # What does not change the result of a run, or only its rounding: left out of a run's identity, so that it
 # can be resumed with other workers, another logger or on another machine.
 NOT_IDENTITY = {
-    "data": ("root", "patches", "num_workers", "val_scales"),
+    "data": ("root", "patches", "num_workers", "val_scales", "test", "test_metrics"),
     "trainer": (
         "accelerator",
         "devices",

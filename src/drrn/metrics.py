@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from drrn.errors import UserError
+
 if TYPE_CHECKING:
     from scipy import sparse
 
@@ -229,22 +231,38 @@ class Metric:
         function: (ground truth, estimate), both [H, W] in 0…255 → a number.
         digits: decimals of tables.
         color: it is taken over [H, W, 3] where the protocol scores colour; otherwise it stays on Y.
-        training: runs measure it at each validation and at their end; evaluate.py measures any.
+        training: runs measure it at each validation and at their end; others at their end if `data.test_metrics`
+            names them. evaluate.py measures any.
+        smallest: side in pixels of the images that it takes.
     """
 
     function: Callable[[Image, Image], float]
     digits: int
     color: bool = False
     training: bool = False
+    smallest: int = 1
 
 
 METRICS: dict[str, Metric] = {
     "psnr": Metric(psnr, 2, color=True, training=True),
-    "ssim": Metric(ssim, 4, training=True),
-    "ifc": Metric(ifc, 3),
+    "ssim": Metric(ssim, 4, training=True, smallest=SSIM_WINDOW),
+    "ifc": Metric(ifc, 3, smallest=IFC_SMALLEST_SIDE),
 }
 
 
 def in_training() -> tuple[str, ...]:
     """The metrics that a run measures."""
     return tuple(name for name, metric in METRICS.items() if metric.training)
+
+
+def check_names(key: str, names: list[str]) -> None:
+    """Metrics that a configuration names.
+
+    Raises:
+        UserError: none, one twice, or one that is not there.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"{key}: {name!r} is not one of {', '.join(METRICS)}")
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{key} = {names}: one or more different metrics")

@@ -18,7 +18,6 @@ from drrn.fast.training import InTraining, Latch, worth_compiling
 from drrn.inference import forget, super_resolve
 from drrn.losses import loss_of
 from drrn.matlab import imresize
-from drrn.metrics import in_training
 from drrn.networks import build
 from drrn.optimisers import configured, takes_found_inf
 from drrn.protocol import score
@@ -81,8 +80,9 @@ class SuperResolution(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Means for every set and scale that the data module evaluates on."""
-        for index in range(len(self.trainer.datamodule.evaluation_tasks(stage))):
-            for name in in_training():
+        data = self.trainer.datamodule
+        for index in range(len(data.evaluation_tasks(stage))):
+            for name in data.evaluation_metrics(stage):
                 self.metrics[f"{name}_{index}"] = MeanMetric()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -234,16 +234,18 @@ class SuperResolution(LightningModule):
         x, truth, image = batch  # [1, 1, H, W] each, or x the low-resolution image
         if not image:
             return
-        task = self.trainer.datamodule.evaluation_tasks(stage)[dataloader_idx]
+        data = self.trainer.datamodule
+        task, metrics = data.evaluation_tasks(stage)[dataloader_idx], data.evaluation_metrics(stage)
         given, truth = (plane[0, 0].float().cpu().numpy() for plane in (x, truth))
         with torch.autocast(x.device.type, enabled=False):  # in float32 and in strips, as src/evaluate.py scores
-            values = score(super_resolve(self.network, given), truth, task.scale)
+            values = score(super_resolve(self.network, given), truth, task.scale, metrics)
         for name, value in values.items():
             self.metrics[f"{name}_{dataloader_idx}"].update(value)
         row = {"set": task.set_name, "scale": task.scale, "image": image, **values}
         if stage == "test":
             interpolated = imresize(given, task.scale) if self.network.input == "low" else given
-            row |= {f"bicubic_{name}": value for name, value in score(interpolated, truth, task.scale).items()}
+            bicubic = score(interpolated, truth, task.scale, metrics)
+            row |= {f"bicubic_{name}": value for name, value in bicubic.items()}
         self.rows.append((dataloader_idx, batch_idx * self.trainer.world_size + self.trainer.global_rank, row))
 
     def _begin(self) -> None:
@@ -261,10 +263,11 @@ class SuperResolution(LightningModule):
             torch.distributed.all_gather_object(parts, self.rows)
         ordered = sorted((row for part in parts for row in part), key=lambda row: row[:2])
         self.scores = [row for _, _, row in ordered]
-        for index, task in enumerate(self.trainer.datamodule.evaluation_tasks(stage)):
-            for name in in_training():
+        data = self.trainer.datamodule
+        for index, task in enumerate(data.evaluation_tasks(stage)):
+            for name in data.evaluation_metrics(stage):
                 self.log(f"{stage}/{task}/{name}", self.metrics[f"{name}_{index}"])
-        for name in in_training():  # over all images, for callbacks to monitor
+        for name in data.evaluation_metrics(stage):  # over all images, for callbacks to monitor
             values = [row[name] for row in self.scores]
             self.log(f"{stage}/{name}", sum(values) / max(1, len(values)), logger=False)
 

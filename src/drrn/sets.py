@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -298,35 +298,53 @@ def set_label(set_name: str, files: list[Path]) -> str:
 # ---------------------------------------------------------------------- sets to measure on
 
 
-def evaluation_sets(data: DataConfig, complete: bool = False) -> dict[str, list[Path]]:
-    """The sets to measure on, by label, each image looked at before hours of training; `complete` as above.
+def evaluation_sets(data: DataConfig, complete: bool = False) -> dict[str, dict[str, list[Path]]]:
+    """The sets to measure on, each image looked at before hours of training; `complete` as above.
+
+    Returns:
+        "validate" (while training) and "test" (at the end) → label → files.
 
     Raises:
         UserError: an image cannot be read, or is too small to be scored at the largest scale.
     """
-    sets = {}
-    for name in data.val:
-        files = image_files(name, Path(data.root), complete)
-        for file in files:
-            check_size(file, max(*data.scales, *data.val_scales))
-        if sets.setdefault(label := set_label(name, files), files) is not files:
-            raise UserError(f"data.val: {name} is {label}, which is there already")
+    sets = {"validate": _evaluation_sets(data, "val", complete)}
+    sets["test"] = _evaluation_sets(data, "test", complete) if data.test else sets["validate"]
     return sets
 
 
-def check_size(file: Path, scale: int) -> None:
-    """Make sure, before hours of training, that an image can be scored at a scale.
+def _evaluation_sets(data: DataConfig, key: str, complete: bool) -> dict[str, list[Path]]:
+    from drrn.metrics import in_training
+
+    tested = key == "test" or not data.test
+    scales = [*(data.scales if tested else ()), *(data.val_scales if key == "val" else ())]
+    metrics = [*in_training(), *((data.test_metrics or ()) if tested else ())]
+    sets = {}
+    for name in getattr(data, key):
+        files = image_files(name, Path(data.root), complete)
+        for file in files:
+            check_size(file, max(scales), metrics, f"data.{key}")
+        if sets.setdefault(label := set_label(name, files), files) is not files:
+            raise UserError(f"data.{key}: {name} is {label}, which is there already")
+    return sets
+
+
+def check_size(file: Path, scale: int, metrics: Iterable[str] = ("ssim",), key: str = "data.val") -> None:
+    """Make sure, before hours of training, that an image of a set that `key` names can be scored at a scale.
 
     Raises:
-        UserError: it cannot be read; or, cropped to the scale and shaved by it on every side, it holds no 11×11
-            window for the SSIM.
+        UserError: it cannot be read; or, cropped to the scale and shaved by it on every side, it is smaller than
+            a metric takes.
     """
     from drrn.images import image_size
-    from drrn.metrics import SSIM_WINDOW
+    from drrn.metrics import METRICS
 
     height, width = image_size(file)
-    if min(side - side % scale for side in (width, height)) - 2 * scale < SSIM_WINDOW:
-        raise UserError(f"{file} ({width}×{height}) is too small to be scored at ×{scale}: take it out of data.val")
+    side = min(side - side % scale for side in (width, height)) - 2 * scale
+    for name in metrics:
+        if side < METRICS[name].smallest:
+            raise UserError(
+                f"{file} ({width}×{height}) is too small to be scored at ×{scale} by {name}: take it out of {key}"
+            )
 
 
 def counterpart(folder: Path, label: str, image: Path, scale: int, only_scale: bool) -> Path:

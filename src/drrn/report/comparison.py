@@ -93,7 +93,7 @@ def _chosen(config: ReportConfig, tested: list[dict[str, Any]]) -> tuple[Path, i
         found = [p for p in image_files(set_name, Path(config.root), complete=False) if p.name == file]
         if not found:
             raise UserError(
-                f"{file} of {set_name} is not under {config.root}: python src/prepare.py 'data.val=[{set_name}]'"
+                f"{file} of {set_name} is not under {config.root}: python src/prepare.py 'data.test=[{set_name}]'"
             )
         return found[0], config.scale or scale, box or preset
     if config.compare:
@@ -101,7 +101,8 @@ def _chosen(config: ReportConfig, tested: list[dict[str, Any]]) -> tuple[Path, i
             raise UserError(f"compare = {config.compare!r}: no such file, and none of {', '.join(FIG7)}")
         return Path(config.compare), config.scale or 3, box
     last = tested[-1]["scores"][-1]
-    files = image_files(tested[-1]["config"]["data"]["val"][-1], Path(config.root), complete=False)
+    data = tested[-1]["config"]["data"]
+    files = image_files((data.get("test") or data["val"])[-1], Path(config.root), complete=False)
     path = next((p for p in files if p.name == last["image"]), None)
     if path is None:
         raise UserError(f"{printable(last['image'])}, which the runs were tested on, is not under {config.root}")

@@ -287,12 +287,17 @@ def evaluation_pixels(config: Config, first: int) -> int:
 
     from drrn.sets import image_files, is_absent
 
-    data, trainer, pixels = config.data, config.trainer, 0
+    data, trainer = config.data, config.trainer
+
+    def pixels(sets: list[str]) -> int:
+        total = 0
+        for name in sets:
+            if is_absent(name, Path(data.root)):
+                continue
+            for file in image_files(name, Path(data.root), complete=False):
+                with Image.open(file) as image:
+                    total += image.width * image.height
+        return total
+
     validations = trainer.max_steps // trainer.val_check_interval - first // trainer.val_check_interval
-    for name in data.val:
-        if is_absent(name, Path(data.root)):
-            continue
-        for file in image_files(name, Path(data.root), complete=False):
-            with Image.open(file) as image:
-                pixels += image.width * image.height
-    return pixels * (validations * len(data.val_scales) + len(data.scales))
+    return pixels(data.val) * validations * len(data.val_scales) + pixels(data.test_sets) * len(data.scales)

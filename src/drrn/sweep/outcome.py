@@ -101,6 +101,6 @@ def mean_of(job: Job) -> dict[str, Any]:
     path = finished_record(job.folder)
     data = job.config.data
     for row in read_record(path).get("means", []) if path else []:
-        if row["set"] == Path(data.val[0]).name and row["scale"] == (data.val_scales or data.scales)[0]:
+        if row["set"] == Path(data.test_sets[0]).name and row["scale"] == (data.val_scales or data.scales)[0]:
             return row
     return {}

@@ -54,7 +54,7 @@ def queue(study: str) -> str:
     with initialize_config_dir(CONF, version_base="1.3"):
         data = compose("config", [f"sweeps={study}"]).data
     return QUEUE.format(
-        title=title, study=study, set=Path(data.val[0]).name, scale=data.val_scales[0],
+        title=title, study=study, set=Path((data.test or data.val)[0]).name, scale=data.val_scales[0],
         points="\n".join(f'      - "[{line}]"' for line in lines),
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ def pictures(record: dict[str, Any], module: SuperResolution) -> dict[str, np.nd
     chosen = [r["image"] for r in record["scores"] if (r["set"], r["scale"]) == (first, scale)][:PICTURES]
     drawn = {}
     try:
-        files = {path.name: path for path in module.trainer.datamodule.sets[first]}
+        files = {path.name: path for path in module.trainer.datamodule.sets["test"][first]}
         name = record["structure"]["name"]
         low = [name] if module.network.input == "low" else []
         for image in chosen:
