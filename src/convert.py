@@ -15,7 +15,9 @@ from omegaconf import DictConfig
 
 from drrn.home import CONF
 from drrn.launch import launch, refusing
-from drrn.weights.convert import check, convert
+from drrn.weights.convert import ConvertConfig, check, convert
+
+KEYS = ConvertConfig
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="convert")

@@ -14,9 +14,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from drrn.evaluation import check, evaluate
+from drrn.evaluation import EvaluateConfig, check, evaluate
 from drrn.home import CONF
 from drrn.launch import launch, refusing
+
+KEYS = EvaluateConfig
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")

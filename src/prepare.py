@@ -14,10 +14,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from drrn.config import DataConfig
+from drrn.config import Config, DataConfig
 from drrn.home import CONF
 from drrn.launch import launch, refusing
 from drrn.runs.request import request
+
+KEYS = Config
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")

@@ -16,7 +16,9 @@ from omegaconf import DictConfig
 
 from drrn.home import CONF
 from drrn.launch import launch, refusing
-from drrn.report.report import check, report, report_studies
+from drrn.report.report import ReportConfig, check, report, report_studies
+
+KEYS = ReportConfig
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="report")

@@ -14,10 +14,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from drrn.config import Config
 from drrn.home import CONF
 from drrn.launch import launch, refusing
 from drrn.runs.request import request
 from drrn.runs.run import train
+
+KEYS = Config
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")

@@ -17,6 +17,8 @@ from drrn.photos.plan import Options, check, plan
 from drrn.photos.upscale import upscale
 from drrn.schema import typed
 
+KEYS = Options
+
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="upscale")
 def main(cfg: DictConfig) -> None:

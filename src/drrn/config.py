@@ -36,11 +36,11 @@ class ModelConfig:
     U: int = key("residual units of a block; 0 is VDSR", at_least=0)
     features: int = key("filters of every convolution but the last", at_least=1, below=2**13)
     norm: str = key("normalisation before each ReLU", choices=("batch", "none"))
-    bias: bool = key("biases on the convolutions")
+    bias: bool = key("biases on the convolutions, as the release has them")
     weight_sharing: bool = key("false: DRRN_NS")
-    multi_path: bool = key("false: DRRN_C")
-    rectified_identity: bool = key("ReLU on every identity, as two ports have it", default=False)
-    input_relu: bool = key("ReLU before the first convolution", default=True)
+    multi_path: bool = key("false: DRRN_C, the identity of a unit is the unit before it")
+    rectified_identity: bool = key("ReLU on every identity: two ports' weights need it", default=False)
+    input_relu: bool = key("ReLU before the first convolution; false: a port's VDSR", default=True)
 
     def rules(self) -> None:
         """Depth."""
@@ -54,19 +54,19 @@ class DataConfig:
     """Training patches and evaluation sets."""
 
     name: str = key("first part of the patch file's name")
-    train: list[str] = key("image sets, or folders")
-    val: list[str] = key("sets to measure on while training, or folders")
-    root: str = key("folder of the sets")
-    patches: str = key("folder of the patch files")
-    scales: list[int] = key("scales of training and of the final evaluation", at_least=2, distinct=True)
-    val_scales: list[int] = key("scales of the validations", at_least=2, distinct=True)
-    patch_size: int = key("side, pixels", at_least=3)
+    train: list[str] = key("image sets, paths of folders, or parts: BSD200@1-180")
+    val: list[str] = key("sets to measure on while it trains, folders or parts")
+    root: str = key("where the sets are, or are downloaded to")
+    patches: str = key("where patch files are kept")
+    scales: list[int] = key("of training and of the final evaluation, one network for all", at_least=2, distinct=True)
+    val_scales: list[int] = key("of the validations", at_least=2, distinct=True)
+    patch_size: int = key("side of a patch, pixels", at_least=3)
     stride: int = key("pixels from patch to patch", at_least=1)
-    augment: str = key("offline stores all orientations", choices=("offline", "online"))
+    augment: str = key("where the 8 orientations are made: stored, or on the device", choices=("offline", "online"))
     batch_size: int = key("pairs of an optimiser step, over all devices and micro-batches", at_least=1)
     num_workers: int = key("processes that read patches", at_least=0, below=2**10)
-    test: list[str] | None = key("sets to score at the end, or folders; null: those of val", default=None)
-    test_metrics: list[str] | None = key("of METRICS, at the end beside psnr and ssim", default=None)
+    test: list[str] | None = key("sets to score at its end, folders or parts; null: those of val", default=None)
+    test_metrics: list[str] | None = key("at its end, beside psnr and ssim: [ifc]", default=None)
 
     def share(self, micro: int, processes: int = 1) -> int:
         """Pairs of one process's micro-batch.
@@ -107,17 +107,17 @@ class OptimConfig:
     algorithm: str = key("solver", choices=tuple(OPTIMISERS))
     lr: float = key("γ at the start", above=0)
     momentum: float = key("of SGD; β₁ of Adam", at_least=0, below=1)
-    weight_decay: float = key("on everything", at_least=0)
+    weight_decay: float = key("on everything, as in the release", at_least=0)
     bias_lr_mult: float = key("rate of convolution biases, relative to lr", at_least=0)
     theta: float = key("θ of the gradient clipping", above=0)
-    clip: str = key("each gradient, their common norm, or none", choices=("value", "norm", "none"))
-    schedule: str = key("of γ", choices=tuple(SCHEDULES))
-    halve_every_epochs: float | None = key("epochs of the data", above=0)
+    clip: str = key("each gradient (paper), their common norm (release)", choices=("value", "norm", "none"))
+    schedule: str = key("of γ; step: a tenth instead of a half; cosine: to 0 over the run", choices=tuple(SCHEDULES))
+    halve_every_epochs: float | None = key("epochs of the data; or halve_every_steps", above=0)
     halve_every_steps: int | None = key("optimiser steps", above=0)
-    residual_scale: float = key("factor on the last convolution's initial weights", at_least=0)
-    bn_average: float = key("what BatchNorm's running statistics keep at each batch", at_least=0, below=1)
-    loss: str | None = key("what is minimised; null: the network's own", default=None, choices=tuple(LOSSES))
-    warmup_steps: int = key("steps over which γ rises from 0", default=0, at_least=0)
+    residual_scale: float = key("factor on the last convolution's first weights; 0: bicubic", at_least=0)
+    bn_average: float = key("what BatchNorm's averages keep at a batch; Caffe's: 0.999", at_least=0, below=1)
+    loss: str | None = key("a sum over pixels; null: the network's own", default=None, choices=tuple(LOSSES))
+    warmup_steps: int = key("steps over which γ rises along a line", default=0, at_least=0)
     optimiser: Any = key("{_target_: another solver, …} instead of algorithm", default=None)
     scheduler: Any = key("{_target_: another schedule, …} instead of schedule", default=None)
 
@@ -157,17 +157,17 @@ class TrainerConfig:
     precision: str = key(
         "of training", choices=("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
     )
-    max_steps: int = key("optimiser steps of the run", at_least=1)
-    max_epochs: float | None = key("epochs of the data instead of max_steps", above=0)
-    max_time: str | None = key("DD:HH:MM:SS, for each start")
+    max_steps: int = key("optimiser steps of the run; B1U9 was published after 464,056", at_least=1)
+    max_epochs: float | None = key("epochs of the data instead of max_steps; may be a fraction", above=0)
+    max_time: str | None = key("DD:HH:MM:SS, of each start: it stops then, resumable")
     accumulate_grad_batches: int = key("micro-batches of a step", at_least=1)
     val_check_interval: int = key("steps between validations", at_least=1)
-    checkpoint_every: int = key("steps between checkpoints", at_least=1)
+    checkpoint_every: int = key("steps between checkpoints; the newest two are kept", at_least=1)
     log_every_n_steps: int = key("steps between rows of the log", at_least=1)
     deterministic: bool = key("the same bits each time")
     sync_batchnorm: bool = key("BatchNorm sees the batches of all GPUs")
-    channels_last: bool = key("memory layout")
-    tf32: bool = key("TF32 for what is float32", default=False)
+    channels_last: bool = key("memory layout; faster on CPUs and on tensor cores")
+    tf32: bool = key("TF32 for what is float32 in training, on GPUs that have it", default=False)
 
     def rules(self) -> None:
         """Devices, time, and what excludes each other."""
@@ -180,8 +180,8 @@ class TrainerConfig:
 class SpeedConfig:
     """What changes time and memory of training, and nothing of its result but rounding."""
 
-    compile: Any = key("torch.compile of the network; auto: on a GPU", default="auto")
-    checkpointing: bool = key("feature maps are computed twice, not kept: a third of the memory", default=False)
+    compile: Any = key("torch.compile of the whole network: true, false; auto: on a GPU", default="auto")
+    checkpointing: bool = key("a third of the memory: feature maps are computed twice", default=False)
 
     def rules(self) -> None:
         """A truth value, or auto."""
@@ -196,9 +196,11 @@ class LoggerConfig:
     wandb: bool = key("Weights & Biases, or not", default=False)
     project: str = key("W&B's project")
     mode: str = key("W&B's mode", choices=("offline", "online", "disabled"))
-    artifacts: str = key("what W&B keeps", choices=("none", "weights", "checkpoints"))
-    entity: str | None = key("W&B's user or team", default=None)
-    tags: list[str] = key("W&B's, beside the structure's")
+    artifacts: str = key(
+        "what W&B keeps; with checkpoints the momentum too", choices=("none", "weights", "checkpoints")
+    )
+    entity: str | None = key("user or team; null: WANDB_ENTITY, else your own", default=None)
+    tags: list[str] = key("beside the structure's, and WANDB_TAGS")
     notes: str | None = key("W&B's", default=None)
     job_type: str | None = key("W&B's", default=None)
     kind: str | None = key("one logger, as before there were several", default=None, choices=("wandb", "csv", "none"))
@@ -224,15 +226,21 @@ class Config:
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = MISSING
     seed: int = key("fixes initial weights and the order of the patches", at_least=0, below=2**32)
-    threads: int | None = key("CPU threads; null: what is free", default=None, at_least=1, below=2**12)
-    name: str | None = key("for people and W&B")
-    study: str = key("folder and W&B group that its runs share")
-    output: str = key("folder of all runs")
-    ckpt_path: str | None = key("a checkpoint, `last`, or null: afresh")
-    init_from: str | None = key("weights that a fine-tuning starts from", default=None)
-    plan: str = key("print a sweep's plan", default="print", choices=("print", "only", "none"))
-    from_record: str | None = key("a record that is trained again", default=None)
-    callbacks: dict[str, Any] | None = key("NAME: {_target_: a Callback of Lightning's kind, …}", default=None)
+    threads: int | None = key(
+        "of the CPU; null: what is free, or OMP_NUM_THREADS", default=None, at_least=1, below=2**12
+    )
+    name: str | None = key("for people and W&B; null: from the structure, DRRN_B1U9 s1")
+    study: str = key("folder and W&B group that runs share")
+    output: str = key("a run is written to output/study/<structure>_s<seed>-<digest>")
+    ckpt_path: str | None = key("last: resume this run; or a checkpoint; null: afresh")
+    init_from: str | None = key("fine-tuning: weights to start from; the network is theirs", default=None)
+    plan: str = key(
+        "of a sweep, before it; only: nothing more",
+        default="print",
+        choices=("print", "only", "none"),
+    )
+    from_record: str | None = key("a record.json, trained again; keys beside it win", default=None)
+    callbacks: dict[str, Any] | None = key("callbacks=[ema,timer], +callbacks.mine={_target_: …}", default=None)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     trainer_extra: dict[str, Any] | None = key("+trainer.NAME=…, for Lightning", default=None)
     logger_extra: dict[str, Any] | None = key("logger.NAME={_target_: a Logger of Lightning's kind, …}", default=None)

@@ -1,6 +1,6 @@
 """What a command says of itself, and how it answers what it does not understand.
 
-`--help` shows what the command does, two examples, its groups, and every key with its value and its comment in conf/.
+`--help` shows what the command does, two examples, its groups, and every key with its value and its meaning.
 Hydra's own errors become one line each, with what was probably meant.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,7 +17,6 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from drrn.config import Config
 from drrn.home import CONF, HOME
 
 CONFIGS = {"train": "config", "prepare": "config"}  # the others' are called as they are
@@ -29,11 +28,12 @@ def command() -> str:
     return Path(sys.argv[0]).stem.split()[-1]
 
 
-def show(about: str, arguments: Sequence[str]) -> None:
+def show(about: str, schema: type, arguments: Sequence[str]) -> None:
     """Print the help of the command that runs.
 
     Args:
         about: its docstring: a sentence, and examples.
+        schema: its keys with their meanings.
         arguments: of the command line; what they override is shown as they set it.
     """
     name = command()
@@ -43,10 +43,10 @@ def show(about: str, arguments: Sequence[str]) -> None:
         width = max(len(group) for group, _ in groups)
         lines += ["Groups (group=name):", *(f"  {group:{width}}  {', '.join(n)}" for group, n in groups), ""]
     lines.append("Keys (key=value; -m key=a,b for several):" if name == "train" else "Keys (key=value):")
-    known = comments()
+    known = dict(meanings(schema)) | beside(cfg.hydra.runtime.choices)
     for key, value in flat(cfg):
-        text, comment = f"  {key}={shown(value)}", known.get((name, key), "")
-        lines.append(f"{text:34}  # {comment}" if comment else text)
+        text = f"  {key}={shown(value)}"
+        lines.append(f"{text:34}  # {known[key]}" if key in known else text)
     lines += ["", "Hydra's own options: --hydra-help. More: README.md, docs/, conf/."]
     print("\n".join(lines))
 
@@ -58,7 +58,7 @@ def composed(config: str, overrides: Sequence[str] = ()) -> Any:
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
-        return compose(config, list(overrides))
+        return compose(config, list(overrides), return_hydra_config=True)
 
 
 def choices(name: str) -> Iterator[tuple[str, list[str]]]:
@@ -70,8 +70,10 @@ def choices(name: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def flat(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a configuration with its value, `model.B`."""
+    """Every key of a configuration with its value, `model.B`; none of Hydra's."""
     for key in cfg:
+        if key == "hydra":
+            continue
         value = cfg._get_node(key)
         if OmegaConf.is_dict(value) and len(value):
             yield from flat(value, f"{prefix}{key}.")
@@ -86,34 +88,30 @@ def shown(value: Any) -> str:
     return "[" + ",".join(map(shown, value)) + "]" if OmegaConf.is_list(value) else str(value)
 
 
-def comments() -> dict[tuple[str, str], str]:
-    """(command, key) → what conf/ says beside it, else its meaning in `drrn.config`; keys as `model.B`."""
-    found: dict[tuple[str, str], str] = {}
+def beside(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """What the chosen files of conf/ say beside keys that no schema has: of another network, a callback, a logger."""
+    found: dict[str, str] = {}
     line = re.compile(r"^( *)(\w+):(?:.*?\s#\s(.*)|.*)$")
-    files = [(path, path.read_text().splitlines()) for path in sorted(Path(CONF).rglob("*.yaml"))]
-    for path, lines in sorted(files, key=lambda file: -len(file[1])):  # a group's basis before what departs from it
-        group = path.parent.relative_to(CONF).as_posix()
-        commands = [c for c in ("train", "prepare") if group != "." or path.stem == "config"] or [path.stem]
-        parent = ""
-        for match in filter(None, map(line.match, lines)):
-            parent = parent if match[1] else match[2]
-            key = f"{parent}.{match[2]}" if match[1] else match[2]
-            for name in commands:
-                found.setdefault((name, key if group == "." else f"{group}.{key}"), match[3] or "")
-    for key, meaning in meanings(Config):
-        for name in ("train", "prepare"):
-            found[name, key] = found.get((name, key)) or meaning
+    for group in ("model", "callbacks", "logger"):
+        names = chosen.get(group) or []
+        for name in [names] if isinstance(names, str) else names:
+            path, parent = Path(CONF) / group / f"{name}.yaml", group
+            for match in filter(None, map(line.match, path.read_text().splitlines() if path.is_file() else [])):
+                parent = parent if match[1] else f"{group}.{match[2]}"
+                if match[3]:
+                    found[f"{parent}.{match[2]}" if match[1] else parent] = match[3]
     return found
 
 
 def meanings(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every key of a schema with its meaning."""
+    """Every key of a schema with its meaning and what is allowed."""
     for name, kind in get_type_hints(schema).items():
         (one,) = (field for field in fields(schema) if field.name == name)
         if is_dataclass(kind):
             yield from meanings(kind, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", one.metadata.get("meaning", "")
+            allowed = ", ".join(one.metadata.get("choices", ()))
+            yield f"{prefix}{name}", ": ".join(filter(None, (one.metadata.get("meaning"), allowed)))
 
 
 def closest(word: str, words: Iterable[str]) -> str:

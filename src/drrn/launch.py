@@ -53,7 +53,10 @@ def _refuse(reason: object) -> NoReturn:
 
 
 def launch(main: Callable[[], Any]) -> None:
-    """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback."""
+    """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback.
+
+    `--help` shows the docstring of its module and the meanings of its `KEYS`, the schema.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises to us instead of printing for itself
     with suppress(AttributeError):  # no stream of Python's own
         sys.stdout.reconfigure(errors="replace")  # a terminal without "×" or "γ" shows "?"; stderr escapes them
@@ -66,7 +69,8 @@ def launch(main: Callable[[], Any]) -> None:
 
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
-            show(sys.modules[main.__module__].__doc__ or "", sys.argv[1:])
+            module = sys.modules[main.__module__]
+            show(module.__doc__ or "", module.KEYS, sys.argv[1:])
             return
         main()
     except KeyboardInterrupt:  # Ctrl-C while there is nothing to keep

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import MISSING
-
 from drrn.disk import check_output
 from drrn.errors import UserError
 from drrn.schema import key
@@ -21,18 +19,18 @@ from drrn.weights.shipped import weights_file
 class Options:
     """What `conf/upscale.yaml` may hold."""
 
-    input: Any = MISSING  # file, folder, or a list of them
-    output: str | None = key("file for one input file, otherwise a folder")
-    scale: float | None = key("sides become scale × side", above=1)
-    checkpoint: str | None = key("weights; needed by method=network")
+    input: Any = key("a file, a folder with its structure, or a list of both")
+    output: str | None = key("a file for one input (its suffix is the format), else a folder")
+    scale: float | None = key("sides become scale × side, rounded; may be a fraction", above=1)
+    checkpoint: str | None = key("weights.safetensors or .ckpt, for method=network")
     method: str = key("what enlarges", choices=("network", "bicubic"))
-    overwrite: bool = key("replace existing outputs; otherwise they are skipped")
-    suffix: str | None = key("format of outputs in a folder; null: the input's own")
+    overwrite: bool = key("replace outputs that exist; otherwise they are skipped")
+    suffix: str | None = key("format of outputs in a folder, .png; null: the input's own")
     quality: int = key("of JPEG and WebP", at_least=1, below=101)
-    self_ensemble: bool = key("average over the 8 orientations")
-    tile: int | None = key("side of a tile, pixels; null: strips, by memory", at_least=1)
-    device: str = key("auto, or torch's name of one")
-    precision: str = key("of the network", choices=("auto", "float32", "tf32", "bf16"))
+    self_ensemble: bool = key("average over the 8 orientations: a little better, 8 times slower")
+    tile: int | None = key("side of a tile, pixels; null: strips by the memory there is", at_least=1)
+    device: str = key("auto, cpu, cuda, cuda:1, mps")
+    precision: str = key("of the network; auto: bf16 where it is fast", choices=("auto", "float32", "tf32", "bf16"))
     threads: int | None = key("of the CPU; null: as many as cores are free", at_least=1, below=2**10)
     max_pixels: int = key("largest input; results at most 16 times as many", at_least=1)
 

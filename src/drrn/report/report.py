@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 class ReportConfig:
     """What conf/report.yaml documents."""
 
-    runs: Any = key("folders of runs, or records")
-    study: Any = key("names of studies")
+    runs: Any = key("a folder of runs, or a list of them; null: none (study: runs)")
+    study: Any = key("fig6, fig8, table4, fig1, fig9, curves, or a list: from their runs")
     scores: list[str] = key("files of src/evaluate.py")
-    output: str = key("the folder to write")
-    compare: str | None = key("an image of Fig. 7, or the path of one")
-    scale: int | None = key("of the comparison", at_least=2)
-    box: list[int] | None = key("the enlarged part: left, top, width, height", at_least=0)
-    checkpoint: list[str] = key("networks of the comparison")
-    others: Any = key("name: folder of another program's images, for the comparison")
-    root: str = key("the data root")
+    output: str = key("tables (.md, .csv, .tex), pictures, a study's index.html")
+    compare: str | None = key("img059, 253027, ppt3 (Fig. 7), or the path of an image")
+    scale: int | None = key("of the comparison; null: the preset's, else 3", at_least=2)
+    box: list[int] | None = key("[left, top, width, height] of the enlarged part", at_least=0)
+    checkpoint: list[str] = key("networks of the comparison; else those of the runs")
+    others: Any = key("images of other programs beside them: {SelfEx: FOLDER}")
+    root: str = key("where the sets are, or are downloaded to")
 
 
 def check(cfg: DictConfig) -> ReportConfig:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,9 +127,9 @@ class Speed:
 
 
 def measure(config: Config, threads: int | None = None) -> Speed:
-    """Time a few optimiser steps of a configuration on random pairs: the real module, optimiser, precision, device.
+    """Time a few optimiser steps on random pairs: the real network, loss, solver, precision and device.
 
-    Where a step of the whole batch takes longer than `MORE` seconds, smaller batches are timed and scaled up.
+    The batch is doubled until a step takes `MORE` seconds or the batch is whole; a part is scaled up.
 
     Args:
         config: what to time. Of several devices one is timed, with its share of the batch.
@@ -143,92 +139,68 @@ def measure(config: Config, threads: int | None = None) -> Speed:
         UserError: this machine does not have what `trainer.*` asks for, or not the memory.
     """
     import torch
-    from lightning.pytorch import Callback, LightningDataModule, Trainer
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-    from torch.utils.data import DataLoader, Dataset
+    from lightning.fabric import Fabric
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from drrn.fast.training import InTraining, worth_compiling
     from drrn.module import SuperResolution
     from drrn.networks import pair_sides, structure
+    from drrn.optimisers import configured
+    from drrn.runs.lightning import quiet_lightning
 
-    trainer, sides = config.trainer, pair_sides(config.model, config.data.patch_size)
-    micro = micro_batch(config)
-
-    class RandomPairs(Dataset):
-        size = micro if config.speed.compile is True else min(4, micro)  # every size would be compiled
-
-        def __len__(self) -> int:
-            return 10_000
-
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            x, truth = (torch.rand(self.size, 1, side, side) for side in sides)
-            return x, truth
-
-    class Data(LightningDataModule):
-        def evaluation_tasks(self, stage: str) -> list:
-            return []
-
-        def train_dataloader(self) -> DataLoader:
-            return DataLoader(pairs, batch_size=None)
-
-    class Clock(Callback):
-        """Doubles the batch until a step takes `MORE` seconds or is whole, then times `TIMED` more of that size."""
-
-        def __init__(self) -> None:
-            self.timed: list[float] = []  # of steps of the present size; the first prepares its kernels
-            self.end = time.perf_counter() + PATIENCE
-
-        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-            self.start = now(trainer.strategy.root_device)
-
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            self.timed.append(now(trainer.strategy.root_device) - self.start)
-            if len(self.timed) == 2 and min(self.timed) < MORE and pairs.size < micro:
-                pairs.size, self.timed = min(2 * pairs.size, micro), []
-            late = time.perf_counter() > self.end and len(self.timed) > 1
-            trainer.should_stop = late or len(self.timed) > TIMED
-
-    pairs, clock = RandomPairs(), Clock()
-    optim = replace(config.optim, lr=1e-12)  # random pairs teach nothing: the weights stay where they are
-    with threads_of(threads), quiet():
-        module = SuperResolution(structure(config.model), asdict(optim), 10_000, 10_000)
-        module.compiled, module.checkpointing = config.speed.compile, config.speed.checkpointing
+    quiet_lightning()
+    trainer, speed, whole = config.trainer, config.speed, micro_batch(config)
+    sides = pair_sides(config.model, config.data.patch_size)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        fabric = Fabric(accelerator=trainer.accelerator, devices=1, precision=trainer.precision)
+        module = SuperResolution(structure(config.model), asdict(config.optim))
+        network, device = fabric.setup_module(module.network).module, fabric.device
         if trainer.channels_last:
-            module.network.to(memory_format=torch.channels_last)
-        try:
-            _trainer(config, clock).fit(module, datamodule=Data())
-            step = min(clock.timed) * micro / pairs.size * trainer.accumulate_grad_batches
-            return Speed(step, evaluation_speed(module, config))
-        except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
-            raise UserError(str(error).split("\n")[0]) from error
+            network.to(memory_format=torch.channels_last)
+        optim = replace(config.optim, lr=1e-12)  # random pairs teach nothing: the weights stay where they are
+        optimiser, _ = configured(network, optim, 1, 1, fused=device.type in ("cpu", "cuda"))
+        kind = next(network.parameters()).dtype
+        compiled = speed.compile
+        if compiled == "auto":
+            compiled = worth_compiling(network, torch.empty(0, device=device))
+        trained = InTraining(network, compiled, speed.checkpointing)
+
+        def step(size: int) -> float:
+            x, truth = (torch.rand(size, 1, side, side, device=device, dtype=kind) for side in sides)
+            start = now(device)
+            with fabric.autocast():
+                prediction = trained(x)
+            module.loss(prediction, truth).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            trained.statistics.clear()
+            return now(device) - start
+
+        end = time.perf_counter() + PATIENCE
+        size = whole if compiled else min(4, whole)  # every size would be compiled
+        step(size)  # prepares its kernels
+        while size < whole and step(size) < MORE:
+            size = min(2 * size, whole)
+            step(size)
+        times = [step(size)]
+        while len(times) < TIMED and time.perf_counter() < end:
+            times.append(step(size))
+        seconds = min(times) * whole / size * trainer.accumulate_grad_batches
+        return Speed(seconds, evaluation_speed(network, config, device))
+    except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
+        raise UserError(str(error).split("\n")[0]) from error
+    finally:
+        torch.set_num_threads(before)
 
 
-def _trainer(config: Config, clock: Any) -> Any:
-    """Lightning's, for as long as `clock` says, on one device; nothing is written or shown."""
-    from lightning.pytorch import Trainer
-
-    return Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=1,
-        precision=config.trainer.precision,
-        deterministic=config.trainer.deterministic,
-        max_epochs=-1,
-        max_steps=10_000,
-        logger=False,
-        callbacks=[clock],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-
-
-def evaluation_speed(module: Any, config: Config) -> float:
+def evaluation_speed(network: Any, config: Config, device: Any) -> float:
     """Operations a second of the network on whole images in float32: larger ones until one takes `MORE` seconds."""
     import torch
 
     side, best = 32, 0.0
-    device = module.device
-    module.eval()
+    network.float().eval()
     with torch.no_grad():
         while best < MORE and side < 512:
             side *= 2
@@ -236,7 +208,7 @@ def evaluation_speed(module: Any, config: Config) -> float:
             times = []
             for _ in range(3):
                 start = now(device)
-                y = module.network(x)
+                y = network(x)
                 times.append(now(device) - start)
             best = min(times)
     return count(config.model).output * y.numel() / best
@@ -249,33 +221,6 @@ def now(device: Any) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-@contextmanager
-def threads_of(threads: int | None) -> Iterator[None]:
-    """Compute with so many threads; None leaves it."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning's notices belong to the runs."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def evaluation_pixels(config: Config, first: int) -> int:

@@ -148,11 +148,9 @@ def make_plan(jobs: list[Job], workers: int = 1, threads: int | None = None, alw
     counted: dict[str, int] = {}
     for job in work:
         c = job.config
-        of_a_step = (c.speed.checkpointing, micro_batch(c), c.data.patch_size, c.trainer.precision, c.optim.algorithm)
-        key = repr((c.model, *of_a_step))
-        if key not in counted:
-            counted[key] = count_bytes(c)
-        job.bytes = counted[key]
+        speed = (c.speed.checkpointing, c.trainer.precision)
+        key = repr((c.model, micro_batch(c), c.data.patch_size, speed, c.optim.algorithm, c.optim.loss))
+        job.bytes = counted[key] = counted.get(key) or count_bytes(c)
     return Plan(jobs, workers, note)
 
 

@@ -27,11 +27,11 @@ WRITTEN = {".safetensors": "drrn", ".ckpt": "lightning", ".onnx": "onnx", ".pt2"
 class ConvertConfig:
     """What conf/convert.yaml documents."""
 
-    input: str | None = key("the weight file to read")
-    output: str | None = key("the file to write; its suffix says what")
+    input: str | None = key(".caffemodel, .mat, .pth, .ckpt, .safetensors")
+    output: str | None = key(".safetensors, .ckpt (no optimiser), .onnx, .pt2")
     form: str | None = key("null: recognised by content", choices=tuple(dict.fromkeys((*READ, *WRITTEN.values()))))
-    U: int | None = key("residual units, where the file does not say", at_least=0)
-    scales: list[int] | None = key("that the weights were trained for", at_least=2)
+    U: int | None = key("residual units, where neither file nor name says", at_least=0)
+    scales: list[int] | None = key("that the weights were trained for, where the file is silent", at_least=2)
     info: bool = key("print what the file holds")
     overwrite: bool = key("write over output if it is there")
 
