@@ -96,7 +96,7 @@ def _identity(whole: dict[str, Any]) -> dict[str, Any]:
     devices, nodes = whole["trainer"]["devices"], whole["trainer"]["num_nodes"]
     devices = str(len(devices) if isinstance(devices, list) else devices)
     shared_out = (devices, nodes) != ("1", 1) and not whole["trainer"]["sync_batchnorm"]
-    if shared_out and whole["model"].get("norm") == "batch":  # each process normalises by its share of a batch
+    if shared_out and _normalises(whole["model"]):  # each process by its share of a batch
         kept["processes"] = [devices, nodes]
     kept["trainer"]["max_time"] = None  # a run that was stopped by it is resumed in the same folder
     # Keys that came later count only where they are used, so that earlier runs keep their folders.
@@ -104,7 +104,7 @@ def _identity(whole: dict[str, Any]) -> dict[str, Any]:
         if kept[group].get(key, default) == default:
             kept[group].pop(key, None)
     # Callbacks that change weights or length; one that is not known here may.
-    nodes = (whole.get("callbacks") or {}).values()
+    nodes = [{**node, "_target_": _short(node["_target_"])} for node in (whole.get("callbacks") or {}).values()]
     counted = [node for node in nodes if node["_target_"] not in WATCHING]
     if counted:
         kept["callbacks"] = sorted(counted, key=lambda node: json.dumps(node, sort_keys=True))
@@ -113,6 +113,25 @@ def _identity(whole: dict[str, Any]) -> dict[str, Any]:
     if whole["ckpt_path"] not in (None, "last"):  # resuming another run's file is a run of its own
         kept["ckpt_path"] = whole["ckpt_path"]
     return kept
+
+
+def _short(target: str) -> str:
+    """Lightning's callbacks have two names, `…callbacks.Timer` and `…callbacks.timer.Timer`; nothing is imported to
+    tell, since a record may name what would run."""
+    package = "lightning.pytorch.callbacks."
+    return package + target.rpartition(".")[2] if target.startswith(package) else target
+
+
+def _normalises(model: dict[str, Any]) -> bool:
+    """Whether a structure has BatchNorm; of a network without a key for it, its modules say so."""
+    if "norm" in model or "network" not in model:
+        return model.get("norm") == "batch"
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from drrn.networks import NETWORKS, on_paper
+
+    known = model["network"] in NETWORKS  # a record may be of somebody else's
+    return known and any(isinstance(module, _BatchNorm) for module in on_paper(model).modules())
 
 
 def experiment(config: Config) -> str:

@@ -13,7 +13,10 @@ import pytest
 
 from drrn.disk import write_json
 from drrn.errors import UserError
+from drrn.report.measurements import from_record
 from drrn.report.records import read_runs, read_scores
+from drrn.report.studies import run_groups
+from drrn.report.tables import benchmark_table
 
 
 def changed(record: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
@@ -33,7 +36,7 @@ def changed(record: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
 DAMAGE = [
     ("name", ["DRRN"]), ("name", None), ("seed", "1"), ("seed", True), ("status", 3), ("structure", []),
     ("structure.depth", "20"), ("structure.conv_weights", 1.5), ("means", {}), ("means", ...), ("means.0", None),
-    ("means.0.psnr", "33.9"), ("means.0.psnr", None), ("means.0.ssim", [0.9]), ("means.0.psnr", float("inf")),
+    ("means.0.psnr", "33.9"), ("means.0.psnr", None), ("means.0.ssim", [0.9]), ("means.0.psnr", float("-inf")),
     ("means.0.images", float("nan")), ("means.0.set", 5), ("means.0.bicubic_psnr", ...), ("budget", ...),
     ("budget.steps", None), ("validation.0.psnr", {}), ("scores", "none"), ("scores.0.image", 1), ("protocol", None),
     ("protocol.crop", "3"), ("config", []), ("config.model", None), ("config.model.B", ...),
@@ -57,6 +60,19 @@ def test_a_damaged_record_is_named_and_left_out(place, value, make, tmp_path, ca
     good.unlink()
     with pytest.raises(UserError, match="none of the 1"):
         read_runs([str(tmp_path / "runs")])
+
+
+def test_an_image_without_an_error_is_a_measurement_like_any_other(make, tmp_path) -> None:
+    """Its PSNR is infinite: the record is read, tables print it, and it has no place on an axis."""
+    model = ("model.B=3", "model.U=4")
+    for record in (make(*model, "seed=2", psnr=float("inf")), make(*model, "seed=1")):
+        write_json(tmp_path / f"runs/s{record['seed']}/record.json", record)
+    measured = [one for record in read_runs([str(tmp_path / "runs")]) for one in from_record(record)]
+    rows = {(row[0], row[1]): row for row in benchmark_table(measured, ("psnr", "ssim"), None).rows}
+    assert any("inf / 0.9" in cell for cell in rows["Set5", "×3"])
+    (group,) = run_groups("table4", read_runs([str(tmp_path / "runs")]))
+    (point,) = (point for point in group.points if point.runs)
+    assert point.values() == {1: 31.0}
 
 
 def test_records_are_found_below_a_folder_in_the_order_of_their_paths(make, tmp_path: Path) -> None:

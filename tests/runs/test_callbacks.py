@@ -199,6 +199,8 @@ def test_what_changes_weights_or_length_is_part_of_what_a_run_is(configure: Call
     assert all(
         run_dir(configure(f"callbacks={name}")).name == run for name in ("lr_monitor", "timer", "best_checkpoint")
     )
+    watching = "+callbacks.mine={_target_:lightning.pytorch.callbacks.lr_monitor.LearningRateMonitor}"
+    assert run_dir(configure(watching)).name == run  # the class counts, whichever of its names is given
     different = [run_dir(configure(*more)).name for more in (
         ("callbacks=ema",), ("callbacks=ema", "callbacks.ema.decay=0.9"), ("callbacks=early_stopping",),
         ("+callbacks.mine={_target_:somebodys.Callback}",), ("callbacks=[ema,early_stopping]",),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -36,7 +37,7 @@ from drrn.module import SuperResolution
 from drrn.patches import Patches, ShuffledBatches
 from drrn.runs import run as train
 from drrn.runs.lightning import trainer_arguments
-from drrn.runs.processes import Processes, failure, note_failure
+from drrn.runs.processes import Processes, broadcast, failure, note_failure
 from drrn.runs.record import FILE, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -482,3 +483,28 @@ def test_the_failure_that_came_first_is_the_records(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {
         "format": 1, "status": "failed", "name": "x", "ended_by": "error", "error": "RuntimeError: memory",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "elsewhere"),
+    [(UserError("ckpt_path: damaged"), "^ckpt_path: damaged$"), (OSError(5, "disk"), "OSError.*disk")],
+)
+def test_what_the_first_process_raises_ends_all(error: Exception, elsewhere: str, monkeypatch) -> None:
+    """A checkpoint that only the first one reads: the others do not wait for it for ever."""
+    message: list[bytes] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda held: message.append(pickle.dumps(held)))
+
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        broadcast(fails)
+
+    def receive(held: list[Any]) -> None:
+        held[:] = pickle.loads(message[0])
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", receive)
+    monkeypatch.setattr("drrn.runs.processes.rank_zero_only.rank", 1)
+    with pytest.raises(UserError if isinstance(error, UserError) else RuntimeError, match=elsewhere):
+        broadcast(lambda: pytest.fail("the first one chooses"))

@@ -105,6 +105,24 @@ def test_what_its_constructor_does_not_take_is_refused_by_key(arguments: list[st
     assert "\n" not in str(refusal.value)
 
 
+class Normalised(Toy):
+    """BatchNorm, and no `norm` that says so."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.norm = nn.BatchNorm2d(width)
+
+
+def test_processes_that_share_a_batchnorm_of_ones_own_are_another_run(toy: str, monkeypatch) -> None:
+    def folder(*overrides: str) -> Path:
+        with initialize_config_dir(CONF, version_base="1.3"):
+            return run_dir(request(compose("config", [toy, "model=toy", "data=demo", *overrides])))
+
+    assert folder("trainer.devices=2") == folder()
+    monkeypatch.setitem(NETWORKS, "toy", Normalised)
+    assert folder("trainer.devices=2") != folder()
+
+
 def test_drrn_needs_no_name(configure: Callable) -> None:
     assert run_dir(configure("model.network=drrn")) == run_dir(configure())
     with pytest.raises(UserError, match="model"):

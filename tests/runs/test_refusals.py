@@ -41,6 +41,7 @@ LONG = "x" * 300
         (["output=${nope}"], "output"),
         (['data.train=["${"]'], "data.train"),
         (["from_record=pipe"], "no regular file"),
+        (["+optim.optimiser={_target_:torch.optim.RAdam}", "optim.momentum=0.1"], "optim.momentum and optim.opt"),
         (["from_record=/dev/zero"], "no regular file"),
         (["ckpt_path=pipe"], "ckpt_path = 'pipe'"),
         (["init_from=/dev/zero"], "init_from = '/dev/zero'"),

@@ -336,7 +336,7 @@ def curve(run: dict) -> tuple[list[int], list[float]]:
     """Patches seen and mean PSNR of a run's validation on Set5 ×3, step by step."""
     rows = defaultdict(list)
     for row in run.get("validation", ()):
-        if (row["set"], row["scale"]) == PLACE:
+        if (row["set"], row["scale"]) == PLACE and math.isfinite(row["psnr"]):
             rows[row["step"]].append(row["psnr"])
     whole = max(map(len, rows.values()), default=0)
     steps = [step for step in sorted(rows) if len(rows[step]) == whole]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -77,12 +78,17 @@ class Point:
         return [run for _, run in sorted(self.runs.items()) if run["status"] == "finished"]
 
     def values(self, place: tuple[str, int] = PLACE) -> dict[int, float]:
-        """Seed → PSNR, the mean over the whole set (a part of a set is not the set), of the finished runs."""
+        """Seed → PSNR, the mean over the whole set (a part of a set is not the set), of the finished runs.
+
+        An infinite one (an image without an error) has no place on an axis.
+        """
         return {
             run["seed"]: row["psnr"]
             for run in self.finished()
             for row in run["means"]
-            if (row["set"], row["scale"]) == place and row["images"] == set_size(place[0], row["images"])
+            if (row["set"], row["scale"]) == place
+            and row["images"] == set_size(place[0], row["images"])
+            and math.isfinite(row["psnr"])
         }
 
     def mean(self, place: tuple[str, int] = PLACE) -> float | None:

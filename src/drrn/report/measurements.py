@@ -119,7 +119,7 @@ def over_seeds(values: list[float], metric: str) -> str:
         return MISSING
     digits = METRICS[metric].digits
     mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):.{digits}f}"
+    return mean if len(values) == 1 or mean == "inf" else f"{mean}±{statistics.stdev(values):.{digits}f}"
 
 
 def signed(difference: float, digits: int) -> str:

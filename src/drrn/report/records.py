@@ -172,8 +172,11 @@ def checked(content: Any, kinds: dict[str, Any]) -> dict[str, Any]:
 
 def _tidy(value: Any, name: str = "") -> Any:
     """Words without escapes, but for the names of image files, by which they are found again."""
-    if name.removeprefix("bicubic_") in METRICS and (isinstance(value, bool) or not isinstance(value, int | float)):
+    metric = name.removeprefix("bicubic_") in METRICS
+    if metric and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise ValueError(f"its {name} is no number")
+    if metric and value == math.inf:  # the PSNR of an image without an error; JSON has it as Python's Infinity
+        return value
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"its {name or 'list'} holds {value}, which is no finite number")
     if isinstance(value, dict):

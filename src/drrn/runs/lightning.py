@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from drrn.config import Config
 from drrn.disk import write_whole
 from drrn.errors import UserError
+from drrn.runs.processes import broadcast
 from drrn.targets import resolve
 
 # Arguments of the Trainer that a run settles by itself → the key to use instead.
@@ -133,12 +134,11 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         """Of several processes the first one reads, and sends it to the others: their machines may not have it."""
-        content = [super().load_checkpoint(path, *arguments, **keywords) if rank_zero_only.rank == 0 else None]
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(content)
+        read = super().load_checkpoint
+        content = broadcast(lambda: read(path, *arguments, **keywords))
         if not self.keep_timer:
-            content[0].get("callbacks", {}).pop("Timer", None)
-        return content[0]
+            content.get("callbacks", {}).pop("Timer", None)
+        return content
 
 
 def _not_plain(value: Any) -> str | None:

@@ -77,7 +77,7 @@ def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | 
     from drrn.runs.callbacks import make_callbacks
     from drrn.runs.journal import log_to, recorded, warn_of_differences
     from drrn.runs.lightning import quiet_lightning, trainer_arguments
-    from drrn.runs.processes import Processes
+    from drrn.runs.processes import Processes, broadcast
     from drrn.runs.stop import StopSignals
     from drrn.tracking.loggers import Tracking
 
@@ -91,7 +91,7 @@ def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | 
         yield None
         return
     processes.join()
-    earlier, message = processes.broadcast(lambda: (earlier, message if finished else None))
+    earlier, message = broadcast(lambda: (earlier, message if finished else None))
     if message is not None:
         print(message)
         yield None

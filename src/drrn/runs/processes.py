@@ -145,10 +145,6 @@ class Processes:
             if not self.first:
                 sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (until the process ends)
 
-    def broadcast(self, choose: Callable[[], T]) -> T:
-        """What the first process chooses; the others may see other files."""
-        return self.strategy.broadcast(choose() if self.first else None) if self.number > 1 else choose()
-
     def one_by_node(self, work: Callable[[], None]) -> None:
         """Do `work` in the first process of each machine while the others wait, then in those.
 
@@ -178,6 +174,23 @@ class Processes:
                 raise  # to `start`, in the process that waits for this one
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2)
+
+
+def broadcast(choose: Callable[[], T]) -> T:
+    """What the first process chooses, or raises, in every process of a run; the others may see other files."""
+    if not torch.distributed.is_initialized():
+        return choose()
+    outcome, own = [None, None], None
+    if rank_zero_only.rank == 0:
+        try:
+            outcome[0] = choose()
+        except Exception as error:
+            own = error
+            outcome[1] = error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
+    torch.distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise own or outcome[1]
+    return outcome[0]
 
 
 def _in_a_process(train: Callable[[Config], None], config: Config, refusal: Path) -> None:

@@ -18,6 +18,8 @@ from drrn.identity import model_of
 from drrn.schema import typed
 from drrn.targets import check_trusted
 
+OF_OUR_SOLVERS = ("optim.algorithm", "optim.momentum", "optim.weight_decay")
+
 
 def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """The configuration that is trained.
@@ -34,6 +36,10 @@ def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     if cfg.get("from_record") is not None:
         cfg = _recorded(cfg, overrides)
     config = check(cfg)
+    given = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    ignored = [key for key in OF_OUR_SOLVERS if key in given]
+    if config.optim.optimiser is not None and ignored:
+        raise UserError(f"{ignored[0]} and optim.optimiser: give what another solver takes beside its _target_")
     asked = [o.lstrip("+~") for o in overrides]
     asked = [o for o in asked if o.startswith("model") and not o.startswith("model.checkpointing")]
     if config.init_from is not None and not asked:

@@ -140,6 +140,7 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
 def _resume_from(run: Run, data: SuperResolutionData, module: SuperResolution) -> Path | str | None:
     """The checkpoint to resume from: the run's own newest, or the one that `ckpt_path` names."""
     from drrn.runs.checkpoints import check_resumable, newest_checkpoint
+    from drrn.runs.processes import broadcast
 
     asked = run.config.ckpt_path
 
@@ -150,7 +151,7 @@ def _resume_from(run: Run, data: SuperResolutionData, module: SuperResolution) -
             return asked
         return own
 
-    resume = run.processes.broadcast(choose)
+    resume = broadcast(choose)
     if resume is not None:
         log.info("resuming from %s", resume)
     return resume
@@ -188,9 +189,10 @@ def _take_last(run: Run, data: SuperResolutionData, module: SuperResolution, tra
 
     from drrn.disk import write_whole
     from drrn.runs.checkpoints import name
+    from drrn.runs.processes import broadcast
 
     step, last = trainer.global_step, run.checkpoints / name(trainer.global_step)
-    if not run.processes.broadcast(last.is_file):
+    if not broadcast(last.is_file):
         trainer.save_checkpoint(last)
     content = trainer.strategy.checkpoint_io.load_checkpoint(last, map_location="cpu", weights_only=True)
     module.load_state_dict(content["state_dict"])
