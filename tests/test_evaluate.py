@@ -380,7 +380,7 @@ import drrn.images
 drrn.images.read_luminance = lambda path: time.sleep(600)
 if __name__ == "__main__":
     jobs = [evaluate.Job(evaluate.Method("bicubic", "Bicubic"), "set", 2, Path("image.png"), "", None, None)] * 2
-    config = SimpleNamespace(checkpoint=[], metrics=["psnr"], workers=2, precision="float32")
+    config = SimpleNamespace(checkpoint=[], metrics=["psnr"], workers=2)
     list(evaluate.score_all(jobs, config, None))
 """
 

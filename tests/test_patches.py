@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -34,7 +33,7 @@ import drrn.patches
 from drrn.config import DataConfig
 from drrn.datamodule import pair_loader
 from drrn.errors import UserError
-from drrn.images import image_size, orientations, read_luminance
+from drrn.images import image_size, orientations, read_pixels
 from drrn.matlab import resize_matrix
 from drrn.pairs import turned
 from drrn.patch_build import pair_count, prepare_patches, quantise, versions
@@ -449,7 +448,7 @@ import drrn.matlab
 import drrn.patch_build, drrn.patches
 from drrn.errors import UserError
 
-real, images, folder, how = drrn.patch_build.read_luminance, *sys.argv[1:]
+real, images, folder, how = drrn.patch_build.read_pixels, *sys.argv[1:]
 
 def read(path):
     if how == "hang" and path.name == "chelsea.png":
@@ -458,7 +457,7 @@ def read(path):
         os.kill(os.getpid(), 9)
     return real(path)
 
-drrn.patch_build.read_luminance = read
+drrn.patch_build.read_pixels = read
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -581,9 +580,9 @@ def test_images_that_change_during_a_build_are_noticed(
                 camera.unlink()
             else:
                 Image.fromarray(pixels[:, ::-1] if change == "pixels" else pixels[:33, :33]).save(camera)
-        return read_luminance(path)
+        return read_pixels(path)
 
-    monkeypatch.setattr(drrn.patch_build, "read_luminance", read_after_a_change)
+    monkeypatch.setattr(drrn.patch_build, "read_pixels", read_after_a_change)
     with pytest.raises(UserError, match="cannot be read" if change == "gone" else "changed while"):
         prepare_patches("tiny", Recipe((str(images),), scales=(2,)), ANYWHERE, folder, workers=1)
     assert_nothing_left(folder)
@@ -592,30 +591,23 @@ def test_images_that_change_during_a_build_are_noticed(
 def test_a_build_in_many_pieces_is_the_same(
     tiny_images: Path, tiny_patches: Path, tmp_path: Path, inline_pool: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several pieces a job, several jobs, the last ones incomplete; the datasets begin at whole pages."""
-    pieces, write = [], drrn.patch_build._write
-
-    def written(path: Path, arrays: list[NDArray], places: list[int]) -> None:
-        pieces.append(places)
-        write(path, arrays, places)
-
-    assert drrn.patch_build.ROWS % drrn.patch_build.PAGE == 0  # so a piece is whole pages
+    """Several pieces, the last one incomplete."""
+    firsts, fill = [], drrn.patch_build._fill
     monkeypatch.setattr(drrn.patch_build, "ROWS", 24)
-    monkeypatch.setattr(drrn.patch_build, "JOB", 72)
-    monkeypatch.setattr(drrn.patch_build, "_write", written)
+    monkeypatch.setattr(drrn.patch_build, "_fill", lambda first, *rest: (firsts.append(first), fill(first, *rest)))
     path = prepare_patches("tiny", Recipe((str(tiny_images),), (2, 3)), ANYWHERE, tmp_path, workers=1)
     assert path.read_bytes() == tiny_patches.read_bytes()
     total = len(Patches(path))
     assert total % 24
-    assert len(pieces) == -(-total // 24) > 6
-    assert [place % drrn.patch_build.PAGE for place in min(pieces)] == [0, 0]
+    assert firsts == list(range(0, total, 24))
+    assert len(firsts) > 6
 
 
-@pytest.mark.parametrize("piece", [1, 3, -1], ids=["first of a job", "last of a job", "last of all"])
+@pytest.mark.parametrize("piece", [1, -1], ids=["first", "last"])
 def test_a_piece_that_cannot_be_written_ends_the_build(
     piece: int, tiny_images: Path, tmp_path: Path, inline_pool: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, write = [], drrn.patch_build._write
+    calls, fill = [], drrn.patch_build._fill
     total = sum(pair_count(*image_size(file), Recipe((str(tiny_images),), (2, 3))) for file in tiny_images.iterdir())
     fatal = piece if piece > 0 else -(-total // 24)
 
@@ -623,78 +615,14 @@ def test_a_piece_that_cannot_be_written_ends_the_build(
         calls.append(arguments)
         if len(calls) == fatal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(*arguments)
+        fill(*arguments)
 
     monkeypatch.setattr(drrn.patch_build, "ROWS", 24)
-    monkeypatch.setattr(drrn.patch_build, "JOB", 72)
-    monkeypatch.setattr(drrn.patch_build, "_write", written)
+    monkeypatch.setattr(drrn.patch_build, "_fill", written)
     with pytest.raises(UserError, match="No space left"):
         prepare_patches("tiny", Recipe((str(tiny_images),), (2, 3)), ANYWHERE, tmp_path / "patches", workers=1)
     assert len(calls) >= fatal
     assert_nothing_left(tmp_path / "patches")
-
-
-@pytest.mark.parametrize("way", ["directly", "no such flag", "not opened so", "not written so", "in parts"])
-def test_what_is_written_past_the_page_cache_is_what_was_meant(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the system and the file system can: the bytes of the arrays, and those around them as they were."""
-    rng, page = np.random.default_rng(0), drrn.patch_build.PAGE
-    before = rng.integers(0, 256, 20 * page, dtype=np.uint8).tobytes()
-    path = tmp_path / "file"
-    path.write_bytes(before)
-    open_, pwrite, special, direct, supported = os.open, os.pwrite, set(), [], False
-    with suppress(OSError, AttributeError):
-        os.close(os.open(path, os.O_WRONLY | os.O_DIRECT))
-        supported = True
-    if way == "no such flag":
-        monkeypatch.delattr(os, "O_DIRECT", raising=False)
-
-    def opened(path: Path, flags: int, *rest: int) -> int:
-        past_the_cache = flags & getattr(os, "O_DIRECT", 0)
-        if way == "not opened so" and past_the_cache:
-            raise OSError(errno.EINVAL, "not here")
-        descriptor = open_(path, flags, *rest)
-        if past_the_cache:
-            special.add(descriptor)
-        return descriptor
-
-    def written(descriptor: int, content: NDArray, at: int) -> int:
-        if descriptor in special:
-            if way == "not written so" and direct:
-                raise OSError(errno.EINVAL, "not here")
-            direct.append(at)
-        return pwrite(descriptor, content[:page] if way != "directly" else content, at)
-
-    monkeypatch.setattr(os, "open", opened)
-    monkeypatch.setattr(os, "pwrite", written)
-    arrays = [drrn.patch_build._aligned((n, 31, 31), kind) for n, kind in ((17, "<u2"), (20, "u1"), (1, "u1"))]
-    for array in arrays:
-        array[:] = rng.integers(0, 256, array.shape)
-    places = [page, 10 * page, 16 * page + 5]  # in the last one nothing is aligned
-    drrn.patch_build._write(path, arrays, places)
-    expected = bytearray(before)
-    for array, at in zip(arrays, places, strict=True):
-        expected[at : at + array.nbytes] = array.tobytes()
-    assert path.read_bytes() == bytes(expected)
-    if way in ("directly", "in parts") and supported:
-        assert set(direct) >= {page, 10 * page}
-
-
-def test_a_full_disk_is_no_reason_to_write_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    if not hasattr(os, "O_DIRECT"):
-        pytest.skip("nothing is written past the page cache")
-    path = tmp_path / "file"
-    path.touch()
-    open_ = os.open
-    monkeypatch.setattr(os, "open", lambda path, flags: open_(path, os.O_WRONLY))
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="No space"):
-        drrn.patch_build._write(path, [drrn.patch_build._aligned((9, 31, 31), "u1")], [0])
-    assert path.stat().st_size == 0
 
 
 # ---------------------------------------------------------------------- builds that fail

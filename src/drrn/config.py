@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from drrn.degradations import DEGRADATIONS, PAPER, check_scales
 from drrn.errors import UserError, printable
 from drrn.losses import LOSSES
 from drrn.optimisers import OPTIMISERS, SCHEDULES
@@ -63,6 +64,11 @@ class DataConfig:
     patch_size: int = key("side of a patch, pixels", at_least=3)
     stride: int = key("pixels from patch to patch", at_least=1)
     augment: str = key("where the 8 orientations are made: stored, or on the device", choices=("offline", "online"))
+    degradation: str = key(
+        "how the low resolution is made: bicubic (the paper), blur (×3), bicubic and noise",
+        default=PAPER,
+        choices=tuple(DEGRADATIONS),
+    )
     batch_size: int = key("pairs of an optimiser step, over all devices and micro-batches", at_least=1)
     num_workers: int = key("processes that read patches", at_least=0, below=2**10)
     test: list[str] | None = key("sets to score at its end, folders or parts; null: those of val", default=None)
@@ -96,6 +102,7 @@ class DataConfig:
             from drrn.metrics import check_names
 
             check_names("data.test_metrics", self.test_metrics)
+        check_scales("data.scales", [*self.scales, *self.val_scales], self.degradation)
         if os.sep in self.name:
             raise UserError(f"data.name = {self.name!r}: the first part of a file's name, without {os.sep}")
 

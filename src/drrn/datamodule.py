@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from drrn.config import Config
-from drrn.images import read_luminance
+from drrn.degradations import PAPER
+from drrn.images import read_pixels
 from drrn.metrics import in_training
 from drrn.networks import input_of
 from drrn.pairs import low_pairs, turned
@@ -75,10 +76,12 @@ class EvaluationImages:
         files: of the set.
         scale: s.
         input: what the network takes, "interpolated" or "low".
+        degradation: of DEGRADATIONS.
     """
 
-    def __init__(self, files: list[Path], scale: int, input: str = "interpolated") -> None:
-        self.files, self.scale, self.input = files or [None], scale, input  # no image: one empty item, nameless
+    def __init__(self, files: list[Path], scale: int, input: str = "interpolated", degradation: str = PAPER) -> None:
+        self.files = files or [None]  # no image: one empty item, nameless
+        self.scale, self.input, self.degradation = scale, input, degradation
 
     def __len__(self) -> int:
         return len(self.files)
@@ -87,7 +90,7 @@ class EvaluationImages:
         path = self.files[index]
         if path is None:
             return torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0), ""
-        pair = prepare(read_luminance(path), self.scale, self.input)
+        pair = prepare(read_pixels(path), self.scale, self.input, self.degradation)
         x, truth = (torch.from_numpy(z.astype(np.float32))[None, None] for z in pair)
         return x, truth, path.name
 
@@ -160,7 +163,8 @@ class SuperResolutionData(LightningDataModule):
             # Each process takes every world-size-th image: nothing is padded, nothing counted twice. One that
             # has none left gets an empty item: it takes part in the evaluation, which the others wait for.
             mine = files[self.trainer.global_rank :: self.trainer.world_size]
-            loaders.append(DataLoader(EvaluationImages(mine, task.scale, self.input), batch_size=None, shuffle=False))
+            images = EvaluationImages(mine, task.scale, self.input, self.data.degradation)
+            loaders.append(DataLoader(images, batch_size=None, shuffle=False))
         return loaders
 
     def val_dataloader(self) -> list[DataLoader]:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from drrn.config import check_sets
+from drrn.degradations import DEGRADATIONS, check_scales
 from drrn.disk import check_output
 from drrn.errors import UserError, printable
 from drrn.fast.threads import Watch
@@ -49,6 +50,7 @@ class EvaluateConfig:
     crop: int | None = key("pixels shaved off each side; null: the scale", at_least=0)
     color: str = key("luminance, or PSNR over R, G and B", choices=("y", "rgb"))
     rounding: str = key("of what is compared", choices=("uint8", "float"))
+    degradation: str = key("how the low resolution is made; stamped on the scores", choices=tuple(DEGRADATIONS))
 
 
 class Method(NamedTuple):
@@ -95,6 +97,7 @@ def check(cfg: DictConfig) -> EvaluateConfig:
     """
     config = typed(EvaluateConfig, cfg)
     check_sets("sets", config.sets)
+    check_scales("scales", config.scales, config.degradation)
     config.checkpoint = paths("checkpoint", config.checkpoint)
     if config.method == "network" or config.checkpoint:
         config.checkpoint = [str(weights_file(path)) for path in config.checkpoint or [None]]
@@ -119,11 +122,11 @@ def evaluate(config: EvaluateConfig) -> None:
     from drrn.environment import environment
     from drrn.protocol import Protocol, means
 
-    protocol = Protocol(config.protocol, 1, config.crop, config.color, config.rounding)
+    chosen = {key: getattr(config, key) for key in ("crop", "color", "rounding", "degradation", "precision")}
+    protocol = Protocol(config.protocol, 1, **chosen)
     if config.check_protocol:
         check_bicubic(Path(config.root))
-    stamp = asdict(protocol) | ({"precision": config.precision} if config.precision != "float32" else {})
-    scores = Scores(Path(config.output), stamp)
+    scores = Scores(Path(config.output), protocol.stamp())
     methods = methods_of(config)
     jobs = jobs_of(config, methods, scores)
     scores.add_methods([method.facts() for method in methods])
@@ -135,13 +138,8 @@ def evaluate(config: EvaluateConfig) -> None:
         or job.made is not None  # that program may have made other images since
     ]
     facts = environment()
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    bars = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*bars, console=Console(stderr=True)) as progress:
         task = progress.add_task("scoring", total=len(jobs), completed=len(jobs) - len(missing))
         written, complete = time.monotonic(), False
         try:
@@ -158,7 +156,7 @@ def evaluate(config: EvaluateConfig) -> None:
     if scores.dropped:
         print(f"{scores.dropped} scores left the file: their images are in the folders no longer", file=sys.stderr)
     asked = {job.key()[:3] for job in jobs}
-    print_table(means([row for key, row in scores.rows.items() if key[:3] in asked]), config.metrics, stamp)
+    print_table(means([row for key, row in scores.rows.items() if key[:3] in asked]), config.metrics, scores.protocol)
     there = len(jobs) - len(missing)
     print(f"{len(missing)} of {len(jobs)} scores computed, {there} were there already: {printable(config.output)}")
 
@@ -236,7 +234,7 @@ def jobs_of(config: EvaluateConfig, methods: list[Method], scores: Scores) -> li
 def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Every job's scores as they come: in this process, or in `workers` processes, each job in one of them."""
     threads = Watch().choose(config.threads).number if config.checkpoint and jobs else 1
-    settings = (tuple(config.metrics), protocol, max(1, threads // config.workers), config.precision)
+    settings = (tuple(config.metrics), protocol, max(1, threads // config.workers))
     if config.workers == 1:
         yield from ((job, score_image(job, *settings)) for job in jobs)
         return
@@ -258,35 +256,35 @@ def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterato
 _networks: dict[Path, Any] = {}  # a worker process loads each network once
 
 
-def score_image(
-    job: Job, metrics: tuple[str, ...], protocol: Any, threads: int = 1, precision: str = "float32"
-) -> dict[str, Any]:
+def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int = 1) -> dict[str, Any]:
     """Score one image (in a worker process)."""
     import numpy as np
 
+    from drrn.degradations import low_resolution
     from drrn.disk import write_whole
     from drrn.images import read_luminance, read_pixels
-    from drrn.matlab import rgb2ycbcr, to_uint8, ycbcr2rgb
+    from drrn.matlab import imresize, to_uint8, ycbcr2rgb
     from drrn.metrics import METRICS
-    from drrn.protocol import degrade, modcrop, prepare, score
+    from drrn.protocol import modcrop, prepare, score
 
     started = time.monotonic()
     try:
-        x, truth = prepare(read_luminance(job.path), job.scale, job.method.input)
+        pixels = read_pixels(job.path)
+        x, truth = prepare(pixels, job.scale, job.method.input, protocol.degradation)
         if job.made is not None:
             prediction = _fitting(job, read_luminance(job.made), truth.shape) / 255.0
         elif job.method.checkpoint is not None:
-            prediction = run_network(job.method.checkpoint, x, threads, precision)
+            prediction = run_network(job.method.checkpoint, x, threads, protocol.precision)
         else:
             prediction = x
         row = score(prediction, truth, job.scale, metrics, protocol)
         over_colour = tuple(name for name in metrics if METRICS[name].color and protocol.color == "rgb")
-        rgb = modcrop(read_pixels(job.path), job.scale) if over_colour else np.empty(())
+        rgb = modcrop(pixels, job.scale) if over_colour else np.empty(())
         if rgb.ndim == 3:  # a grey image's only channel is Y
             if job.made is not None:
                 colours = _fitting(job, read_pixels(job.made), rgb.shape) / 255.0
             else:
-                ycbcr = degrade(rgb2ycbcr(rgb) / 255.0, job.scale)
+                ycbcr = imresize(low_resolution(rgb, job.scale, protocol.degradation, colour=True), job.scale)
                 ycbcr[..., 0] = prediction
                 colours = ycbcr2rgb(ycbcr)
             row |= score(colours, rgb / 255.0, job.scale, over_colour, protocol)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from drrn.config import DEFAULT, Config, ModelConfig
+from drrn.degradations import PAPER
 
 Structure = ModelConfig | dict[str, Any]  # what a network is: another than DRRN has its name as `network`
 
@@ -74,6 +75,7 @@ LATER = (
     ("model", "network", "drrn"),
     ("model", "rectified_identity", False),
     ("model", "input_relu", True),
+    ("data", "degradation", PAPER),
     ("trainer", "tf32", False),
     ("optim", "loss", None),
     ("optim", "warmup_steps", 0),

@@ -119,7 +119,11 @@ def read_luminance(path: Path) -> NDArray[np.uint8]:
     Raises:
         UserError: as `read_pixels`.
     """
-    pixels = read_pixels(path)
+    return luminance(read_pixels(path))
+
+
+def luminance(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Y of an 8-bit image [H, W] or [H, W, 3] → [H, W]."""
     return pixels if pixels.ndim == 2 else rgb2y(pixels)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import math
 import multiprocessing
 import os
 import shutil
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,17 +19,16 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from drrn.degradations import DEGRADATIONS
 from drrn.errors import UserError
-from drrn.images import image_size, orientations, read_luminance
+from drrn.images import image_size, luminance, orientations, read_pixels
 from drrn.patches import HIGH, LOW, STEP, Recipe, attributes, check_patch_file, patch_path, sources_digest
-from drrn.protocol import degrade
+from drrn.protocol import prepare
 from drrn.sets import image_files
 from drrn.workers import end_with_parent
 
 log = logging.getLogger(__name__)
-ROWS = 8192  # that a building process cuts before it writes them: 24 MB, which the cache holds
-JOB = 8 * ROWS  # that it is told to do at a time, at most
-PAGE = 4096  # bytes; what is written past the page cache begins and ends at a multiple
+ROWS = 8192  # that a building process cuts and writes at a time: 24 MB
 
 
 class Version(NamedTuple):
@@ -117,16 +115,18 @@ def quantise(x: NDArray[np.float64]) -> NDArray[np.uint16]:
 
 def _degrade_image(source: Source, recipe: Recipe, pixels: Path) -> None:
     """Y of one image and its degraded rectangles, into their place (runs in a worker process)."""
-    y = read_luminance(source.path)
+    image = read_pixels(source.path)
+    y = np.ascontiguousarray(luminance(image))
     if y.shape != (source.height, source.width):
         raise UserError(f"{source.path} changed while its patches were cut: run the same command again")
-    truth = y / 255.0
+    given = image if DEGRADATIONS[recipe.degradation].of_rgb else y
     with pixels.open("r+b") as file:
         file.seek(source.at)
-        file.write(np.ascontiguousarray(y))
+        file.write(y)
         for (scale, top, left, h, w), at in kept(*y.shape, recipe)[0].items():
             file.seek(source.at + at)
-            file.write(quantise(degrade(truth[top : top + h, left : left + w], scale)))
+            x, _ = prepare(given[top : top + h, left : left + w], scale, degradation=recipe.degradation)
+            file.write(quantise(x))
 
 
 class Cutter:
@@ -153,8 +153,9 @@ class Cutter:
         grids = np.array([data.shape[:2] for data, _ in self.windows])
         self.first, self.across = np.cumsum([0, *grids.prod(axis=1)])[:-1], grids[:, 1]
 
-    def __call__(self, numbers: NDArray[np.int64], data: NDArray[np.uint16], label: NDArray[np.uint8]) -> None:
-        """Numbers of pairs → the pairs, into data and label, each [len(numbers), p, p]."""
+    def __call__(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+        """Numbers of pairs → the pairs (data, label), each [len(numbers), p, p]."""
+        data, label = (np.empty((len(numbers), *z.shape[2:]), z.dtype) for z in self.windows[0])
         version = np.searchsorted(self.first, numbers, side="right") - 1
         down, across = np.divmod(numbers - self.first[version], self.across[version])
         order = np.argsort(numbers)  # neighbours in an image one after the other
@@ -162,6 +163,7 @@ class Cutter:
         for k, v, i, j in places.tolist():
             x, y = self.windows[v]
             data[k], label[k] = x[i, j], y[i, j]
+        return data, label
 
 
 _cutter = lru_cache(maxsize=1)(Cutter)
@@ -179,62 +181,10 @@ def _fill(
         path: of the file.
         at: where its two datasets begin, in bytes.
     """
-    cutter, p = _cutter(*build), build[1].patch_size
-    # Two pieces in turn: the disk works on one while this thread cuts the other.
-    pieces = [[_aligned((ROWS, p, p), dtype) for dtype in ("<u2", "u1")] for _ in range(2)]
-    with ThreadPoolExecutor(1) as writer:
-        writing: Future | None = None
-        for k, a in enumerate(range(0, len(numbers), ROWS)):
-            part = numbers[a : a + ROWS]
-            pair = [rows[: len(part)] for rows in pieces[k % 2]]
-            cutter(part, *pair)
-            if writing:
-                writing.result()
-            places = [offset + (first + a) * rows[0].nbytes for offset, rows in zip(at, pair, strict=True)]
-            writing = writer.submit(_write, path, pair, places)
-        writing.result()
-
-
-def _aligned(shape: tuple[int, ...], dtype: str) -> NDArray:
-    """An array that begins at a multiple of PAGE."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + PAGE, np.uint8)
-    begin = -memory.ctypes.data % PAGE
-    return memory[begin : begin + size].view(dtype).reshape(shape)
-
-
-def _write(path: Path, arrays: list[NDArray], places: list[int]) -> None:
-    """Write arrays to their places (bytes) in a file, whole pages past the page cache where the system can.
-
-    Through the page cache a build of the 291 images takes 1.4 times as long and 1.8 times the processor: 62 and 43 s
-    (median of two in turns on two busy cores), 25 and 14 s of processor time. The kernel copies and clears 5 GB.
-
-    Raises:
-        OSError: the disk is full, or fails.
-    """
-    plain = os.open(path, os.O_WRONLY)
-    try:
-        direct = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:  # this file system cannot; if there is another reason, the plain write meets it too
-        direct = None
-    try:
-        for array, at in zip(arrays, places, strict=True):
-            content, done = array.reshape(-1).view(np.uint8), 0
-            whole = 0 if direct is None or at % PAGE else len(content) // PAGE * PAGE
-            while done < len(content):
-                try:
-                    if done < whole:
-                        done += os.pwrite(direct, content[done:whole], at + done)
-                    else:
-                        done += os.pwrite(plain, content[done:], at + done)
-                except OSError as error:
-                    if done >= whole or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                        raise
-                    whole = 0  # the rest as usual
-    finally:
-        for descriptor in (plain, direct):
-            if descriptor is not None:
-                os.close(descriptor)
+    with path.open("r+b") as file:
+        for rows, begin in zip(_cutter(*build)(numbers), at, strict=True):
+            file.seek(begin + first * rows[0].nbytes)
+            file.write(rows)
 
 
 def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers: int = 2) -> Path:
@@ -261,11 +211,34 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
     files = [file for set_name in recipe.sets for file in image_files(set_name, root)]
     attrs = attributes(recipe, files)
     path = patch_path(folder, name, attrs)
+
+    def build(partial: Path) -> None:
+        log.info("building %s from %d images", path, len(files))
+        if others := sorted(other.name for other in folder.glob(f"{name}-*.h5")):
+            log.info("beside it are %s, of other recipes, images or versions", ", ".join(others))
+        _build(partial, recipe, files, attrs, workers)
+        if sources_digest(files) != attrs["sources"]:
+            raise UserError(f"the images of {path} changed while it was built: run the same command again")
+
+    built_once(path, build)
+    check_patch_file(path, attrs)
+    return path
+
+
+def built_once(path: Path, build: Callable[[Path], None]) -> None:
+    """Have a file built by one process, under a temporary name in a folder of its own, and renamed when it is whole.
+
+    Args:
+        path: of the file; one that is there is left as it is.
+        build: is given the temporary path.
+
+    Raises:
+        UserError: a process of the build was killed, or the file cannot be written.
+    """
     if path.is_file():  # whole, so it takes no lock, nor a folder that one may write to
-        check_patch_file(path, attrs)
-        return path
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")  # the system frees it when its holder dies, however that happens
         try:
             held = lock.acquire(timeout=1)
@@ -274,13 +247,15 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
             held = lock.acquire()
         with held:
             if path.is_file():
-                check_patch_file(path, attrs)
-            else:
-                _remove_partials(folder, path)
-                log.info("building %s from %d images", path, len(files))
-                if others := sorted(other.name for other in folder.glob(f"{name}-*.h5")):
-                    log.info("beside it are %s, of other recipes, images or versions", ", ".join(others))
-                _build(path, recipe, files, attrs, workers)
+                return
+            _remove_partials(path)
+            folder = path.with_suffix(f".{os.getpid()}.partial")
+            folder.mkdir(exist_ok=True)
+            try:
+                build(folder / path.name)
+                (folder / path.name).rename(path)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except BrokenProcessPool as error:
         raise UserError(
             f"a process that cut patches was killed (out of memory?) and {path} is not built: run the same command "
@@ -291,19 +266,16 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
             f"{path} could not be written: {error}. Free space, or set data.patches to a folder with "
             "room (the 291 images need 5.7 GB, of which 5.0 GB stay)."
         ) from error
-    return path
 
 
-def _remove_partials(folder: Path, path: Path) -> None:
-    """Delete what builds that were killed have left: up to 5.7 GB each. Whoever builds holds the lock of its file.
+def _remove_partials(path: Path) -> None:
+    """Delete what killed builds have left beside a file whose lock this process holds: up to 5.7 GB each.
 
-    Args:
-        folder: all patch files' folder.
-        path: the file whose lock this process holds.
+    Whoever builds holds the lock of its own file.
     """
-    for partial in folder.glob(f"*-{'[0-9a-f]' * 10}.*.partial"):  # other programs may have theirs here
+    for partial in path.parent.glob(f"*-{'[0-9a-f]' * 10}.*.partial"):  # other programs may have theirs here
         name = partial.name.split(".")[:-2]  # name-digest.pid.partial
-        lock = FileLock(folder / f"{'.'.join(name)}.h5.lock")
+        lock = FileLock(path.with_name(f"{'.'.join(name)}.h5.lock"))
         try:
             if Path(lock.lock_file) != Path(f"{path}.lock"):
                 lock.acquire(timeout=0)
@@ -317,7 +289,8 @@ def _remove_partials(folder: Path, path: Path) -> None:
         lock.release()
 
 
-def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str | int], workers: int) -> None:
+def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str | int], workers: int) -> None:
+    """Write a patch file; the pixels that it is cut from stand beside it."""
     from rich.progress import track
 
     sources, total, end = [], 0, 0
@@ -331,40 +304,30 @@ def _build(path: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str |
             f"no image of {', '.join(recipe.sets)} is as large as a patch of {recipe.patch_size} pixels "
             "(data.patch_size)"
         )
-
-    folder = path.with_suffix(f".{os.getpid()}.partial")
-    folder.mkdir(exist_ok=True)
-    try:
-        partial, pixels = folder / path.name, folder / "pixels"
-        at = _allocate(partial, total, recipe.patch_size, attrs, beside=end)
-        pixels.touch()
-        os.truncate(pixels, end)
-        numbers = np.empty(total, np.int64)  # of the pair in every row
-        numbers[np.random.default_rng(0).permutation(total)] = np.arange(total)  # the same file every time
-        build = tuple(sources), recipe, pixels
-        context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started its threads
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-            try:
-                jobs = [pool.submit(_degrade_image, source, recipe, pixels) for source in sources]
-                for job in track(jobs, description=f"Degrading {len(files)} images"):
+    at = _allocate(partial, total, recipe.patch_size, attrs, beside=end)
+    pixels = partial.with_name("pixels")
+    pixels.touch()
+    os.truncate(pixels, end)
+    numbers = np.empty(total, np.int64)  # of the pair in every row
+    numbers[np.random.default_rng(0).permutation(total)] = np.arange(total)  # the same file every time
+    build = tuple(sources), recipe, pixels
+    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started its threads
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+        try:
+            jobs = [pool.submit(_degrade_image, source, recipe, pixels) for source in sources]
+            for job in track(jobs, description=f"Degrading {len(files)} images"):
+                job.result()
+            jobs = [
+                pool.submit(_fill, first, numbers[first : first + ROWS], build, partial, at)
+                for first in range(0, total, ROWS)
+            ]
+            with partial.open("rb") as file:
+                for job in track(jobs, description=f"Cutting {total:,} pairs"):
                     job.result()
-                rows = min(JOB, ROWS * math.ceil(total / (4 * workers * ROWS)))  # some for every worker
-                jobs = [
-                    pool.submit(_fill, first, numbers[first : first + rows], build, partial, at)
-                    for first in range(0, total, rows)
-                ]
-                with partial.open("rb") as file:
-                    for job in track(jobs, description=f"Cutting {total:,} pairs"):
-                        job.result()
-                        os.fsync(file.fileno())  # what is in a cache, the disk's too, while the others cut
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        if sources_digest(files) != attrs["sources"]:
-            raise UserError(f"the images of {path} changed while it was built: run the same command again")
-        partial.rename(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+                    os.fsync(file.fileno())  # the disk works while the others cut; what it cannot hold is said here
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int], beside: int) -> list[int]:
@@ -380,21 +343,16 @@ def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int], besid
     free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
     if free < 3 * size + beside:
         raise OSError(f"{(3 * size + beside) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
-    # Where the datasets begin, and every piece of ROWS of theirs, can be written directly.
-    with h5py.File(path, "w", libver="latest", alignment_threshold=PAGE, alignment_interval=PAGE) as file:
+    with h5py.File(path, "w", libver="latest") as file:
         for key, value in attrs.items():
             # Texts of fixed length stand in the header, under HDF5's checksum. The heap where others stand has
             # none: a bit flipped there can make HDF5 search it for ever.
             file.attrs[key] = np.bytes_(value) if isinstance(value, str) else value
-        offsets = []
-        for key, dtype in (("data", h5py.h5t.STD_U16LE), ("label", h5py.h5t.STD_U8LE)):
-            layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            layout.set_layout(h5py.h5d.CONTIGUOUS)
-            layout.set_obj_track_times(False)  # no clock in the file: equal builds are equal bytes
-            layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # every row is written below
-            dataset = h5py.h5d.create(file.id, key.encode(), dtype, h5py.h5s.create_simple((total, p, p)), layout)
-            offsets.append(dataset.get_offset())
-    with path.open("r+b") as file:
-        file.truncate(max(file.seek(0, os.SEEK_END), offsets[0] + 2 * size, offsets[1] + size))
+        early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        offsets = [
+            file.create_dataset(key, (total, p, p), dtype, dcpl=early.copy(), fill_time="never").id.get_offset()
+            for key, dtype in (("data", "<u2"), ("label", "u1"))
+        ]
+    os.truncate(path, max(path.stat().st_size, offsets[0] + 2 * size, offsets[1] + size))
     return offsets

@@ -1,7 +1,7 @@
 """The training patches of Sec. 4.1–4.2: cut, stored in HDF5, read back shuffled.
 
 Each training image is turned into its eight orientations *before* it is degraded; each version is cropped to
-a multiple of the scale, degraded (`protocol.degrade`) and cut into 31×31 pairs at stride 21 from the top-left,
+a multiple of the scale, degraded (`protocol.prepare`) and cut into 31×31 pairs at stride 21 from the top-left,
 incomplete windows dropped. The 291 images give 1,722,720 pairs.
 
 A build first degrades every image and keeps the pixels (0.7 GB, a seventh of the patches, which overlap), then
@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrn.config import DataConfig
+from drrn.degradations import PAPER
 from drrn.errors import UserError
 from drrn.images import sha256
 
@@ -50,11 +51,18 @@ class Recipe:
     patch_size: int = 31
     stride: int = 21
     augment: str = "offline"  # "offline": eight orientations stored; "online": one, turned on the device
+    degradation: str = PAPER
 
     @classmethod
     def of(cls, data: DataConfig) -> Recipe:
         """The recipe that a run's `data.*` asks for."""
-        return cls(tuple(data.train), tuple(data.scales), data.patch_size, data.stride, data.augment)
+        whole = {its.name: getattr(data, its.name) for its in fields(cls) if its.name not in ("sets", "scales")}
+        return cls(sets=tuple(data.train), scales=tuple(data.scales), **whole)
+
+    def text(self) -> str:
+        """JSON, for the file. The degradation of the paper is not said, so that earlier files keep their names."""
+        kept = {key: value for key, value in asdict(self).items() if (key, value) != ("degradation", PAPER)}
+        return json.dumps(kept, sort_keys=True)
 
     @property
     def orientations(self) -> int:
@@ -85,7 +93,7 @@ def attributes(recipe: Recipe, files: list[Path]) -> dict[str, str | int]:
     """What the file says of itself, and what a reader compares before it trusts a single row."""
     return {
         "format": FORMAT,
-        "recipe": json.dumps(asdict(recipe), sort_keys=True),
+        "recipe": recipe.text(),
         "sources": sources_digest(files),
     }
 

@@ -3,18 +3,21 @@
 From an 8-bit luminance Y and a scale s: crop to a multiple of s, bicubic down and up in double precision
 (the network's input), network, 8 bits, crop s pixels on every side, score. The paper does not write it
 down; it is that of the released test code and it reproduces every published Bicubic cell within 0.01 dB
-and 0.001.
+and 0.001. Another way down than bicubic (`drrn.degradations`) is another protocol.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from drrn.degradations import PAPER as BICUBIC
+from drrn.degradations import low_resolution
+from drrn.images import luminance
 from drrn.matlab import imresize, to_uint8
 from drrn.metrics import METRICS, in_training
 
@@ -28,6 +31,8 @@ class Protocol:
         crop: pixels removed on every side; None is the scale, as the paper does.
         color: "y" scores the luminance; "rgb" takes the PSNR over the three channels (SSIM and IFC stay on Y).
         rounding: "uint8" scores 8-bit values; "float" the unrounded ones, clamped to 0…255.
+        degradation: of DEGRADATIONS.
+        precision: of networks.
     """
 
     name: str = "paper"
@@ -35,6 +40,13 @@ class Protocol:
     crop: int | None = None
     color: str = "y"
     rounding: str = "uint8"
+    degradation: str = BICUBIC
+    precision: str = "float32"
+
+    def stamp(self) -> dict[str, Any]:
+        """What scores and records say of it; what came later only where it is not the paper's."""
+        later = {"degradation": BICUBIC, "precision": "float32"}
+        return {key: value for key, value in asdict(self).items() if key not in later or later[key] != value}
 
 
 PAPER = Protocol()
@@ -42,8 +54,8 @@ PAPER = Protocol()
 
 def describe(protocol: dict[str, Any]) -> str:
     """A protocol in words, its departures from the paper named: "protocol paper v1, but rounding=float"."""
-    usual = {"crop": PAPER.crop, "color": PAPER.color, "rounding": PAPER.rounding, "precision": "float32"}
-    extra = [f"{key}={protocol[key]}" for key, value in usual.items() if protocol.get(key, value) != value]
+    usual = {key: value for key, value in asdict(PAPER).items() if key not in ("name", "version")}
+    extra = [f"{key}={value}" for key, value in protocol.items() if usual.get(key, value) != value]
     return f"protocol {protocol['name']} v{protocol['version']}" + (f", but {', '.join(extra)}" if extra else "")
 
 
@@ -78,17 +90,19 @@ def shave(image: NDArray, border: int) -> NDArray:
 
 
 def prepare(
-    y: NDArray[np.uint8], scale: int, input: str = "interpolated"
+    pixels: NDArray[np.uint8], scale: int, input: str = "interpolated", degradation: str = BICUBIC
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps 2 and 3: 8-bit Y [H, W] → (network input, ground truth [H', W']), in 0…1.
+    """Steps 2 and 3: an 8-bit image → (network input, ground truth [H', W']), Y in 0…1.
 
     Args:
-        y: luminance.
+        pixels: [H, W] or [H, W, 3]; Y alone will do, but for a degradation of R, G and B.
         scale: s.
         input: what the network takes: "interpolated" [H', W'], or "low", step 3's first half [H' / s, W' / s].
+        degradation: of DEGRADATIONS.
     """
-    truth = modcrop(y, scale) / 255.0
-    return imresize(truth, 1 / scale) if input == "low" else degrade(truth, scale), truth
+    pixels = modcrop(pixels, scale)
+    x = low_resolution(pixels, scale, degradation)
+    return x if input == "low" else imresize(x, scale), luminance(pixels) / 255.0
 
 
 def score(

@@ -16,7 +16,7 @@ from drrn.disk import check_regular
 from drrn.environment import environment
 from drrn.errors import UserError
 from drrn.identity import experiment, run_dir, run_name, structure_name
-from drrn.protocol import PAPER
+from drrn.protocol import Protocol
 
 FORMAT = 1
 FILE = "record.json"
@@ -99,7 +99,7 @@ def run_record(config: Config, network: Any) -> dict[str, Any]:
             "conv_weights": conv_weights(network),
             "parameters": sum(p.numel() for p in network.parameters()),
         },
-        "protocol": asdict(PAPER),
+        "protocol": Protocol(degradation=config.data.degradation).stamp(),
         "config": asdict(config),
         **environment(),
     }

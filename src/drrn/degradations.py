@@ -1,0 +1,120 @@
+"""How the low resolution is made of the truth: DEGRADATIONS, by the field's names.
+
+BI is the paper's; BD and DN are those of Zhang, Tian, Kong, Zhong, Fu (RDN, CVPR 2018), Sec. 5.1. Training pairs and
+test sets are degraded here alike. A degradation of one's own is a function and an entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from drrn.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PAPER = "BI"
+BLUR, SIGMA = 7, 1.6  # BD: the side of the Gaussian window and its σ, pixels of the truth
+NOISE = 30.0  # DN: σ, levels of 255
+
+
+def bicubic(planes: NDArray[np.floating], scale: int) -> NDArray[np.float64]:
+    """BI: MATLAB's bicubic (Sec. 4.1), never rounded."""
+    from drrn.matlab import imresize
+
+    return imresize(planes, 1 / scale)
+
+
+def blurred(planes: NDArray[np.floating], scale: int) -> NDArray[np.float64]:
+    """BD: a Gaussian of 7×7 with σ = 1.6, borders replicated, then every third pixel from the second on, unrounded.
+
+    That pixel is the centre of its three: MATLAB's `imresize(…, 1/3, 'nearest')`.
+    """
+    import numpy as np
+    import torch
+    from kornia.filters import gaussian_blur2d  # here, since its import takes seconds
+
+    stack = torch.from_numpy(np.atleast_3d(planes).transpose(2, 0, 1).astype(np.float64))[None]
+    soft = gaussian_blur2d(stack, (BLUR, BLUR), (SIGMA, SIGMA), border_type="replicate")[0].numpy()
+    return np.ascontiguousarray(soft.transpose(1, 2, 0)[scale // 2 :: scale, scale // 2 :: scale]).reshape(
+        planes.shape[0] // scale, planes.shape[1] // scale, *planes.shape[2:]
+    )
+
+
+def noisy(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    """DN: bicubic, then noise of σ = 30 of 255 on R, G and B (or grey), then 8 bits.
+
+    The noise is drawn from a seed that the scale and the pixels make: an image has the same noise each time, in any
+    folder; no two have it in common.
+    """
+    import hashlib
+
+    import numpy as np
+
+    from drrn.matlab import imresize, to_uint8
+
+    digest = hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).digest()
+    rng = np.random.default_rng([scale, *digest])
+    small = imresize(pixels / 255.0, 1 / scale)
+    return to_uint8(small + rng.normal(0, NOISE / 255, small.shape))
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """One way to shrink an image.
+
+    Attributes:
+        function: (truth, scale) → its low resolution [h, w] or [h, w, 3]. The truth [H, W] or [H, W, 3], sides
+            multiples of the scale, is planes in 0…1 of what the network and the metrics see (Y, or Y, Cb, Cr).
+        of_rgb: the truth is R, G, B (or grey) in 8 bits instead, and so is its low resolution.
+        scales: that it is defined for; None is all.
+    """
+
+    function: Callable[[NDArray, int], NDArray]
+    of_rgb: bool = False
+    scales: tuple[int, ...] | None = None
+
+
+DEGRADATIONS: dict[str, Degradation] = {
+    PAPER: Degradation(bicubic),
+    "BD": Degradation(blurred, scales=(3,)),
+    "DN": Degradation(noisy, of_rgb=True),
+}
+
+
+def check_scales(name: str, scales: Iterable[int], degradation: str) -> None:
+    """Refuse scales that a degradation is not defined for; `name` is their key.
+
+    Raises:
+        UserError: there is one.
+    """
+    defined = DEGRADATIONS[degradation].scales
+    if defined is not None and not set(scales) <= set(defined):
+        listed = ", ".join(f"×{scale}" for scale in defined)
+        raise UserError(f"{name} = {sorted(set(scales))}: the degradation {degradation} is defined for {listed} only")
+
+
+def low_resolution(
+    pixels: NDArray[np.uint8], scale: int, degradation: str = PAPER, colour: bool = False
+) -> NDArray[np.float64]:
+    """The low resolution of an 8-bit image, as networks take it.
+
+    Args:
+        pixels: truth [H, W] (Y or grey) or [H, W, 3] (RGB), sides multiples of the scale.
+        scale: s.
+        degradation: of DEGRADATIONS.
+        colour: Y, Cb and Cr of an RGB image instead of Y alone.
+
+    Returns:
+        [H / s, W / s] or [H / s, W / s, 3], 0…1 (bicubic a little beyond).
+    """
+    from drrn.matlab import rgb2y, rgb2ycbcr
+
+    def planes(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+        return (image if image.ndim == 2 else rgb2ycbcr(image) if colour else rgb2y(image)) / 255.0
+
+    its = DEGRADATIONS[degradation]
+    return planes(its.function(pixels, scale)) if its.of_rgb else its.function(planes(pixels), scale)
