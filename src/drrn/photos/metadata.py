@@ -112,3 +112,15 @@ def exif_and_orientation(image: Image.Image, notes: list[str]) -> tuple[Image.Ex
         notes.append("its EXIF data are damaged and left out")
         return None, 1
     return (exif if keep else None), orientation if orientation in range(1, 9) else 1
+
+
+def exif_bytes(exif: Image.Exif, shape: tuple[int, int, int], longest: int | None) -> bytes | None:
+    """EXIF data with the new size; None if they cannot be written."""
+    try:
+        inner = exif.get_ifd(EXIF_IFD)
+        if EXIF_WIDTH in inner:
+            exif[EXIF_IFD] = {**inner, EXIF_WIDTH: shape[1], EXIF_HEIGHT: shape[0]}
+        data = exif.tobytes()
+    except Exception:  # odd values in files of odd programs
+        return None
+    return data if longest is None or len(data) <= longest else None

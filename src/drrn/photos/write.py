@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,25 +17,10 @@ from drrn.disk import write_whole
 from drrn.errors import UserError
 from drrn.images import FORMATS
 from drrn.photos.enlarge import CHUNK
-from drrn.photos.metadata import (
-    EXIF_HEIGHT,
-    EXIF_IFD,
-    EXIF_WIDTH,
-    XMP,
-    XMP_KEYWORD,
-    Chunks,
-    lost_chunks,
-    with_resolution,
-)
+from drrn.photos.metadata import XMP, XMP_KEYWORD, Chunks, exif_bytes, lost_chunks, with_resolution
 from drrn.photos.read import Photo
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 LONGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels of a side that the format can hold
-
-
-# ---------------------------------------------------------------------- writing
 
 
 def stored_dtype(path: Path, dtype: np.dtype, channels: int, size: tuple[int, int]) -> np.dtype:
@@ -97,27 +82,29 @@ def write_photo(
         UserError: the file cannot be written (a full disk, no permission); nothing is left behind.
     """
     kind = FORMATS[path.suffix.lower()]
-    kept, notes = _kept(photo, kind, shape)
+    result, notes = _result(photo, kind, shape, dtype)
     if dtype != photo.pixels.dtype:
         notes.append(f"{kind} holds 8 bits a channel: rounded from 16")
-        strips = (_to_eight_bits(strip) for strip in strips)
+        strips = (((strip.astype(np.uint32) + 128) // 257).astype(np.uint8) for strip in strips)
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
             if kind == "PNG":
-                _write_png(file, strips, shape, dtype, kept)
+                _write_png(file, strips, result)
             elif kind == "TIFF":
-                _write_tiff(file, strips, shape, dtype, kept)
+                _write_tiff(file, strips, result)
             else:
-                _write_pillow(file, kind, strips, shape, kept, quality)
+                _write_pillow(file, strips, result, kind, quality)
 
     write_whole(path, write)
     return notes
 
 
-class Kept(NamedTuple):
-    """What goes into a result beside its pixels, in the form that its format takes."""
+class Result(NamedTuple):
+    """A result without its pixels: their shape and type, and what goes beside them, as its format takes it."""
 
+    shape: tuple[int, int, int]
+    dtype: np.dtype
     icc: bytes | None
     exif: bytes | None
     xmp: bytes | None
@@ -125,13 +112,13 @@ class Kept(NamedTuple):
     chunks: Chunks
 
 
-def _kept(photo: Photo, kind: str, shape: tuple[int, int, int]) -> tuple[Kept, list[str]]:
+def _result(photo: Photo, kind: str, shape: tuple[int, int, int], dtype: np.dtype) -> tuple[Result, list[str]]:
     """What a format can hold of what a photograph says, and notes on the rest."""
     exif, exif_data, notes = photo.exif, None, []
     if kind == "WEBP" and photo.dpi:  # its one place for a resolution
         exif = with_resolution(exif, photo.dpi)
     if exif is not None and kind in ("PNG", "JPEG", "WEBP"):
-        exif_data = _exif_bytes(exif, shape, 65_000 if kind == "JPEG" else None)
+        exif_data = exif_bytes(exif, shape, 65_000 if kind == "JPEG" else None)
         if exif_data is None:
             notes.append("its EXIF data could not be kept")
     elif exif is not None:
@@ -145,86 +132,57 @@ def _kept(photo: Photo, kind: str, shape: tuple[int, int, int]) -> tuple[Kept, l
         notes.append(f"{kind}: its XMP data do not fit: left out")
     if kind != "PNG":
         notes += lost_chunks(photo.chunks, kind)
-    return Kept(icc, exif_data, xmp, photo.dpi, photo.chunks if kind == "PNG" else []), notes
+    return Result(shape, dtype, icc, exif_data, xmp, photo.dpi, photo.chunks if kind == "PNG" else []), notes
 
 
-def _to_eight_bits(strip: NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """0…65535 → 0…255, to the nearest."""
-    return ((strip.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _exif_bytes(exif: Image.Exif, shape: tuple[int, int, int], longest: int | None) -> bytes | None:
-    """EXIF data with the new size; None if they cannot be written."""
-    try:
-        inner = exif.get_ifd(EXIF_IFD)
-        if EXIF_WIDTH in inner:
-            exif[EXIF_IFD] = {**inner, EXIF_WIDTH: shape[1], EXIF_HEIGHT: shape[0]}
-        data = exif.tobytes()
-    except Exception:  # odd values in files of odd programs
-        return None
-    return data if longest is None or len(data) <= longest else None
-
-
-def _write_pillow(
-    file: BinaryIO,
-    kind: str,
-    strips: Iterator[NDArray[np.uint8]],
-    shape: tuple[int, int, int],
-    kept: Kept,
-    quality: int,
-) -> None:
+def _write_pillow(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result, kind: str, quality: int) -> None:
     """JPEG, WebP or BMP."""
     from PIL import Image
 
-    height, width, channels = shape
+    height, width, channels = result.shape
     canvas, top = Image.new(("L", "LA", "RGB", "RGBA")[channels - 1], (width, height)), 0
     for strip in strips:
         canvas.paste(Image.fromarray(strip[..., 0] if channels == 1 else strip), (0, top))
         top += len(strip)
-    options: dict[str, Any] = {"icc_profile": kept.icc, "exif": kept.exif, "xmp": kept.xmp, "dpi": kept.dpi}
-    options = {"quality": quality, **{name: value for name, value in options.items() if value is not None}}
+    said = {"icc_profile": result.icc, "exif": result.exif, "xmp": result.xmp, "dpi": result.dpi}
+    options = {"quality": quality, **{name: value for name, value in said.items() if value is not None}}
     if kind == "JPEG":
         options["subsampling"] = 0
     # Without a descriptor Pillow writes through Python; by itself it overlooks a write that a full disk cut short.
     canvas.save(SimpleNamespace(write=file.write, flush=file.flush), kind, **options)
 
 
-def _write_tiff(
-    file: BinaryIO,
-    strips: Iterator[NDArray[Any]],
-    shape: tuple[int, int, int],
-    dtype: np.dtype,
-    kept: Kept,
-) -> None:
+def _write_tiff(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result) -> None:
     """Deflate with the horizontal predictor (integers), strip by strip."""
     import tifffile
 
-    _, width, channels = shape
+    _, width, channels = result.shape
+    integers = result.dtype.kind == "u"
     rows = max(1, (CHUNK // 4) // (width * channels))
 
     def segments() -> Iterator[bytes]:
         for part in _in_rows(strips, rows):
-            if dtype.kind == "u":  # differences to the pixel on the left
+            if integers:  # differences to the pixel on the left
                 part = np.diff(part, axis=1, prepend=np.zeros_like(part[:, :1]))
             yield zlib.compress(np.ascontiguousarray(part).tobytes(), 6)
 
     tifffile.imwrite(
         file,
         segments(),
-        shape=shape if channels > 1 else shape[:2],
-        dtype=dtype,
+        shape=result.shape if channels > 1 else result.shape[:2],
+        dtype=result.dtype,
         photometric="rgb" if channels >= 3 else "minisblack",
         planarconfig="contig" if channels > 1 else None,
         extrasamples=["unassalpha"] if channels in (2, 4) else None,
         rowsperstrip=rows,
         compression="zlib",
-        predictor=dtype.kind == "u",
+        predictor=integers,
         metadata=None,
         software=False,
-        iccprofile=kept.icc,
-        resolution=kept.dpi,
-        resolutionunit="INCH" if kept.dpi else None,
-        extratags=[(XMP, 1, len(kept.xmp), kept.xmp, True)] if kept.xmp else (),
+        iccprofile=result.icc,
+        resolution=result.dpi,
+        resolutionunit="INCH" if result.dpi else None,
+        extratags=[(XMP, 1, len(result.xmp), result.xmp, True)] if result.xmp else (),
     )
 
 
@@ -241,36 +199,30 @@ def _in_rows(strips: Iterator[NDArray[Any]], rows: int) -> Iterator[NDArray[Any]
         yield np.concatenate(held)
 
 
-def _write_png(
-    file: BinaryIO,
-    strips: Iterator[NDArray[Any]],
-    shape: tuple[int, int, int],
-    dtype: np.dtype,
-    kept: Kept,
-) -> None:
+def _write_png(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result) -> None:
     """PNG of 8 or 16 bits, row by row: Pillow writes no 16-bit colour and needs the whole image in memory."""
 
     def chunk(name: bytes, data: bytes) -> None:
         file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
 
-    height, width, channels = shape
-    step = channels * dtype.itemsize  # bytes of a pixel
+    height, width, channels = result.shape
+    step = channels * result.dtype.itemsize  # bytes of a pixel
     colour_type = (0, 4, 2, 6)[channels - 1]
     file.write(b"\x89PNG\r\n\x1a\n")
-    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * dtype.itemsize, colour_type, 0, 0, 0))
-    if kept.icc:
-        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(kept.icc))
-    for name, data in kept.chunks:
+    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * result.dtype.itemsize, colour_type, 0, 0, 0))
+    if result.icc:
+        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(result.icc))
+    for name, data in result.chunks:
         chunk(name, data)
-    if kept.dpi:
-        chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in kept.dpi), 1))  # a metre
-    if kept.exif:
-        chunk(b"eXIf", kept.exif.removeprefix(b"Exif\0\0"))
-    if kept.xmp:
-        chunk(b"iTXt", XMP_KEYWORD + b"\0\0\0\0\0" + kept.xmp)
+    if result.dpi:
+        chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in result.dpi), 1))  # a metre
+    if result.exif:
+        chunk(b"eXIf", result.exif.removeprefix(b"Exif\0\0"))
+    if result.xmp:
+        chunk(b"iTXt", XMP_KEYWORD + b"\0\0\0\0\0" + result.xmp)
     deflate, previous = zlib.compressobj(6), np.zeros((1, width * step), np.uint8)
     for strip in strips:
-        stored = np.ascontiguousarray(strip, dtype=dtype.newbyteorder(">"))
+        stored = np.ascontiguousarray(strip, dtype=result.dtype.newbyteorder(">"))
         rows = stored.view(np.uint8).reshape(len(strip), width * step)
         data = deflate.compress(_png_filtered(rows, previous, step).tobytes())
         if data:
@@ -281,7 +233,7 @@ def _write_png(
 
 
 def _png_filtered(rows: NDArray[np.uint8], previous: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
-    """Each row by the one of PNG's filters that leaves the smallest differences (PNG, ch. 9 and 12.7).
+    """Each row by PNG's filter Paeth: what the best filter of each row would save beside it is below a hundredth.
 
     Args:
         rows: [n, bytes]. previous: the row above them [1, bytes]. step: bytes to the pixel on the left.
@@ -292,14 +244,7 @@ def _png_filtered(rows: NDArray[np.uint8], previous: NDArray[np.uint8], step: in
     up = np.concatenate([previous, rows[:-1]]).astype(np.int16)
     left, corner = np.zeros_like(up), np.zeros_like(up)
     left[:, step:], corner[:, step:] = rows[:, :-step], up[:, :-step]
-    to_left, to_up = np.abs(up - corner), np.abs(left - corner)  # |p − a|, |p − b| of Paeth, p = a + b − c
+    to_left, to_up = np.abs(up - corner), np.abs(left - corner)  # |p − a|, |p − b| of p = a + b − c
     to_corner = np.abs(left + up - 2 * corner)
     paeth = np.where((to_left <= to_up) & (to_left <= to_corner), left, np.where(to_up <= to_corner, up, corner))
-    best = np.empty((len(rows), 1 + rows.shape[1]), np.uint8)
-    smallest = np.full(len(rows), np.iinfo(np.int64).max)
-    for number, guess in ((0, None), (1, left), (2, up), (4, paeth)):
-        difference = rows if guess is None else (rows - guess).astype(np.uint8)
-        size = np.abs(difference.view(np.int8).astype(np.int16)).sum(axis=1, dtype=np.int64)
-        better = size < smallest
-        best[better, 0], best[better, 1:], smallest[better] = number, difference[better], size[better]
-    return best
+    return np.insert((rows - paeth).astype(np.uint8), 0, 4, axis=1)
