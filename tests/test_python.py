@@ -125,14 +125,16 @@ def test_weights_go_by_their_names(
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     with pytest.raises(UserError, match="ships none"):
         drrn.load()
-    for name, psnr in (("DRRN_A", 33.9), ("DRRN_B", 34.0)):
+    for name, psnr in (("DRRN_A", {3: 33.9, 4: 31.5}), ("DRRN_B", {3: 34.0, 4: 31.4}), ("OF_X2", {2: 37.0})):
         (tmp_path / f"{name}.safetensors").write_bytes(weights.read_bytes())
-        means = [{"set": "Set14", "scale": 3, "psnr": 50.0}, {"set": "Set5", "scale": 3, "psnr": psnr}]
+        means = [{"set": "Set5", "scale": scale, "psnr": value} for scale, value in psnr.items()]
+        means += [{"set": "Set14", "scale": 3, "psnr": 50.0}, {**means[0], "method": "bicubic", "psnr": 60.0}]
         (tmp_path / f"{name}.json").write_text(json.dumps({"means": means}))
     assert shipped.weights_file("DRRN_A") == tmp_path / "DRRN_A.safetensors"
-    assert shipped.weights_file(None) == tmp_path / "DRRN_B.safetensors"  # the better one
+    best = {3: "DRRN_B", 4: "DRRN_A", 2: "OF_X2", 2.5: "DRRN_B"}
+    assert {scale: shipped.weights_file(None, scale).stem for scale in best} == best
     assert drrn.upscale(photo, 2).shape == (100, 126, 3)
-    with pytest.raises(UserError, match="DRRN_B, DRRN_A"):
+    with pytest.raises(UserError, match="DRRN_B, DRRN_A, OF_X2"):
         drrn.load("DRRN_C")
 
 

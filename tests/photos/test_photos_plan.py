@@ -133,3 +133,22 @@ def test_names_of_all_kinds_on_a_terminal_of_latin_1(tmp_path):
     assert b"\x1b" not in done.stdout + done.stderr
     assert b"Traceback" not in done.stderr
     assert rb"\x1b[2Jbad.png" in done.stderr
+
+
+def test_without_an_output_results_lie_beside_their_inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("holidays/sea").mkdir(parents=True)
+    for name in ("photo.jpg", "scan.tif", "holidays/sea/a.jpg", "holidays/b.png"):
+        save(Path(name), PIXELS)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    job = {"scale": 1.5, "method": "bicubic"}
+    assert run(input=["photo.jpg", "scan.tif", "holidays"], **job) == 0
+    made = {"photo_x1.5.png", "scan_x1.5.tif", "holidays_x1.5/sea/a.jpg", "holidays_x1.5/b.png"}
+    assert made == set(images_in(tmp_path)) - {str(path.relative_to(tmp_path)) for path in before}
+    Path("photo_x1.5.png").write_bytes(b"mine")
+    assert run(input="photo.jpg", **job) == 0
+    assert Path("photo_x1.5.png").read_bytes() == b"mine"  # nothing is overwritten unasked
+    monkeypatch.chdir("holidays")
+    assert run(input=".", suffix=".bmp", **job) == 0
+    assert (tmp_path / "holidays_x1.5/b.bmp").is_file()
+    assert all(path.read_bytes() == content for path, content in before.items())

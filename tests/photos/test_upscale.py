@@ -653,7 +653,7 @@ def test_two_inputs_never_become_one_output(rgb, tmp_path):
         ({"input": None}, "input is missing"),
         ({"input": []}, "input is missing"),
         ({"input": {"a": 1}}, "input ="),
-        ({"output": None}, "output is missing"),
+        ({"compare": True}, "compare: method=bicubic"),
         ({"scale": None}, "scale is missing"),
         ({"scale": 1}, "scale = 1"),
         ({"scale": float("nan")}, "scale = nan"),

@@ -31,7 +31,8 @@ def upscale(
             [H, W] or [H, W, C] with C = 1…4 channels (grey, grey + alpha, RGB, RGBA) of uint8, uint16, or floating
             in 0…1.
         scale: above 1; may be a fraction. Sides become scale × side, rounded.
-        network: as `drrn.load` gives it, or what `drrn.load` takes; "bicubic" for none.
+        network: as `drrn.load` gives it, or what `drrn.load` takes, None being the best that is shipped; "bicubic"
+            for none. For many images, load it once.
         precision: as in `drrn.inference.super_resolve`.
 
     Returns:
@@ -53,7 +54,7 @@ def upscale(
     if network == BICUBIC:
         network = None
     elif network is None or isinstance(network, str | Path):
-        network = load(network)
+        network = load(network, scale)
     if network is not None and getattr(network, "scale", scale) != scale:
         raise ValueError(f"scale = {scale}: the network enlarges by {network.scale}")
     deep = pixels.reshape(*pixels.shape[:2], -1)

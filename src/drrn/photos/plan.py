@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +21,13 @@ class Options:
     """What `conf/upscale.yaml` may hold."""
 
     input: Any = key("a file, a folder with its structure, or a list of both")
-    output: str | None = key("a file for one input (its suffix is the format), else a folder")
+    output: str | None = key("a file for one input (its suffix is the format), else a folder; null: photo_x2.png")
     scale: float | None = key("sides become scale × side, rounded; may be a fraction", above=1)
-    checkpoint: str | None = key("weights.safetensors or .ckpt, for method=network")
+    checkpoint: str | None = key("weights.safetensors, .ckpt or a shipped name; null: the best shipped")
     method: str = key("what enlarges", choices=("network", "bicubic"))
+    compare: bool = key("beside each result, a page with a slider between bicubic and it")
     overwrite: bool = key("replace outputs that exist; otherwise they are skipped")
-    suffix: str | None = key("format of outputs in a folder, .png; null: the input's own")
+    suffix: str | None = key("format of outputs without a name, .png; null: in a folder the input's own")
     quality: int = key("of JPEG and WebP", at_least=1, below=101)
     self_ensemble: bool = key("average over the 8 orientations: a little better, 8 times slower")
     tile: int | None = key("side of a tile, pixels; null: strips by the memory there is", at_least=1)
@@ -42,6 +44,11 @@ class Job(NamedTuple):
     target: Path
     wrong: str | None = None  # why it cannot be read
 
+    @property
+    def page(self) -> Path:
+        """Of `compare`."""
+        return self.target.with_name(f"{self.target.name}.html")
+
 
 def check(options: Options) -> None:
     """What no single key's limits say.
@@ -49,16 +56,17 @@ def check(options: Options) -> None:
     Raises:
         UserError: by the key's name.
     """
-    example = "python src/upscale.py input=photo.jpg scale=3 checkpoint=weights.safetensors output=big.png"
-    for name in ("input", "output", "scale"):
+    for name in ("input", "scale"):
         if getattr(options, name) in (None, "", []):
-            raise UserError(f"{name} is missing: {example}")
+            raise UserError(f"{name} is missing: python src/upscale.py input=photo.jpg scale=2")
     if not math.isfinite(options.scale):
         raise UserError(f"scale = {options.scale}: must be a finite number above 1")
     if options.method == "network":
-        options.checkpoint = str(weights_file(options.checkpoint))
-    if options.method == "bicubic" and options.checkpoint:
+        options.checkpoint = str(weights_file(options.checkpoint, options.scale))
+    elif options.checkpoint:
         raise UserError("checkpoint: method=bicubic uses none; leave out one of the two")
+    elif options.compare:
+        raise UserError("compare: method=bicubic is what it compares with; leave out one of the two")
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", options.device):
         raise UserError(f"device = {options.device!r}: allowed are auto, cpu, cuda, cuda:1, mps, xpu")
 
@@ -77,29 +85,50 @@ def plan(options: Options) -> list[Job]:
     given = options.input if isinstance(options.input, list) else [options.input]
     if not all(isinstance(name, str | int | float) and not isinstance(name, bool) and str(name) for name in given):
         raise UserError(f"input = {options.input}: a file, a folder, or a list of them")
-    output, sources = Path(options.output), [Path(str(name)) for name in given]
-    found: dict[str, tuple[Path, Path, str | None]] = {}  # real path → (input, its place in a folder, what is wrong)
+    sources = [Path(str(name)) for name in given]
+    output = None if options.output is None else Path(options.output)
+    one = output is not None and output.suffix.lower() in FORMATS and not is_folder(output)
+    found: dict[str, Job] = {}  # by the input's real path
     for source in sources:
-        for path, place, wrong in (
-            members(source, output) if is_folder(source) else [(source, Path(source.name), None)]
-        ):
-            found.setdefault(os.path.realpath(path), (path, place, wrong))
-
-    if output.suffix.lower() in FORMATS and not is_folder(output):
-        if len(found) > 1 or any(is_folder(source) for source in sources):
+        for job in jobs_of(source, output, one, options):
+            found.setdefault(os.path.realpath(job.source), job)
+    if one:
+        if len(found) > 1 or any(map(is_folder, sources)):
             raise UserError(f"output = {output}: {len(found)} images need a folder, this is the name of one file")
         if options.suffix is not None:
             raise UserError(f"suffix = {options.suffix!r}: output = {output} has its own; leave out one of the two")
         check_output("output", output)
-        jobs = [Job(path, output, wrong) for path, _, wrong in found.values()]
     else:
-        if os.path.lexists(output) and not is_folder(output):
+        if output is not None and os.path.lexists(output) and not is_folder(output):
             raise UserError(f"output = {output}: neither a folder nor a name that ends in {', '.join(FORMATS)}")
-        jobs = [Job(path, output / named(place, options.suffix), wrong) for path, place, wrong in found.values()]
-        for folder in dict.fromkeys([output, *(job.target.parent for job in jobs if not job.wrong)]):
+        folders = [job.target.parent for job in found.values() if not job.wrong]
+        for folder in dict.fromkeys([output, *folders] if output else folders):
             check_output("output", folder, folder=True)
-    check_targets([job for job in jobs if not job.wrong], set(found))
-    return jobs
+    check_targets([job for job in found.values() if not job.wrong], set(found))
+    return list(found.values())
+
+
+def jobs_of(source: Path, output: Path | None, one: bool, options: Options) -> Iterator[Job]:
+    """What becomes of an input, a file or a folder.
+
+    Args:
+        source: the input.
+        output: a folder, or with `one` a file; None: beside the input, `photo_x2.png` or `holidays_x2`.
+        one: whether `output` is a file.
+        options: for the scale and the suffix.
+    """
+    beside = source if source.name not in ("", "..") else Path(os.path.abspath(source))  # noqa: PTH100 — links stay
+    if is_folder(source):
+        folder = output or beside.with_name(f"{beside.name}_x{options.scale:g}")
+        for path, place, wrong in members(source, folder):
+            yield Job(path, folder / named(place, options.suffix), wrong)
+    elif one:
+        yield Job(source, output)
+    elif output is not None:
+        yield Job(source, output / named(Path(source.name), options.suffix))
+    else:  # TIFF may hold what PNG cannot; to be saved without loss is what an enlarged JPEG deserves
+        own = source.suffix if source.suffix.lower() in (".tif", ".tiff") else ".png"
+        yield Job(source, beside.with_name(f"{beside.stem}_x{options.scale:g}{options.suffix or own}"))
 
 
 def is_folder(path: Path) -> bool:

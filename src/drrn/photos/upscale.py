@@ -39,7 +39,9 @@ def upscale(options: Options, jobs: list[Job]) -> int:
     results: Counter[str] = Counter()
     try:
         with stopped_by_signals():
-            network, precision = prepare(options) if options.method == "network" else (None, "float32")
+            network, precision = None, "float32"
+            if options.method == "network" and (options.overwrite or not all(job.target.exists() for job in jobs)):
+                network, precision = prepare(options)
             bars = progress_bars()
             with bars:
                 files = bars.add_task("files", total=len(jobs), visible=len(jobs) > 1)
@@ -59,23 +61,29 @@ def upscale(options: Options, jobs: list[Job]) -> int:
 
 def one(job: Job, count: str, options: Options, network: nn.Module | None, precision: str, bars: Progress) -> str:
     """Enlarge one file and say what became of it: "done", "skipped" or "failed"."""
-    start = time.monotonic()
-    if not job.wrong and job.target.exists() and not options.overwrite:
-        print(f"{count}{printable(job.target)} exists: skipped; overwrite=true replaces it", flush=True)
-        return "skipped"
+    start, outcome = time.monotonic(), "done"
     try:
         if job.wrong:
             raise UserError(f"{job.source} {job.wrong}")
-        text, notes = enlarge_file(job.source, job.target, options, network, precision, bars)
+        if job.target.exists() and not options.overwrite:
+            print(f"{count}{printable(job.target)} exists: skipped; overwrite=true replaces it", flush=True)
+            outcome = "skipped"
+        else:
+            text, notes = enlarge_file(job.source, job.target, options, network, precision, bars)
+            print(f"{count}{printable(text)} in {time.monotonic() - start:.1f} s", flush=True)
+            for note in notes:
+                print(f"  {printable(job.source.name)}: {printable(note)}", flush=True)
+        if options.compare and (options.overwrite or not job.page.exists()):
+            from drrn.photos.compare import write_page
+
+            write_page(job.page, job.source, job.target, Path(options.checkpoint).stem, options.max_pixels)
+            print(f"{count}{printable(job.page)}: before and after", flush=True)
     except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's "out of memory" is the last
         reason = str(error) or type(error).__name__
         named = printable(job.source) in printable(reason) or printable(job.target) in printable(reason)
         print(f"upscale.py: {printable(reason if named else f'{job.source}: {reason}')}", file=sys.stderr)
         return "failed"
-    print(f"{count}{printable(text)} in {time.monotonic() - start:.1f} s", flush=True)
-    for note in notes:
-        print(f"  {printable(job.source.name)}: {printable(note)}", flush=True)
-    return "done"
+    return outcome
 
 
 def progress_bars() -> Progress:
@@ -226,18 +234,17 @@ def stopped_by_signals() -> Iterator[None]:
     keep, so nothing is noted for later.
     """
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {n: h for n in numbers if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
 
     def stop(number: int, frame: Any) -> None:
-        for other in taken:
+        for other in before:
             signal.signal(other, lambda again, frame: os._exit(128 + again))
         raise Stopped(number)
 
-    taken = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
     try:
-        for number in taken:
+        for number in before:
             signal.signal(number, stop)
         yield
     finally:
-        for number in taken:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)

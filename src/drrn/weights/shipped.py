@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,25 +16,32 @@ if TYPE_CHECKING:
 FOLDER = DATA / "weights"
 
 
-def shipped() -> dict[str, Path]:
-    """Name → file of the weights that are shipped, the best on Set5 ×3 by their records first."""
+def shipped(scale: float = 3) -> dict[str, Path]:
+    """Name → file of the weights that are shipped, the best on Set5 at a scale first by their records.
 
-    def psnr(path: Path) -> float:
+    Args:
+        scale: what is to be enlarged by. Where no record has it, ×3 counts.
+    """
+
+    def psnr(path: Path, scale: float) -> float:
         means = json.loads(path.with_suffix(".json").read_text())["means"]
-        return next(row["psnr"] for row in means if (row["set"], row["scale"]) == ("Set5", 3))
+        there = [row for row in means if (row["set"], row["scale"]) == ("Set5", scale)]
+        return max((row["psnr"] for row in there if row.get("method") != "bicubic"), default=-math.inf)
 
-    return {path.stem: path for path in sorted(FOLDER.glob("*.safetensors"), key=psnr, reverse=True)}
+    files = sorted(FOLDER.glob("*.safetensors"))
+    scale = scale if any(psnr(path, scale) > 0 for path in files) else 3
+    return {path.stem: path for path in sorted(files, key=lambda path: psnr(path, scale), reverse=True)}
 
 
-def weights_file(checkpoint: str | Path | None) -> Path:
-    """The file that a checkpoint means: a path, the name of shipped weights, or None for the best of them.
+def weights_file(checkpoint: str | Path | None, scale: float = 3) -> Path:
+    """The file that a checkpoint means: a path, the name of shipped weights, or None for the best of them at a scale.
 
     Raises:
         UserError: there is neither such a file nor such a name.
     """
     if checkpoint is not None and Path(checkpoint).is_file():
         return Path(checkpoint)
-    known = shipped()
+    known = shipped(scale)
     if checkpoint is None and known:
         return next(iter(known.values()))
     if str(checkpoint) in known:
@@ -44,12 +52,16 @@ def weights_file(checkpoint: str | Path | None) -> Path:
     raise UserError(f"checkpoint {checkpoint} does not exist: give weights.safetensors or a .ckpt{names}")
 
 
-def load(checkpoint: str | Path | None = None) -> nn.Module:
+def load(checkpoint: str | Path | None = None, scale: float = 3) -> nn.Module:
     """A network in evaluation mode, float32, on the CPU: of a file, by the name of shipped weights, or the best.
+
+    Args:
+        checkpoint: a path, a name, or None for the best at `scale`.
+        scale: what is to be enlarged by.
 
     Raises:
         UserError: there is no such file, or it holds no weights of this package.
     """
     from drrn.weights.ours import load_network
 
-    return load_network(weights_file(checkpoint))[0]
+    return load_network(weights_file(checkpoint, scale))[0]
