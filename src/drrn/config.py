@@ -123,15 +123,17 @@ class OptimConfig:
     halve_every_steps: int | None = key("optimiser steps", above=0)
     residual_scale: float = key("factor on the last convolution's first weights; 0: bicubic", at_least=0)
     bn_average: float = key("what BatchNorm's averages keep at a batch; Caffe's: 0.999", at_least=0, below=1)
-    loss: str | None = key("a sum over pixels; null: the network's own", default=None, choices=tuple(LOSSES))
+    loss: Any = key(f"{', '.join(LOSSES)}, {{_target_: another, …}}; null: the network's own", default=None)
     warmup_steps: int = key("steps over which γ rises along a line", default=0, at_least=0)
     optimiser: Any = key("{_target_: another solver, …} instead of algorithm", default=None)
     scheduler: Any = key("{_target_: another schedule, …} instead of schedule", default=None)
 
     def rules(self) -> None:
         """One schedule; what belongs to one solver; classes by name."""
-        for name in ("optimiser", "scheduler"):
-            node = getattr(self, name)
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            raise UserError(f"optim.loss = {self.loss!r}: allowed are {', '.join(LOSSES)}")
+        loss = None if isinstance(self.loss, str) else self.loss
+        for name, node in (("loss", loss), ("optimiser", self.optimiser), ("scheduler", self.scheduler)):
             if node is not None and not (isinstance(node, dict) and isinstance(node.get("_target_"), str)):
                 raise UserError(f"optim.{name} = {node}: a class and its arguments, {{_target_: package.Class, …}}")
         every = self.schedule != "cosine" and self.scheduler is None
@@ -210,6 +212,9 @@ class LoggerConfig:
     tags: list[str] = key("beside the structure's, and WANDB_TAGS")
     notes: str | None = key("W&B's", default=None)
     job_type: str | None = key("W&B's", default=None)
+    pictures_every: int | None = key(
+        "pictures at validations of such a multiple of steps; null: at the end alone", default=None, at_least=1
+    )
     kind: str | None = key("one logger, as before there were several", default=None, choices=("wandb", "csv", "none"))
 
     def rules(self) -> None:

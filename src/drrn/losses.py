@@ -1,7 +1,9 @@
-"""What training minimises, by name (`optim.loss`). A loss of one's own is a function here and a line in LOSSES.
+"""What training minimises, by name (`optim.loss`), or of another library by `_target_`.
 
-Each is a sum over pixels and a mean over the batch: θ and γ of Sec. 4.2 keep their meaning only on the paper's
-scale (a mean over pixels is p² times smaller). All are in float32, whatever the precision of the prediction.
+A loss of one's own is a function here and a line in LOSSES, or any `torch.nn.Module` of (prediction, truth) → scalar:
+`optim.loss={_target_: torch.nn.HuberLoss, reduction: sum}`. Those here are sums over pixels and means over the batch:
+θ and γ of Sec. 4.2 keep their meaning only on the paper's scale (a mean over pixels is p² times smaller). All are in
+float32, whatever the precision of the prediction.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from drrn.errors import UserError
+from drrn.targets import make
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,15 +42,22 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def loss_of(network: Any, asked: str | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss that a network is trained with: the one asked for by name, else its own.
+def loss_of(network: Any, asked: str | dict[str, Any] | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss that a network is trained with: the one asked for by name or `_target_`, else its own.
 
     Raises:
-        UserError: another is asked for than the one that belongs to what the network returns.
+        UserError: another is asked for than the one that belongs to what the network returns; a `_target_` that is
+            no Module, or does not take its arguments.
     """
     own = network.loss
-    if isinstance(own, str):
+    if not isinstance(own, str):
+        if asked is not None:
+            raise UserError(f"optim.loss = {asked}: the network brings a loss of its own; give optim.loss=null")
+        return own
+    if not isinstance(asked, dict):
         return LOSSES[asked or own]
-    if asked is not None:
-        raise UserError(f"optim.loss = {asked}: the network brings a loss of its own; give optim.loss=null")
-    return own
+    from torch import nn
+
+    loss = make("optim.loss", asked, nn.Module).requires_grad_(False)  # nothing of it is trained
+    loss.register_forward_pre_hook(lambda _, pair: tuple(image.float() for image in pair))
+    return loss

@@ -43,6 +43,7 @@ def lines(folder: Path) -> dict[tuple[int, str], float]:
 def several(configure: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run with three loggers that failed in its fourth step and was resumed from the second."""
     loggers = ("logger=[wandb,tensorboard,csv]", f"output={tmp_path_factory.mktemp('several')}")
+    loggers = (*loggers, "logger.pictures_every=2")
     config = configure(*(word for word in FOUR if not word.startswith("logger")), *loggers)
     with before_step(3, fail), pytest.raises(Interruption):
         train.train(config)
@@ -99,7 +100,9 @@ def test_tensorboard_shows_scores_table_and_pictures(several: tuple) -> None:
         (event,) = board.Scalars(f"test/tiny_x2/{metric}")
         assert (event.step, event.value) == (32, pytest.approx(mean[metric]))
     for image in ("camera", "chelsea"):
-        (picture,) = board.Images(f"pictures/tiny_x2/{image}")
+        *during, picture = board.Images(f"pictures/tiny_x2/{image}")
+        assert [event.step for event in (*during, picture)] == [16, 32, 32]  # two validations, and the end
+        assert during[0].encoded_image_string != picture.encoded_image_string
         assert picture.encoded_image_string.startswith(b"\x89PNG")
         assert min(picture.width, picture.height) > 100
     (event,) = board.Tensors("scores/text_summary")
@@ -107,6 +110,13 @@ def test_tensorboard_shows_scores_table_and_pictures(several: tuple) -> None:
     assert "| camera.png |" in table
     assert "bicubic_psnr" in table
     assert "features: 2" in (folder / "tensorboard" / "hparams.yaml").read_text()
+
+
+def test_wandb_shows_pictures_of_the_validations_that_were_asked_for(several: tuple) -> None:
+    folder, record = several
+    rows = [row for path in runs(folder, record["wandb_id"]) for row in history(path)]
+    steps = [step for step, row in rows if any(key.startswith("pictures/tiny_x2/camera") for key in row)]
+    assert steps == [2, 4, 5]  # the last one is the row of the scores
 
 
 # ---------------------------------------------------------------------- what is lost is logged again

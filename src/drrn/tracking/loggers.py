@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from drrn.config import Config
 from drrn.identity import run_name
 from drrn.targets import make, resolve
-from drrn.tracking.results import pictures, test_means
+from drrn.tracking.results import ValidationPictures, pictures, test_means
 from drrn.tracking.rows import FILE, Rows, progress
 from drrn.tracking.wandb_run import WandB
 
@@ -68,11 +70,26 @@ class Tracking:
         self.record["tracking"] = first  # each keeps its own part up to date
         return [*([self.wandb] if self.wandb else []), *(other.logger for other in self.others), rows]
 
+    def callbacks(self, module: SuperResolution) -> list[Callback]:
+        """What shows pictures while the run trains, if that was asked and a logger is there."""
+        every = self.config.logger.pictures_every
+        if every is None or not (self.wandb or self.others):
+            return []
+
+        def show(drawn: dict[str, np.ndarray]) -> None:
+            steps, where = progress(module, self.config.data.batch_size)
+            if self.wandb:
+                self.wandb.show(drawn, steps)
+            for other in self.others:
+                other.call(other.show, drawn, int(where["patches_seen"]))
+
+        return [ValidationPictures(every, show)]
+
     def results(self, module: SuperResolution) -> None:
         """What a finished evaluation leaves: scores, their table, pictures."""
         if not (self.wandb or self.others):
             return
-        drawn = pictures(self.record, module)
+        drawn = pictures(module, "test")
         if self.wandb:
             self.wandb.results(drawn)
         for other in self.others:
@@ -162,21 +179,27 @@ class Other:
         """Scores as metrics; their table and pictures where the logger can show them."""
         steps, patches = record["budget"]["steps"], record["budget"]["patches"]
         self._log(test_means(record), steps, {"patches_seen": patches})
-        self.call(self._show, record["scores"], drawn, patches)
+        self.call(self._table, record["scores"], patches)
+        self.call(self.show, drawn, patches)
         self.call("save")
 
-    def _show(self, scores: list[dict[str, Any]], drawn: dict[str, Any], patches: int) -> None:
+    def show(self, drawn: dict[str, np.ndarray], patches: int) -> None:
+        """Pictures, where the logger can show them."""
+        experiment = getattr(self.logger, "experiment", None)
+        for key, pixels in drawn.items():
+            if hasattr(experiment, "add_image"):  # TensorBoard
+                experiment.add_image(key, pixels, patches, dataformats="HWC")
+            elif hasattr(experiment, "log_image"):  # MLflow
+                experiment.log_image(self.logger.run_id, pixels, f"{key}.png")
+
+    def _table(self, scores: list[dict[str, Any]], patches: int) -> None:
         experiment = getattr(self.logger, "experiment", None)
         columns = list(dict.fromkeys(key for row in scores for key in row))
         rows = [[row.get(key, "") for key in columns] for row in scores]
-        if hasattr(experiment, "add_image"):  # TensorBoard
+        if hasattr(experiment, "add_text"):  # TensorBoard
             lines = [columns, ["---"] * len(columns), *rows]
             text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
             experiment.add_text("scores", text, patches)
-            for key, pixels in drawn.items():
-                experiment.add_image(key, pixels, patches, dataformats="HWC")
-        elif hasattr(experiment, "log_image") and hasattr(experiment, "log_table"):  # MLflow
+        elif hasattr(experiment, "log_table"):  # MLflow
             table = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
             experiment.log_table(self.logger.run_id, table, "scores.json")
-            for key, pixels in drawn.items():
-                experiment.log_image(self.logger.run_id, pixels, f"{key}.png")

@@ -1,12 +1,15 @@
-"""What a finished evaluation gives to the loggers: mean scores and pictures."""
+"""What an evaluation gives to the loggers: mean scores and pictures."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lightning.pytorch import Callback, Trainer
+
+from drrn.identity import structure_name
 
 if TYPE_CHECKING:
     from drrn.module import SuperResolution
@@ -26,28 +29,44 @@ def test_means(record: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def pictures(record: dict[str, Any], module: SuperResolution) -> dict[str, np.ndarray]:
-    """`pictures/Set5_x3/baby` → [H, W, 4] uint8, ground truth, bicubic and this network side by side."""
+def pictures(module: SuperResolution, stage: str) -> dict[str, np.ndarray]:
+    """`pictures/Set5_x3/baby` → [H, W, 4] uint8, ground truth, bicubic and this network side by side.
+
+    Args:
+        module: with the weights to show.
+        stage: "test" or "validate": the first set of the one or the other, at its middle scale.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from drrn.inference import super_resolve
     from drrn.pictures import side_by_side
 
-    if not record["scores"]:
-        return {}
-    scales = sorted({row["scale"] for row in record["scores"]})
-    scale, first = scales[len(scales) // 2], record["scores"][0]["set"]
-    chosen = [r["image"] for r in record["scores"] if (r["set"], r["scale"]) == (first, scale)][:PICTURES]
+    data = module.trainer.datamodule
+    first, scales = data.evaluation_tasks(stage)[0].set_name, sorted({t.scale for t in data.evaluation_tasks(stage)})
+    scale, name = scales[len(scales) // 2], structure_name(module.hparams["model"])
+    low = [name] if module.network.input == "low" else []
     drawn = {}
     try:
-        files = {path.name: path for path in module.trainer.datamodule.sets["test"][first]}
-        name = record["structure"]["name"]
-        low = [name] if module.network.input == "low" else []
-        for image in chosen:
-            figure = side_by_side(files[image], scale, {name: lambda x: super_resolve(module.network, x)}, low=low)
+        for path in data.sets[stage][first][:PICTURES]:
+            figure = side_by_side(path, scale, {name: lambda x: super_resolve(module.network, x)}, low=low)
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
-            drawn[f"pictures/{first}_x{scale}/{Path(image).stem}"] = np.asarray(canvas.buffer_rgba())
+            drawn[f"pictures/{first}_x{scale}/{path.stem}"] = np.asarray(canvas.buffer_rgba())
     except Exception as error:  # no reason to lose the scores
         log.warning("no picture of %s for the loggers: %s: %s", first, type(error).__name__, error)
     return drawn
+
+
+class ValidationPictures(Callback):
+    """Shows pictures at the validations whose step is a multiple of `every` (`logger.pictures_every`).
+
+    It comes before callbacks that average weights: they take the average out at the end of the same hook.
+    """
+
+    def __init__(self, every: int, show: Callable[[dict[str, np.ndarray]], None]) -> None:
+        self.every, self.show = every, show
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: SuperResolution) -> None:
+        """Draw and show."""
+        if trainer.is_global_zero and trainer.global_step % self.every == 0:
+            self.show(pictures(pl_module, "validate"))

@@ -174,6 +174,12 @@ class WandB(Logger):
             },
         }
 
+    def show(self, drawn: Mapping[str, np.ndarray], steps: int) -> None:
+        """Pictures of a validation, in the row of its step."""
+        import wandb
+
+        self._attempt("pictures", lambda: self.run.log({k: wandb.Image(v) for k, v in drawn.items()}, step=steps))
+
     def results(self, drawn: Mapping[str, np.ndarray]) -> None:
         """What a finished evaluation leaves. The scores come first: the rest may fail where they do not."""
         for call in (self._scores, lambda: self._media(drawn), self._artifacts):
