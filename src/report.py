@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from drrn.home import CONF
 from drrn.launch import launch, refusing
-from drrn.report.report import ReportConfig, check, report, report_studies
+from drrn.report.report import ReportConfig, check, report
 
 KEYS = ReportConfig
 
@@ -25,11 +25,7 @@ KEYS = ReportConfig
 def main(cfg: DictConfig) -> None:
     """Read, tabulate, draw."""
     with refusing():
-        config = check(cfg)
-        if config.study:
-            report_studies(config, " ".join(["python src/report.py", *HydraConfig.get().overrides.task]))
-        else:
-            report(config)
+        report(check(cfg), " ".join(["python src/report.py", *HydraConfig.get().overrides.task]))
 
 
 if __name__ == "__main__":

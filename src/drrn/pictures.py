@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,15 @@ class Box(NamedTuple):
         return image[self.top : self.top + self.height, self.left : self.left + self.width]
 
 
+class Crops(NamedTuple):
+    """What a comparison shows."""
+
+    title: str
+    whole: NDArray  # the ground truth [H, W, …], 8 bits
+    box: Box
+    panels: list[tuple[str, NDArray, str]]  # name, its whole image, the words below
+
+
 def side_by_side(
     path: Path,
     scale: int,
@@ -42,6 +51,17 @@ def side_by_side(
     box: Box | None = None,
     low: Collection[str] = (),
 ) -> Figure:
+    """`crops`, drawn in a row."""
+    return draw_crops(crops(path, scale, networks, box, low))
+
+
+def crops(
+    path: Path,
+    scale: int,
+    networks: dict[str, Callable[[NDArray], NDArray]],
+    box: Box | None = None,
+    low: Collection[str] = (),
+) -> Crops:
     """A crop from the ground truth, bicubic and each network, PSNR and SSIM under each (Fig. 7's way).
 
     Colour is shown as the paper does: Y from the method, Cb and Cr by bicubic. The scores are those of the whole
@@ -78,41 +98,46 @@ def side_by_side(
             shown = to_uint8(ycbcr2rgb(np.dstack([np.clip(prediction, 0, 1), chroma])))
         panels.append((name, shown, f"{scores['psnr']:.2f} dB / {scores['ssim']:.4f}"))
 
-    return _panels(truth, box, f"{path.stem} ×{scale}", panels)
+    return Crops(f"{path.stem} ×{scale}", truth, box, panels)
 
 
-def _panels(truth: NDArray, box: Box, title: str, panels: list[tuple[str, NDArray, str]]) -> Figure:
-    """The whole image with its box, then a crop for each (name, image, words below)."""
-    height, width = truth.shape[:2]
-    panel_height = 2.2  # inches
-    crop_width = panel_height * box.width / box.height
-    whole_width = panel_height * width / height
-    figure = Figure(figsize=(whole_width + (crop_width + 0.1) * len(panels) + 0.2, panel_height + 0.75), dpi=150)
+def draw_crops(crops: Crops, stacked: bool = False) -> Figure:
+    """The whole image with its box and the crops: in a row, or in two columns below it for a narrow screen."""
+    title, whole, box, panels = crops
+    side = 2.2  # inches: a crop's height
+    crop_width, whole_width = side * box.width / box.height, side * whole.shape[1] / whole.shape[0]
+    rows = 1 + (len(panels) + 1) // 2
+    if stacked:
+        figure = Figure(figsize=(2 * crop_width + 0.3, rows * (side + 0.55)), dpi=150, layout="constrained")
+        grid = figure.add_gridspec(rows, 2)
+        places = [grid[0, :], *(grid[1 + k // 2, k % 2] for k in range(len(panels)))]
+    else:
+        width = whole_width + (crop_width + 0.1) * len(panels) + 0.2
+        figure = Figure(figsize=(width, side + 0.75), dpi=150, layout="constrained")
+        ratios = [whole_width, *[crop_width] * len(panels)]
+        places = list(figure.add_gridspec(1, 1 + len(panels), width_ratios=ratios))
     FigureCanvasAgg(figure)
-    ratios = [whole_width, *[crop_width] * len(panels)]
-    axes = figure.subplots(1, 1 + len(panels), gridspec_kw={"width_ratios": ratios, "wspace": 0.04})
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.88, bottom=0.13)
-    for axis, image in zip(axes, [truth, *(box.of(image) for _, image, _ in panels)], strict=True):
-        axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_xticks([])
-        axis.set_yticks([])
-    axes[0].add_patch(Rectangle((box.left, box.top), box.width, box.height, fill=False, color="red", linewidth=1.2))
-    axes[0].set_title(printable(title), parse_math=False)
-    for axis, (name, _, below) in zip(axes[1:], panels, strict=True):
-        points = 72 * crop_width / (0.62 * len(name))  # in which the name fits above its panel
-        axis.set_title(name, size=min(10.8, points), parse_math=False)
-        axis.set_xlabel(below)
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01)
+    points = 72 * crop_width / 0.62  # of a letter that fills a crop's width
+    for place, (name, image, below) in zip(places, [(title, whole, ""), *panels], strict=True):
+        axis = figure.add_subplot(place)
+        axis.imshow(image if image is whole and place is places[0] else box.of(image), cmap="gray", vmin=0, vmax=255,
+                    interpolation="nearest")  # fmt: skip
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(printable(name), size=min(10.8, points / len(name)), parse_math=False)
+        axis.set_xlabel(below, size=min(9, points / max(1, len(below))))
+    figure.axes[0].add_patch(Rectangle(box[:2], box.width, box.height, fill=False, color="red", linewidth=1.2))
     return figure
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
+def save(figure: Figure, stem: Path, suffixes: Sequence[str] = (".png", ".pdf")) -> list[Path]:
     """Write a figure as PNG and PDF under `stem`; temporary names first.
 
     Raises:
         UserError: the folder cannot be written.
     """
     written = []
-    for suffix in (".png", ".pdf"):
+    for suffix in suffixes:
         path = stem.with_name(stem.name + suffix)
         write_whole(path, lambda partial, form=suffix[1:]: figure.savefig(partial, format=form))
         written.append(path)

@@ -15,11 +15,10 @@ from matplotlib.text import Text
 from drrn.disk import write_json
 from drrn.errors import UserError
 from drrn.paper import paper_numbers
-from drrn.report.canvas import spread
 from drrn.report.figures import curve, draw
 from drrn.report.groups import PAPER_PATCHES, RunGroup
 from drrn.report.measurements import MISSING
-from drrn.report.page import Part, write_page
+from drrn.report.page import Part, Section, write_page
 from drrn.report.studies import planned, points_table, run_groups
 
 
@@ -270,16 +269,6 @@ def test_curves(make: Callable) -> None:
     assert draw(*run_groups("curves", [run | {"validation": []}])) is None
 
 
-def test_spread() -> None:
-    """Apart by the gap, in order, no further from their places than needed."""
-    places = spread([1.0, 5.0, 1.1, 0.9], 0.5)
-    assert places[1] == 5.0
-    np.testing.assert_allclose(places, [1.0, 5.0, 1.5, 0.5])
-    chained = np.sort(spread([0, 0.1, 0.6, 0.7], 0.5))
-    assert (np.diff(chained) > 0.5 - 1e-9).all()
-    assert chained.mean() == pytest.approx(0.35)
-
-
 # ---------------------------------------------------------------- the page
 
 
@@ -352,7 +341,8 @@ def test_the_same_records_make_the_same_page(make: Callable, tmp_path: Path) -> 
     (one,) = run_groups("table4", [make("model.B=3", "model.U=4")])
     for name in ("a.html", "b.html"):
         pictures = [Picture("t", "a", svg(draw(one)), None, [])]
-        write_page(tmp_path / name, [Part(one, pictures)], [], "python src/report.py")
+        part = Part("one", one.origin(), [*pictures, points_table(one)])
+        write_page(tmp_path / name, "title", [Section("table4", "Table 4", [part])], "python src/report.py")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 

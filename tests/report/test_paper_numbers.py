@@ -28,7 +28,22 @@ def cells(name: str, column: str) -> dict[tuple[str, str, str], float]:
 
 
 def test_the_folder_holds_these_files_and_no_other() -> None:
-    assert {path.stem for path in FOLDER.glob("*.csv")} == set(FILES)
+    assert {path.stem for path in FOLDER.glob("*.csv")} == {*FILES, "text"}
+
+
+def test_the_text_s_numbers_stand_in_it_once() -> None:
+    """What is a margin follows from the tables; every row says where it stands."""
+    table = rows("text")
+    assert len({row["key"] for row in table}) == len(table)
+    for row in table:
+        assert None not in row.values()
+        assert re.fullmatch(r"Abstract|Fig\. 1 caption|Sec\. [124](\.\d)?", row["where"]), row
+        assert float(row["value"]) > 0
+    for row in (row for row in table if row["key"].startswith("margin")):
+        _, dataset, scale, first, second = row["key"].split(" ")
+        printed = cells("table2", "psnr") | cells("fig1", "psnr")
+        gain = printed[dataset, scale, first] - printed[dataset, scale, second]
+        assert float(row["value"]) == pytest.approx(gain, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -279,3 +294,5 @@ def test_figs_1_and_9_are_complete_and_agree_with_table_2(name: str, methods: st
         # Every number that Table 2 states is used, and nothing else but the caption's RED30.
         stated = (row["dataset"], "3", row["method"]) in table2
         assert bool(row["psnr"]) == (stated or (row["dataset"], row["method"]) == ("Set5", "RED30"))
+        assert bool(row.get("psnr_elsewhere")) == bool(row.get("source"))
+        assert not (row["psnr"] and row.get("psnr_elsewhere"))

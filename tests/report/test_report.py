@@ -178,7 +178,7 @@ def test_images_of_one_stem_are_two_pictures(tmp_path: Path, entry_point: Callab
         code, _, err = entry_point("report", f"compare={tmp_path / name}", f"output={tmp_path / 'out'}")
         assert code == 0, err
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert names == {"a.png_x3.png", "a.bmp_x3.png", "b.c_x3.png"}
+    assert names == {f"{name}_x3{form}.png" for name in ("a.png", "a.bmp", "b.c") for form in ("", "_narrow")}
 
 
 def test_presets_are_inside_their_images(drrn_data: Path) -> None:

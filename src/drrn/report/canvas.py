@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.transforms import Bbox
 
 from drrn.report.groups import RunGroup
+
+# Okabe and Ito's palette, told apart by colour-blind eyes; the paper's blue, green, cyan and red where it has them.
+COLOURS = {
+    "VDSR": "#0072B2",
+    "DRRN_NS": "#009E73",
+    "DRRN_C": "#56B4E9",
+    "DRRN_NS_C": "#CC79A7",
+    "DRRN": "#D55E00",
+}
+MARKERS = {"VDSR": "s", "DRRN_NS": "^", "DRRN_C": "D", "DRRN_NS_C": "v", "DRRN": "o"}
+GREY = "#6b6b6b"
 
 
 def canvas(
@@ -49,74 +63,46 @@ def canvas(
     return figure, axes
 
 
-def spread(values: list[float], gap: float) -> list[float]:
-    """Positions as near to `values` as they can be at least `gap` apart, in their order."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    groups: list[list[float]] = []  # [the middle that they would like, how many]
-    for i in order:
-        groups.append([values[i], 1])
-        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
-            (b, n), (a, m) = groups.pop(), groups.pop()
-            groups.append([(a * m + b * n) / (m + n), m + n])
-    places = [middle + gap * (k - (count - 1) / 2) for middle, count in groups for k in range(int(count))]
-    result = [0.0] * len(values)
-    for i, place in zip(order, places, strict=True):
-        result[i] = place
-    return result
+AROUND = [(side * x, 3 * y) for side in (1, -1) for x in (7, 16, 28) for y in range(-16, 17)]  # places of names
+AT_THE_RIGHT = [(7, -y) for y in range(150)]  # in the order of the points
 
 
-def name_points(figure: Figure, named: dict[Axes, list[tuple[float, float, str, str]]]) -> None:
-    """Names beside points (x, y, text, colour) in data coordinates, moved apart where they would overlap.
+def name_points(
+    figure: Figure,
+    named: dict[Axes, list[tuple[float, float, str, str]]],
+    places: Sequence[tuple[float, float]] = AROUND,
+) -> None:
+    """Names beside points (x, y, text, colour) in data coordinates: each at the nearest place that hides nothing.
 
-    Points close to each other in x share a column of names, to their right or to their left, whichever hides less.
     An empty text names nothing but keeps others' names off its point. Call it once the axes have their limits.
     """
     figure.draw_without_rendering()  # so that the layout is settled
+    unit = figure.dpi / 72  # pixels in a point
+    steps = sorted(places, key=lambda step: (abs(step[0]) + abs(step[1]), step[0] < 0))
     for axis, points in named.items():
-        _name_points(axis, points)
-
-
-def _name_points(axis: Axes, points: list[tuple[float, float, str, str]], size: float = 6.8) -> None:
-    figure = axis.get_figure()
-    box, unit = axis.get_window_extent(), figure.dpi / 72
-    height, away = size * 1.25 * unit, 9 * unit
-    places = [axis.transData.transform(point[:2]) for point in points]
-    columns: list[list[int]] = []
-    for i in sorted((i for i in range(len(points)) if points[i][2]), key=lambda i: places[i][0]):
-        if columns and places[i][0] - places[columns[-1][0]][0] < 22 * unit:
-            columns[-1].append(i)
-        else:
-            columns.append([i])
-    taken = [(x - 4 * unit, x + 4 * unit, y - 4 * unit, y + 4 * unit) for x, y in places]  # left, right, low, high
-    for column in columns:
-        heights = spread([places[i][1] for i in column], height)
-        shift = max(0, box.y0 + height - min(heights)) - max(0, max(heights) - box.y1 + height)
-        choices = []
-        for side in (1, -1):
-            anchor = (max if side > 0 else min)(places[i][0] for i in column) + side * away
-            names = []
-            for i, y in zip(column, heights, strict=True):
-                ends = sorted((anchor, anchor + side * len(points[i][2]) * size * 0.6 * unit))
-                names.append((*ends, y + shift - height / 2, y + shift + height / 2))
-            hidden = sum(a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3] for a in names for b in taken)
-            outside = sum(left < box.x0 or right > box.x1 + 4 * unit for left, right, *_ in names)
-            choices.append((hidden + 3 * outside, -side, anchor, names))
-        _, side, anchor, names = min(choices)
-        taken += names
-        for i, (*_, low, high) in zip(column, names, strict=True):
-            x, y = places[i]
-            axis.annotate(
-                points[i][2],
-                points[i][:2],
-                xytext=((anchor - x) / unit, ((low + high) / 2 - y) / unit),
-                textcoords="offset points",
-                ha="right" if side > 0 else "left",
-                va="center",
-                size=size,
-                color=points[i][3],
+        whole = axis.get_window_extent()
+        inside = Bbox.from_extents(whole.x0, whole.y0, whole.x1 + 4 * unit, whole.y1)
+        centres = axis.transData.transform([point[:2] for point in points])
+        taken = [Bbox.from_extents(*(centre - 3 * unit), *(centre + 3 * unit)) for centre in centres]
+        for x, y, text, colour in sorted((point for point in points if point[2]), key=lambda point: -point[1]):
+            name = axis.annotate(
+                text, (x, y), xytext=steps[0], textcoords="offset points", va="center", size=6.8, color=colour,
                 arrowprops={"arrowstyle": "-", "color": "#b0b0b0", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
                 annotation_clip=False,
-            )
+            )  # fmt: skip
+            name.get_window_extent()  # so that its transform is settled: below, its text alone counts
+            for step in steps:
+                name.set_position(step)
+                name.set_horizontalalignment("left" if step[0] > 0 else "right")
+                box = Text.get_window_extent(name)
+                if _fits(box, inside, taken):
+                    break
+            taken.append(box)
+
+
+def _fits(box: Bbox, inside: Bbox, taken: list[Bbox]) -> bool:
+    corners = (inside.containsx(box.x0), inside.containsx(box.x1), inside.containsy(box.y0), inside.containsy(box.y1))
+    return all(corners) and not box.count_overlaps(taken)
 
 
 def limits(values: Iterable[float], share: float = 0.18) -> tuple[float, float]:
@@ -124,3 +110,11 @@ def limits(values: Iterable[float], share: float = 0.18) -> tuple[float, float]:
     low, high = min(values := list(values)), max(values)
     room = max((high - low) * share, 0.02)
     return low - room, high + room
+
+
+def in_psnr(axis: Axes, which: str = "y") -> None:
+    """A panel's axis of PSNR: ticks that can be told apart, without an offset written elsewhere."""
+    scale = getattr(axis, f"{which}axis")
+    scale.set_label_text("PSNR (dB)")
+    scale.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    scale.set_major_formatter(ScalarFormatter(useOffset=False))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from drrn.errors import UserError, printable
 from drrn.images import read_luminance
-from drrn.pictures import Box, save, side_by_side
+from drrn.pictures import Box, crops, draw_crops, save
 from drrn.protocol import modcrop
 
 if TYPE_CHECKING:
@@ -59,11 +59,13 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
     try:
         runs = {n: lambda x, y=y: y for n, y in _others(config.others, path, scale).items()} | runs
-        figure = side_by_side(path, scale, runs, box, low)
+        shown = crops(path, scale, runs, box, low)
     except ValueError as error:  # an image smaller than the scale or the metrics' windows
         raise UserError(f"{path} at ×{scale}: {error}") from error
     alike = any(other.stem == path.stem and other != path for other in path.parent.iterdir())
-    written = save(figure, output / f"{prefix}{path.name if alike else path.stem}_x{scale}")  # a.png is not a.jpg
+    stem = output / f"{prefix}{path.name if alike else path.stem}_x{scale}"  # a.png is not a.jpg
+    written = save(draw_crops(shown), stem)
+    written += save(draw_crops(shown, stacked=True), stem.with_name(f"{stem.name}_narrow"), [".png"])
     print(f"written: {printable(', '.join(map(str, written)))}")
     return written
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +18,8 @@ from drrn.report.records import recipe
 
 ABLATION = ("B", "U", "weight_sharing", "multi_path")
 STRUCTURE = ("network", *ModelConfig.__dataclass_fields__)
-PLACE = ("Set5", 3)  # what Fig. 6, Fig. 8 and Table 4 measure
+Place = tuple[str, int]  # a set and a scale
+PLACE: Place = ("Set5", 3)  # what Fig. 6, Fig. 8 and Table 4 measure
 PAPER_PATCHES = 71 * 6536 * 128  # what the authors' B1U9 had seen when they published it (conf/budget/paper.yaml)
 
 
@@ -46,11 +49,17 @@ class Point:
     depth: int
     weights: int  # k, convolution weights
     runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # seed → record; the finished one of two
+    place: Place = PLACE  # where its numbers are measured
 
     @property
     def variant(self) -> str:
         """Its family."""
         return variant(self.model)
+
+    @property
+    def family(self) -> str:
+        """What it shares with networks of other B and U: DRRN_NS_16f."""
+        return re.sub(r"_(B\d+U\d+|d\d+)", "", self.name) if self.model["network"] == "drrn" else self.name
 
     @property
     def short(self) -> str:
@@ -77,11 +86,12 @@ class Point:
         """The records of its finished runs, by seed."""
         return [run for _, run in sorted(self.runs.items()) if run["status"] == "finished"]
 
-    def values(self, place: tuple[str, int] = PLACE) -> dict[int, float]:
+    def values(self, place: Place | None = None) -> dict[int, float]:
         """Seed → PSNR, the mean over the whole set (a part of a set is not the set), of the finished runs.
 
         An infinite one (an image without an error) has no place on an axis.
         """
+        place = place or self.place
         return {
             run["seed"]: row["psnr"]
             for run in self.finished()
@@ -91,13 +101,13 @@ class Point:
             and math.isfinite(row["psnr"])
         }
 
-    def mean(self, place: tuple[str, int] = PLACE) -> float | None:
+    def mean(self, place: Place | None = None) -> float | None:
         """PSNR in dB, the mean over the seeds; None if nobody has measured it."""
         values = self.values(place)
         return statistics.fmean(values.values()) if values else None
 
     def status(self, seed: int) -> str:
-        """What became of a run: its record's word, or "missing"; "not scored" without the whole of Set5 ×3."""
+        """What became of a run: its record's word, or "missing"; "not scored" without the whole of the set."""
         if seed not in self.runs:
             return "missing"
         if self.runs[seed]["status"] == "finished" and seed not in self.values():
@@ -112,6 +122,8 @@ class RunGroup:
     study: str
     digest: str
     points: list[Point]
+    place: Place = PLACE
+    tries: list[RunGroup] = field(default_factory=list)  # of this recipe, of so few steps that they are not drawn
 
     @property
     def stem(self) -> str:
@@ -149,6 +161,18 @@ class RunGroup:
             for seed in self.seeds
             if (status := point.status(seed)) != "finished"
         ]
+
+    def summary(self) -> str:
+        """How much of the plan is there: "18 of 20 runs finished, 1 failed, 1 missing."."""
+        states = Counter(point.status(seed) for point in self.points if point.planned for seed in self.seeds)
+        if not states:
+            return f"{len(self.finished)} finished runs."
+        others = [f"{count} {status}" for status, count in sorted(states.items()) if status != "finished"]
+        return ", ".join([f"{states['finished']} of {sum(states.values())} runs finished", *others]) + "."
+
+    def where(self) -> str:
+        """ "Set5 ×3"."""
+        return f"{self.place[0]} ×{self.place[1]}"
 
     def short(self) -> str:
         """The recipe in a few words: what a panel's title says."""

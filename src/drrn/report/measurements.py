@@ -30,6 +30,7 @@ class Measurement:
     values: dict[str, float]  # by metric
     protocol: dict[str, Any]
     source: str
+    weights: str | None = None  # SHA-256, where the file says
     experiment: str | None = None  # what seeds may be averaged over: equal for runs that differ by their seed alone
 
 
@@ -43,7 +44,7 @@ def from_record(record: dict[str, Any]) -> list[Measurement]:
         bicubic = {k: row[f"bicubic_{k}"] for k in METRICS if f"bicubic_{k}" in row}
         common = (record["protocol"], record["path"])
         name, experiment = record["structure"]["name"], record.get("experiment", record["path"])
-        result.append(Measurement(name, record["seed"], steps, *place, ours, *common, experiment))
+        result.append(Measurement(name, record["seed"], steps, *place, ours, *common, experiment=experiment))
         result.append(Measurement("Bicubic", None, None, *place, bicubic, *common))
     return result
 
@@ -62,7 +63,7 @@ def from_scores(path: Path) -> list[Measurement]:
         values = {k: row[k] for k in METRICS if k in row}
         result.append(
             Measurement(method["structure"], method["seed"], method["steps"], row["set"], row["scale"], row["images"],
-                        values, content["protocol"], str(path), method["experiment"])
+                        values, content["protocol"], str(path), row["weights"], method["experiment"])
         )  # fmt: skip
     return result
 

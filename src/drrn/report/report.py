@@ -14,7 +14,8 @@ from drrn.schema import key, paths, typed
 
 if TYPE_CHECKING:
     from drrn.report.groups import RunGroup
-    from drrn.report.page import Part
+    from drrn.report.measurements import Measurement
+    from drrn.report.page import Part, Picture, Section
 
 
 @dataclass
@@ -22,7 +23,7 @@ class ReportConfig:
     """What conf/report.yaml documents."""
 
     runs: Any = key("a folder of runs, or a list of them; null: none (study: runs)")
-    study: Any = key("fig6, fig8, table4, fig1, fig9, curves, or a list: from their runs")
+    study: Any = key("fig6, fig8, table4, fig1, fig9, curves, runs, or a list: from their runs")
     scores: list[str] = key("files of src/evaluate.py")
     output: str = key("tables (.md, .csv, .tex), pictures, a study's index.html")
     compare: str | None = key("img059, 253027, ppt3 (Fig. 7), or the path of an image")
@@ -31,6 +32,7 @@ class ReportConfig:
     checkpoint: list[str] = key("networks of the comparison; else those of the runs")
     others: Any = key("images of other programs beside them: {SelfEx: FOLDER}")
     root: str = key("where the sets are, or are downloaded to")
+    ledger: bool = key("every number of the paper, and ours: ledger.csv, .md, .html", default=False)
 
 
 def check(cfg: DictConfig) -> ReportConfig:
@@ -44,8 +46,10 @@ def check(cfg: DictConfig) -> ReportConfig:
     config.runs = paths("runs", config.runs) or ["runs"] * bool(config.study)
     if config.box is not None and len(config.box) != 4:
         raise UserError(f"box = {config.box}: four whole numbers, left, top, width, height")
-    if not (config.runs or config.scores or config.compare):
-        raise UserError("nothing to report: give runs=FOLDER, scores=[FILE], study=NAME or compare=IMAGE")
+    if not (config.runs or config.scores or config.compare or config.ledger):
+        raise UserError(
+            "nothing to report: give runs=FOLDER, scores=[FILE], study=NAME, compare=IMAGE or ledger=true"
+        )
     if config.study and config.scores:
         raise UserError("scores and study: studies are drawn from run records; report files of scores without study")
     for name in ("scores", "checkpoint"):
@@ -62,122 +66,171 @@ def check(cfg: DictConfig) -> ReportConfig:
     return config
 
 
-def report(config: ReportConfig) -> None:
-    """Write everything that the given records and files allow."""
-    from drrn.metrics import METRICS
-    from drrn.paper import paper_numbers
-    from drrn.report.comparison import compare
-    from drrn.report.measurements import from_record, from_scores
-    from drrn.report.records import read_runs
-    from drrn.report.tables import ablation_table, benchmark_table, runs_table, write_table
+def report(config: ReportConfig, command: str) -> None:
+    """Write everything that the given records and files allow, and gather it on one page.
 
-    output = Path(config.output)
-    measured = [m for path in config.scores for m in from_scores(Path(path))]
-    records = read_runs(config.runs) if config.runs else []
-    measured = [m for record in records for m in from_record(record)] + measured
-    if records:
-        write_table(runs_table(records), output / "runs")
-    if config.scores or {m.set_name for m in measured} & {row["dataset"] for row in paper_numbers("table2")}:
-        write_table(benchmark_table(measured, ("psnr", "ssim"), "table2"), output / "table2")
-    for name, metrics in (("table3", ["ifc"]), (None, [k for k in METRICS if k not in ("psnr", "ssim", "ifc")])):
-        metrics = [k for k in metrics if any(k in m.values for m in measured)]
-        having = [m for m in measured if any(k in m.values for k in metrics)]
-        if having:
-            write_table(benchmark_table(having, metrics, name), output / (name or "metrics"))
-    if any("_B3U4" in m.method or m.method.startswith("VDSR_d28") for m in measured):
-        write_table(ablation_table(measured), output / "table4")
-    if records or config.compare:
-        compare(config, records, output)
-
-
-def report_studies(config: ReportConfig, command: str) -> None:
-    """Draw studies from the runs that belong to them, wherever they are, and gather them on one page.
+    Args:
+        config: of `check`.
+        command: what the page says that it was made by.
 
     Raises:
-        UserError: an unknown study, no run that belongs to any, or runs that do not compare.
+        UserError: an unknown study, no run that belongs to any, or files that cannot be read.
     """
-    from drrn.report.studies import STUDIES, run_groups
+    from drrn.report.studies import STUDIES
 
     for study in config.study:
         if study not in STUDIES:
             raise UserError(f"study = {study!r}: allowed are {', '.join(STUDIES)}, or a list of them")
-    from drrn.report.page import write_page  # with Matplotlib, which a refusal need not wait for
+    from drrn.report.comparison import compare
+    from drrn.report.measurements import from_scores
+    from drrn.report.page import Section, write_page  # with Matplotlib, which a refusal need not wait for
     from drrn.report.records import read_runs
 
-    records = read_runs(config.runs)
-    found = {study: run_groups(study, records) for study in config.study}
-    if not any(found.values()):
-        sweeps = ", ".join(f"python src/train.py sweeps={STUDIES[study].sweep}" for study in found)
-        raise UserError(
-            f"none of the {len(records)} runs below {', '.join(map(str, config.runs))} belongs to "
-            f"{', '.join(found)}; to run it: {sweeps}"
+    records = read_runs(config.runs) if config.runs else []
+    if config.ledger:
+        from drrn.report.ledger import write_ledger
+
+        write_ledger([Path(path) for path in config.scores], records, Path(config.output), command)
+        return
+    if config.study:
+        sections = study_sections(config, records)
+    else:
+        measured = [m for path in config.scores for m in from_scores(Path(path))]
+        sections = (
+            [Section("tables", "Tables", tables_part(config, records, measured))] if records or measured else []
         )
-    parts = [study_part(config, group) for groups in found.values() for group in groups]
-    page = Path(config.output) / "index.html"
-    write_page(page, parts, [study for study, groups in found.items() if not groups], command)
-    print(f"written: {page}")
+        sections += study_sections(replace(config, study=["runs"]), records) if records else []
+        if records or config.compare:
+            compare(config, records, Path(config.output))
+    if sections:
+        page = Path(config.output) / "index.html"
+        write_page(page, "DRRN: runs beside the paper", sections, command)
+        print(f"written: {page}")
 
 
-def study_part(config: ReportConfig, group: RunGroup) -> Part:
-    """Figures, tables and pictures of one run group: to files, and for the page."""
+def tables_part(config: ReportConfig, records: list[dict[str, Any]], measured: list[Measurement]) -> list[Part]:
+    """Runs, Tables 2 and 3, other metrics and Table 4, as far as they were measured."""
+    from drrn.metrics import METRICS
+    from drrn.paper import paper_numbers
     from drrn.report.measurements import from_record
     from drrn.report.page import Part
-    from drrn.report.studies import points_table
+    from drrn.report.tables import ablation_table, benchmark_table, runs_table, write_table
+
+    measured = [m for record in records for m in from_record(record)] + measured
+    tables = {"runs": runs_table(records)} if records else {}
+    if config.scores or {m.set_name for m in measured} & {row["dataset"] for row in paper_numbers("table2")}:
+        tables["table2"] = benchmark_table(measured, ("psnr", "ssim"), "table2")
+    for name, metrics in (("table3", ["ifc"]), (None, [k for k in METRICS if k not in ("psnr", "ssim", "ifc")])):
+        metrics = [k for k in metrics if any(k in m.values for m in measured)]
+        having = [m for m in measured if any(k in m.values for k in metrics)]
+        if having:
+            tables[name or "metrics"] = benchmark_table(having, metrics, name)
+    if any("_B3U4" in m.method or m.method.startswith("VDSR_d28") for m in measured):
+        tables["table4"] = ablation_table(measured)
+    for name, table in tables.items():
+        write_table(table, Path(config.output) / name)
+    return [Part("What was measured", [], list(tables.values()))]
+
+
+def study_sections(config: ReportConfig, records: list[dict[str, Any]]) -> list[Section]:
+    """Studies, drawn from the runs that belong to them, wherever they are.
+
+    Raises:
+        UserError: no run belongs to any, or runs do not compare.
+    """
+    from drrn.report.page import Section
+    from drrn.report.studies import STUDIES, run_groups
+
+    commands = {study: f"python src/train.py sweeps={STUDIES[study].sweep}" for study in config.study}
+    found = {study: run_groups(study, records) for study in config.study}
+    if not any(found.values()):
+        raise UserError(
+            f"none of the {len(records)} runs below {', '.join(map(str, config.runs))} belongs to "
+            f"{', '.join(found)}; to run it: {', '.join(commands.values())}"
+        )
+    return [
+        Section(study, STUDIES[study].title, [study_part(config, group, commands[study]) for group in groups],
+                commands[study])
+        for study, groups in found.items()
+    ]  # fmt: skip
+
+
+def study_part(config: ReportConfig, group: RunGroup, command: str) -> Part:
+    """Figures, tables and pictures of one run group: to files, and for the page."""
+    from drrn.report.differences import differences_table
+    from drrn.report.measurements import from_record
+    from drrn.report.page import Part
+    from drrn.report.studies import STUDIES, points_table
     from drrn.report.tables import ablation_table, runs_table, write_table
 
-    part, output = Part(group), Path(config.output)
+    part, output = Part(f"{group.short()} (run group {group.digest})", group.origin()), Path(config.output)
+    part.origin.append(group.summary())
+    if group.missing:
+        part.origin.append(
+            f"Not there yet: {', '.join(group.missing)}. {command} with this recipe runs what is missing."
+        )
+    points = points_table(group)
     if group.study == "table4" and group.finished:
         table = ablation_table([m for run in group.finished for m in from_record(run)])
         table.notes[:1] = group.origin()  # which names the protocol too
-        part.tables.append(table)
+        write_table(table, output / group.stem)
+        part.blocks.append(table)
     else:
-        table = points_table(group)
-    write_table(table, output / group.stem)
-    _add_figures(part, output)
-    if not part.pictures:
-        part.notes.append("Nothing to draw yet: no finished run was scored on the whole of Set5 ×3.")
-    if group.finished:
-        part.tables.append(runs_table(group.finished))
-    _add_comparison(part, config)
+        write_table(points, output / group.stem)
+    pictures = _figures(group, output)
+    part.blocks = [*pictures[:1], replace(points, notes=["Each number links to the run's record."]), *pictures[1:],
+                   *part.blocks]  # fmt: skip
+    if not pictures:
+        part.blocks.append(f"Nothing to draw yet: no finished run was scored on the whole of {group.where()}.")
+    if (gains := differences_table(group)) is not None:
+        write_table(gains, output / f"{group.stem}-differences")
+        part.blocks.append(gains)
+    if group.finished and STUDIES[group.study].sweep:
+        part.blocks.append(runs_table(group.finished))
+    if group.tries:
+        tries = ", ".join(f"{max(other.steps):,} steps (run group {other.digest})" for other in group.tries)
+        part.blocks.append(f"Tries of this recipe, too short to be drawn: {tries}.")
+    if group.study != "runs":
+        part.blocks.append(_comparison(group, config))
     return part
 
 
-def _add_figures(part: Part, output: Path) -> None:
+def _figures(group: RunGroup, output: Path) -> list[Picture]:
     """The study's figure, and the learning curves of its runs."""
     from drrn.pictures import save
     from drrn.report.figures import draw
-    from drrn.report.page import Picture, alt, svg
+    from drrn.report.page import Picture, svg
     from drrn.report.studies import STUDIES
 
-    group = part.group
-    title = STUDIES[group.study].title
+    title, pictures = STUDIES[group.study].title, []
     drawings = [(group.stem, title, group)]
-    if STUDIES[group.study].ablation and group.study != "curves":
+    if STUDIES[group.study].curves:
         drawings.append((f"{group.stem}-curves", f"{title}: learning curves", replace(group, study="curves")))
+    measured = [f"{point.name} {mean:.2f} dB" for point in group.points if (mean := point.mean()) is not None]
+    said = f"{' '.join(group.origin())} Our means: {', '.join(measured)}."  # for those who do not see it
     for stem, name, shown in drawings:
-        if (figure := draw(shown)) is None:
-            continue
-        written = save(figure, output / stem)
-        narrow = svg(draw(shown, stacked=True))
-        files = [path.name for path in written]
-        part.pictures.append(Picture(name, f"{name}. {alt(group)}", svg(figure), narrow, files))
+        if (figure := draw(shown)) is not None:
+            files = [path.name for path in save(figure, output / stem)]
+            narrow = svg(draw(shown, stacked=True))
+            pictures.append(Picture(name, f"{name}. {said}", svg(figure), narrow, files))
+    return pictures
 
 
-def _add_comparison(part: Part, config: ReportConfig) -> None:
-    """Crops of the deepest networks."""
+def _comparison(group: RunGroup, config: ReportConfig) -> Picture | str:
+    """Crops of the deepest networks, or why there are none."""
     from drrn.report.comparison import compare
     from drrn.report.page import Picture, png
 
-    there = [point for point in part.group.points if point.finished()]
+    there = [point for point in group.points if point.finished()]
     depth = max((point.depth for point in there), default=0)
     deepest = [point.finished()[0] for point in there if point.depth == depth][:5]  # a picture holds no more
-    prefix = f"{part.group.stem}-"
+    prefix = f"{group.stem}-"
     try:
         written = compare(config, deepest, Path(config.output), prefix)
     except UserError as error:
-        part.notes.append(f"No pictures: {error}")
-        return
-    if written:
-        name = f"Crops of the deepest networks of this study, {written[0].stem.removeprefix(prefix)}"
-        files = [path.name for path in written]
-        part.pictures.append(Picture(name, f"{name}, PSNR and SSIM under each", png(written[0]), None, files))
+        return f"No pictures: {error}"
+    if not written:
+        return "No pictures: no run has finished."
+    name = f"Crops of the deepest networks of this study, {written[0].stem.removeprefix(prefix)}"
+    wide, _, narrow, *_ = written
+    return Picture(name, f"{name}, PSNR and SSIM under each", png(wide), png(narrow), [path.name for path in written])

@@ -7,8 +7,10 @@ line or figure. A study's points stand in sweeps/, once.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +21,9 @@ from drrn.errors import UserError
 from drrn.home import CONF
 from drrn.identity import run_group, structure_name
 from drrn.paper import paper_numbers, paper_psnr
-from drrn.report.groups import ABLATION, PLACE, STRUCTURE, Point, RunGroup, structure, variant
+from drrn.report.groups import ABLATION, PLACE, STRUCTURE, Place, Point, RunGroup, structure, variant
 from drrn.report.measurements import MISSING, over_seeds
-from drrn.report.tables import Table
+from drrn.report.tables import Cell, Table
 
 
 class Study(NamedTuple):
@@ -30,16 +32,19 @@ class Study(NamedTuple):
     title: str
     sweep: str | None  # the file of sweeps/ with its points; None: every run that there is
     ablation: bool  # whether its points vary B, U and the switches alone; else all of the network
+    curves: bool  # whether its learning curves are drawn too
 
 
 STUDIES = {
-    "fig6": Study("Fig. 6: recursive blocks B and residual units U", "fig6", True),
-    "fig8": Study("Fig. 8: local residuals, weight sharing and multi-path by depth", "fig8", True),
-    "table4": Study("Table 4: the components turned on and off at B3U4", "table4", True),
-    "fig1": Study("Fig. 1: PSNR against weights and depth", "table2", False),
-    "fig9": Study("Fig. 9: shallow, deep and very deep", "table2", False),
-    "curves": Study("Learning curves", None, True),
+    "fig6": Study("Fig. 6: recursive blocks B and residual units U", "fig6", True, True),
+    "fig8": Study("Fig. 8: local residuals, weight sharing and multi-path by depth", "fig8", True, True),
+    "table4": Study("Table 4: the components turned on and off at B3U4", "table4", True, True),
+    "fig1": Study("Fig. 1: PSNR against weights and depth", "table2", False, False),
+    "fig9": Study("Fig. 9: shallow, deep and very deep", "table2", False, False),
+    "curves": Study("Learning curves", None, True, False),
+    "runs": Study("What ran: PSNR by depth, B and U", None, False, True),
 }
+TRY = 0.05  # of the longest run of a recipe: a shorter one is a try
 
 
 def planned(study: str) -> list[dict[str, Any]]:
@@ -57,16 +62,16 @@ def planned(study: str) -> list[dict[str, Any]]:
     models = []
     for point in OmegaConf.to_container(OmegaConf.load(path))["hydra"]["sweeper"]["points"]:
         chosen = [f"{key[6:]}={value}" for key, value in point.items() if key.startswith("model.")]
-        model = OmegaConf.merge(_preset(point.get("model", "drrn")), OmegaConf.from_dotlist(chosen))
+        model = OmegaConf.merge(preset(point.get("model", "drrn")), OmegaConf.from_dotlist(chosen))
         models.append(structure(OmegaConf.to_container(model)))
     return models
 
 
-def _preset(name: str) -> DictConfig:
-    """conf/model/<name>.yaml on top of what it builds on."""
+def preset(name: str) -> DictConfig:
+    """A network of the paper: conf/model/<name>.yaml on top of what it builds on."""
     content = OmegaConf.load(Path(CONF) / "model" / f"{name}.yaml")
     below = [base for base in content.pop("defaults", ()) if base != "_self_"]  # which is the last, in all of them
-    return OmegaConf.merge(*map(_preset, below), content)
+    return OmegaConf.merge(*map(preset, below), content)
 
 
 def run_groups(study: str, records: list[dict[str, Any]]) -> list[RunGroup]:
@@ -85,14 +90,38 @@ def run_groups(study: str, records: list[dict[str, Any]]) -> list[RunGroup]:
     recipes: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         recipes[run_group(record["config"], varied)].append(record)
-    groups = [RunGroup(study, digest, _points(study, plan, runs)) for digest, runs in recipes.items()]
-    groups = [group for group in groups if any(p.runs and (p.planned or not plan) for p in group.points)]
+    groups = []
+    for digest, runs in recipes.items():
+        place = PLACE if plan else _place(runs)
+        group = RunGroup(study, digest, _points(study, plan, runs, place), place)
+        if any(point.runs and (point.planned or not plan) for point in group.points):
+            _comparable(group.finished)
+            groups.append(group)
+    groups.sort(key=lambda group: (-max(group.steps), group.digest))
+    return _without_tries(groups, varied)
+
+
+def _place(runs: list[dict[str, Any]]) -> Place:
+    """Where most of the runs were measured, Set5 ×3 before others and ×3 before other scales."""
+    rows = [(row["set"], row["scale"]) for run in runs for row in run.get("means") or ()]
+    return max(rows, key=lambda place: (place == PLACE, rows.count(place), place[1] == PLACE[1]), default=PLACE)
+
+
+def _without_tries(groups: list[RunGroup], varied: Sequence[str] | None) -> list[RunGroup]:
+    """The groups, longest first; what differs from a longer one in nothing but its few steps is in its `tries`."""
+    kept: dict[str, RunGroup] = {}
     for group in groups:
-        _comparable(group.finished)
-    return sorted(groups, key=lambda group: (-max(group.steps), group.digest))
+        config = copy.deepcopy(group.runs[0]["config"])
+        config["trainer"] |= dict.fromkeys(("max_steps", "val_check_interval", "limit_val_batches"))
+        longer = kept.setdefault(run_group(config, varied), group)
+        if max(group.steps) < TRY * max(longer.steps):
+            longer.tries.append(group)
+        elif longer is not group:
+            kept[group.digest] = group
+    return list(kept.values())
 
 
-def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[Point]:
+def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]], place: Place) -> list[Point]:
     """The study's points, run or not, and what else it shows of the runs of one recipe."""
     trained = [structure(record["config"]["model"]) for record in records]
     of = {record["structure"]["name"]: model for record, model in zip(records, trained, strict=True)}
@@ -113,6 +142,8 @@ def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]
     for name, model in of.items():
         if name not in points and wanted(study, model):
             points[name] = Point(name, model, False, counts[name]["depth"], counts[name]["conv_weights"])
+    for point in points.values():
+        point.place = place
     for record in records:
         if record["structure"]["name"] in points:
             points[record["structure"]["name"]].add(record)
@@ -137,7 +168,7 @@ def _described(items: tuple[tuple[str, Any], ...]) -> tuple[str, int, int]:
 
 def wanted(study: str, model: dict[str, Any]) -> bool:
     """Whether a study also shows a structure that is not among its points, if somebody has trained it."""
-    if study == "curves":
+    if study in ("curves", "runs"):
         return True
     if study in ("fig1", "fig9"):  # the proposed network of any size, VDSR, and every other network
         return variant(model) not in ("DRRN_NS_C", "DRRN_NS", "DRRN_C")
@@ -158,16 +189,25 @@ def _comparable(runs: list[dict[str, Any]]) -> None:
 
 def points_table(group: RunGroup) -> Table:
     """Every point of a study under one recipe: depth, weights, each seed, their mean, and the paper's number."""
-    paper, seeds = paper_psnr(), group.seeds
+    paper, seeds = paper_psnr() if group.place == PLACE else {}, group.seeds
     several = len(seeds) > 1
     columns = ["structure", "depth", "weights", *(f"seed {seed}" for seed in seeds)]
-    columns += ["mean"] * several + ["paper (128 features)"]
+    columns += ["mean"] * several + ["paper (128 features)"] * bool(paper)
     rows = []
     for point in group.points:
         values = point.values()
-        cells = [over_seeds([values[s]], "psnr") if s in values else point.status(s) for s in seeds]
+        cells = [_run_cell(point, seed, values) for seed in seeds]
         mean = [over_seeds([values[seed] for seed in sorted(values)], "psnr")] * several
         printed = paper.get((point.variant, point.model.get("B"), point.model.get("U")), MISSING)
-        rows.append([point.name, str(point.depth), f"{point.weights:,}", *cells, *mean, printed])
+        rows.append([point.name, str(point.depth), f"{point.weights:,}", *cells, *mean, *[printed] * bool(paper)])
     notes = [*group.origin(), *(["± is the sample standard deviation over the seeds."] if several else [])]
-    return Table(f"{STUDIES[group.study].title} (PSNR in dB, {PLACE[0]} ×{PLACE[1]})", columns, rows, notes)
+    return Table(f"{STUDIES[group.study].title} (PSNR in dB, {group.where()})", columns, rows, notes)
+
+
+def _run_cell(point: Point, seed: int, values: dict[int, float]) -> Cell:
+    """A run's PSNR, or what became of it; the page links it to its record."""
+    run, status = point.runs.get(seed), point.status(seed)
+    cell = Cell(over_seeds([values[seed]], "psnr") if seed in values else status)
+    cell.path, cell.bad = Path(run["path"]) if run else None, status != "finished"
+    cell.error = run.get("error") if run and status == "failed" else None
+    return cell

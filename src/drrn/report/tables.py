@@ -21,7 +21,16 @@ from drrn.report.measurements import MISSING, Measurement, by_method, one_protoc
 # Structures that the paper calls otherwise; the second is Kim's own VDSR, whose numbers Table 2 cites.
 IN_PAPER = {"VDSR_d20_64f": "VDSR", "VDSR_d20_64f_noBN_noinputReLU": "VDSR"}
 VARIANTS = ("VDSR", "DRRN_NS_C", "DRRN_NS", "DRRN_C", "DRRN")  # Table 4's, from the plainest to the paper's
+SWITCHES = ("local_residual", "recursive", "multi_path")  # Table 4's columns
 IN_LATEX = {"×": r"$\times$", "±": r"$\pm$", "−": "$-$", "–": "--", "✓": r"\checkmark"}
+
+
+class Cell(str):
+    """A cell that the page links to a file, or shows as something that went wrong."""
+
+    path: Path | None = None
+    bad: bool = False
+    error: str | None = None
 
 
 @dataclass
@@ -32,6 +41,20 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
+    keys: int = 1  # columns at the left that say what a row is
+
+    def pieces(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
+        """Columns and rows in parts that a terminal of so many columns holds, the keys at the left of each."""
+        sizes = [3 + max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        parts: list[list[int]] = [[]]
+        for index in range(self.keys, len(sizes)):
+            used = 1 + sum(sizes[: self.keys]) + sum(sizes[k] for k in parts[-1])
+            if parts[-1] and used + sizes[index] > width:
+                parts.append([])
+            parts[-1].append(index)
+        lines = [self.columns, *self.rows]
+        cut = [[[*line[: self.keys], *(line[k] for k in part)] for line in lines] for part in parts]
+        return [(columns, rows) for columns, *rows in cut]
 
     def markdown(self) -> str:
         """GitHub's Markdown."""
@@ -74,12 +97,15 @@ def write_table(table: Table, stem: Path) -> None:
     from rich.console import Console
     from rich.table import Table as Printed
 
-    printed = Printed(title=table.title, caption=" ".join(table.notes) or None)
-    for index, column in enumerate(table.columns):
-        printed.add_column(column, justify="right" if index else "left", overflow="fold")
-    for row in table.rows:
-        printed.add_row(*row)
-    Console(markup=False).print(printed)
+    console = Console(markup=False)
+    for number, (columns, rows) in enumerate(table.pieces(console.width)):
+        printed = Printed(title=None if number else table.title)
+        for index, column in enumerate(columns):
+            printed.add_column(column, justify="right" if index else "left", overflow="fold")
+        for row in rows:
+            printed.add_row(*row)
+        console.print(printed)
+    console.print("\n".join(table.notes))
     for suffix, text in ((".md", table.markdown()), (".csv", table.csv()), (".tex", table.latex())):
         path = stem.with_name(stem.name + suffix)
         write_whole(path, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
@@ -115,7 +141,7 @@ def benchmark_table(measurements: list[Measurement], metrics: Sequence[str], nam
             row += cell if name else cell[1:2]
         rows.append(row)
     title = f"Table {name[-1]}: " * known + " / ".join(k.upper() for k in metrics) if name else _titles(metrics)
-    return Table(title, columns, rows, [f"Measured by {describe(protocol)}.", *_seed_note(groups)])
+    return Table(title, columns, rows, [f"Measured by {describe(protocol)}.", *_seed_note(groups)], 2)
 
 
 def _cell(
@@ -157,7 +183,7 @@ def ablation_table(measurements: list[Measurement]) -> Table:
     for variant in VARIANTS:
         row = paper[variant]
         prefix = "VDSR_d28" if variant == "VDSR" else f"{variant}_B3U4"
-        switches = [tick[row[k]] for k in ("local_residual", "recursive", "multi_path")]
+        switches = [tick[row[k]] for k in SWITCHES]
         ours = [(m, h, c) for (m, h), c in groups.items() if m == prefix or m.startswith(f"{prefix}_")]
         if not ours:
             rows.append([variant, *switches, row["psnr"], MISSING, MISSING])

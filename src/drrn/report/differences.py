@@ -1,0 +1,121 @@
+"""Which network is better than which: paired differences over images, their bootstrap, the spread of seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drrn.paper import paper_psnr
+from drrn.report.groups import PLACE, Place, Point, RunGroup
+from drrn.report.measurements import MISSING, set_size, signed
+from drrn.report.tables import Table
+
+# What Sec. 4.5 compares at one depth: the first is the better one in the paper.
+CLAIMS = {
+    ("DRRN_NS", "VDSR"): "local residuals",
+    ("DRRN", "DRRN_NS"): "recursive",
+    ("DRRN", "DRRN_C"): "multi-path",
+    ("DRRN_NS", "DRRN_NS_C"): "multi-path",
+}
+RESAMPLES = 10_000
+
+
+def interval(differences: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+    """The percentile bootstrap's interval of the mean of paired differences [images].
+
+    An image is drawn with its pair. The same differences give the same interval.
+    """
+    drawn = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
+    low, high = np.quantile(differences[drawn].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def image_psnr(point: Point, place: Place) -> dict[int, dict[str, float]]:
+    """Seed → image → PSNR of the finished runs that were scored on the whole of a set."""
+    result = {}
+    for run in point.finished():
+        rows = {row["image"]: row["psnr"] for row in run.get("scores", ()) if (row["set"], row["scale"]) == place}
+        whole = len(rows) == set_size(place[0], len(rows))
+        if rows and whole and all(map(math.isfinite, rows.values())):
+            result[run["seed"]] = rows
+    return result
+
+
+def most_images(group: RunGroup) -> Place | None:
+    """The set with the most images that every finished point was scored on, ×3 before other scales."""
+    points = [point for point in group.points if point.finished()]
+    scored = [{(r["set"], r["scale"]) for run in p.finished() for r in run.get("scores", ())} for p in points]
+    common = (
+        [place for place in set.intersection(*scored) if all(image_psnr(p, place) for p in points)] if points else []
+    )
+
+    def images(place: Place) -> tuple:
+        return len(next(iter(image_psnr(points[0], place).values()))), place[1] == PLACE[1], place
+
+    return max(common, key=images, default=None)
+
+
+def pairs(group: RunGroup) -> list[tuple[Point, Point, str]]:
+    """What is compared with what, and what for; the first of each is expected to be the better one."""
+    points = [point for point in group.points if point.finished()]
+    if group.study in ("fig8", "table4"):
+        return [
+            (a, b, what)
+            for (first, second), what in CLAIMS.items()
+            for a in points
+            for b in points
+            if (a.variant, b.variant) == (first, second) and a.depth == b.depth
+        ]
+    if group.study == "fig6":  # deeper at B = 3 and at U = 3
+        rows = [sorted((p for p in points if p.model[key] == 3), key=lambda p: p.depth) for key in "BU"]
+        return [(b, a, what) for row, what in zip(rows, "UB", strict=True) for a, b in pairwise(row)]
+    ranked = sorted((p for p in points if p.values()), key=lambda p: -(p.mean() or 0))
+    return [(ranked[0], other, "the best") for other in ranked[1:]]
+
+
+def differences_table(group: RunGroup) -> Table | None:
+    """Each pair's difference with its 95 % interval over images, its spread over seeds, and the paper's.
+
+    None where the runs have no common set of three images or more.
+    """
+    place = most_images(group)
+    paper, rows = paper_psnr(), []
+    for a, b, what in pairs(group) if place else ():
+        first, second = image_psnr(a, place), image_psnr(b, place)
+        of_a, of_b = _over_seeds(first), _over_seeds(second)
+        if of_a.keys() != of_b.keys() or len(of_a) < 3:
+            continue
+        gains = np.array([of_a[image] - of_b[image] for image in sorted(of_a)])
+        low, high = interval(gains)
+        seeds = [
+            statistics.fmean(first[s].values()) - statistics.fmean(second[s].values()) for s in first if s in second
+        ]
+        spread = f"±{statistics.stdev(seeds):.3f} ({len(seeds)})" if len(seeds) > 1 else MISSING
+        names = [(p.variant, p.model.get("B"), p.model.get("U")) for p in (a, b)]
+        printed = [float(paper[name]) for name in names if name in paper]
+        claimed = signed(printed[0] - printed[1], 2) if len(printed) == 2 else MISSING
+        order = "first better" if low > 0 else "second better" if high < 0 else "not told apart"
+        interval_ = f"{signed(low, 3)} to {signed(high, 3)}"
+        rows.append([f"{a.name} − {b.name}", what, signed(gains.mean(), 3), interval_, spread, claimed, order])
+    if not rows:
+        return None
+    columns = ["difference", "shows", "dB", "95 % over images", "over seeds", "paper", "order"]
+    note = (
+        f"Paired bootstrap over the {len(of_a)} images of {place[0]} ×{place[1]}, {RESAMPLES:,} samples, means over "
+        "seeds. Over seeds: the sample standard deviation of their differences, and how many. The paper's: Set5 ×3."
+    )
+    return Table("Differences of PSNR between networks", columns, rows, [note])
+
+
+def _over_seeds(runs: dict[int, dict[str, float]]) -> dict[str, float]:
+    """Image → mean over the seeds."""
+    values = defaultdict(list)
+    for rows in runs.values():
+        for image, psnr in rows.items():
+            values[image].append(psnr)
+    return {image: statistics.fmean(each) for image, each in values.items()}

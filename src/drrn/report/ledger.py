@@ -1,0 +1,318 @@
+"""The ledger: every number that the paper prints, and what was measured, trained or counted here of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from drrn.disk import write_whole
+from drrn.home import CONF, DATA
+from drrn.images import sha256
+from drrn.metrics import METRICS
+from drrn.paper import paper_numbers
+from drrn.report.groups import structure
+from drrn.report.measurements import MISSING, Measurement, from_record, from_scores, set_size, signed
+from drrn.report.page import Part, Section, write_page
+from drrn.report.studies import preset
+from drrn.report.tables import Table
+from drrn.sets import registered_sets
+
+QUOTED, REMEASURED, TRAINED, COUNTED = STATES = ("quoted", "re-measured", "trained here", "counted")
+COUNT = "python src/report.py ledger=true"  # what counts weights, layers, images and settings
+SCORES = DATA / "ledger"  # files of scores that come with the package
+
+
+class Published(NamedTuple):
+    """Weights that others publish: the paper's method that they are of, their file, what to know."""
+
+    method: str
+    file: str
+    note: str = ""
+
+
+PUBLISHED = {
+    r"VDSR_d20_64f_noBN_noinputReLU": Published("VDSR", "VDSR_Official.mat", "VDSR's authors' weights"),
+    r"SRCNN_middle1_features64": Published(
+        "SRCNN", "srcnn_Y_scale{}.pth", "9-1-5; the paper cites the 9-5-5 network"
+    ),
+    r"FSRCNN_scale\d_features56_s12_m4": Published("FSRCNN", "fsrcnn_Y_scale{}.pth"),
+}
+
+
+class Source(NamedTuple):
+    """Where a number of ours comes from."""
+
+    state: str = QUOTED
+    command: str = ""
+    weights: str = ""  # SHA-256
+    record: str = ""  # SHA-256 of the run record or the file of scores
+
+
+class Entry(NamedTuple):
+    """A number of the paper."""
+
+    place: str  # "Table 2"
+    what: str
+    paper: str
+    ours: str = MISSING
+    difference: str = MISSING
+    source: Source = Source()
+    note: str = ""
+
+
+def write_ledger(scores: list[Path], records: list[dict[str, Any]], output: Path, command: str) -> None:
+    """Write ledger.csv, ledger.md and ledger.html.
+
+    Args:
+        scores: files of src/evaluate.py beside those of data/ledger.
+        records: finished runs beside the shipped weights'.
+        output: the folder.
+        command: what the page says that it was made by.
+    """
+    found = measured([*sorted(SCORES.glob("*.json")), *scores], [*_shipped(), *records])
+    entries = list(ledger(found))
+    tables, lines = _tables(entries)
+    flat = io.StringIO()
+    writer = csv.writer(flat, lineterminator="\n")
+    writer.writerow([*Entry._fields[:-2], *Source._fields, "note"])
+    writer.writerows([*entry[:-2], *entry.source, entry.note] for entry in entries)
+    text = "\n".join(["# The ledger", "", *(f"{line}\n" for line in lines), f"Made by `{command}`.\n"])
+    text += "\n" + "\n".join(table.markdown() for table in tables)
+    for name, content in (("ledger.csv", flat.getvalue()), ("ledger.md", text)):
+        write_whole(output / name, lambda partial, content=content: partial.write_text(content, encoding="utf-8"))
+    write_page(
+        output / "ledger.html", "The ledger", [Section("ledger", lines[0], [Part("", lines[1:], tables)])], command
+    )
+    print(f"written: {output / 'ledger'}.csv, .md, .html")
+
+
+def _shipped() -> list[dict[str, Any]]:
+    from drrn.report.records import read_runs
+    from drrn.weights.shipped import shipped
+
+    files = [path.with_suffix(".json") for path in shipped().values()]
+    return read_runs(list(map(str, files))) if files else []
+
+
+# ---------------------------------------------------------------- what was measured here
+
+Found = dict[tuple[str, str, int], tuple[dict[str, float], Source, str]]  # (method, set, scale) → means, source, note
+
+
+def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
+    """Means over whole sets: of bicubic and published weights first, then of the longest trainings."""
+    trained: dict[tuple, list[Measurement]] = defaultdict(list)
+    result: Found = {}
+    for record in (record for record in records if record["status"] == "finished"):
+        for m in from_record(record):
+            if m.method != "Bicubic" and (method := _of_paper(m.method)):
+                trained[method, m.set_name, m.scale].append(m)
+    for place, those in trained.items():
+        longest = max(those, key=lambda m: m.steps)
+        alike = [m for m in those if m.experiment == longest.experiment and m.images == set_size(place[1], m.images)]
+        if alike:
+            record = Path(longest.source)
+            beside = record.with_name("weights.safetensors"), record.with_suffix(".safetensors")
+            digests = [sha256(path) for path in beside if path.is_file()][:1] or [""]
+            source = Source(TRAINED, f"python src/train.py from_record={record.name}", *digests, sha256(record))
+            means = {k: statistics.fmean(m.values[k] for m in alike) for k in longest.values}
+            result[place] = means, source, f"{longest.method}, {longest.steps:,} steps, seeds: {len(alike)}"
+    for path in files:
+        content = json.loads(path.read_bytes())
+        for m in from_scores(path):
+            published = next((its for name, its in PUBLISHED.items() if re.fullmatch(name, m.method)), None)
+            if m.images == set_size(m.set_name, m.images) and (
+                m.method == "Bicubic" or (published and m.steps is None)
+            ):
+                place = (published.method if published else "Bicubic", m.set_name, m.scale)
+                source, note = _evaluated(path, content, m, published), published.note if published else ""
+                result[place] = m.values, source, note
+    return result
+
+
+def _of_paper(name: str) -> str | None:
+    """The paper's name of a trained network of its size; None for another width."""
+    name = re.sub(r"_(noBN|nobias|rectified|noinputReLU)", "", name)
+    name = {"VDSR_d20_64f": "VDSR"}.get(name, name)
+    return name if re.fullmatch(r"VDSR(_d\d+)?|DRRN(_NS)?(_C)?_B\d+U\d+", name) else None
+
+
+def _evaluated(path: Path, content: dict[str, Any], m: Measurement, published: Published | None) -> Source:
+    """How a file of scores is made again."""
+    sets = f"'sets=[{','.join(content['sets'])}]' 'metrics=[{','.join(m.values)}]'"
+    if published is None:
+        return Source(REMEASURED, f"python src/evaluate.py method=bicubic {sets}", "", sha256(path))
+    one_scale = "{}" in published.file
+    command = (
+        f"python src/convert.py input={published.file.format(m.scale)} output=weights.safetensors && "
+        f"python src/evaluate.py checkpoint=weights.safetensors {sets}" + f" 'scales=[{m.scale}]'" * one_scale
+    )
+    return Source(REMEASURED, command, m.weights or "", sha256(path))
+
+
+# ---------------------------------------------------------------- the paper's numbers, one by one
+
+
+def ledger(found: Found) -> Iterator[Entry]:
+    """Every number of the paper, in the order of its tables, figures and text."""
+    for name, metrics in (("table2", ("psnr", "ssim")), ("table3", ("ifc",))):
+        for row in paper_numbers(name):
+            for metric in metrics:
+                what = f"{row['dataset']} ×{row['scale']}, {row['method']}, {metric.upper()}"
+                yield _scored(f"Table {name[-1]}", what, row[metric], row, metric, found)
+    for name, place in (
+        ("table4", "Table 4"),
+        ("fig1", "Fig. 1"),
+        ("fig6", "Fig. 6"),
+        ("fig8", "Fig. 8"),
+        ("fig9", "Fig. 9"),
+    ):
+        for row in paper_numbers(name):
+            network = _network(row)
+            what = f"{row['dataset']} ×{row['scale']}, {network}"
+            yield _scored(place, f"{what}, PSNR", row["psnr"], row | {"method": network}, "psnr", found)
+            yield from _counted_of(place, network, row)
+    for row in paper_numbers("text"):
+        yield _of_text(row, found)
+
+
+def _network(row: dict[str, str]) -> str:
+    """The network of a row: DRRN_NS_B3U4, VDSR_d28."""
+    if row.get("B"):
+        return f"{row.get('method', 'DRRN')}_B{row['B']}U{row['U']}"
+    return f"VDSR_d{row['depth']}" if "B" in row else row["method"]
+
+
+def _scored(place: str, what: str, printed: str, row: dict[str, str], metric: str, found: Found) -> Entry:
+    values, source, note = found.get((row["method"], row["dataset"], int(row["scale"])), ({}, Source(), ""))
+    if metric not in values:
+        return Entry(place, what, printed or MISSING, note="" if printed else row["note"])
+    digits = METRICS[metric].digits
+    if place == "Table 3" and row["method"] == "VDSR" and source.state == REMEASURED:
+        note = "VDSR's authors' weights; the paper's own re-implementation has BatchNorm"
+    difference = signed(round(values[metric], digits) - float(printed), digits) if printed else MISSING
+    return Entry(place, what, printed or MISSING, f"{values[metric]:.{digits}f}", difference, source, note)
+
+
+def _counted_of(place: str, network: str, row: dict[str, str]) -> Iterator[Entry]:
+    """Weights and layers that a row prints, counted of the network as it is built here."""
+    built = built_here(network)
+    if row["depth"] and row.get("group") != "shallow":
+        yield _count(place, f"{network}, layers", row["depth"], built and built[0])
+    if row.get("weights_printed"):
+        thousands = f"{built[1] / 1000:.0f}K" if built else None
+        note = row["note"] if "erratum" in row["note"] else ""
+        yield _count(place, f"{network}, weights", row["weights_printed"], thousands, note)
+    if row.get("times_drrn_weights") and built:
+        times = built[1] / built_here("DRRN_B1U9")[1]
+        yield _count(place, f"{network}, weights in DRRN's", row["times_drrn_weights"], f"{times:.2f}")
+
+
+def _count(place: str, what: str, printed: str, ours: Any, note: str = "") -> Entry:
+    if ours is None:
+        return Entry(place, what, printed)
+    a, b = (float(str(value).removesuffix("K")) for value in (ours, printed))
+    digits = len(str(ours).removesuffix("K").partition(".")[2])
+    return Entry(place, what, printed, str(ours), signed(a - b, digits), Source(COUNTED, COUNT), note)
+
+
+@cache
+def built_here(network: str) -> tuple[int, int, int] | None:
+    """Layers, weights and receptive field's side of a network of the paper; None if it is no member here."""
+    from drrn.layers import conv_weights
+    from drrn.networks import NETWORKS, on_paper
+
+    drrn, vdsr = re.fullmatch(r"DRRN(_NS)?(_C)?_B(\d+)U(\d+)", network), re.fullmatch(r"VDSR_d(\d+)", network)
+    name = "drrn" if drrn else "vdsr_wide" if vdsr else network.lower()
+    if not (drrn or vdsr or name in NETWORKS or name == "vdsr"):
+        return None
+    around = {"trainer": {"max_steps": 1}, "data": {"scales": [3]}}  # what conf/model takes from elsewhere
+    model = OmegaConf.to_container(OmegaConf.merge(around, preset(name)), resolve=True)
+    model = structure({key: value for key, value in model.items() if key not in around})
+    if drrn:
+        model |= {"B": int(drrn[3]), "U": int(drrn[4]), "weight_sharing": not drrn[1], "multi_path": not drrn[2]}
+    if vdsr:
+        model["B"] = int(vdsr[1]) - 1
+    built = on_paper(model)
+    return built.depth, conv_weights(built), 2 * built.receptive_radius + 1
+
+
+def _of_text(row: dict[str, str], found: Found) -> Entry:
+    """A number of the text: a margin between two methods, or what is counted or set here."""
+    kind, *names = row["key"].split(" ")
+    entry = Entry("Text", f"{row['where']}: {row['what']}", row["value"], note=row["note"])
+    ours: Any = None
+    if kind == "margin":
+        place = (names[0], int(names[1]))
+        both = [found.get((method, *place)) for method in names[2:]]
+        if not all(both):
+            return entry
+        gain = both[0][0]["psnr"] - both[1][0]["psnr"]
+        difference = signed(round(gain, 2) - float(row["value"]), 2)
+        return entry._replace(ours=f"{gain:.2f}", difference=difference, source=both[0][1])
+    if kind in ("depth", "field"):
+        built = built_here(names[0])
+        ours = built and built[0 if kind == "depth" else 2]
+    elif kind == "images":
+        ours = sum(registered_sets()[name] for name in names)
+    elif kind == "recursions":
+        ours = preset("drcn").T
+    elif kind == "augmented":
+        from drrn.patches import Recipe
+
+        ours = Recipe(()).orientations - 1
+    elif kind == "setting":
+        group, _, key = names[0].partition(".")
+        ours = OmegaConf.load(Path(CONF) / group / f"{SETTINGS[group]}.yaml")[key]
+    if ours is None:
+        return entry._replace(paper=f"{row['value']} {row['unit']}")
+    return _count("Text", entry.what, row["value"], f"{ours:g}", row["note"])
+
+
+SETTINGS = {"data": "train291", "model": "drrn", "optim": "paper"}  # the files of conf/ with the paper's settings
+
+
+# ---------------------------------------------------------------- the page
+
+
+def _tables(entries: list[Entry]) -> tuple[list[Table], list[str]]:
+    """A table a place with the numbers of its sources, and the sources; lines that sum it up."""
+    sources = list(dict.fromkeys(entry.source for entry in entries if entry.source.command))
+    number = {source: str(index) for index, source in enumerate(sources, 1)}
+    places = list(dict.fromkeys(entry.place for entry in entries))
+    tables = []
+    for place in places:
+        rows = [
+            [e.what, e.paper, e.ours, e.difference, e.source.state, number.get(e.source, ""), e.note]
+            for e in entries
+            if e.place == place
+        ]
+        tables.append(Table(place, ["number", "paper", "ours", "difference", "state", "source", "note"], rows))
+    rows = [[number[s], s.state, f"`{s.command}`", s.weights[:12], s.record[:12]] for s in sources]
+    columns = ["source", "state", "command", "weights", "record"]
+    notes = ["The first 12 of the 64 digits of SHA-256: of the weights, and of the run record or the file of scores."]
+    tables.append(Table("Sources", columns, rows, notes))
+    rows = []
+    for place in [*places, "all"]:
+        chosen = [e for e in entries if e.paper != MISSING and place in (e.place, "all")]
+        states = Counter(e.source.state for e in chosen)
+        same = sum(e.difference != MISSING and not float(e.difference.replace("−", "-")) for e in chosen)
+        rows.append([place, *map(str, [len(chosen), *(states[state] for state in STATES), same])])
+    tables.insert(0, Table("Numbers by their state", ["where", "numbers", *STATES, "same in all digits"], rows))
+    return tables, [
+        "Every number that the paper prints, and ours.",
+        "quoted: as the paper prints it, nothing of ours beside it. re-measured: bicubic and published weights, with "
+        "this package's protocol. trained here: by this package. counted: of its networks, sets and settings.",
+        "Urban100: four of its images were at hand, so it is quoted. Set14's image files differ a little from those "
+        "that the paper's columns were made of: differences there carry about ±0.03 dB.",
+    ]

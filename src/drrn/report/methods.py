@@ -1,0 +1,133 @@
+"""Fig. 1 and Fig. 9: the paper's methods and ours, by weights and by depth."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from drrn.paper import paper_numbers
+from drrn.report.canvas import COLOURS, GREY, canvas, in_psnr, limits, name_points
+from drrn.report.groups import PLACE, Point, RunGroup
+from drrn.report.studies import STUDIES
+
+OURS = "#0072B2"
+OTHERS = {"shallow": "#7b5ea7", "deep": "#009E73"}  # Fig. 9's groups; the very deep ones are grey
+
+
+def count(printed: str) -> int:
+    """297K → 297,000."""
+    return round(float(printed.removesuffix("K")) * 1000)
+
+
+def depth_marker(depth: float) -> str:
+    """Fig. 1's: a triangle below 5 layers, a star at about 20, a circle from 30."""
+    return "^" if depth < 5 else "*" if depth < 30 else "o"
+
+
+def fig1(group: RunGroup, stacked: bool) -> Figure:
+    """PSNR against weights (log) and against depth: the paper's methods and ours on the same axes."""
+    shapes = [("^", "fewer than 5 layers"), ("*", "8 to 29 layers"), ("o", "30 layers and more")]
+    others = [("s", GREY, "other methods, as the paper cites them"), *((m, "#444444", text) for m, text in shapes)]
+    figure, axes = canvas(f"{STUDIES['fig1'].title} ({group.where()})", group, 2, stacked, 4.0, whose(group, others))
+    rows = paper_numbers("fig1")
+    unit = next(count(row["weights_printed"]) for row in rows if row["weights_printed"])
+
+    def weights(row: dict[str, str]) -> int | None:
+        printed, times = row["weights_printed"], row["times_drrn_weights"]
+        return count(printed) if printed else unit * int(times) if times else None
+
+    named = {
+        axes[0]: _methods(axes[0], rows, weights, group, lambda point: point.weights, PLACE),
+        axes[1]: _methods(axes[1], rows, _depth, group, lambda point: point.depth, PLACE),
+    }
+    low, high = limits([math.log10(x) for x, *_ in named[axes[0]]], 0.14)
+    axes[0].set(xscale="log", xlim=(10**low, 10**high), xlabel="k, convolution weights")
+    axes[0].set_title("PSNR by weights", size=9)
+    axes[1].set(xlim=(0, max(x for x, *_ in named[axes[1]]) * 1.12), xlabel="depth d")
+    axes[1].set_title("PSNR by depth", size=9)
+    name_points(figure, named)
+    return figure
+
+
+def fig9(group: RunGroup, stacked: bool) -> Figure:
+    """Shallow methods (no network), deep and very deep ones by depth, on Set5 and Set14 ×3."""
+    others = [
+        ("*", GREY, "other very deep networks"),
+        ("^", OTHERS["deep"], "deep networks"),
+        ("P", OTHERS["shallow"], "shallow methods"),
+    ]
+    figure, axes = canvas(STUDIES["fig9"].title, group, 2, stacked, 4.0, whose(group, others))
+    named = {}
+    for axis, set_name in zip(axes, ("Set5", "Set14"), strict=True):
+        rows = [row for row in paper_numbers("fig9") if row["dataset"] == set_name]
+        named[axis] = _methods(axis, rows, _depth, group, lambda point: point.depth, (set_name, 3))
+        axis.axvspan(-10, -1, color="#f2f2f2", zorder=0)
+        axis.set(xlim=(-10, 60), xlabel="layers (none: no network)")
+        axis.set_xticks([-5, 3, 10, 20, 30, 40, 52], ["none", "3", "10", "20", "30", "40", "52"])
+        axis.set_title(f"{set_name} ×3", size=9)
+    name_points(figure, named)
+    return figure
+
+
+def _depth(row: dict[str, str]) -> int | None:
+    return -5 if row.get("group") == "shallow" else int(row["depth"]) if row["depth"] else None
+
+
+def _methods(
+    axis: Axes,
+    rows: list[dict[str, str]],
+    x_of: Callable[[dict[str, str]], int | None],
+    group: RunGroup,
+    own_x: Callable[[Point], int],
+    place: tuple[str, int],
+) -> list[tuple[float, float, str, str]]:
+    """The paper's methods and ours on one axis; what is to be named on it (`name_points`)."""
+    named, absent = [], []
+    for row in rows:
+        x = x_of(row)
+        if x is None or not row["psnr"]:
+            absent.append(row["method"])
+            continue
+        drrn, psnr = row["method"].startswith("DRRN"), float(row["psnr"])
+        colour = COLOURS["DRRN"] if drrn else OTHERS.get(row.get("group"), GREY)
+        _mark(axis, x, psnr, "P" if row.get("group") == "shallow" else depth_marker(int(row["depth"])), colour)
+        named.append((x, psnr, row["method"], "#a34700" if drrn else "#444444"))
+    measured = [(point, psnr) for point in group.points if (psnr := point.mean(place)) is not None]
+    for point, psnr in measured:
+        _mark(axis, own_x(point), psnr, depth_marker(point.depth), OURS, ours=point)
+        named.append((own_x(point), psnr, point.short if point.planned else "", OURS))
+    axis.set_ylim(*limits([y for _, y, *_ in named], 0.2))
+    in_psnr(axis)
+    notes = [f"only in the paper's picture: {', '.join(absent)}"] if absent else []
+    notes += [] if measured else ["ours: not measured on this set"]
+    text = "\n".join(textwrap.fill(note, 50) for note in notes)
+    axis.text(0.99, 0.012, text, size=6.2, color=GREY, ha="right", transform=axis.transAxes)
+    return named
+
+
+def _mark(axis: Axes, x: float, y: float, marker: str, colour: str, ours: Point | None = None) -> None:
+    size = (9 if marker in "*P" else 6) * (0.7 if ours and not ours.planned else 1)
+    axis.plot([x], [y], marker=marker, markersize=size, color=colour, linestyle="none",
+              markerfacecolor="white" if ours else colour, markeredgewidth=1.1 if ours else 0.6)  # fmt: skip
+
+
+def whose(group: RunGroup, others: list[tuple[str, str, str]]) -> list[Line2D]:
+    """A legend: whose points, and other (marker, colour, text)."""
+    entry = {"linestyle": "none", "markersize": 6}
+    ours = entry | {"color": OURS, "markerfacecolor": "white"}
+    handles = [
+        Line2D([], [], marker="s", color=COLOURS["DRRN"], label="the paper's DRRN", **entry),
+        Line2D([], [], marker="s", label=f"ours: {group.short()}", **ours),
+    ]
+    if any(point.values() and not point.planned for point in group.points):
+        handles.append(
+            Line2D([], [], marker="s", label="ours, structures beside B1U9 and B1U25", **ours | {"markersize": 4})
+        )
+    return handles + [
+        Line2D([], [], marker=marker, color=colour, label=text, **entry) for marker, colour, text in others
+    ]
