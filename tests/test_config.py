@@ -274,6 +274,29 @@ def test_structures_have_the_papers_names(arguments: list[str], name: str, confi
     assert structure_name(configure(*arguments, tiny=False).model) == name
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["model=srcnn"], "SRCNN"),
+        (["model=srcnn", "model.middle=5", "model.features=32"], "SRCNN_middle5_32f"),
+        (["model=fsrcnn", "data.scales=[3]", "data.val_scales=[3]"], "FSRCNN_x3"),
+        (["model=drcn", "model.features=8"], "DRCN_8f"),  # and nothing of how it is trained
+        (["model=resnet", "model.U=3", "model.norm=none"], "ResNet_U3_normnone"),
+    ],
+)
+def test_other_networks_are_called_by_what_is_unusual_of_them(
+    arguments: list[str], name: str, configure: Callable, tmp_path: Path
+) -> None:
+    config = configure(*arguments, f"output={tmp_path}", tiny=False)
+    assert structure_name(config.model) == name
+    digest = run_dir(config).name.rpartition("-")[2]
+    assert run_dir(config).name == f"{name}_s1-{digest}"
+    values = [f"{key}{value}" for key, value in config.model.items() if key != "network"]
+    earlier = run_dir(config).with_name("_".join([config.model["network"].upper(), *values, f"s1-{digest}"]))
+    earlier.mkdir(parents=True)
+    assert run_dir(config) == earlier  # where it was before they had short names
+
+
 def test_structures_that_differ_have_names_that_differ() -> None:
     base = ModelConfig(B=2, U=3, features=128, norm="batch", bias=True, weight_sharing=True, multi_path=True)
     changes = [

@@ -22,6 +22,7 @@ from drrn.degradations import DEGRADATIONS, PAPER, check_scales
 from drrn.errors import UserError, printable
 from drrn.losses import LOSSES
 from drrn.optimisers import OPTIMISERS, SCHEDULES
+from drrn.paper import depth
 from drrn.schema import key, plain, typed
 from drrn.sets import is_set, known_sets
 
@@ -45,9 +46,8 @@ class ModelConfig:
 
     def rules(self) -> None:
         """Depth."""
-        depth = (1 + 2 * self.U) * self.B + 1
-        if depth > DEEPEST:
-            raise UserError(f"model.B = {self.B} and model.U = {self.U} make {depth:,} layers: at most {DEEPEST:,}")
+        if (layers := depth(self.B, self.U)) > DEEPEST:
+            raise UserError(f"model.B = {self.B} and model.U = {self.U} make {layers:,} layers: at most {DEEPEST:,}")
 
 
 @dataclass

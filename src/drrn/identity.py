@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +13,10 @@ from typing import Any
 
 from drrn.config import DEFAULT, Config, ModelConfig
 from drrn.degradations import PAPER
+from drrn.paper import depth
 
+SHORT = {"features": "{}f", "scale": "x{}"}  # arguments of networks, in their names
+TRAINED = ("alpha_steps",)  # of how a network is trained, not of what it is
 Structure = ModelConfig | dict[str, Any]  # what a network is: another than DRRN has its name as `network`
 
 
@@ -25,15 +29,14 @@ def model_of(values: Mapping[str, Any]) -> Structure:
 def structure_name(model: ModelConfig | Mapping[str, Any]) -> str:
     """The paper's name of a structure: DRRN_B1U9, DRRN_NS_B3U4, DRRN_C_B3U2, VDSR_d20; departures follow.
 
-    Another network is called by its name and its arguments: SRCNN_middle1_features64.
+    Another network is called by its class and what departs from its constructor: SRCNN, SRCNN_middle5, FSRCNN_x3.
     """
     if isinstance(model, Mapping):
-        arguments = {key: value for key, value in model.items() if key != "network"}
         if model.get("network", DEFAULT) != DEFAULT:
-            return "_".join([model["network"].upper(), *(f"{key}{value}" for key, value in arguments.items())])
-        model = ModelConfig(**arguments)
+            return _name_of_another(model)
+        model = model_of(model)
     if model.U == 0:
-        name = f"VDSR_d{model.B + 1}"
+        name = f"VDSR_d{depth(model.B, 0)}"
     else:
         ns, c = "" if model.weight_sharing else "_NS", "" if model.multi_path else "_C"
         name = f"DRRN{ns}{c}_B{model.B}U{model.U}"
@@ -46,6 +49,18 @@ def structure_name(model: ModelConfig | Mapping[str, Any]) -> str:
     if not model.input_relu:
         name += "_noinputReLU"
     return name if model.bias else f"{name}_nobias"
+
+
+def _name_of_another(model: Mapping[str, Any]) -> str:
+    from drrn.networks import NETWORKS
+
+    network = NETWORKS.get(model["network"])
+    usual = inspect.signature(network).parameters if network else {}
+    parts = [network.__name__ if network else model["network"].upper()]
+    for key, value in model.items():
+        if key not in ("network", *TRAINED) and not (key in usual and usual[key].default == value):
+            parts.append(SHORT.get(key, f"{key}{{}}").format(value))
+    return "_".join(parts)
 
 
 # What does not change the result of a run, or only its rounding: left out of a run's identity, so that it
@@ -163,5 +178,11 @@ def run_name(config: Config) -> str:
 def run_dir(config: Config) -> Path:
     """Where a run lives, named by what it is and never by the clock: `runs/main/DRRN_B1U9_s1-3f2a9c01`."""
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    folder = Path(config.output) / config.study
+    if isinstance(config.model, dict) and config.name is None:  # the name that such runs had before
+        values = (f"{key}{value}" for key, value in config.model.items() if key != "network")
+        before = "_".join([config.model["network"].upper(), *values])
+        if (earlier := folder / f"{before}_s{config.seed}-{digest}").is_dir():
+            return earlier
     stem = run_name(config).replace(" ", "_").replace("/", "_")
-    return Path(config.output) / config.study / f"{stem}-{digest}"
+    return folder / f"{stem}-{digest}"

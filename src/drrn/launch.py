@@ -16,12 +16,13 @@ from drrn.errors import UserError
 
 
 def launched() -> bool:
-    """Whether torchrun, Slurm or `drrn.runs.processes` started this process with others."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    """Whether torchrun, srun or `drrn.runs.processes` started this process with others."""
+    by_srun = "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return "TORCHELASTIC_RUN_ID" in os.environ or (by_srun and int(os.environ.get("SLURM_NTASKS", 1)) > 1)
 
 
 def first_process() -> bool:
-    """Whether this is the first of the processes that torchrun or Slurm started, or the only one."""
+    """Whether this is the first of the processes that torchrun or srun started, or the only one."""
     return not launched() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
@@ -63,6 +64,10 @@ def launch(main: Callable[[], Any]) -> None:
     # Read when torch is imported: threads that wait for each other spin for some microseconds and then sleep. By
     # default they spin for long, and on a machine that is shared with others a step then takes many times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if (
+        "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ
+    ):  # salloc, without srun: one process,
+        os.environ["SLURM_JOB_NAME"] = "interactive"  # which Lightning knows by this name
     from hydra.errors import HydraException
 
     from drrn.help import explained, show, unnamed_group

@@ -24,6 +24,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drrn import paper
 from drrn.layers import conv_weights, convolution, in_float32
 
 NORMS = ("batch", "none")
@@ -149,7 +150,7 @@ class DRRN(nn.Module):
     @property
     def depth(self) -> int:
         """d, the number of convolutional layers on the longest path (Eq. 7)."""
-        return (1 + 2 * self.U) * self.B + 1
+        return paper.depth(self.B, self.U)
 
     @property
     def receptive_radius(self) -> int:

@@ -1,10 +1,15 @@
-"""What the paper prints: its tables and figures as they stand in data/paper, a CSV each."""
+"""What the paper says in numbers: its depth, its tables and figures as they stand in data/paper, a CSV each."""
 
 from __future__ import annotations
 
 import csv
 
 from drrn.home import DATA
+
+
+def depth(B: int, U: int) -> int:
+    """d, the convolutions on the longest path through B blocks of U units (Eq. 7); U = 0 is VDSR's B + 1."""
+    return (1 + 2 * U) * B + 1
 
 
 def paper_numbers(name: str) -> list[dict[str, str]]:

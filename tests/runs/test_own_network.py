@@ -56,7 +56,7 @@ def test_a_network_of_ones_own_trains_resumes_and_is_evaluated(
     code, _, err = entry_point("train", *command, "trainer.max_steps=2")
     assert code == 0, err
     (short,) = (tmp_path / "runs/main").iterdir()
-    assert short.name.startswith("TOY_width4_slope0.0_s1-")
+    assert short.name.startswith("Toy_width4_s1-")
     record = read_record(short / FILE)
     assert record["config"]["model"] == {"network": "toy", "width": 4, "slope": 0.0}
     assert (record["structure"]["depth"], record["structure"]["conv_weights"]) == (2, 72)
@@ -83,7 +83,7 @@ def test_a_network_of_ones_own_trains_resumes_and_is_evaluated(
         "output=s.json", "workers=1",
     )  # fmt: skip
     assert code == 0, err
-    assert "TOY_width4" in out
+    assert "Toy_width4" in out
 
 
 @pytest.mark.parametrize(

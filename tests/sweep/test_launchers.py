@@ -56,6 +56,7 @@ def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.Monkey
         return os.getpid(), affinity, os.environ["CUDA_VISIBLE_DEVICES"], multiprocessing.get_start_method()
 
     task = OwnPart(where, 2)
+    assert task.folder.is_dir()  # before it is handed out
     jobs = Parallel(n_jobs=2, backend="loky", pre_dispatch="n_jobs", batch_size=1, initializer=task.take)(
         delayed(task)(seconds) for seconds in (0.3, 0.3, 0.1, 0.1, 0.1)
     )
@@ -95,10 +96,13 @@ def test_joblib_runs_two_at_a_time_and_a_signal_to_the_sweep_alone_ends_them(
     long = "trainer.max_steps:1000000,trainer.val_check_interval:1000000,trainer.checkpoint_every:1000000"
     points = "[{model.B:1}," + ",".join(f"{{model.B:{B},{long}}}" for B in (2, 3, 4)) + "]"
     small = [word for word in SMALL if not word.startswith("trainer.max_steps")]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     sweep = subprocess.Popen(
         [sys.executable, str(ROOT / "src/train.py"), "-m", "hydra/launcher=machine", "model.U=0", *small, *data,
          f"hydra.sweeper.points={points.replace('B:1', 'B:1,trainer.max_steps:1')}"],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
     )  # fmt: skip
 
     def said(words: str) -> int:
@@ -113,6 +117,7 @@ def test_joblib_runs_two_at_a_time_and_a_signal_to_the_sweep_alone_ends_them(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(sweep.pid, signal.SIGKILL)
+    wait_for(lambda: not list(scratch.glob("drrn-sweep-*")))
     records = {path.parent: read_record(path) for path in tmp_path.rglob(FILE)}
     assert sorted(record["status"] for record in records.values()) == ["finished", "stopped", "stopped"]
     for folder in records:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,11 @@ class OwnPart:
 
     def __init__(self, task: Callable[[DictConfig], Any], n: int) -> None:
         self.task, self.n, self.sweep = task, n, os.getpid()
-        self.folder = Path(tempfile.mkdtemp(prefix="drrn-sweep-"))
+
+    @cached_property
+    def folder(self) -> Path:
+        """What the sweep and its processes share, from the first job on until the last of them ends."""
+        return Path(tempfile.mkdtemp(prefix="drrn-sweep-"))
 
     def __call__(self, cfg: DictConfig) -> Any:
         """Do the task on this process's part of the machine.
@@ -90,7 +95,8 @@ class OwnPart:
                 raise NotBegun("the sweep was ended")
             return self.task(cfg)
         except (KeyboardInterrupt, SystemExit) as error:
-            (self.folder / ENDED).touch()
+            with suppress(OSError):  # gone with the sweep
+                (self.folder / ENDED).touch()
             raise Ended(f"{type(error).__name__}: {error}") from error
         finally:
             self._idle()
@@ -106,7 +112,7 @@ class OwnPart:
         self._idle()
         os.setpgid(0, 0)  # out of the terminal's reach
         (self.folder / str(os.getpid())).touch()  # for `tell`
-        threading.Thread(target=_end_with, args=(self.sweep,), daemon=True).start()
+        threading.Thread(target=self._end_with_sweep, daemon=True).start()
         for number in itertools.cycle(range(self.n)):
             try:
                 OwnPart.lock = FileLock(self.folder / f"{number}.lock").acquire(timeout=0.05).lock
@@ -123,6 +129,18 @@ class OwnPart:
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
 
+    def _end_with_sweep(self) -> None:
+        """End this process when the sweep's is gone, however that ended; a run may keep its step first."""
+        while os.getppid() == self.sweep:
+            time.sleep(0.5)
+        if OwnPart.busy:
+            os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + LAST_STEP
+        while OwnPart.busy and time.monotonic() < end:
+            time.sleep(0.1)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os._exit(1)
+
     def tell(self, number: int) -> None:
         """Pass a signal on to the processes that work on this task, and let none begin another job."""
         import psutil
@@ -135,18 +153,6 @@ class OwnPart:
 
 def _exit(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone, however that ended; a run may keep its step first."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    if OwnPart.busy:
-        os.kill(os.getpid(), signal.SIGTERM)
-    end = time.monotonic() + LAST_STEP
-    while OwnPart.busy and time.monotonic() < end:
-        time.sleep(0.1)
-    os._exit(1)
 
 
 class Told:
@@ -166,6 +172,7 @@ def stoppable(task: Any) -> Iterator[Told]:
     """
     parts = task if isinstance(task, OwnPart) else None
     told, times = Told(), itertools.count(1)
+    folder = parts and parts.folder  # before the processes are given the task
 
     def tell(number: int, frame: Any) -> None:
         told.number = told.number or number
@@ -187,7 +194,7 @@ def stoppable(task: Any) -> Iterator[Told]:
         for number, handler in before.items():
             signal.signal(number, handler)
         if parts:
-            shutil.rmtree(parts.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def visible_gpus() -> list[str]:
