@@ -64,9 +64,7 @@ def launch(main: Callable[[], Any]) -> None:
     # Read when torch is imported: threads that wait for each other spin for some microseconds and then sleep. By
     # default they spin for long, and on a machine that is shared with others a step then takes many times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    if (
-        "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ
-    ):  # salloc, without srun: one process,
+    if "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ:  # salloc, without srun: one process,
         os.environ["SLURM_JOB_NAME"] = "interactive"  # which Lightning knows by this name
     from hydra.errors import HydraException
 
