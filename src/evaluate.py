@@ -3,6 +3,7 @@
     python src/evaluate.py method=bicubic sets=[Set5] scales=[3] output=scores.json
     python src/evaluate.py method=network checkpoint=weights.safetensors
     python src/evaluate.py method=images folder=their/results sets=[Set5]
+    python src/evaluate.py checkpoint=port.safetensors scales=[2] explain=37.69
 
 Prints a table and writes every image's values; a second call with the same output computes what is missing.
 """
@@ -26,6 +27,10 @@ def main(cfg: DictConfig) -> None:
     """Check, score, print."""
     with refusing():
         config = check(cfg)
+        if config.explain is not None:
+            from drrn.explain import explain
+
+            return explain(config)
         from drrn.disk import locked
 
         output = Path(config.output)

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from drrn.config import check_sets
-from drrn.degradations import DEGRADATIONS, check_scales
+from drrn.degradations import DEGRADATIONS, PAPER, check_scales
 from drrn.disk import check_output
 from drrn.errors import UserError, printable
 from drrn.fast.threads import Watch
@@ -45,8 +45,8 @@ class EvaluateConfig:
     workers: int = key("processes; worker i uses GPU i mod their number", at_least=1, below=1001)
     threads: int | None = key("CPU threads, over all processes; null: what is free", at_least=1, below=2**12)
     precision: str = key("of networks; stamped on the scores", default="float32", choices=("float32", "tf32", "bf16"))
+    explain: float | None = key("somebody's PSNR, or SSIM up to 1: which way to measure gives it?", None, above=0)
     check_protocol: bool = key("first make sure that bicubic gives the published numbers")
-    protocol: str = key("the bundle behind crop, color and rounding", choices=("paper",))
     crop: int | None = key("pixels shaved off each side; null: the scale", at_least=0)
     color: str = key("luminance, or PSNR over R, G and B", choices=("y", "rgb"))
     rounding: str = key("of what is compared", choices=("uint8", "float"))
@@ -58,7 +58,7 @@ class Method(NamedTuple):
 
     name: str
     structure: str  # "Bicubic", "DRRN_B1U9"
-    digest: str | None = None  # SHA-256 of the weights
+    weights: str | None = None  # their SHA-256
     seed: int | None = None  # of its training, where the file says
     steps: int | None = None
     experiment: str | None = None  # `identity.experiment`: equal for runs that differ by their seed alone
@@ -69,8 +69,7 @@ class Method(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """What the file of scores says of it."""
-        keys = {"weights": "digest"} | {key: key for key in ("structure", "seed", "steps", "experiment")}
-        return {"name": self.name, **{key: getattr(self, name) for key, name in keys.items()}}
+        return {key: getattr(self, key) for key in ("name", "weights", "structure", "seed", "steps", "experiment")}
 
 
 class Job(NamedTuple):
@@ -86,7 +85,7 @@ class Job(NamedTuple):
 
     def key(self) -> tuple:
         """A score's place; it holds for the image file of this digest alone."""
-        return (self.method.digest, self.set_name, self.scale, self.path.name)
+        return (self.method.weights, self.set_name, self.scale, self.path.name)
 
 
 def check(cfg: DictConfig) -> EvaluateConfig:
@@ -117,18 +116,18 @@ def check(cfg: DictConfig) -> EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> None:
     """Score every image once, write `config.output` as it goes, print the means."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
     from drrn.environment import environment
     from drrn.protocol import Protocol, means
 
-    chosen = {key: getattr(config, key) for key in ("crop", "color", "rounding", "degradation", "precision")}
-    protocol = Protocol(config.protocol, 1, **chosen)
+    departures = ("crop", "color", "rounding", "degradation", "precision")
+    protocol = Protocol(**{name: getattr(config, name) for name in departures})
     if config.check_protocol:
         check_bicubic(Path(config.root))
     scores = Scores(Path(config.output), protocol.stamp())
     methods = methods_of(config)
-    jobs = jobs_of(config, methods, scores)
+    jobs = jobs_of(config, methods, scores.add_set)
     scores.add_methods([method.facts() for method in methods])
     missing = [
         job
@@ -138,15 +137,13 @@ def evaluate(config: EvaluateConfig) -> None:
         or job.made is not None  # that program may have made other images since
     ]
     facts = environment()
-    bars = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*bars, console=Console(stderr=True)) as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("scoring", total=len(jobs), completed=len(jobs) - len(missing))
         written, complete = time.monotonic(), False
         try:
             for job, row in score_all(missing, config, protocol):
                 scores.rows[job.key()] = {**scores.find(job.key(), job.digest), **row}
-                name = printable(f"{job.set_name} ×{job.scale} {job.path.name}")
-                progress.update(task, advance=1, description=name)
+                progress.advance(task)
                 if time.monotonic() - written > 5:
                     scores.write(facts)
                     written = time.monotonic()
@@ -197,8 +194,10 @@ def network_in(path: Path) -> Method:
     return Method(name, structure, digest, *training, path, input=network.input, scale=scale)
 
 
-def jobs_of(config: EvaluateConfig, methods: list[Method], scores: Scores) -> list[Job]:
-    """Sets × images × scales × methods, each set by its label in the file of scores.
+def jobs_of(
+    config: EvaluateConfig, methods: list[Method], label_of: Callable[[str, dict[Path, str]], str]
+) -> list[Job]:
+    """Sets × images × scales × methods, each set by the label that `label_of` gives it (`Scores.add_set`).
 
     Raises:
         UserError: a set cannot be read, or two pictures would have one name, or another program's is missing.
@@ -209,7 +208,7 @@ def jobs_of(config: EvaluateConfig, methods: list[Method], scores: Scores) -> li
     jobs = []
     for name in config.sets:
         members = {path: sha256(path) for path in image_files(name, Path(config.root), complete=False)}
-        label = scores.add_set(name, members)
+        label = label_of(name, members)
         stems = Counter(path.stem.lower() for path in members)
         for path, digest in members.items():
             shown = path.stem if stems[path.stem.lower()] == 1 else path.name  # a.png and a.jpg are two pictures
@@ -258,46 +257,37 @@ _networks: dict[Path, Any] = {}  # a worker process loads each network once
 
 def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int = 1) -> dict[str, Any]:
     """Score one image (in a worker process)."""
-    import numpy as np
+    from PIL import Image
 
-    from drrn.degradations import low_resolution
     from drrn.disk import write_whole
     from drrn.images import read_luminance, read_pixels
-    from drrn.matlab import imresize, to_uint8, ycbcr2rgb
+    from drrn.matlab import to_uint8
     from drrn.metrics import METRICS
     from drrn.protocol import modcrop, prepare, score
 
     started = time.monotonic()
     try:
         pixels = read_pixels(job.path)
-        x, truth = prepare(pixels, job.scale, job.method.input, protocol.degradation)
+        y, truth = prepare(pixels, job.scale, job.method.input, protocol.degradation)
         if job.made is not None:
-            prediction = _fitting(job, read_luminance(job.made), truth.shape) / 255.0
+            y = made_by_another(job, read_luminance, truth.shape)
         elif job.method.checkpoint is not None:
-            prediction = run_network(job.method.checkpoint, x, threads, protocol.precision)
-        else:
-            prediction = x
-        row = score(prediction, truth, job.scale, metrics, protocol)
+            y = run_network(job.method.checkpoint, y, threads, protocol.precision)
+        row = score(y, truth, job.scale, metrics, protocol)
         over_colour = tuple(name for name in metrics if METRICS[name].color and protocol.color == "rgb")
-        rgb = modcrop(pixels, job.scale) if over_colour else np.empty(())
-        if rgb.ndim == 3:  # a grey image's only channel is Y
+        if over_colour and (rgb := modcrop(pixels, job.scale)).ndim == 3:  # a grey image's only channel is Y
             if job.made is not None:
-                colours = _fitting(job, read_pixels(job.made), rgb.shape) / 255.0
+                colours = made_by_another(job, read_pixels, rgb.shape)
             else:
-                ycbcr = imresize(low_resolution(rgb, job.scale, protocol.degradation, colour=True), job.scale)
-                ycbcr[..., 0] = prediction
-                colours = ycbcr2rgb(ycbcr)
+                colours = with_chroma(y, rgb, job.scale, protocol.degradation)
             row |= score(colours, rgb / 255.0, job.scale, over_colour, protocol)
     except ValueError as error:
         raise UserError(f"{job.path} at ×{job.scale}: {error}") from error
     if job.picture is not None:
-        from PIL import Image
-
-        picture = Image.fromarray(to_uint8(np.asarray(prediction)))
-        write_whole(job.picture, lambda partial: picture.save(partial, format="PNG"))
+        write_whole(job.picture, lambda partial: Image.fromarray(to_uint8(y)).save(partial, format="PNG"))
     return {
         "method": job.method.name,
-        "weights": job.method.digest,
+        "weights": job.method.weights,
         "set": job.set_name,
         "scale": job.scale,
         "image": job.path.name,
@@ -307,19 +297,30 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int 
     }
 
 
-def _fitting(job: Job, made: Any, shape: tuple[int, ...]) -> Any:
-    """Another program's picture, cropped to the scale as the truth is if it is not.
+def with_chroma(y: Any, rgb: Any, scale: int, degradation: str = PAPER) -> Any:
+    """The colours of an estimated Y [H, W], 0…1, with Cb and Cr by bicubic from 8-bit colours → [H, W, 3], 0…1."""
+    from drrn.degradations import low_resolution
+    from drrn.matlab import imresize, ycbcr2rgb
+
+    ycbcr = imresize(low_resolution(rgb, scale, degradation, colour=True), scale)
+    ycbcr[..., 0] = y
+    return ycbcr2rgb(ycbcr)
+
+
+def made_by_another(job: Job, read: Callable[[Path], Any], shape: tuple[int, ...]) -> Any:
+    """Another program's picture in 0…1, cropped to the scale as the truth is if it is not.
 
     Raises:
         UserError: it has another size, or other channels.
     """
     from drrn.protocol import modcrop
 
+    made = read(job.made)
     cropped = modcrop(made, job.scale)
     if cropped.shape != shape:
         wanted = "×".join(map(str, shape))
         raise UserError(f"{job.made} is {'×'.join(map(str, made.shape))}, {job.path} at ×{job.scale} {wanted}")
-    return cropped
+    return cropped / 255.0
 
 
 def run_network(checkpoint: Path, x: Any, threads: int, precision: str) -> Any:
@@ -353,7 +354,7 @@ def check_bicubic(root: Path) -> None:
     """
     from drrn.images import read_luminance
     from drrn.paper import paper_numbers
-    from drrn.protocol import prepare, score
+    from drrn.protocol import means, prepare, score
     from drrn.sets import fetch
 
     files = fetch("Set5", root)
@@ -361,13 +362,13 @@ def check_bicubic(root: Path) -> None:
         if (row["dataset"], row["method"]) != ("Set5", "Bicubic"):
             continue
         scale = int(row["scale"])
-        scores = [score(*prepare(read_luminance(path), scale), scale) for path in files]
+        (measured,) = means([score(*prepare(read_luminance(path), scale), scale) for path in files])
         for metric, tolerance in (("psnr", 0.01), ("ssim", 0.001)):
-            measured = sum(s[metric] for s in scores) / len(scores)
-            if abs(measured - float(row[metric])) > tolerance:
+            if abs(measured[metric] - float(row[metric])) > tolerance:
                 raise UserError(
-                    f"the protocol is broken here: bicubic on Set5 ×{scale} has {metric.upper()} {measured:.4f}, "
-                    f"the paper {row[metric]}. Check the images under {root}/Set5 and the installed versions."
+                    f"the protocol is broken here: bicubic on Set5 ×{scale} has {metric.upper()} "
+                    f"{measured[metric]:.4f}, the paper {row[metric]}. Check the images under {root}/Set5 and the "
+                    "installed versions."
                 )
     print("protocol checked: bicubic on Set5 agrees with Table 2", file=sys.stderr)
 
@@ -381,16 +382,15 @@ def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: dict[s
     from drrn.metrics import METRICS
     from drrn.protocol import describe
 
-    def cell(row: dict[str, Any] | None) -> str:
-        return " / ".join(f"{row[k]:.{METRICS[k].digits}f}" if k in row else "–" for k in metrics) if row else ""
-
-    means = {(row["set"], row["scale"], row["method"]): row for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    places: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        place = places.setdefault((row["set"], row["scale"]), {None: 0})
+        place[None] = max(place[None], row["images"])
+        place[row["method"]] = " / ".join(f"{row[k]:.{METRICS[k].digits}f}" if k in row else "–" for k in metrics)
     table = Table(title=" / ".join(m.upper() for m in metrics), caption=describe(protocol))
     for column in ("set", "scale", "images", *methods):
         table.add_column(Text(printable(column)), justify="left" if column == "set" else "right")
-    for place in dict.fromkeys((row["set"], row["scale"]) for row in rows):
-        found = [means.get((*place, method)) for method in methods]
-        images = max(row["images"] for row in found if row)
-        table.add_row(Text(printable(place[0])), f"×{place[1]}", str(images), *map(cell, found))
+    for (name, scale), cells in places.items():
+        table.add_row(Text(printable(name)), f"×{scale}", *(str(cells.get(key, "")) for key in (None, *methods)))
     Console().print(table)

@@ -1,0 +1,300 @@
+"""Why somebody's PSNR or SSIM is another one than ours: `evaluate.py explain=37.69`.
+
+The field measures in ways that differ in what papers leave out. `explain` measures one network, or another program's
+images, on one set at one scale in all of them, and marks those that give the claimed number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drrn.degradations import PAPER
+from drrn.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from drrn.evaluation import EvaluateConfig, Job
+
+Levels = NDArray[np.uint8]
+Plane = NDArray[np.floating]  # 0…1
+
+# What each choice is called in the table; the protocol's own comes first.
+RESIZED = {
+    "matlab": "MATLAB, of Y",
+    "matlab 8 bits": "MATLAB, 8-bit RGB",  # a file of low-resolution colours
+    "pillow": "Pillow, of RGB",
+    "opencv": "OpenCV, of RGB",
+    "made": "(images given)",
+}
+PLANES = {
+    "y": "Y",
+    "y float": "Y, not rounded",
+    "pillow": "Pillow's Y or grey",
+    "opencv": "OpenCV's Y or grey",
+    "rgb": "RGB",
+}
+VALUES = {"uint8": "8 bits", "clipped": "float", "float": "float, not clipped"}
+GREY = {"one channel": "as they are", "three channels": "as RGB"}
+HEADS = {"resized": "bicubic", "plane": "compared", "crop": "crop", "values": "values", "grey": "grey images"}
+# No program mixes one library's bicubic with the other's Y, nor reads low-resolution files as full-range Y.
+NEVER = {("matlab 8 bits", "pillow"), ("matlab 8 bits", "opencv"), ("pillow", "opencv"), ("opencv", "pillow")}
+SHOWN = 8  # ways of several departures that are printed
+
+
+class Way(NamedTuple):
+    """A way to measure: what the network is given, what is compared, and how."""
+
+    resized: str  # how the low-resolution image is made
+    plane: str  # what the network is given and its result compared on; of RGB, the network is given Y
+    crop: int  # pixels left out at every side
+    values: str  # what the compared values are
+    grey: str  # of grey images
+
+    def departures(self, protocol: Way) -> int:
+        """In how many choices it is not the protocol."""
+        return sum(mine != other for mine, other in zip(self, protocol, strict=True))
+
+
+def explain(config: EvaluateConfig) -> None:
+    """Print the ways to measure that give `config.explain`, and what each single departure from the protocol does.
+
+    Raises:
+        UserError: more than one set, scale or method, another degradation, or an image that cannot be read.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from drrn.evaluation import jobs_of, methods_of
+    from drrn.sets import set_label
+
+    if config.degradation != PAPER:
+        raise UserError(f"explain = {config.explain}: its ways are of bicubic images; give degradation={PAPER}")
+    methods = methods_of(config)
+    for name, asked in (("sets", config.sets), ("scales", config.scales), ("checkpoint", methods)):
+        if len(asked) > 1:
+            raise UserError(
+                f"explain = {config.explain}: a number is of one set, scale and network; give one of {name}"
+            )
+    metric = "psnr" if config.explain > 1 else "ssim"
+    jobs = jobs_of(config, methods, lambda name, members: set_label(name, list(members)))
+    threads = _threads(config)
+    values = []
+    for job in track(jobs, "measuring", console=Console(stderr=True), transient=True):
+        try:
+            values.append(ways_of(job, metric, threads, config.precision))
+        except ValueError as error:  # too small for the scale, the crop or the metric
+            raise UserError(f"{job.path} at ×{job.scale}: {error}") from error
+    shared = [way for way in values[0] if all(way in of_image for of_image in values)]  # grey images have no RGB
+    means = {way: float(np.mean([of_image[way] for of_image in values])) for way in shared}
+    print_ways(means, config.explain, metric, f"{printable(methods[0].name)}, {jobs[0].set_name} ×{jobs[0].scale}")
+
+
+def _threads(config: EvaluateConfig) -> int:
+    from drrn.fast.threads import Watch
+
+    return Watch().choose(config.threads).number if config.checkpoint else 1
+
+
+def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32") -> dict[Way, float]:
+    """One image measured in all ways that there are for it; the protocol's comes first."""
+    from drrn.images import read_pixels
+    from drrn.metrics import METRICS
+    from drrn.protocol import modcrop, shave
+
+    scale, result = job.scale, {}
+    pixels = modcrop(read_pixels(job.path), scale)
+    made = None if job.made is None else modcrop(read_pixels(job.made), scale)
+    if made is not None and made.shape[:2] != pixels.shape[:2]:
+        raise UserError(
+            f"{job.made}: {made.shape[1]}×{made.shape[0]} pixels, {pixels.shape[1]}×{pixels.shape[0]} needed"
+        )
+    for grey in GREY:
+        shown = np.dstack([pixels] * 3) if grey == "three channels" and pixels.ndim == 2 else pixels
+        for resized, plane in product(RESIZED, PLANES):
+            if (resized == "made") != (made is not None) or (resized, plane) in NEVER:
+                continue
+            if grey == "three channels" and pixels.ndim == 3:  # the same as before
+                found = {way: value for way, value in result.items() if way[:2] == (resized, plane)}
+                result |= {way._replace(grey=grey): value for way, value in found.items()}
+                continue
+            y = estimate(job, shown, made, resized, plane, threads, precision)
+            if y is None:
+                continue
+            truth = plane_of(shown, plane)
+            for crop, values in product((scale, 0, scale + 6), VALUES):
+                a, b = (shave(_compared(image, values), crop) for image in (truth, y))
+                result[Way(resized, plane, crop, values, grey)] = _value(METRICS[metric].function, a, b)
+    return result
+
+
+def _compared(image: Plane, values: str) -> NDArray:
+    from drrn.matlab import to_uint8
+
+    if values == "uint8":
+        return to_uint8(image)
+    return np.clip(image * 255.0, 0, 255) if values == "clipped" else image * 255.0
+
+
+def _value(function: Callable[[NDArray, NDArray], float], a: NDArray, b: NDArray) -> float:
+    """PSNR is over all channels; SSIM, which is of one, the mean over them."""
+    from drrn.metrics import psnr
+
+    if a.ndim == 2 or function is psnr:
+        return function(a, b)
+    return float(np.mean([function(x, y) for x, y in zip(np.moveaxis(a, 2, 0), np.moveaxis(b, 2, 0), strict=True)]))
+
+
+# ---------------------------------------------------------------------- what is compared
+
+
+def plane_of(pixels: Levels, plane: str) -> Plane:
+    """What is compared of an image: [H, W] or [H, W, 3] in 8 bits → Y [H, W], or [H, W, 3] of "rgb", 0…1.
+
+    A grey image is its own Y. MATLAB's Y is in 16…235, the others' in 0…255:
+
+        Pillow    (19595 R + 38470 G + 7471 B + 2¹⁵) >> 16     `convert("L")`, libImaging/Convert.c
+        OpenCV    (4899 R + 9617 G + 1868 B + 2¹³) >> 14       `COLOR_BGR2YCrCb`, imgproc/color_yuv
+    """
+    from drrn.matlab import rgb2y, rgb2ycbcr
+
+    if pixels.ndim == 2 or plane == "rgb":
+        return pixels / 255.0
+    if plane == "y":
+        return rgb2y(pixels) / 255.0
+    if plane == "y float":
+        return rgb2ycbcr(pixels / 255.0)[..., 0]
+    weights, bits = {"pillow": ((19595, 38470, 7471), 16), "opencv": ((4899, 9617, 1868), 14)}[plane]
+    return ((pixels.astype(np.int64) @ weights + (1 << (bits - 1))) >> bits) / 255.0
+
+
+def estimate(
+    job: Job, pixels: Levels, made: Levels | None, resized: str, plane: str, threads: int, precision: str
+) -> Plane | None:
+    """A plane of an image as the method makes it, 0…1; None where there is no such plane.
+
+    The network's input is made by `resized`, and `run_network` or bicubic itself enlarges it.
+    """
+    from drrn.evaluation import run_network, with_chroma
+    from drrn.matlab import rgb2ycbcr, ycbcr2rgb
+
+    if made is not None:
+        return None if plane == "rgb" and made.ndim != pixels.ndim else plane_of(made, plane)
+    if plane == "rgb" and pixels.ndim == 2:
+        plane = "y"
+    luminance = plane if plane != "rgb" else "y" if resized == "matlab" else "y float"
+    given = enlarged(pixels, job.scale, resized, luminance, job.method.input)
+    y = given if job.method.checkpoint is None else run_network(job.method.checkpoint, given, threads, precision)
+    if plane != "rgb":
+        return y
+    if resized == "matlab":
+        return with_chroma(y, pixels, job.scale)
+    ycbcr = rgb2ycbcr(np.clip(enlarged(pixels, job.scale, resized, "rgb"), 0, 1))
+    ycbcr[..., 0] = y
+    return ycbcr2rgb(ycbcr)
+
+
+def enlarged(pixels: Levels, scale: int, resized: str, plane: str, input: str = "interpolated") -> Plane:
+    """A plane of the image shrunk to 1/s and, unless the network's input is "low", enlarged again, 0…1."""
+    from drrn.matlab import imresize, to_uint8
+
+    height, width = pixels.shape[:2]
+    small = (height // scale, width // scale)
+    if resized in ("pillow", "opencv"):
+        resize = {"pillow": pillow_resize, "opencv": opencv_resize}[resized]
+        low = resize(pixels, small)
+        return plane_of(low if input == "low" else resize(low, (height, width)), plane)
+    if resized == "matlab":
+        low = imresize(plane_of(pixels, plane), 1 / scale)
+    else:
+        low = plane_of(to_uint8(imresize(pixels / 255.0, 1 / scale)), plane)
+    return low if input == "low" else imresize(low, scale)
+
+
+def pillow_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
+    """`Image.resize(…, BICUBIC)` to (height, width): a = -0.5, widened when shrinking, 8 bits."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def opencv_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
+    """`cv2.resize(…, INTER_CUBIC)` to (height, width): a = -0.75, never widened, the edge repeated, 8 bits.
+
+    OpenCV computes it in fixed point, so one value in some thousands differs by one level.
+    """
+    down, across = (_opencv_matrix(*sides) for sides in zip(pixels.shape[:2], size, strict=True))
+    levels = np.einsum("ai,ij...->aj...", down, pixels.astype(np.float64))
+    levels = np.einsum("bj,aj...->ab...", across, levels)
+    return np.clip(np.floor(levels + 0.5), 0, 255).astype(np.uint8)
+
+
+@cache
+def _opencv_matrix(length: int, out_length: int, a: float = -0.75) -> NDArray[np.float64]:
+    """[out_length, length]: each row has the four taps of Keys' kernel around its pixel."""
+    matrix = np.zeros((out_length, length))
+    centre = (np.arange(out_length) + 0.5) * length / out_length - 0.5
+    first = np.floor(centre).astype(int) - 1
+    for tap in range(4):
+        x = np.abs(centre - (first + tap))
+        near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        np.add.at(
+            matrix,
+            (np.arange(out_length), np.clip(first + tap, 0, length - 1)),
+            np.where(x <= 1, near, far),
+        )
+    return matrix
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def explaining(means: dict[Way, float], claimed: float, metric: str) -> list[Way]:
+    """The ways that give the claimed number as it is printed, those nearest to the protocol first."""
+    from drrn.metrics import METRICS
+
+    protocol, digits = next(iter(means)), METRICS[metric].digits
+    found = [way for way, value in means.items() if round(value, digits) == round(claimed, digits)]
+    return sorted(found, key=lambda way: way.departures(protocol))
+
+
+def print_ways(means: dict[Way, float], claimed: float, metric: str, title: str) -> None:
+    """The protocol, each single departure from it, and what explains the claimed number or comes near."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from drrn.metrics import METRICS
+
+    protocol, digits = next(iter(means)), METRICS[metric].digits
+    means = {way: value for way, value in means.items() if _says_more(way, means, digits)}
+    found = explaining(means, claimed, metric)
+    nearest = sorted(means, key=lambda way: (abs(means[way] - claimed), way.departures(protocol)))
+    further = [] if protocol in found else found[:SHOWN] or nearest[:3]
+    shown = [way for way in means if way.departures(protocol) <= 1]
+    shown += [way for way in further if way not in shown]
+    names = {"resized": RESIZED, "plane": PLANES, "values": VALUES, "grey": GREY}
+    columns = [key for key in HEADS if len({getattr(way, key) for way in means}) > 1]
+    table = Table(title=Text(title), caption=f"first row: the protocol; ✓: gives {claimed:.{digits}f}")
+    for column in (*(HEADS[key] for key in columns), metric.upper(), ""):
+        table.add_column(column, justify="right" if column in ("crop", metric.upper()) else "left")
+    for way in shown:
+        cells = [str(names.get(key, {}).get(getattr(way, key), getattr(way, key))) for key in columns]
+        table.add_row(*cells, f"{means[way]:.{digits}f}", "✓" * (way in found))
+    Console().print(table)
+    if protocol in found:
+        print(f"{claimed:.{digits}f} is what the protocol gives")
+    elif found:
+        print(f"{claimed:.{digits}f}: {len(found)} of {len(means)} ways give it, those nearest to the protocol first")
+    else:
+        print(f"{claimed:.{digits}f}: none of {len(means)} ways gives it; the nearest come last")
+
+
+def _says_more(way: Way, means: dict[Way, float], digits: int) -> bool:
+    """Whether it differs from the ways that are simpler: clipping and grey images often change nothing."""
+    simpler = [way._replace(grey="one channel")] + [way._replace(values="clipped")] * (way.values == "float")
+    return all(way == other or round(means[way], digits) != round(means[other], digits) for other in simpler)
