@@ -118,7 +118,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "input": [None, []],
         "scale": [1, 0, -2, None],
         "checkpoint": ["weights.safetensors"],  # beside method=bicubic
-        "method": ["lanczos", "network"],  # without a checkpoint
+        "method": ["lanczos"],
         "suffix": [".gif", "png"],
         "quality": [0, 101],
         "tile": [0, -1],
@@ -141,6 +141,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "form": ["keras"],
         "U": [-1],
         "scales": [[1]],
+        "scale": [1, 0],
     },
 }
 FREE = {

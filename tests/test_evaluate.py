@@ -165,7 +165,7 @@ def test_refusals(entry_point: Callable, tiny_images: Path, weights: Path, tmp_p
     """Wrong values are named, exit code 2."""
     for arguments, named in (
         (("method=magic",), "method"),
-        (("method=network",), "checkpoint"),
+        (("method=network", "checkpoint=NO_SUCH"), "checkpoint"),
         (("checkpoint=nowhere.ckpt",), "nowhere.ckpt"),
         (("method=bicubic", "scales=[1]"), "scales"),
         (("method=bicubic", "metrics=[lpips]"), "lpips"),

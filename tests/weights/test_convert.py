@@ -21,8 +21,10 @@ from safetensors.torch import save as save_safetensors
 from torch import nn
 from torch.nn import functional as F
 
+import drrn
 from drrn.config import ModelConfig
 from drrn.errors import UserError
+from drrn.fsrcnn import FSRCNN
 from drrn.home import CONF
 from drrn.identity import structure_name
 from drrn.model import DRRN
@@ -30,6 +32,7 @@ from drrn.networks import NETWORKS
 from drrn.runs import run as train
 from drrn.runs.request import request
 from drrn.weights import convert as command
+from drrn.weights.export import Enlarger
 from drrn.weights.ours import digest, initial_state, load_network, save_checkpoint, save_weights
 
 SRC = Path(command.__file__).parents[2]
@@ -480,7 +483,7 @@ def test_the_caffe_vdsr_through_convert_to_a_photograph(tmp_path) -> None:
 def test_onnx(tmp_path, capsys) -> None:
     onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
-    network, model = random_network(U=9, features=128)  # as many weights as B1U25
+    network, model = random_network(U=3, features=128)  # as many weights as B1U25
     save_weights(tmp_path / "w.safetensors", network, model, {"scales": [2, 4], "origin": "here"})
     run(input=tmp_path / "w.safetensors", output=tmp_path / "w.onnx", form="onnx")
     data = (tmp_path / "w.onnx").read_bytes()
@@ -491,7 +494,7 @@ def test_onnx(tmp_path, capsys) -> None:
     norms = sum(4 * 4 * m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d))
     assert 297_216 * 4 + norms < len(data) < 297_216 * 4 + norms + 60_000  # the graph itself
     axes = [d.dim_param or d.dim_value for d in loaded.graph.input[0].type.tensor_type.shape.dim]
-    assert axes == [1, 1, "height", "width"]
+    assert axes == ["N", 1, "height", "width"]
     facts = {p.key: p.value for p in loaded.metadata_props}
     assert facts["scales"] == "2,4"
     assert "rgb2ycbcr" in facts["input"]
@@ -505,6 +508,39 @@ def test_onnx(tmp_path, capsys) -> None:
         assert np.abs(ours - x.numpy()).max() > 1e-3
         theirs = session.run(None, {"x": x.numpy()})[0]
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5 * max(1, np.abs(ours).max()))
+
+
+def test_onnx_of_a_scale_enlarges_colour_as_upscale_does(tmp_path) -> None:
+    """On photographs, in a batch, to one grey level; also of a network that takes the low-resolution image."""
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    network, model = random_network(B=1, U=1)
+    save_weights(tmp_path / "w.safetensors", network, model, {"scales": [2, 3]})
+    run(input=tmp_path / "w.safetensors", output=tmp_path / "x3.onnx", scale=3)
+    session = runtime.InferenceSession((tmp_path / "x3.onnx").read_bytes(), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["N", 3, "height", "width"]
+    assert "R, G, B" in session.get_modelmeta().custom_metadata_map["input"]
+    small = FSRCNN(2, 8, 4, 1).eval()
+    whole = skimage.data.chelsea()
+    photos = np.stack([whole[20:63, 100:150], whole[150:193, 200:250]])
+    x = (photos / 255).astype(np.float32).transpose(0, 3, 1, 2)
+    with torch.inference_mode():
+        results = (
+            (3, network, session.run(None, {"x": x})[0]),
+            (2, small, Enlarger(small, 2)(torch.from_numpy(x)).numpy()),
+        )
+    for scale, of, result in results:
+        for photo, theirs in zip(photos, np.rint(result.transpose(0, 2, 3, 1) * 255), strict=True):
+            ours = drrn.upscale(photo, scale, of, precision="float32")
+            assert np.abs(theirs - ours).max() <= 1
+            assert np.abs(ours.astype(int) - drrn.upscale(photo, scale, "bicubic")).max() > 3  # the network counts
+    with pytest.raises(UserError, match="scale = 2: only"):
+        run(input=tmp_path / "w.safetensors", output=tmp_path / "y.safetensors", scale=2)
+    save_weights(
+        tmp_path / "small.safetensors", small, {"network": "fsrcnn", "scale": 2, "features": 8, "s": 4, "m": 1}, {}
+    )
+    with pytest.raises(UserError, match="enlarges by 2"):
+        run(input=tmp_path / "small.safetensors", output=tmp_path / "y.onnx", scale=3)
 
 
 def test_torch_export(tmp_path) -> None:

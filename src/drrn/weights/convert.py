@@ -32,6 +32,9 @@ class ConvertConfig:
     form: str | None = key("null: recognised by content", choices=tuple(dict.fromkeys((*READ, *WRITTEN.values()))))
     U: int | None = key("residual units, where neither file nor name says", at_least=0)
     scales: list[int] | None = key("that the weights were trained for, where the file is silent", at_least=2)
+    scale: int | None = key(
+        "of .onnx and .pt2: RGB in, RGB enlarged by it out; null: only Y, as the network", at_least=2
+    )
     info: bool = key("print what the file holds")
     overwrite: bool = key("write over output if it is there")
 
@@ -58,6 +61,8 @@ def check(cfg: DictConfig) -> ConvertConfig:
         raise UserError(f"output = {config.output!r}: its suffix says what to write, one of {', '.join(WRITTEN)}")
     if config.form not in (None, *READ, WRITTEN[output.suffix]):
         raise UserError(f"form = {config.form!r} and output = {config.output!r}: they say two different things")
+    if config.scale is not None and output.suffix not in (".onnx", ".pt2"):
+        raise UserError(f"scale = {config.scale}: only .onnx and .pt2 are written for one; leave it out")
     check_output("output", output)
     if output.exists() and (not config.overwrite or output.samefile(config.input)):
         raise UserError(f"{output} is there already: choose another name, or overwrite=true")
@@ -87,6 +92,14 @@ def convert(config: ConvertConfig) -> None:
     }
     output, model = Path(config.output), model_of(about["model"])
     facts = {key: value for key, value in about.items() if key not in ("format", "model", "digest")}
+    if config.scale is not None:
+        if getattr(network, "scale", config.scale) != config.scale:
+            raise UserError(f"scale = {config.scale}: {config.input} enlarges by {network.scale}")
+        if about.get("scales") and config.scale not in about["scales"]:
+            print(
+                f"note: it was trained for {', '.join(f'×{scale}' for scale in about['scales'])}: expect less of it"
+            )
+        facts["scales"], network = [config.scale], export.Enlarger(network, config.scale)
     difference = writers[WRITTEN[output.suffix]](output, network, model, facts)
     said = f"from {form}" if difference is None else f"differs from ours by at most {difference:.1e}"
     print(f"{output}: {structure_name(model)}, {said}")

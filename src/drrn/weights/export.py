@@ -10,44 +10,96 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drrn.disk import write_whole
 from drrn.errors import UserError
 from drrn.identity import Structure
+from drrn.matlab import YCBCR_FROM_RGB, YCBCR_OFFSET, resize_matrix
 from drrn.networks import structure
 
 SIZES = ((24, 20), (3, 17), (41, 50))  # height and width, on which an exported network is held against ours
 TOLERANCE = 1e-5  # on a scale of 0…1
 
-# How to use an exported network: it goes into the file.
+# How to use an exported network, by what it takes: it goes into the file.
+COLOUR = "only Y goes through the network; Cb and Cr are enlarged bicubically, then ycbcr2rgb"
 USE = {
-    "input": "x [1, 1, height, width] float32: luminance Y / 255 of the low-resolution image (MATLAB's rgb2ycbcr, "
-    "Y in 16…235), enlarged by the scale with MATLAB's bicubic imresize, neither rounded nor clamped",
-    "output": "y, same shape: super-resolved luminance, to be clamped to 0…1",
-    "colour": "only Y goes through the network; Cb and Cr are enlarged bicubically, then ycbcr2rgb",
+    "interpolated": {
+        "input": "x [N, 1, height, width] float32: luminance Y / 255 of the low-resolution image (MATLAB's "
+        "rgb2ycbcr, Y in 16…235), enlarged by the scale with MATLAB's bicubic imresize, neither rounded nor clamped",
+        "output": "y, same shape: super-resolved luminance, to be clamped to 0…1",
+        "colour": COLOUR,
+    },
+    "low": {
+        "input": "x [N, 1, height, width] float32: luminance Y / 255 of the low-resolution image itself (MATLAB's "
+        "rgb2ycbcr, Y in 16…235)",
+        "output": "y, larger by the scale: super-resolved luminance, to be clamped to 0…1",
+        "colour": COLOUR,
+    },
+    "rgb": {
+        "input": "x [N, 3, height, width] float32: the low-resolution image, R, G, B in 0…1, at least 2×2",
+        "output": "y [N, 3, scale · height, scale · width]: the enlarged image, R, G, B in 0…1",
+        "colour": "Y, Cb, Cr and bicubic are inside",
+    },
 }
-USE_LOW = {
-    "input": "x [1, 1, height, width] float32: luminance Y / 255 of the low-resolution image itself (MATLAB's "
-    "rgb2ycbcr, Y in 16…235)",
-    "output": "y, larger by the scale: super-resolved luminance, to be clamped to 0…1",
-    "colour": USE["colour"],
-}
+
+
+class Enlarger(nn.Module):
+    """A network with all that is around it: a low-resolution RGB image in, the enlarged one out, as `photos.enlarge`.
+
+    Args:
+        network: of luminance.
+        scale: a whole number.
+    """
+
+    input = "rgb"
+
+    def __init__(self, network: nn.Module, scale: int) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+        forth = YCBCR_FROM_RGB / 255_000
+        phases = resize_matrix(5, scale, 5 * scale)[
+            2 * scale : 3 * scale
+        ].toarray()  # [s, 5], of a pixel and 2 around
+        constants = {
+            "forth": forth[..., None, None],
+            "back": np.linalg.inv(forth)[..., None, None],
+            "offset": (YCBCR_OFFSET / 255)[:, None, None],
+            "cubic": np.einsum("ak,bl->abkl", phases, phases).reshape(-1, 1, 5, 5),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, torch.from_numpy(value).float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, h, w], 0…1 → [N, 3, s · h, s · w], clamped to 0…1."""
+        own = F.conv2d(x, self.forth) + self.offset  # Y, Cb, Cr
+        large = self.bicubic(own)
+        y = self.network(own[:, :1] if self.network.input == "low" else large[:, :1])
+        ycbcr = torch.cat([y, large[:, 1:]], 1)
+        return F.conv2d(ycbcr - self.offset, self.back).clamp(0, 1)
+
+    def bicubic(self, x: Tensor) -> Tensor:
+        """MATLAB's imresize: each of a pixel's s² results by a kernel of its own, borders mirrored; [N, C, h, w]."""
+        x = torch.cat([x[..., 1:2], x[..., :1], x, x[..., -1:], x[..., -2:-1]], -1)
+        x = torch.cat([x[..., 1:2, :], x[..., :1, :], x, x[..., -1:, :], x[..., -2:-1, :]], -2)
+        results = F.conv2d(x.flatten(0, 1)[:, None], self.cubic)  # [N · C, s², h, w]
+        return F.pixel_shuffle(results, self.scale).unflatten(0, (-1, x.shape[1]))[:, :, 0]
 
 
 def facts(network: nn.Module, model: Structure, about: dict[str, Any]) -> dict[str, Any]:
     """What an exported file says: how to use it, its scales, and as `drrn` what our own files say."""
-    use = USE_LOW if getattr(network, "input", "interpolated") == "low" else USE
-    return {**use, "scales": about.get("scales") or [], "drrn": {"model": structure(model), **about}}
+    return {**USE[network.input], "scales": about.get("scales") or [], "drrn": {"model": structure(model), **about}}
 
 
 def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> float:
-    """Write a network as ONNX with dynamic height and width, shared weights once.
+    """Write a network as ONNX with a free number of images, height and width, shared weights once.
 
     Args:
         path: to write.
-        network: in evaluation mode.
+        network: in evaluation mode, or an `Enlarger` of it.
         model: its structure.
         about: what else is known of it, for the metadata: `drrn` as JSON, `scales`, and how to use it (`USE`).
 
@@ -74,7 +126,7 @@ def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[st
     for part in (graph, *graph.node, *graph.input, *graph.output):
         del part.metadata_props[:]  # where in torch's graph each of them was
     for part in (graph.input[0], graph.output[0]):
-        for axis, name in ((2, "height"), (3, "width")):
+        for axis, name in ((0, "N"), (2, "height"), (3, "width")):
             part.type.tensor_type.shape.dim[axis].dim_param = name
     said = facts(network, model, about)
     said |= {"scales": ",".join(map(str, said["scales"])), "drrn": json.dumps(said["drrn"])}
@@ -102,13 +154,12 @@ def export_program(path: Path, network: nn.Module, model: Structure, about: dict
 
 
 def program(network: nn.Module) -> torch.export.ExportedProgram:
-    """The network's graph for any height and width from 2 pixels on, without where its source is."""
-    height, width = (torch.export.Dim(name, min=2) for name in ("height", "width"))
+    """The network's graph for any number of images of any size from 2×2 on, without where its source is."""
+    free = {0: torch.export.Dim("N"), 2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
+    example = torch.zeros(2, 3 if network.input == "rgb" else 1, *SIZES[0])  # an N of 1 would be taken for fixed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        exported = torch.export.export(
-            network, (torch.zeros(1, 1, *SIZES[0]),), dynamic_shapes=({2: height, 3: width},)
-        )
+        exported = torch.export.export(network, (example,), dynamic_shapes=(free,))
     for node in exported.graph.nodes:
         node.meta.pop("stack_trace", None)
     return exported
@@ -122,8 +173,8 @@ def largest_difference(network: nn.Module, other: Callable[[Tensor], Tensor]) ->
     """
     worst = 0.0
     generator = torch.Generator().manual_seed(1)
-    for height, width in SIZES:
-        x = torch.rand(1, 1, height, width, generator=generator) * 1.2 - 0.1
+    for N, (height, width) in enumerate(SIZES, start=1):
+        x = torch.rand(N, 3 if network.input == "rgb" else 1, height, width, generator=generator) * 1.2 - 0.1
         with torch.inference_mode():
             ours, theirs = network(x), other(x)
         difference = (ours - theirs).abs().max().item() if theirs.shape == ours.shape else float("inf")
