@@ -65,6 +65,8 @@ SIZES: dict[str, Any] = {
     "plain_build": 4,  # every fourth image
     "pairs": 240_000,  # to read, ours
     "start": 5,  # rounds
+    "engines": 5,  # rounds
+    "threads": (16, 20, 288, 100, 5),  # features, steps, side, the demo's steps, rounds
     "growth": ((128, 256, 512, 1024, 2048), (5, 10, 20, 40)),  # sides, with U = 1; U, at 128²
 }
 
@@ -643,6 +645,20 @@ def tiled(side: int, features: int) -> Callable[[], Any]:
     return lambda: super_resolve(ours, x, tile=tile)
 
 
+def engines(sizes: dict[str, Any]) -> Iterator[Row]:
+    """Against OpenVINO and ONNX Runtime, where they are installed (tests/bench_engines.py)."""
+    import bench_engines
+
+    yield from bench_engines.engines(sizes)
+
+
+def threads(sizes: dict[str, Any]) -> Iterator[Row]:
+    """The number of threads that commands take by themselves (tests/bench_threads.py)."""
+    import bench_threads
+
+    yield from bench_threads.threads(sizes)
+
+
 def gpu(sizes: dict[str, Any]) -> Iterator[Row]:
     """Training and inference on a GPU (tests/bench_gpu.py); tiny and worth nothing without one."""
     import bench_gpu
@@ -651,7 +667,7 @@ def gpu(sizes: dict[str, Any]) -> Iterator[Row]:
         yield Row(what, value, unit, target if DEVICE == "cuda" else "", detail)
 
 
-PARTS = (startup, patches, training, inference, evaluation, memory, growth)
+PARTS = (startup, patches, training, inference, engines, evaluation, threads, memory, growth)
 
 
 def main(names: list[str], sizes: dict[str, Any], folder: Path) -> list[Row]:

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import bench
+import bench_engines
 import bench_gpu
+import bench_threads
 from drrn.model import DRRN
 from drrn.patch_build import prepare_patches
 from drrn.patches import Patches, Recipe
@@ -26,6 +28,8 @@ TINY = {
     "conv": (8,),
     "batches": [(2, 1), (1, 1)],
     "memory": (2, 2),
+    "engines": 1,
+    "threads": (1, 1, 18, 1, 1),
     "growth": ((32, 64), (1, 2, 3)),
 }
 
@@ -146,6 +150,47 @@ def test_the_table_holds_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert stored["rows"][0]["verdict"] == "pass"
     text = (tmp_path / "bench.md").read_text()
     assert all(row.what in text for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("installed", "rows"), [((), 0), (("onnxruntime",), 2), (("openvino",), 4), (("onnxruntime", "openvino"), 6)]
+)
+def test_an_engine_has_rows_where_it_is_installed(
+    installed: tuple[str, ...], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`export_onnx` itself holds ONNX Runtime's output against ours."""
+    times = {"ONNX Runtime": 3.0, "OpenVINO in float32": 2.0, "OpenVINO as it comes": 1.0}
+    monkeypatch.setattr(bench_engines.importlib.util, "find_spec", lambda name: name in installed)
+    monkeypatch.setattr(bench_engines, "export_onnx", lambda *_: 0.0)
+    monkeypatch.setattr(bench_engines, "by_itself", lambda: "bf16")
+    monkeypatch.setattr(bench, "in_turn", lambda things, rounds: {name: [times.get(name, 4.0)] for name in things})
+    found = list(bench_engines.engines(TINY))
+    assert len(found) == rows
+    for row in found:
+        assert row.value == (0.25 if "as it comes" in row.what else 0.75 if "ONNX" in row.what else 0.5)
+
+
+def test_the_threads_that_are_free_stand_beside_fixed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every work is built and run once; the best fixed number is the fastest one's."""
+    commands: list[tuple[str, ...]] = []
+
+    def here(things: dict[str, tuple], rounds: int, warm: bool = True, environment: Any = None) -> dict:
+        for build, *arguments in things.values():
+            build(*arguments)()
+        return {name: [{"1 thread": 3.0, "2 threads": 1.0}.get(name, 2.0)] for name in things}
+
+    monkeypatch.setattr(bench, "in_turn", here)
+    monkeypatch.setattr(bench, "command", lambda *arguments: lambda: commands.append(arguments))
+    monkeypatch.setattr(bench_threads, "allowed_cores", lambda: [0, 1])
+    monkeypatch.setattr("drrn.fast.threads.WATCHED", 0.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    try:
+        rows = list(bench_threads.threads(TINY))
+    finally:
+        torch.set_num_threads(before)
+    assert [row.value for row in rows] == [0.5] * 8  # four works, idle and beside another process
+    assert len(commands) == 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the bench itself does it, at its own sizes")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 MOST = 2**13  # filters of a layer, and layers
+WITH_AUTOCAST = ("cpu", "cuda", "mps")  # torch.amp.is_autocast_available is not for torch.compile before 2.13
 
 
 def he_normal(conv: nn.Conv2d | nn.ConvTranspose2d) -> nn.Conv2d | nn.ConvTranspose2d:
@@ -51,7 +52,7 @@ def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     The network sharpens that rounding: it costs published weights 0.03 dB at ×3 and 0.11 dB at ×4.
     """
     kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if kind not in WITH_AUTOCAST or not torch.is_autocast_enabled(kind):
         return layer(x)
     with torch.autocast(kind, enabled=False):
         return layer(x.float()).to(torch.get_autocast_dtype(kind))
