@@ -39,7 +39,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drrn.datamodule import pair_loader
 from drrn.fast.folded import Convolution
 from drrn.fast.memory import freed_memory_kept
 from drrn.fast.precision import chosen
@@ -49,6 +48,7 @@ from drrn.inference import super_resolve, super_resolve_strips
 from drrn.losses import euclidean
 from drrn.matlab import rgb2ycbcr
 from drrn.model import DRRN
+from drrn.pairs import pair_loader
 from drrn.patch_build import quantise
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches
 from drrn.protocol import degrade, modcrop

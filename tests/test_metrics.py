@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from drrn.matlab import imresize, rgb2ycbcr, to_uint8
-from drrn.metrics import METRICS, Metric, ifc, in_training, psnr, ssim
-from drrn.protocol import means, score
+from drrn.metrics import METRICS, Metric, ifc, in_training, msssim, psnr, ssim, vif
+from drrn.protocol import Protocol, means, over_colour, score, score_pixels
 
 
 def benchmark(name: str) -> list[Path]:
@@ -298,10 +298,93 @@ def test_ifc_needs_72_pixels_a_side(shape: tuple[int, int]) -> None:
         ifc(np.zeros(shape, np.uint8), np.zeros(shape, np.uint8))
 
 
-# All three
+# MS-SSIM and VIF
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim, ifc])
+def valid(image: NDArray[np.float64], taps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The window's weighted sum at every place inside the image."""
+    windows = np.lib.stride_tricks.sliding_window_view(image, taps.shape)
+    return np.einsum("hwij,ij->hw", windows, taps)
+
+
+def gaussian(side: int, sigma: float) -> NDArray[np.float64]:
+    line = np.exp(-((np.arange(side) - (side - 1) / 2) ** 2) / (2 * sigma**2))
+    return np.outer(line, line) / line.sum() ** 2
+
+
+def slow_msssim(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Wang, Simoncelli, Bovik 2003, Eq. 7, five scales, each half of the one before by means of 2×2."""
+    result, taps = 1.0, gaussian(11, 1.5)
+    for level, beta in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        mx, my = valid(x, taps), valid(y, taps)
+        vx, vy, xy = valid(x * x, taps) - mx**2, valid(y * y, taps) - my**2, valid(x * y, taps) - mx * my
+        contrast = (2 * xy + 58.5225) / (vx + vy + 58.5225)  # c₂ = (0.03 · 255)²
+        luminance = (2 * mx * my + 6.5025) / (mx**2 + my**2 + 6.5025)
+        result *= (contrast * luminance if level == 4 else contrast).mean() ** beta
+        h, w = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2
+        x, y = (z[:h, :w].reshape(h // 2, 2, w // 2, 2).mean(axis=(1, 3)) for z in (x, y))
+    return float(result)
+
+
+def slow_vif(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Sheikh and Bovik's `vifp_mscale.m`: x is the reference."""
+    kept, whole = 0.0, 0.0
+    for side in (17, 9, 5, 3):
+        taps = gaussian(side, side / 5)
+        if side < 17:
+            x, y = valid(x, taps)[::2, ::2], valid(y, taps)[::2, ::2]
+        mx, my = valid(x, taps), valid(y, taps)
+        vx, vy = np.maximum(valid(x * x, taps) - mx**2, 0), np.maximum(valid(y * y, taps) - my**2, 0)
+        xy = valid(x * y, taps) - mx * my
+        g = xy / (vx + 1e-10)
+        noise = vy - g * xy
+        noise[g < 0] = vy[g < 0]
+        g = np.maximum(g, 0)
+        kept += np.log10(1 + g**2 * vx / (np.maximum(noise, 1e-10) + 2)).sum()
+        whole += np.log10(1 + vx / 2).sum()
+    return float(kept / whole)
+
+
+@pytest.mark.parametrize(("measure", "slow"), [(msssim, slow_msssim), (vif, slow_vif)])
+def test_they_equal_the_plain_version(measure, slow) -> None:
+    result, truth = photograph_pair(178, 190)
+    value = measure(truth, result)
+    assert 0.2 < value < 0.99
+    assert value == pytest.approx(slow(truth.astype(float), result.astype(float)), abs=1e-5)
+    assert measure(truth, truth) == pytest.approx(1)
+
+
+def test_what_is_too_small_or_flat_for_them() -> None:
+    photograph = skimage.data.camera()
+    for height, width in ((175, 300), (300, 175)):
+        small = photograph[:height, :width]
+        with pytest.raises(ValueError, match=f"MS-SSIM needs sides of at least 176 pixels, got {height}×{width}"):
+            msssim(small, small)
+    msssim(photograph[:176, :176], photograph[:176, :176])
+    with pytest.raises(ValueError, match="VIF needs sides of at least 41 pixels, got 40×50"):
+        vif(photograph[:40, :50], photograph[:40, :50])
+    vif(photograph[:41, :41], photograph[:41, :41])
+    assert vif(np.full((50, 50), 7, np.uint8), photograph[:50, :50]) == 1
+
+
+def test_psnr_rgb_is_over_three_channels_of_a_colour_image() -> None:
+    """Y is the method's, Cb and Cr are bicubic; a grey image has one channel."""
+    pixels = skimage.data.chelsea()[:90, :120]
+    ycbcr = imresize(imresize(rgb2ycbcr(pixels) / 255.0, 1 / 3), 3)
+    scores = score_pixels(ycbcr[..., 0], pixels, 3, ("psnr", "psnr_rgb"))
+    inverse = np.linalg.inv([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]])
+    rgb = (255 * ycbcr - [16, 128, 128]) @ inverse.T
+    error = np.round(np.clip(rgb, 0, 1) * 255) - pixels
+    assert scores["psnr_rgb"] == pytest.approx(10 * np.log10(255**2 / np.mean(error[3:-3, 3:-3] ** 2)), abs=0.001)
+    assert scores["psnr"] == pytest.approx(psnr(*bicubic_pair(pixels, 3)))
+    grey = score_pixels(ycbcr[..., 0], rgb2ycbcr(pixels)[..., 0], 3, ("psnr", "psnr_rgb"))
+    assert grey["psnr_rgb"] == grey["psnr"] == scores["psnr"]
+
+
+# All of them
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim, ifc, msssim, vif])
 def test_metrics_say_what_is_wrong(measure) -> None:
     image = np.zeros((80, 90), np.uint8)
     with pytest.raises(ValueError, match=r"different shapes: \(80, 90\) and \(80, 89\)"):
@@ -321,7 +404,7 @@ def test_metrics_say_what_is_wrong(measure) -> None:
 def test_only_psnr_takes_colour() -> None:
     colour = skimage.data.astronaut()[:80, :90]
     assert psnr(colour, colour) == math.inf
-    for measure in (ssim, ifc):
+    for measure in (ssim, ifc, msssim, vif):
         with pytest.raises(ValueError, match=r"must be \[H, W\] with pixels, got \(80, 90, 3\)"):
             measure(colour, colour)
 
@@ -346,8 +429,10 @@ def test_metrics_import_without_torch_and_pyrtools() -> None:
 
 def test_what_runs_measure_and_how_tables_print_it() -> None:
     assert in_training() == ("psnr", "ssim")
-    assert {name: metric.digits for name, metric in METRICS.items()} == {"psnr": 2, "ssim": 4, "ifc": 3}
-    assert [name for name, metric in METRICS.items() if metric.color] == ["psnr"]
+    digits = {"psnr": 2, "ssim": 4, "ifc": 3, "msssim": 4, "vif": 4, "psnr_rgb": 2}
+    assert {name: metric.digits for name, metric in METRICS.items()} == digits
+    assert over_colour(METRICS) == ("psnr_rgb",)
+    assert over_colour(METRICS, Protocol(color="rgb")) == ("psnr", "psnr_rgb")
 
 
 def test_a_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,11 +31,10 @@ import drrn.matlab
 import drrn.patch_build
 import drrn.patches
 from drrn.config import DataConfig
-from drrn.datamodule import pair_loader
 from drrn.errors import UserError
 from drrn.images import image_size, orientations, read_pixels
 from drrn.matlab import resize_matrix
-from drrn.pairs import turned
+from drrn.pairs import pair_loader, turned
 from drrn.patch_build import pair_count, prepare_patches, quantise, versions
 from drrn.patches import HIGH, LOW, STEP, Patches, Recipe, ShuffledBatches, attributes, check_patch_file
 from drrn.protocol import degrade, modcrop

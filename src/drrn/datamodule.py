@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,12 +17,11 @@ from drrn.degradations import PAPER
 from drrn.images import read_pixels
 from drrn.metrics import in_training
 from drrn.networks import input_of
-from drrn.pairs import low_pairs, turned
+from drrn.pairs import Pairs, low_pairs, pair_loader, turned
 from drrn.patch_build import prepare_patches
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches
 from drrn.protocol import prepare
 from drrn.sets import evaluation_sets
-from drrn.workers import end_with_parent
 
 
 class Task(NamedTuple):
@@ -33,40 +32,6 @@ class Task(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.set_name}_x{self.scale}"
-
-
-def _start_worker(worker: int) -> None:
-    """Keep a terminal's Ctrl-C and a cluster's SIGTERM, sent to the run's group, from ending the workers of a step
-    that the run will still finish (`runs.stop.StopSignals`); it ends them itself. When it is killed they end
-    too: PyTorch's own watch over it then waits for batches to leave through a pipe that nobody reads."""
-    os.setpgrp()
-    end_with_parent()
-
-
-class Pairs(tuple):
-    """A batch as it is read: the NumPy arrays (data, label) [n, p, p]; orientations [n] if there are several."""
-
-    def pin_memory(self) -> tuple[Tensor, ...]:
-        """Tensors from which a GPU copies while it computes; the loader's thread calls it."""
-        return tuple(torch.from_numpy(part).pin_memory() for part in self)
-
-
-def pair_loader(patches: Patches, batches: ShuffledBatches, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """Batches of stored integers, each `Pairs`, or tensors where they are pinned.
-
-    Workers send arrays through their pipe; tensors would each need a socket of their own, which takes longer than
-    reading the batch does.
-    """
-    return DataLoader(
-        patches,
-        sampler=batches,
-        batch_size=None,
-        collate_fn=Pairs,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_start_worker,
-    )
 
 
 class EvaluationImages:
@@ -148,6 +113,10 @@ class SuperResolutionData(LightningDataModule):
 
     def _sets(self, stage: str) -> dict[str, list[Path]]:
         return self.sets["test" if stage == "test" else "validate"]
+
+    def pixels(self, stage: str, task: Task, name: str) -> NDArray[np.uint8]:
+        """An image of a set that is measured on, [H, W] or [H, W, 3]."""
+        return next(read_pixels(file) for file in self._sets(stage)[task.set_name] if file.name == name)
 
     def train_dataloader(self) -> DataLoader:
         """Batches of stored integers; the hooks below make them floats on the device."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from drrn.config import check_sets
-from drrn.degradations import DEGRADATIONS, PAPER, check_scales
+from drrn.degradations import DEGRADATIONS, check_scales
 from drrn.disk import check_output
 from drrn.errors import UserError, printable
 from drrn.fast.threads import Watch
@@ -38,7 +38,7 @@ class EvaluateConfig:
     folder: str | None = key("of method=images: baby_x3.png, or Set5/x3/baby.png", default=None)
     sets: list[str] = key("Set5, Set14, BSD100, Urban100, demo_test, or folders", distinct=True)
     scales: list[int] = key("of the evaluation", at_least=2, distinct=True)
-    metrics: list[str] = key("psnr, ssim, ifc (Tab. 3)", distinct=True)
+    metrics: list[str] = key("psnr, ssim, ifc, msssim, vif, psnr_rgb (Tab. 3)", distinct=True)
     output: str = key("every image's values; what is there is not computed again")
     images: str | None = key("a folder for the super-resolved Y images; null keeps none")
     root: str = key("where the sets are, or are downloaded to")
@@ -262,25 +262,19 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int 
     from drrn.disk import write_whole
     from drrn.images import read_luminance, read_pixels
     from drrn.matlab import to_uint8
-    from drrn.metrics import METRICS
-    from drrn.protocol import modcrop, prepare, score
+    from drrn.protocol import over_colour, prepare, score_pixels
 
-    started = time.monotonic()
+    started, colours = time.monotonic(), None
     try:
         pixels = read_pixels(job.path)
         y, truth = prepare(pixels, job.scale, job.method.input, protocol.degradation)
         if job.made is not None:
             y = made_by_another(job, read_luminance, truth.shape)
+            if pixels.ndim == 3 and over_colour(metrics, protocol):
+                colours = made_by_another(job, read_pixels, (*truth.shape, 3))
         elif job.method.checkpoint is not None:
             y = run_network(job.method.checkpoint, y, threads, protocol.precision)
-        row = score(y, truth, job.scale, metrics, protocol)
-        over_colour = tuple(name for name in metrics if METRICS[name].color and protocol.color == "rgb")
-        if over_colour and (rgb := modcrop(pixels, job.scale)).ndim == 3:  # a grey image's only channel is Y
-            if job.made is not None:
-                colours = made_by_another(job, read_pixels, rgb.shape)
-            else:
-                colours = with_chroma(y, rgb, job.scale, protocol.degradation)
-            row |= score(colours, rgb / 255.0, job.scale, over_colour, protocol)
+        row = score_pixels(y, pixels, job.scale, metrics, protocol, colours)
     except ValueError as error:
         raise UserError(f"{job.path} at ×{job.scale}: {error}") from error
     if job.picture is not None:
@@ -295,16 +289,6 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int 
         "seconds": round(time.monotonic() - started, 3),
         **row,
     }
-
-
-def with_chroma(y: Any, rgb: Any, scale: int, degradation: str = PAPER) -> Any:
-    """The colours of an estimated Y [H, W], 0…1, with Cb and Cr by bicubic from 8-bit colours → [H, W, 3], 0…1."""
-    from drrn.degradations import low_resolution
-    from drrn.matlab import imresize, ycbcr2rgb
-
-    ycbcr = imresize(low_resolution(rgb, scale, degradation, colour=True), scale)
-    ycbcr[..., 0] = y
-    return ycbcr2rgb(ycbcr)
 
 
 def made_by_another(job: Job, read: Callable[[Path], Any], shape: tuple[int, ...]) -> Any:

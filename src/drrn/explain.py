@@ -179,8 +179,9 @@ def estimate(
 
     The network's input is made by `resized`, and `run_network` or bicubic itself enlarges it.
     """
-    from drrn.evaluation import run_network, with_chroma
+    from drrn.evaluation import run_network
     from drrn.matlab import rgb2ycbcr, ycbcr2rgb
+    from drrn.protocol import with_chroma
 
     if made is not None:
         return None if plane == "rgb" and made.ndim != pixels.ndim else plane_of(made, plane)

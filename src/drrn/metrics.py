@@ -1,4 +1,4 @@
-"""PSNR, SSIM and IFC, the measures of the paper's Tables 2 and 3, as functions of two images in 0…255.
+"""PSNR, SSIM and IFC, the measures of the paper's Tables 2 and 3, and others, as functions of two images in 0…255.
 
 The protocol hands them 8-bit, shaved luminance images (`drrn.protocol`). All compute in float64, because in
 float32 the IFC is off in the third decimal. Nothing here needs torch, and only those that compute need SciPy.
@@ -20,6 +20,7 @@ from drrn.errors import UserError
 
 if TYPE_CHECKING:
     from scipy import sparse
+    from torch import Tensor
 
 Image = NDArray[np.uint8] | NDArray[np.floating]
 FloatArray = NDArray[np.float64]
@@ -29,6 +30,8 @@ IFC_LEVELS = 4
 IFC_ORIENTATIONS = (0, 3)  # of the six of the sp5 filters
 IFC_BLOCK = 3  # M: a block is 3×3 coefficients
 IFC_SMALLEST_SIDE = 72  # the coarsest level is then 9×9: 3×3 blocks, of which the border rule leaves one
+MSSSIM_SMALLEST_SIDE = 16 * SSIM_WINDOW  # an 11×11 window fits at the fifth scale
+VIF_SMALLEST_SIDE = 41
 IFC_TOLERANCE = 1e-15
 IFC_NOISE = 1e-10  # σ_n², the variance of the visual noise
 
@@ -111,6 +114,61 @@ def ifc(reference: Image, distorted: Image) -> float:
         window = 2 ** (IFC_LEVELS - level) + 1  # 17, 9, 5, 3 from the finest level to the coarsest
         bits += sum(_band_information(bx, by, window) for bx, by in zip(bands_x, bands_y, strict=True))
     return bits / x.size
+
+
+def msssim(a: Image, b: Image) -> float:
+    """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003), as torchmetrics computes it. Symmetric.
+
+    Args:
+        a, b: [H, W], both sides at least 176; uint8, or floating on the scale 0…255.
+
+    Returns:
+        At most 1, which equal images have.
+
+    Raises:
+        TypeError: another dtype. ValueError: shapes that differ or are not [H, W], a side under 176, NaN.
+    """
+    x, y = _pair(a, b)
+    if min(x.shape) < MSSSIM_SMALLEST_SIDE:
+        raise ValueError(
+            f"MS-SSIM needs sides of at least {MSSSIM_SMALLEST_SIDE} pixels, got {x.shape[0]}×{x.shape[1]}"
+        )
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    return multiscale_structural_similarity_index_measure(*_tensors(x, y), data_range=255.0).item()
+
+
+def vif(reference: Image, distorted: Image) -> float:
+    """Visual information fidelity in the pixel domain (Sheikh, Bovik 2006), as torchmetrics computes it.
+
+    The share of the reference's information that the distorted image keeps; not symmetric. A flat reference has none
+    to lose: 1.
+
+    Args:
+        reference: [H, W], both sides at least 41; uint8, or floating on the scale 0…255.
+        distorted: the same shape.
+
+    Returns:
+        1 for equal images; more is possible where contrast was raised.
+
+    Raises:
+        TypeError: another dtype. ValueError: shapes that differ or are not [H, W], a side under 41, NaN.
+    """
+    x, y = _pair(reference, distorted)
+    if min(x.shape) < VIF_SMALLEST_SIDE:
+        raise ValueError(f"VIF needs sides of at least {VIF_SMALLEST_SIDE} pixels, got {x.shape[0]}×{x.shape[1]}")
+    if np.ptp(x) == 0:
+        return 1.0
+    from torchmetrics.functional.image import visual_information_fidelity
+
+    return visual_information_fidelity(*_tensors(y, x)).item()
+
+
+def _tensors(*images: FloatArray) -> list[Tensor]:
+    """[H, W] → [1, 1, H, W] each, float64."""
+    import torch
+
+    return [torch.from_numpy(image)[None, None] for image in images]
 
 
 def _pair(a: Image, b: Image, color: bool = False) -> tuple[FloatArray, FloatArray]:
@@ -231,6 +289,7 @@ class Metric:
         function: (ground truth, estimate), both [H, W] in 0…255 → a number.
         digits: decimals of tables.
         color: it is taken over [H, W, 3] where the protocol scores colour; otherwise it stays on Y.
+        rgb: it is taken over [H, W, 3] always, of images in colour.
         training: runs measure it at each validation and at their end; others at their end if `data.test_metrics`
             names them. evaluate.py measures any.
         smallest: side in pixels of the images that it takes.
@@ -239,6 +298,7 @@ class Metric:
     function: Callable[[Image, Image], float]
     digits: int
     color: bool = False
+    rgb: bool = False
     training: bool = False
     smallest: int = 1
 
@@ -247,6 +307,9 @@ METRICS: dict[str, Metric] = {
     "psnr": Metric(psnr, 2, color=True, training=True),
     "ssim": Metric(ssim, 4, training=True, smallest=SSIM_WINDOW),
     "ifc": Metric(ifc, 3, smallest=IFC_SMALLEST_SIDE),
+    "msssim": Metric(msssim, 4, smallest=MSSSIM_SMALLEST_SIDE),
+    "vif": Metric(vif, 4, smallest=VIF_SMALLEST_SIDE),
+    "psnr_rgb": Metric(psnr, 2, rgb=True),
 }
 
 

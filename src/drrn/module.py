@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torchmetrics import MeanMetric
@@ -20,7 +21,7 @@ from drrn.losses import loss_of
 from drrn.matlab import imresize
 from drrn.networks import build
 from drrn.optimisers import configured, takes_found_inf
-from drrn.protocol import score
+from drrn.protocol import Protocol, over_colour, score, score_pixels
 
 
 class Diverged(UserError):
@@ -238,14 +239,21 @@ class SuperResolution(LightningModule):
         task, metrics = data.evaluation_tasks(stage)[dataloader_idx], data.evaluation_metrics(stage)
         given, truth = (plane[0, 0].float().cpu().numpy() for plane in (x, truth))
         with torch.autocast(x.device.type, enabled=False):  # in float32 and in strips, as src/evaluate.py scores
-            values = score(super_resolve(self.network, given), truth, task.scale, metrics)
+            prediction = super_resolve(self.network, given)
+        pixels = data.pixels(stage, task, image) if over_colour(metrics) else None
+
+        def scored(y: NDArray) -> dict[str, float]:
+            if pixels is None:
+                return score(y, truth, task.scale, metrics)
+            return score_pixels(y, pixels, task.scale, metrics, Protocol(degradation=data.data.degradation))
+
+        values = scored(prediction)
         for name, value in values.items():
             self.metrics[f"{name}_{dataloader_idx}"].update(value)
         row = {"set": task.set_name, "scale": task.scale, "image": image, **values}
         if stage == "test":
             interpolated = imresize(given, task.scale) if self.network.input == "low" else given
-            bicubic = score(interpolated, truth, task.scale, metrics)
-            row |= {f"bicubic_{name}": value for name, value in bicubic.items()}
+            row |= {f"bicubic_{name}": value for name, value in scored(interpolated).items()}
         self.rows.append((dataloader_idx, batch_idx * self.trainer.world_size + self.trainer.global_rank, row))
 
     def _begin(self) -> None:

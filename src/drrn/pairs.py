@@ -1,15 +1,53 @@
-"""What becomes of training pairs on the device: turned, and shrunk for networks that take the low resolution."""
+"""Training pairs on their way to the network: loaded, turned, shrunk for networks that take the low resolution."""
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from drrn.images import orientations
 from drrn.matlab import resize_matrix
+from drrn.patches import Patches, ShuffledBatches
+from drrn.workers import end_with_parent
+
+
+def _start_worker(worker: int) -> None:
+    """Keep a terminal's Ctrl-C and a cluster's SIGTERM, sent to the run's group, from ending the workers of a step
+    that the run will still finish (`runs.stop.StopSignals`); it ends them itself. When it is killed they end
+    too: PyTorch's own watch over it then waits for batches to leave through a pipe that nobody reads."""
+    os.setpgrp()
+    end_with_parent()
+
+
+class Pairs(tuple):
+    """A batch as it is read: the NumPy arrays (data, label) [n, p, p]; orientations [n] if there are several."""
+
+    def pin_memory(self) -> tuple[Tensor, ...]:
+        """Tensors from which a GPU copies while it computes; the loader's thread calls it."""
+        return tuple(torch.from_numpy(part).pin_memory() for part in self)
+
+
+def pair_loader(patches: Patches, batches: ShuffledBatches, num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """Batches of stored integers, each `Pairs`, or tensors where they are pinned.
+
+    Workers send arrays through their pipe; tensors would each need a socket of their own, which takes longer than
+    reading the batch does.
+    """
+    return DataLoader(
+        patches,
+        sampler=batches,
+        batch_size=None,
+        collate_fn=Pairs,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_start_worker,
+    )
 
 
 @lru_cache

@@ -9,6 +9,7 @@ and 0.001. Another way down than bicubic (`drrn.degradations`) is another protoc
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from drrn.degradations import PAPER as BICUBIC
 from drrn.degradations import low_resolution
 from drrn.images import luminance
-from drrn.matlab import imresize, to_uint8
+from drrn.matlab import imresize, to_uint8, ycbcr2rgb
 from drrn.metrics import METRICS, in_training
 
 
@@ -103,6 +104,45 @@ def prepare(
     pixels = modcrop(pixels, scale)
     x = low_resolution(pixels, scale, degradation)
     return x if input == "low" else imresize(x, scale), luminance(pixels) / 255.0
+
+
+def with_chroma(
+    prediction: NDArray[np.floating], pixels: NDArray[np.uint8], scale: int, degradation: str = BICUBIC
+) -> NDArray[np.float64]:
+    """Y [H', W'] of a network and bicubic Cb, Cr of the image [H, W, 3] → R, G, B [H', W', 3], 0…1."""
+    ycbcr = imresize(low_resolution(modcrop(pixels, scale), scale, degradation, colour=True), scale)
+    ycbcr[..., 0] = prediction
+    return ycbcr2rgb(ycbcr)
+
+
+def over_colour(metrics: Iterable[str], protocol: Protocol = PAPER) -> tuple[str, ...]:
+    """Those metrics that are taken over R, G and B."""
+    return tuple(m for m in metrics if METRICS[m].rgb or (METRICS[m].color and protocol.color == "rgb"))
+
+
+def score_pixels(
+    prediction: NDArray[np.floating],
+    pixels: NDArray[np.uint8],
+    scale: int,
+    metrics: tuple[str, ...] | None = None,
+    protocol: Protocol = PAPER,
+    colours: NDArray[np.floating] | None = None,
+) -> dict[str, float]:
+    """Steps 4 to 6 of an 8-bit image: each metric over Y, or over R, G and B where it or the protocol says so.
+
+    Args:
+        prediction: Y [H', W'], 0…1.
+        pixels: ground truth [H, W] or [H, W, 3].
+        scale, metrics, protocol: as of `score`.
+        colours: the prediction in R, G, B [H', W', 3], 0…1; None: `with_chroma`.
+    """
+    pixels, names = modcrop(pixels, scale), metrics or in_training()
+    values = score(prediction, luminance(pixels) / 255.0, scale, names, protocol)
+    if pixels.ndim == 3 and (over := over_colour(names, protocol)):  # a grey image's only channel is Y
+        if colours is None:
+            colours = with_chroma(prediction, pixels, scale, protocol.degradation)
+        values |= score(colours, pixels / 255.0, scale, over, protocol)
+    return values
 
 
 def score(
