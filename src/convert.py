@@ -3,6 +3,7 @@
     python src/convert.py input=vdsr_291_adam.caffemodel output=vdsr.safetensors
     python src/convert.py input=model_epoch_28.pth U=25 output=drrn.safetensors
     python src/convert.py input=drrn.safetensors output=drrn.onnx
+    python src/convert.py input=drrn.safetensors output=drrn_x2.onnx scale=2
     python src/convert.py input=FILE info=true
 
 Nothing in a foreign file is run.

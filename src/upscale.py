@@ -1,7 +1,7 @@
 """Enlarge photographs: one file, several, or a folder with its structure.
 
-python src/upscale.py input=photo.jpg scale=3 checkpoint=weights.safetensors output=big.png
-python src/upscale.py input=holidays scale=2 checkpoint=weights.safetensors output=holidays_x2
+python src/upscale.py input=photo.jpg scale=2
+python src/upscale.py input=holidays scale=3 checkpoint=weights.safetensors output=large compare=true
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 What follows the name is what the script takes, `key=value`. `drrn upscale` takes plain words too:
 
-    drrn upscale photo.jpg -x 2 -c weights.safetensors -o big.png
-    drrn upscale holidays -x 3 -c weights.safetensors -o holidays_x3
+    drrn upscale photo.jpg -x 2
+    drrn upscale holidays -x 3 -c weights.safetensors -o large
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ OTHER_FORMATS = {
     ".pnm": "PPM",
     ".jp2": "JPEG2000",
     ".avif": "AVIF",
-    ".heic": None,
-    ".heif": None,
+    ".heic": "HEIF",  # with the plugin pillow-heif
+    ".heif": "HEIF",
     ".jxl": None,
 }
 

@@ -27,14 +27,14 @@ def test_hidden_files_are_no_members_and_what_cannot_be_read_is_named(tmp_path, 
     (folder / "._a.png").write_bytes(b"macOS")
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "gone.jpg").symlink_to("nowhere.jpg")
-    (folder / "new.heic").write_bytes(b"?")
+    (folder / "new.jxl").write_bytes(b"?")
     (folder / "notes.txt").write_text("no picture")
     os.mkfifo(folder / "pipe.png")
     assert run(input=folder, output=tmp_path / "out", **BICUBIC) == 1
     assert images_in(tmp_path / "out") == ["a.png", "deeper/b.png"]
     said = capsys.readouterr()
     for name, word in {"loop.png": "link to nothing", "gone.jpg": "link to nothing", "pipe.png": "not a file",
-                       "new.heic": "not read: save it as"}.items():  # fmt: skip
+                       "new.jxl": "not read: save it as"}.items():  # fmt: skip
         assert any(name in line and word in line for line in said.err.splitlines()), name
     assert "4 of 6 files failed" in said.err
     assert "._a" not in said.err
@@ -55,6 +55,26 @@ def test_formats_that_are_only_read_become_png(tmp_path):
     assert np.abs(read_photo(folder / "e.avif").pixels.astype(int) - PIXELS).mean() < 5
     assert run(input=folder, output=tmp_path / "out", **BICUBIC) == 0
     assert images_in(tmp_path / "out") == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+
+
+def test_heic_is_read_where_the_plugin_is(tmp_path, monkeypatch):
+    path = tmp_path / "a.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pillow_heif", None)
+        without.delitem(Image.OPEN, "HEIF", raising=False)
+        with pytest.raises(UserError, match=r"a\.heic is HEIC: pip install pillow-heif"):
+            read_photo(path)
+    heif = pytest.importorskip("pillow_heif", reason="the plugin is not installed")
+    heif.register_heif_opener()
+    exif = Image.Exif()
+    exif[274], exif[271] = 6, "maker"
+    Image.fromarray(np.rot90(PIXELS).copy()).save(path, quality=100, chroma=444, exif=exif.tobytes())
+    photo = read_photo(path)
+    assert np.abs(photo.pixels.astype(int) - PIXELS).mean() < 5
+    assert photo.exif[271] == "maker"
+    heif.from_bytes("RGB;16", (18, 16), np.full((16, 18, 3), 30_000, "<u2").tobytes()).save(path)
+    assert read_photo(path).notes == ["of its more than 8 bits a channel 8 are read"]
 
 
 def test_a_depth_that_pillow_shortens_is_said(tmp_path):

@@ -67,7 +67,7 @@ def resolution(info: dict[str, Any], exif: Image.Exif | None) -> tuple[float, fl
 
     Args:
         info: Pillow's.
-        exif: where WebP and AVIF say it.
+        exif: where WebP, AVIF and HEIC say it.
     """
     dpi = info.get("dpi")
     try:
@@ -104,7 +104,7 @@ def exif_and_orientation(image: Image.Image, notes: list[str]) -> tuple[Image.Ex
     try:
         exif = image.getexif()
         orientation = exif.get(ORIENTATION, 1)
-        keep = image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") and len(exif) > 0
+        keep = image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF") and len(exif) > 0
         exif.pop(ORIENTATION, None)
         if keep:
             exif.tobytes()  # that it can be written

@@ -1,8 +1,8 @@
-"""People's images: reading what comes, enlarging it, writing it without losing anything in silence.
+"""People's images: reading what comes, losing nothing in silence.
 
 `drrn.images` reads benchmarks; here are the files that people have: PNG, JPEG, WebP, TIFF and BMP (read and written),
-GIF, PPM, JPEG 2000 and AVIF (read), with 8 or 16 bits or floating pixels, grey or colour, with palettes,
-transparency, profiles and orientations.
+GIF, PPM, JPEG 2000, AVIF and, with the plugin pillow-heif, HEIC (read), with 8 or 16 bits or floating pixels, grey or
+colour, with palettes, transparency, profiles and orientations.
 
 What becomes of what:
 
@@ -19,12 +19,13 @@ Colour profile, EXIF, XMP, resolution and PNG's colour and text chunks are kept 
 
 Refused by name: NaN or infinity, 32-bit integers, Lab, premultiplied 16-bit alpha.
 
-Files come from anywhere, so only these nine formats are ever opened, the size is checked before anything is
+Files come from anywhere, so only these ten formats are ever opened, the size is checked before anything is
 decoded, and whatever a decoder raises becomes a `UserError` that names the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Photo:
     """Read an image file, by its content and not by its suffix; of several frames or pages the first.
 
     Raises:
-        UserError: naming the file: it is missing, not one of the nine formats, damaged, truncated, larger than
+        UserError: naming the file: it is missing, not one of the ten formats, damaged, truncated, larger than
             `max_pixels`, or of a kind that the module's table does not list.
     """
     if not path.exists():
@@ -94,11 +95,13 @@ def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Photo:
                 return _read_pillow(path, max_pixels)
             except UnidentifiedImageError:
                 with path.open("rb") as file:
-                    start = file.read(4)
-                if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # TIFF of a kind that Pillow does not know
+                    start = file.read(12)
+                if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # TIFF of a kind that Pillow does not know
                     return _read_tifffile(path, max_pixels)
                 if not start:
                     raise UserError(f"{path} is empty") from None
+                if start[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1") and "HEIF" not in Image.OPEN:
+                    raise UserError(f"{path} is HEIC: pip install pillow-heif, or save it as JPEG first") from None
                 raise UserError(
                     f"{path} is not a PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000 or AVIF image, or its header "
                     "is damaged"
@@ -126,7 +129,12 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
     """What Pillow knows."""
     from PIL import Image
 
-    with Image.open(path, formats=READ) as image:
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    Image.init()
+    with Image.open(path, formats=[kind for kind in READ if kind in Image.OPEN]) as image:
         _check_size(path, *image.size, max_pixels)
         kind, mode = image.format, image.mode
         raw = [tile.args if isinstance(tile.args, str) else tile.args[0] for tile in image.tile if tile.args]
@@ -224,6 +232,8 @@ def _is_shortened(path: Path, image: Image.Image) -> bool:
     if image.format == "JPEG2000":  # the codestream's SIZ, 42 bytes before the depth of its first channel
         depth = start[start.find(b"\xff\x4f\xff\x51") + 42 :][:1]
         return image.mode != "I;16" and depth != b"" and depth[0] & 127 > 7
+    if image.format == "HEIF":
+        return image.info.get("bit_depth", 8) > 8
     flags = start[start.find(b"av1C") + 6 :][:1]
     return image.format == "AVIF" and flags != b"" and bool(flags[0] & 0x40)  # high_bitdepth
 
