@@ -42,10 +42,10 @@ class Published(NamedTuple):
 
 PUBLISHED = {
     r"VDSR_d20_64f_noBN_noinputReLU": Published("VDSR", "VDSR_Official.mat", "VDSR's authors' weights"),
-    r"SRCNN_middle1_features64": Published(
+    r"SRCNN(_middle1_features64)?": Published(
         "SRCNN", "srcnn_Y_scale{}.pth", "9-1-5; the paper cites the 9-5-5 network"
     ),
-    r"FSRCNN_scale\d_features56_s12_m4": Published("FSRCNN", "fsrcnn_Y_scale{}.pth"),
+    r"FSRCNN_(x\d|scale\d_features56_s12_m4)": Published("FSRCNN", "fsrcnn_Y_scale{}.pth"),
 }
 
 
@@ -143,8 +143,9 @@ def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
 def _of_paper(name: str) -> str | None:
     """The paper's name of a trained network of its size; None for another width."""
     name = re.sub(r"_(noBN|nobias|rectified|noinputReLU)", "", name)
-    name = {"VDSR_d20_64f": "VDSR"}.get(name, name)
-    return name if re.fullmatch(r"VDSR(_d\d+)?|DRRN(_NS)?(_C)?_B\d+U\d+", name) else None
+    name = {"VDSR_d20_64f": "VDSR"}.get(name, re.sub(r"_x\d$", "", name))
+    whole = r"VDSR(_d\d+)?|DRRN(_NS)?(_C)?_B\d+U\d+|SRCNN|FSRCNN|ESPCN|DRCN|RED30"
+    return name if re.fullmatch(whole, name) else None
 
 
 def _evaluated(path: Path, content: dict[str, Any], m: Measurement, published: Published | None) -> Source:

@@ -87,16 +87,18 @@ def _methods(
     place: tuple[str, int],
 ) -> list[tuple[float, float, str, str]]:
     """The paper's methods and ours on one axis; what is to be named on it (`name_points`)."""
-    named, absent = [], []
+    named, absent, elsewhere = [], [], set()
     for row in rows:
-        x = x_of(row)
-        if x is None or not row["psnr"]:
+        x, printed = x_of(row), row["psnr"] or row.get("psnr_elsewhere")
+        if x is None or not printed:
             absent.append(row["method"])
             continue
-        drrn, psnr = row["method"].startswith("DRRN"), float(row["psnr"])
+        drrn, psnr = row["method"].startswith("DRRN"), float(printed)
         colour = COLOURS["DRRN"] if drrn else OTHERS.get(row.get("group"), GREY)
         _mark(axis, x, psnr, "P" if row.get("group") == "shallow" else depth_marker(int(row["depth"])), colour)
-        named.append((x, psnr, row["method"], "#a34700" if drrn else "#444444"))
+        if not row["psnr"]:
+            elsewhere.add(row["source"])
+        named.append((x, psnr, row["method"] + "†" * (not row["psnr"]), "#a34700" if drrn else "#444444"))
     measured = [(point, psnr) for point in group.points if (psnr := point.mean(place)) is not None]
     for point, psnr in measured:
         _mark(axis, own_x(point), psnr, depth_marker(point.depth), OURS, ours=point)
@@ -104,6 +106,7 @@ def _methods(
     axis.set_ylim(*limits([y for _, y, *_ in named], 0.2))
     in_psnr(axis)
     notes = [f"only in the paper's picture: {', '.join(absent)}"] if absent else []
+    notes += [f"† from the {source}" for source in sorted(elsewhere)]
     notes += [] if measured else ["ours: not measured on this set"]
     text = "\n".join(textwrap.fill(note, 50) for note in notes)
     axis.text(0.99, 0.012, text, size=6.2, color=GREY, ha="right", transform=axis.transAxes)
