@@ -42,16 +42,18 @@ class Table:
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     keys: int = 1  # columns at the left that say what a row is
+    together: int = 1  # of the others, how many belong together
 
     def pieces(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
         """Columns and rows in parts that a terminal of so many columns holds, the keys at the left of each."""
         sizes = [3 + max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
         parts: list[list[int]] = [[]]
-        for index in range(self.keys, len(sizes)):
-            used = 1 + sum(sizes[: self.keys]) + sum(sizes[k] for k in parts[-1])
-            if parts[-1] and used + sizes[index] > width:
+        for first in range(self.keys, len(sizes), self.together):
+            block = range(first, min(first + self.together, len(sizes)))
+            used = 1 + sum(sizes[k] for k in (*range(self.keys), *parts[-1], *block))
+            if parts[-1] and used > width:
                 parts.append([])
-            parts[-1].append(index)
+            parts[-1] += block
         lines = [self.columns, *self.rows]
         cut = [[[*line[: self.keys], *(line[k] for k in part)] for line in lines] for part in parts]
         return [(columns, rows) for columns, *rows in cut]
@@ -141,7 +143,9 @@ def benchmark_table(measurements: list[Measurement], metrics: Sequence[str], nam
             row += cell if name else cell[1:2]
         rows.append(row)
     title = f"Table {name[-1]}: " * known + " / ".join(k.upper() for k in metrics) if name else _titles(metrics)
-    return Table(title, columns, rows, [f"Measured by {describe(protocol)}.", *_seed_note(groups)], 2)
+    return Table(
+        title, columns, rows, [f"Measured by {describe(protocol)}.", *_seed_note(groups)], 2, 3 if name else 1
+    )
 
 
 def _cell(

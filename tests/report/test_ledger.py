@@ -1,0 +1,139 @@
+"""The ledger: complete, and a sample of it computed again from files."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.metrics
+from PIL import Image
+
+from drrn.disk import write_json
+from drrn.paper import paper_numbers
+from drrn.report.ledger import COUNTED, QUOTED, REMEASURED, SCORES, STATES, TRAINED, built_here, ledger, measured
+from drrn.report.measurements import MISSING
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def entries() -> list:
+    """The ledger of what the repository holds."""
+    return list(ledger(measured(sorted(SCORES.glob("*.json")), [])))
+
+
+def test_every_number_of_the_paper_has_its_line(entries: list) -> None:
+    """As many as the files of data/paper hold; each with a state, and with a command where there is a number."""
+    printed = [entry for entry in entries if entry.paper != MISSING]
+    expected = sum(len(paper_numbers("table2")) * 2 if name == "table2" else len(paper_numbers(name))
+                   for name in ("table2", "table3", "table4", "text"))  # fmt: skip
+    expected += sum(bool(row["psnr"]) for name in ("fig1", "fig6", "fig8", "fig9") for row in paper_numbers(name))
+    counts = [entry for entry in entries if entry.what.endswith((", layers", ", weights", ", weights in DRRN's"))]
+    assert len(printed) == expected + len(counts)
+    assert len({(entry.place, entry.what) for entry in entries}) > 0.9 * len(entries)  # Fig. 9 prints depths twice
+    for entry in entries:
+        assert entry.source.state in STATES
+        assert (entry.source.state == QUOTED) == (entry.ours == MISSING)
+        assert (entry.source.state == QUOTED) == (entry.source.command == "")
+        assert (entry.source.state == REMEASURED) <= (len(entry.source.record) == 64)
+
+
+def test_the_committed_pages_are_the_ledgers(entries: list) -> None:
+    """docs/ledger.csv is what the command writes; the page says the same numbers."""
+    with (ROOT / "docs" / "ledger.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    shown = [[row["place"], row["what"], row["paper"], row["ours"], row["state"]] for row in rows]
+    now = [[e.place, e.what, e.paper, e.ours, e.source.state] for e in entries]
+    trained = {tuple(row[:3]) for row in shown if row[4] == TRAINED}  # from weights that may be shipped later
+    assert [row for row in shown if tuple(row[:3]) not in trained] == [r for r in now if tuple(r[:3]) not in trained]
+    page = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
+    assert all(f"| {row['what']} | {row['paper']} | {row['ours']} |" in page for row in rows)
+
+
+def test_bicubic_is_measured_again_by_other_means(entries: list, drrn_data: Path) -> None:
+    """Set5 ×3 with scikit-image's metrics on this package's bicubic: PSNR to its printed digits."""
+    from drrn.images import read_luminance
+    from drrn.protocol import degrade, modcrop
+
+    values = []
+    for path in sorted((drrn_data / "Set5").iterdir()):
+        truth = modcrop(read_luminance(path), 3)
+        made = np.clip(np.round(degrade(truth / 255.0, 3) * 255), 0, 255).astype(np.uint8)
+        values.append(skimage.metrics.peak_signal_noise_ratio(truth[3:-3, 3:-3], made[3:-3, 3:-3], data_range=255))
+    (entry,) = (e for e in entries if (e.place, e.what) == ("Table 2", "Set5 ×3, Bicubic, PSNR"))
+    assert (entry.paper, entry.ours, entry.difference) == ("30.39", f"{np.mean(values):.2f}", "0.00")
+
+
+def test_published_weights_are_measured_again(entries: list, drrn_data: Path, tmp_path: Path, entry_point) -> None:
+    """VDSR's own weights, converted, on the smallest image of Set5: the score in the committed file, to the digit."""
+    import json
+
+    weights = Path(os.environ.get("DRRN_WEIGHTS", "nowhere")) / "VDSR_Official.mat"
+    if not weights.is_file():
+        pytest.skip("set DRRN_WEIGHTS to the folder with VDSR_Official.mat")
+    (tmp_path / "one").mkdir()
+    name = min((drrn_data / "Set5").iterdir(), key=lambda path: Image.open(path).size).name
+    (tmp_path / "one" / name).symlink_to(drrn_data / "Set5" / name)
+    assert entry_point("convert", f"input={weights}", f"output={tmp_path / 'w.safetensors'}")[0] == 0
+    arguments = [f"sets=[{tmp_path / 'one'}]", "scales=[3]", f"output={tmp_path / 's.json'}", "threads=1"]
+    assert entry_point("evaluate", f"checkpoint={tmp_path / 'w.safetensors'}", *arguments)[0] == 0
+    (again,) = json.loads((tmp_path / "s.json").read_text())["scores"]
+    rows = json.loads((SCORES / "vdsr.json").read_text())["scores"]
+    (kept,) = (row for row in rows if (row["set"], row["scale"], row["image"]) == ("Set5", 3, name))
+    assert again["psnr"] == pytest.approx(kept["psnr"], abs=0.001)
+    assert again["ssim"] == pytest.approx(kept["ssim"], abs=0.0001)
+    (entry,) = (e for e in entries if (e.place, e.what) == ("Table 2", "Set5 ×3, VDSR, PSNR"))
+    assert (entry.paper, entry.ours, entry.source.state) == ("33.66", "33.66", REMEASURED)
+
+
+def test_counts_are_those_of_the_built_networks(entries: list) -> None:
+    """Weights and layers against sums over the layers' shapes by hand, the erratum, methods that are no member."""
+    assert built_here("DRRN_B1U25")[:2] == (52, 9 * 128 + 2 * 9 * 128 * 128 + 9 * 128)
+    assert built_here("DRRN_NS_B3U4")[1] == 9 * 128 + (3 * 8 + 2) * 9 * 128 * 128 + 9 * 128
+    assert built_here("SRCNN") == (3, 81 * 64 + 64 * 32 + 25 * 32, 13)
+    assert built_here("VDSR") == (20, 2 * 9 * 64 + 18 * 9 * 64 * 64, 41)
+    assert built_here("CSCN") is None
+    counts = {entry.what: entry for entry in entries if entry.source.state == COUNTED}
+    assert counts["DRRN_B2U3, weights"][2:5] == ("784K", "740K", "−44")
+    assert "erratum" in counts["DRRN_B2U3, weights"].note
+    assert [counts[f"{name}, weights in DRRN's"].ours for name in ("VDSR", "DRCN", "RED30")] == [
+        "2.24",
+        "5.97",
+        "13.90",
+    ]
+
+
+def test_a_training_enters_with_its_record(make: Callable, tmp_path: Path, entry_point) -> None:
+    """A finished run of the paper's size: its scores and its record's digest; narrow or unfinished ones not."""
+    import hashlib
+
+    runs = [
+        make("model.B=1", "model.U=9", "model.features=128", psnr=33.9),
+        make("model.B=1", "model.U=9", "model.features=128", "seed=2", psnr=33.94),
+        make("model.B=1", "model.U=25", "model.features=128", "model.norm=none", psnr=34.2),
+        make("model.B=3", "model.U=8", psnr=35.0),
+        make("model.B=17", "model.U=1", "model.features=128", status="failed"),
+    ]
+    for number, run in enumerate(runs):
+        write_json(tmp_path / "runs" / str(number) / "record.json", run)
+    code, out, err = entry_point("report", "ledger=true", f"runs={tmp_path / 'runs'}", f"output={tmp_path / 'out'}")
+    assert code == 0, err
+    assert "written" in out
+    with (tmp_path / "out" / "ledger.csv").open(encoding="utf-8", newline="") as file:
+        rows = {(row["place"], row["what"]): row for row in csv.DictReader(file)}
+    ours = rows["Table 2", "Set5 ×3, DRRN_B1U9, PSNR"]
+    assert (ours["ours"], ours["difference"], ours["state"]) == ("33.92", "−0.01", TRAINED)
+    digests = {hashlib.sha256((tmp_path / "runs" / str(k) / "record.json").read_bytes()).hexdigest() for k in (0, 1)}
+    assert ours["record"] in digests
+    assert "seeds: 2" in ours["note"]
+    assert rows["Fig. 6", "Set5 ×3, DRRN_B1U25, PSNR"]["difference"] == "+0.17"
+    assert "noBN" in rows["Fig. 6", "Set5 ×3, DRRN_B1U25, PSNR"]["note"]
+    for name in ("DRRN_B3U8", "DRRN_B17U1"):
+        assert rows["Fig. 6", f"Set5 ×3, {name}, PSNR"]["state"] == QUOTED
+    page = (tmp_path / "out" / "ledger.html").read_text()
+    assert "33.92" in page
+    assert "<script" not in page
