@@ -21,7 +21,7 @@ demo: install  ## train two small networks on scikit-image's photographs, print 
 	$(RUN) src/train.py sweeps=demo
 	$(RUN) src/report.py runs=runs/demo output=report/demo
 
-# BUDGET=cpu|paper; ARGS='seed=1,2 hydra/launcher=machine' and any other override
+# BUDGET=cpu|gpu|paper; ARGS='seed=1,2 hydra/launcher=machine' and any other override
 fig6: install  ## the study of Fig. 6, then its figure (BUDGET=cpu: two cores; ARGS='seed=1,2 …': overrides)
 fig8: install  ## the study of Fig. 8, then its figure
 table4: install  ## the study of Table 4, then its table

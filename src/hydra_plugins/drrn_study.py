@@ -100,12 +100,12 @@ class StudySweeper(BasicSweeper):
         """
         from drrn.runs.request import request
 
-        composed = self.hydra_context.config_loader.load_sweep_config(self.config, job)
-        OmegaConf.set_struct(composed, False)
-        composed.pop("hydra")
         try:
+            composed = self.hydra_context.config_loader.load_sweep_config(self.config, job)
+            OmegaConf.set_struct(composed, False)
+            composed.pop("hydra")
             return request(composed, job)
-        except UserError as error:
+        except (UserError, ValueError) as error:  # Hydra's own, for a group that is given no name: model=5
             raise UserError(f"{error} (in the job {' '.join(job)}; nothing has been started)") from error
 
 

@@ -203,7 +203,9 @@ def print_plan(plan: Plan) -> None:
     console().print(table)
     states = [job.before for job in plan.jobs]
     parts = [f"{states.count(state)} {text}" for state, text in STATES.items() if state in states]
-    print(f"{len(plan.jobs)} runs: {', '.join(parts)}. {plan.workers} at a time.")
+    left = sum(job.steps * operations(job.config) for job in plan.jobs)
+    work = f" {scaled(left)} operations in all." if left else ""
+    print(f"{len(plan.jobs)} runs: {', '.join(parts)}. {plan.workers} at a time.{work}")
     if plan.seconds is not None:
         most = sorted((job.bytes or 0 for job in plan.jobs), reverse=True)[: plan.workers]
         print(
@@ -228,7 +230,7 @@ def console() -> Console:
 
 def scaled(number: float) -> str:
     """1.5e12 → "1.50 T"."""
-    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for limit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if number >= limit:
             return f"{number / limit:.2f} {letter}"
     return f"{number:.0f}"
