@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from torchmetrics import MeanMetric
 
 from drrn.config import OptimConfig
 from drrn.errors import UserError
@@ -68,7 +68,6 @@ class SuperResolution(LightningModule):
         self.validation: list[dict[str, Any]] = []
         self.validated: int | None = None
         self.rows: list[tuple[int, int, dict[str, Any]]] = []  # this process's, in an evaluation: (task, image, row)
-        self.metrics = nn.ModuleDict()  # means over the sets, `psnr_0` of the first one
         self.seconds_before = 0.0  # of training, in earlier starts
         self.since: float | None = None
         self._between_runs()
@@ -78,13 +77,6 @@ class SuperResolution(LightningModule):
         self.trained: InTraining | None = None  # the network in training, from the first batch on
         self.latch: Latch | None = None
         self.losses: list[Tensor] = []  # of the step's micro-batches
-
-    def setup(self, stage: str) -> None:
-        """Means for every set and scale that the data module evaluates on."""
-        data = self.trainer.datamodule
-        for index in range(len(data.evaluation_tasks(stage))):
-            for name in data.evaluation_metrics(stage):
-                self.metrics[f"{name}_{index}"] = MeanMetric()
 
     def forward(self, x: Tensor) -> Tensor:
         """What `network(x)` gives."""
@@ -248,19 +240,27 @@ class SuperResolution(LightningModule):
             return score_pixels(y, pixels, task.scale, metrics, Protocol(degradation=data.data.degradation))
 
         values = scored(prediction)
-        for name, value in values.items():
-            self.metrics[f"{name}_{dataloader_idx}"].update(value)
         row = {"set": task.set_name, "scale": task.scale, "image": image, **values}
         if stage == "test":
             interpolated = imresize(given, task.scale) if self.network.input == "low" else given
             row |= {f"bicubic_{name}": value for name, value in scored(interpolated).items()}
         self.rows.append((dataloader_idx, batch_idx * self.trainer.world_size + self.trainer.global_rank, row))
 
-    def _begin(self) -> None:
-        """A fresh list of rows; float32 without TF32 (`trainer.tf32`), as src/evaluate.py scores."""
+    def on_validation_epoch_start(self) -> None:
+        """Nothing is measured yet; float32 without TF32 (`trainer.tf32`), as src/evaluate.py scores."""
         self.rows = []
         forget(self.network)  # an average of weights is swapped in without PyTorch's notice (`Tensor.data`)
         self.tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The scores of one image with the protocol."""
+        self._evaluate(batch, batch_idx, dataloader_idx, "validate")
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same at the end, with bicubic's."""
+        self._evaluate(batch, batch_idx, dataloader_idx, "test")
 
     def _finish(self, stage: str) -> None:
         """Every process gets all rows, in the order of the images, and logs the means of the sets."""
@@ -270,22 +270,12 @@ class SuperResolution(LightningModule):
             parts = [[] for _ in range(self.trainer.world_size)]
             torch.distributed.all_gather_object(parts, self.rows)
         ordered = sorted((row for part in parts for row in part), key=lambda row: row[:2])
-        self.scores = [row for _, _, row in ordered]
-        data = self.trainer.datamodule
-        for index, task in enumerate(data.evaluation_tasks(stage)):
-            for name in data.evaluation_metrics(stage):
-                self.log(f"{stage}/{task}/{name}", self.metrics[f"{name}_{index}"])
-        for name in data.evaluation_metrics(stage):  # over all images, for callbacks to monitor
-            values = [row[name] for row in self.scores]
-            self.log(f"{stage}/{name}", sum(values) / max(1, len(values)), logger=False)
-
-    def on_validation_epoch_start(self) -> None:
-        """Nothing measured yet."""
-        self._begin()
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The scores of one image with the protocol."""
-        self._evaluate(batch, batch_idx, dataloader_idx, "validate")
+        self.scores, data = [row for _, _, row in ordered], self.trainer.datamodule
+        for name in data.evaluation_metrics(stage):
+            for index, task in enumerate(data.evaluation_tasks(stage)):
+                self.log(f"{stage}/{task}/{name}", mean(row[name] for place, _, row in ordered if place == index))
+            overall = mean(row[name] for row in self.scores)
+            self.log(f"{stage}/{name}", overall, logger=False)  # for callbacks to monitor
 
     def on_validation_epoch_end(self) -> None:
         """Onto the learning curve, image by image; the one that Lightning adds at `trainer.max_time` is not."""
@@ -294,14 +284,12 @@ class SuperResolution(LightningModule):
         if step * self.trainer.accumulate_grad_batches % self.trainer.val_check_interval == 0:
             self.validation += [{"step": step, **row} for row in self.scores]
 
-    def on_test_epoch_start(self) -> None:
-        """Nothing measured yet."""
-        self._begin()
-
     def on_test_epoch_end(self) -> None:
         """All images' rows, and the means."""
         self._finish("test")
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The scores of one image with the protocol."""
-        self._evaluate(batch, batch_idx, dataloader_idx, "test")
+
+def mean(values: Iterable[float]) -> float:
+    """The plain mean; NaN of none, where `trainer.limit_val_batches=0`."""
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else math.nan

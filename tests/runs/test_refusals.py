@@ -35,7 +35,7 @@ LONG = "x" * 300
         (["+trainer.callbacks=[a]"], "+callbacks.NAME={_target_: …}"),
         (["+trainer.nope=[1]"], "trainer.nope"),
         (["+trainer.nope={a:1}"], "trainer.nope"),
-        (["+trainer.fast_dev_run=[1]"], "trainer.*"),
+        (["+trainer.fast_dev_run=[1]"], "trainer.fast_dev_run = [1]"),
         (['name="${"'], "name"),
         (["study=${"], "study"),
         (["output=${nope}"], "output"),

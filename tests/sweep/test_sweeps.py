@@ -30,7 +30,7 @@ SMALL = (
     "model.features=2", "data.scales=[2]", "data.val_scales=[2]", "data.batch_size=2", "data.num_workers=0",
     "trainer.max_steps=1", "trainer.max_epochs=null", "trainer.max_time=null", "trainer.val_check_interval=9",
     "trainer.accumulate_grad_batches=1", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1",
-    "trainer.strategy=auto", "trainer.log_every_n_steps=1",
+    "trainer.strategy=auto", "trainer.log_every_n_steps=1", "data.test=null", "data.test_metrics=null",
 )  # fmt: skip
 
 
@@ -71,6 +71,27 @@ def test_every_configuration_trains_for_a_step(
         for key in ("defaults", "features", "checkpointing"):
             kept.pop(key, None)
         assert {key: ran[key] for key in kept} == kept
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/debug").glob("*.yaml")))
+def test_every_debug_preset_trains_for_a_step(
+    name: str, entry_point: Callable, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    code, out, err = entry_point("train", f"debug={name}", "logger=none", *small)
+    assert code == 0, err
+    records = [read_record(path) for path in tmp_path.rglob(FILE)]
+    if name == "fdr":
+        assert "nothing of it is kept" in out
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert [(record["status"], record["study"]) for record in records] == [("finished", "debug")]
+    limited = {"camera.png"} if name != "overfit" else {"camera.png", "chelsea.png"}
+    assert {row["image"] for row in records[0]["scores"]} == limited
+    if name == "profiler":
+        (log,) = tmp_path.rglob("train.log")
+        for text in (err, log.read_text()):
+            assert text.count("FIT Profiler Report") == 1
+            assert "run_training_batch" in text
 
 
 @pytest.fixture(scope="module")

@@ -69,21 +69,25 @@ def recorded(path: Path, record: dict[str, Any], stop: StopSignals, tracking: Tr
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Log to the console and to a run's file for as long as the run lasts; of several processes the first one,
-    and the others' errors to the console."""
+    """Log to the console and to a run's file for as long as the run lasts, what Lightning's profiler reports too; of
+    several processes the first one, and the others' errors to the console."""
     form = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    root, handlers = logging.getLogger("drrn"), [logging.StreamHandler(sys.stderr)]
+    loggers = [logging.getLogger(name) for name in ("drrn", "lightning.pytorch.profilers.profiler")]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if rank_zero_only.rank == 0:
         handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
-    root.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
+    loggers[1].propagate = False  # to Lightning's own handler
+    for logger in loggers:
+        logger.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
+        logger.handlers += handlers
     for handler in handlers:
         handler.setFormatter(form)
-        root.addHandler(handler)
     try:
         yield
     finally:
         for handler in handlers:
-            root.removeHandler(handler)
+            for logger in loggers:
+                logger.removeHandler(handler)
             handler.close()
 
 

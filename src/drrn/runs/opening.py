@@ -7,9 +7,10 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import which
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from drrn.config import Config
@@ -48,6 +49,34 @@ class Run:
     def checkpoints(self) -> Path:
         """Their folder."""
         return self.folder / "checkpoints"
+
+
+@contextmanager
+def tried(config: Config) -> Iterator[Config]:
+    """What `trainer.fast_dev_run=n` asks for: n steps, n images a set, no logger, and no run folder is left.
+
+    Raises:
+        UserError: it is neither a truth value nor a number of steps.
+    """
+    extra = dict(config.trainer_extra or {})
+    steps = extra.pop("fast_dev_run", False)
+    if not isinstance(steps, int) or steps < 0:
+        raise UserError(f"trainer.fast_dev_run = {steps}: true, or a number of steps")
+    if not steps:
+        yield config
+        return
+    length = {"max_steps": int(steps), "max_epochs": None, "val_check_interval": int(steps), "log_every_n_steps": 1}
+    with TemporaryDirectory() as folder:
+        yield replace(
+            config,
+            output=folder,
+            ckpt_path=None,
+            trainer=replace(config.trainer, **length),
+            trainer_extra={**extra, "limit_val_batches": int(steps), "limit_test_batches": int(steps)},
+            logger=replace(config.logger, wandb=False),
+            logger_extra={},
+        )
+    print("trainer.fast_dev_run: it runs, and nothing of it is kept")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from drrn.config import Config
 from drrn.errors import UserError
 from drrn.identity import run_name
-from drrn.runs.opening import Run, open_run
+from drrn.runs.opening import Run, open_run, tried
 from drrn.runs.record import FILE
 
 if TYPE_CHECKING:  # torch and Lightning are imported when there is something to train
@@ -30,7 +30,7 @@ def train(config: Config) -> None:
         UserError: what the user can mend; the record says "failed" and why.
         Stopped: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; the record says "stopped", and the same command resumes.
     """
-    with open_run(config, train) as run:
+    with tried(config) as config, open_run(config, train) as run:
         if run is None:  # it is finished, or processes of its own have trained it
             return
         data = prepare_data(run)
