@@ -7,6 +7,7 @@ runs through with tiny sizes, and its numbers mean nothing.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -37,8 +38,14 @@ SIZES: dict[str, Any] = (
     if GPU
     else {"U": 1, "features": 2, "batch": 2, "rounds": 2, "steps": 1, "side": 24, "fit": 8, "every": 2}
 )
-BUDGET = 270.0  # seconds in all
+BUDGET = 290.0  # seconds in all
 CARDS = {"H200": (0.60, 0.72), "H100": (0.53, 0.65)}  # share of the convolutions' rate, with BatchNorm and without
+VARIANTS: dict[str, tuple] = {  # arguments of `raw_step`
+    "reduce-overhead": ("batch", True, "reduce-overhead"),
+    "BatchNorm written out": ("batch", True, None, "WrittenOut"),
+    "BatchNorm by the library": ("batch", True, None, "Library"),
+    "no BatchNorm, reduce-overhead": ("none", True, "reduce-overhead"),
+}
 Row = tuple[str, float, str, str, str]  # what, value, unit, target, detail
 
 
@@ -166,7 +173,7 @@ class Library(nn.BatchNorm2d):
 
 
 def raw_step(
-    sizes: dict[str, Any], norm: str, compiled: bool = True, mode: str | None = None, layer: type | None = None
+    sizes: dict[str, Any], norm: str, compiled: bool = True, mode: str | None = None, layer: str | None = None
 ) -> Callable[[], Any]:
     """Forward, loss, backward, clipping, solver on tensors that lie on the GPU, as training takes a step.
 
@@ -174,7 +181,7 @@ def raw_step(
         norm: of the network.
         compiled: through `torch.compile`.
         mode: its mode, where it is another than training's.
-        layer: a BatchNorm to compile in place of PyTorch's.
+        layer: the name of a BatchNorm of this file to compile in place of PyTorch's.
     """
     torch.manual_seed(0)
     network = DRRN(1, sizes["U"], sizes["features"], norm).to(DEVICE, memory_format=torch.channels_last)
@@ -182,7 +189,7 @@ def raw_step(
     if layer is not None:
         for module in trained.run.modules():
             if type(module) is nn.BatchNorm2d:
-                module.__class__ = layer
+                module.__class__ = globals()[layer]
     if compiled and GPU:
         trained.run = torch.compile(trained.run, mode=mode, dynamic=False, fullgraph=True)
     optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
@@ -239,7 +246,7 @@ def through_train(folder: Path, name: str, norm: str, steps: int, sizes: dict[st
     arguments = [
         "trainer=gpu" if GPU else "trainer=default", f"model.U={sizes['U']}", f"model.features={sizes['features']}",
         f"model.norm={norm}", "optim=quick", "optim.lr=1e-4", f"trainer.max_steps={steps}",
-        f"trainer.val_check_interval={steps - every}", "trainer.checkpoint_every=1000000",
+        f"trainer.val_check_interval={2 * every}", "trainer.checkpoint_every=1000000",
         f"trainer.log_every_n_steps={every}", f"data.batch_size={sizes['batch']}", "logger=none", "data.scales=[3]",
         f"data.train={images}", f"data.val={validation}", f"data.num_workers={4 if GPU else 0}",
         f"output={folder / name}", f"+callbacks.clock={{_target_: bench_gpu.Clock, path: {path}, every: {every}}}",
@@ -289,51 +296,88 @@ def rate_row(what: str, times: list[float], best: float, target: float | None, b
     return what, best / middle, "of the convolutions", "" if target is None else f"≥ {target}", detail
 
 
+class Gpu:
+    """The part, in steps that come in the order of their importance and know what those before them measured."""
+
+    def __init__(self, sizes: dict[str, Any], folder: Path) -> None:
+        self.sizes, self.folder, self.batch = sizes, folder, sizes["batch"]
+        self.best = float("nan")  # seconds of the convolutions alone
+        self.raw: dict[str, float] = {}  # seconds of a raw step, by norm
+
+    def alone(self) -> Iterator[Row]:
+        """The convolutions alone."""
+        card = torch.cuda.get_device_name() if GPU else "no GPU: tiny, and worth nothing"
+        self.best = statistics.median(seconds(convolutions(self.sizes), self.sizes))
+        detail = f"{1000 * self.best:.3g} ms a step; {card}, PyTorch {torch.__version__}"
+        yield "the convolutions alone", self.batch / self.best, "pairs/s", "", detail
+
+    def step(self, norm: str) -> Iterator[Row]:
+        """The raw step that training takes."""
+        card = torch.cuda.get_device_name() if GPU else ""
+        targets = next((shares for name, shares in CARDS.items() if name in card), CARDS["H100"])
+        times = seconds(raw_step(self.sizes, norm), self.sizes)
+        self.raw[norm] = statistics.median(times)
+        target = targets[0] if norm == "batch" else targets[1]
+        yield rate_row(f"raw step, {name_of(norm)}", times, self.best, target, self.batch)
+
+    def train(self, norm: str) -> Iterator[Row]:
+        """A run of train.py."""
+        run, every = through_train(self.folder, norm, norm, self.sizes["fit"], self.sizes), self.sizes["every"]
+        validations = list(zip(run["validation"][::2], run["validation"][1::2], strict=True))
+        between = [
+            (end - start) / every
+            for start, end in itertools.pairwise(run["logged"])
+            if not any(start < at < end for at, _ in validations)
+        ]
+        a_step = statistics.median(between) if between else float("nan")
+        detail = f"{1000 * a_step:.3g} ms, {self.batch / a_step:,.0f} pairs/s"
+        share = self.raw.get(norm, float("nan")) / a_step
+        yield f"through train.py, {name_of(norm)}", share, "of the raw step", "≥ 0.9", detail
+        empty = run["first"][0] - run["start"][0]
+        yield f"first step, an empty compiler cache, {name_of(norm)}", empty, "s", "≤ 60", "after the imports"
+        took = [end - start for start, end in validations]
+        detail = f"{data_sets(self.folder, self.sizes)[1]}; the first {took[0]:.3g} s"
+        yield f"a validation, {name_of(norm)}", min(took), "s", "≤ 1", detail
+
+    def again(self) -> Iterator[Row]:
+        """The start of another run of the same network."""
+        run = through_train(self.folder, "again", "batch", 2 * self.sizes["every"], self.sizes)
+        yield "first step, a full compiler cache", run["first"][0] - run["start"][0], "s", "≤ 15", ""
+
+    def variant(self, what: str, *arguments: Any) -> Iterator[Row]:
+        """The raw step made otherwise."""
+        times = seconds(raw_step(self.sizes, *arguments), self.sizes)
+        yield rate_row(f"raw step, {what}", times, self.best, None, self.batch)
+
+
 def gpu(sizes: dict[str, Any] = SIZES) -> Iterator[Row]:
-    """The rows; see the head of this file."""
-    end, card = time.monotonic() + BUDGET, torch.cuda.get_device_name() if GPU else "no GPU: tiny, and worth nothing"
-    with_norm, without = next((shares for name, shares in CARDS.items() if name in card), CARDS["H100"])
+    """The rows; see the head of this file. What fails, or is not begun for want of time, has a row that says so."""
+    begun = time.monotonic()
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, True
-    batch = sizes["batch"]
-    best = statistics.median(seconds(convolutions(sizes), sizes))
-    yield "the convolutions alone", batch / best, "pairs/s", "", f"{1000 * best:.3g} ms a step; {card}"
-    raw = {}
-    for norm, target in (("batch", with_norm), ("none", without)):
-        times = seconds(raw_step(sizes, norm), sizes)
-        raw[norm] = statistics.median(times)
-        yield rate_row(f"raw step, {name_of(norm)}", times, best, target, batch)
-    yield from inference(sizes)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for norm in ("batch", "none"):
-            if time.monotonic() > end - 60:
-                yield f"through train.py, {name_of(norm)}: no time was left", float("nan"), "", "", ""
+        part = Gpu(sizes, Path(name))
+        steps: list[tuple[str, float, Callable[[], Iterator[Row]]]] = [  # name, seconds that it may take, rows
+            ("the convolutions alone", 10, part.alone),
+            ("raw step, BatchNorm", 60, lambda: part.step("batch")),
+            ("through train.py, BatchNorm", 90, lambda: part.train("batch")),
+            ("first step, a full compiler cache", 40, part.again),
+            ("inference", 15, lambda: inference(sizes)),
+            ("raw step, no BatchNorm", 40, lambda: part.step("none")),
+            ("through train.py, no BatchNorm", 70, lambda: part.train("none")),
+            ("raw step, eager", 10, lambda: part.variant("eager", "batch", False)),
+            *[
+                (f"raw step, {what}", 50, lambda what=what, arguments=arguments: part.variant(what, *arguments))
+                for what, arguments in VARIANTS.items()
+            ],
+        ]
+        for what, needed, rows in steps:
+            if time.monotonic() + needed > begun + BUDGET:
+                yield f"{what}: no time was left", float("nan"), "", "", ""
                 continue
-            run = through_train(folder, norm, norm, sizes["fit"], sizes)
-            before = [at for at in run["logged"] if at < run["validation"][0]]
-            a_step = (
-                (before[-1] - before[0]) / (len(before) - 1) / sizes["every"] if len(before) > 1 else float("nan")
-            )
-            detail = f"{1000 * a_step:.3g} ms, {batch / a_step:,.0f} pairs/s"
-            yield f"through train.py, {name_of(norm)}", raw[norm] / a_step, "of the raw step", "≥ 0.9", detail
-            empty = run["first"][0] - run["start"][0]
-            yield f"first step, an empty compiler cache, {name_of(norm)}", empty, "s", "≤ 60", "after the imports"
-            validation = run["validation"][1] - run["validation"][0]
-            yield f"a validation, {name_of(norm)}", validation, "s", "≤ 1", data_sets(folder, sizes)[1]
-        again = through_train(folder, "again", "batch", 2 * sizes["every"], sizes)
-        yield "first step, a full compiler cache", again["first"][0] - again["start"][0], "s", "≤ 15", ""
-    variants: dict[str, tuple] = {
-        "eager": ("batch", False),
-        "reduce-overhead": ("batch", True, "reduce-overhead"),
-        "BatchNorm written out": ("batch", True, None, WrittenOut),
-        "BatchNorm by the library": ("batch", True, None, Library),
-        "no BatchNorm, reduce-overhead": ("none", True, "reduce-overhead"),
-    }
-    for what, arguments in variants.items():
-        if time.monotonic() > end:
-            yield f"raw step, {what}: no time was left", float("nan"), "", "", ""
-            continue
-        yield rate_row(f"raw step, {what}", seconds(raw_step(sizes, *arguments), sizes), best, None, batch)
+            try:
+                yield from rows()
+            except Exception as error:
+                yield f"{what}: failed", float("nan"), "", "", f"{type(error).__name__}: {error}"[:1500]
 
 
 def name_of(norm: str) -> str:
@@ -345,6 +389,7 @@ def inference(sizes: dict[str, Any]) -> Iterator[Row]:
     side = sizes["side"]
     image = torch.rand(side, side, device=DEVICE)
     few = {**sizes, "steps": max(1, sizes["steps"] // 3)}
+    torch.backends.cudnn.benchmark = False  # PyTorch's default; an image of a new size would be timed first
     for norm in ("batch", "none"):
         network = DRRN(1, sizes["U"], sizes["features"], norm).to(DEVICE).eval()
         for precision in ("float32", "tf32", "bf16") if GPU else ("float32", "bf16"):
@@ -364,4 +409,4 @@ def inference(sizes: dict[str, Any]) -> Iterator[Row]:
             yield f"{what}: faster than plain", theirs / mine, "×", "≥ 1" if precision == "float32" else "", detail
             if precision == "bf16" and norm == "batch":
                 yield what, 1000 * mine, "ms", "≤ 3", "the paper: 250 ms on a Titan X"
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, True

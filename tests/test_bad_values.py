@@ -79,6 +79,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "optim.optimiser": [{"lr": 1}],
         "optim.scheduler": [{"_target_": 1}],
         "speed.compile": ["often", 2],
+        "speed.validation": ["bf16", "often"],
         "optim.halve_every_epochs": [0, -1],
         "optim.halve_every_steps": [0, -1],
         "optim.residual_scale": [-1],

@@ -213,6 +213,20 @@ def test_the_part_of_a_gpu_runs_through_without_one(tmp_path: Path, monkeypatch:
     assert {row.target for row in rows} == {""}
 
 
+def test_what_fails_on_a_gpu_leaves_the_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(bench_gpu, "through_train", broken)
+    monkeypatch.setattr(bench_gpu, "raw_step", lambda *_: lambda: None)
+    monkeypatch.setattr(bench_gpu, "inference", lambda sizes: iter(()))
+    rows = {what: (value, detail) for what, value, _, _, detail in bench_gpu.gpu()}
+    assert rows["through train.py, BatchNorm: failed"][1] == "RuntimeError: no kernel image"
+    assert rows["raw step, no BatchNorm"][0] > 0
+    monkeypatch.setattr(bench_gpu, "BUDGET", 0.0)
+    assert all("no time was left" in what for what, *_ in bench_gpu.gpu())
+
+
 def test_each_batchnorm_of_the_bench_is_pytorchs() -> None:
     """Result, gradients and the statistics that are written, whatever it is made of."""
     torch.manual_seed(0)

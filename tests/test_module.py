@@ -581,6 +581,31 @@ def test_the_bicubic_columns_are_bicubic(evaluated: tuple, tiny_images: Path) ->
         assert 0 < row["bicubic_ssim"] < 1
 
 
+@pytest.mark.parametrize("asked", ["float32", "auto"])
+def test_validations_may_compute_in_bfloat16_and_the_test_does_not(
+    asked: str, evaluated: tuple, configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`speed.validation=auto`, on hardware that is said to have bfloat16: scores to 0.01 dB, and not the same."""
+    monkeypatch.setattr("drrn.fast.precision._has_bf16", lambda device: True)
+    scored, _, _, expected = evaluated
+    before = scored.scores
+    config = configure("data.scales=[3]", "data.val_scales=[3]", f"speed.validation={asked}")
+    scored.validated_in = config.speed.validation
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                      default_root_dir=tmp_path)  # fmt: skip
+    try:
+        found = {}
+        for stage in (trainer.validate, trainer.test):
+            stage(scored, datamodule=SuperResolutionData(config), verbose=False)
+            found[stage.__name__] = [row["psnr"] for row in scored.scores]
+    finally:
+        scored.validated_in, scored.scores = "float32", before
+    exact = [row["psnr"] for row in expected]
+    assert found["test"] == exact
+    assert (found["validate"] == exact) == (asked == "float32")
+    assert found["validate"] == pytest.approx(exact, abs=0.01)
+
+
 def test_a_sets_score_is_the_plain_mean_of_its_images(evaluated: tuple) -> None:
     scored, tested, validated, _ = evaluated
     for scale in (2, 3):

@@ -191,6 +191,7 @@ class SpeedConfig:
 
     compile: Any = key("torch.compile of the whole network: true, false; auto: on a GPU", default="auto")
     checkpointing: bool = key("a third of the memory: feature maps are computed twice", default=False)
+    validation: str = key("in training; auto: bf16 where it is fast", choices=("float32", "auto"), default="float32")
 
     def rules(self) -> None:
         """A truth value, or auto."""

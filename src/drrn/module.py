@@ -42,6 +42,7 @@ class SuperResolution(LightningModule):
     Attributes:
         compiled: train through `torch.compile`; "auto" on a GPU that it is worth it on.
         checkpointing: compute the blocks' feature maps twice instead of keeping them.
+        validated_in: precision of validations, `super_resolve`'s argument; the test is float32.
         averaged_before: batches whose BatchNorm statistics the weights came with (fine-tuning).
         about: what its checkpoints and weights say of it.
         scores: rows of the evaluation that ran last, an image each.
@@ -62,6 +63,7 @@ class SuperResolution(LightningModule):
         self.loss = loss_of(self.network, self.optim.loss)
         self.compiled: bool | str = False
         self.checkpointing = False
+        self.validated_in = "float32"
         self.averaged_before = 0
         self.about: dict[str, Any] = {}
         self.scores: list[dict[str, Any]] = []
@@ -230,8 +232,9 @@ class SuperResolution(LightningModule):
         data = self.trainer.datamodule
         task, metrics = data.evaluation_tasks(stage)[dataloader_idx], data.evaluation_metrics(stage)
         given, truth = (plane[0, 0].float().cpu().numpy() for plane in (x, truth))
-        with torch.autocast(x.device.type, enabled=False):  # in float32 and in strips, as src/evaluate.py scores
-            prediction = super_resolve(self.network, given)
+        precision = self.validated_in if stage == "validate" else "float32"
+        with torch.autocast(x.device.type, enabled=False):  # in strips, as src/evaluate.py scores
+            prediction = super_resolve(self.network, given, precision=precision)
         pixels = data.pixels(stage, task, image) if over_colour(metrics) else None
 
         def scored(y: NDArray) -> dict[str, float]:

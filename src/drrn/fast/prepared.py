@@ -101,13 +101,13 @@ def _whole(network: nn.Module, precision: str, height: int) -> Opened:
     """A network as it is, in evaluation mode for as long as it runs."""
 
     def run(x: Tensor) -> Tensor:
-        modes = [(module, module.training) for module in network.modules()]
+        in_training = [module for module in network.modules() if module.training]
         network.eval()
         try:
             with torch.inference_mode(), tf32(precision == "tf32"):
                 return network(x)
         finally:
-            for module, training in modes:
-                module.training = training
+            for module in in_training:
+                module.training = True
 
     return run

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from pathlib import Path
 
+import psutil
 import torch
 
 from drrn.fast.prepared import Prepared
@@ -99,19 +99,10 @@ def _equal(length: int, most: int) -> int:
 
 def available_memory() -> int:
     """Bytes of memory that can still be had: of the machine, or of the control group if that allows less."""
-    sizes = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        sizes.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    except (OSError, StopIteration, ValueError):  # not Linux
-        try:
-            sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-        except (AttributeError, OSError, ValueError):  # Windows
-            sizes.append(4 * 1024**3)
+    available = psutil.virtual_memory().available
     try:
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        sizes.append(max(0, limit - used))
+        return min(available, max(0, limit - used))
     except (OSError, ValueError):  # no such group, or "max": no limit
-        pass
-    return min(sizes)
+        return available

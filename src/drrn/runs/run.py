@@ -88,6 +88,7 @@ def build_module(run: Run, data: SuperResolutionData) -> SuperResolution:
         module.network.load_state_dict(run.initial)
         module.averaged_before = 1_000_000  # BatchNorm starts from the statistics that came with the weights
     module.compiled, module.checkpointing = config.speed.compile, config.speed.checkpointing
+    module.validated_in = config.speed.validation
     if config.trainer.channels_last:
         module.network.to(memory_format=torch.channels_last)
     return module
