@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import drrn
 from drrn.config import ModelConfig
 from drrn.errors import UserError
+from drrn.evaluation import check
 from drrn.fsrcnn import FSRCNN
+from drrn.home import CONF
 from drrn.matlab import imresize
 from drrn.weights import shipped
 from drrn.weights.ours import save_weights
@@ -134,6 +137,11 @@ def test_weights_go_by_their_names(
     best = {3: "DRRN_B", 4: "DRRN_A", 2: "OF_X2", 2.5: "DRRN_B"}
     assert {scale: shipped.weights_file(None, scale).stem for scale in best} == best
     assert drrn.upscale(photo, 2).shape == (100, 126, 3)
+    for given, meant in ((None, "DRRN_B"), ("[DRRN_A,OF_X2]", "DRRN_A")):
+        overrides = [] if given is None else [f"checkpoint={given}"]
+        with initialize_config_dir(CONF, version_base="1.3"):
+            config = check(compose("evaluate", [*overrides, f"output={tmp_path / 'scores.json'}"]))
+        assert Path(config.checkpoint[0]).stem == meant
     with pytest.raises(UserError, match="DRRN_B, DRRN_A, OF_X2"):
         drrn.load("DRRN_C")
 

@@ -140,15 +140,7 @@ def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArra
 
 
 def check_whole(path: Path, image: Image.Image) -> None:
-    """The damage that Pillow does not see: wrong checksums, missing parts, code words that mean nothing.
-
-    Args:
-        path: a file.
-        image: that file, opened by Pillow, not decoded yet.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Refuse what Pillow does not see in a file that it opened: wrong checksums, missing parts, meaningless codes."""
     if image.format == "PNG":
         with path.open("rb") as file:
             _check_png(path, file)

@@ -21,14 +21,7 @@ SIDE = 1600  # pixels: of a larger result the page shows the middle, since it ho
 
 
 def write_page(path: Path, source: Path, target: Path, method: str, max_pixels: int) -> None:
-    """One HTML file that needs nothing else: `source` by bicubic and what `target` holds, at the same size.
-
-    Args:
-        path: of the page.
-        source: the photograph.
-        target: what was made of it, read back.
-        method: what made it, for the page.
-        max_pixels: of the photograph, as in `read_photo`; the result may have `RESULT_FACTOR` times as many.
+    """One HTML file that needs nothing else: `source` by bicubic and what `method` made of it, `target`, read back.
 
     Raises:
         UserError: a picture cannot be read, or the page not be written.

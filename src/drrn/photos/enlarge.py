@@ -87,12 +87,7 @@ def enlarge(
 
 
 class _Planes:
-    """An image's Y, Cb, Cr (or grey) and alpha, interpolated some rows at a time.
-
-    Args:
-        pixels, size: as in `enlarge`.
-        weighted: weight colours by alpha.
-    """
+    """An image's Y, Cb, Cr (or grey) and alpha, interpolated some rows at a time; `weighted`: colours by alpha."""
 
     def __init__(self, pixels: NDArray[Any], size: tuple[int, int], weighted: bool) -> None:
         self.pixels, self.weighted, self.colour = pixels, weighted, pixels.shape[2] >= 3

@@ -30,12 +30,7 @@ Chunks = list[tuple[bytes, bytes]]
 
 
 def png_chunks(path: Path, notes: list[str]) -> Chunks:
-    """A PNG's chunks of colour and text (name, content), as they are; damaged and huge ones are noted.
-
-    Args:
-        path: a PNG whose picture could be read.
-        notes: for the user; is added to.
-    """
+    """A PNG's chunks of colour and text (name, content), as they are; damaged and huge ones are added to `notes`."""
     found: Chunks = []
     with path.open("rb") as file:
         file.seek(8)
@@ -63,12 +58,7 @@ def lost_chunks(chunks: Chunks, kind: str) -> list[str]:
 
 
 def resolution(info: dict[str, Any], exif: Image.Exif | None) -> tuple[float, float] | None:
-    """Pixels an inch across and down, if a file says so in a way that makes sense.
-
-    Args:
-        info: Pillow's.
-        exif: where WebP, AVIF and HEIC say it.
-    """
+    """Pixels an inch across and down, if Pillow's `info` or EXIF (WebP, AVIF, HEIC) says so and it makes sense."""
     dpi = info.get("dpi")
     try:
         if dpi is None and exif is not None and X_RESOLUTION in exif:

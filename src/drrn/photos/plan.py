@@ -109,14 +109,7 @@ def plan(options: Options) -> list[Job]:
 
 
 def jobs_of(source: Path, output: Path | None, one: bool, options: Options) -> Iterator[Job]:
-    """What becomes of an input, a file or a folder.
-
-    Args:
-        source: the input.
-        output: a folder, or with `one` a file; None: beside the input, `photo_x2.png` or `holidays_x2`.
-        one: whether `output` is a file.
-        options: for the scale and the suffix.
-    """
+    """What becomes of a file or a folder; `output` is a folder, or with `one` a file; None: beside the input."""
     beside = source if source.name not in ("", "..") else Path(os.path.abspath(source))  # noqa: PTH100 — links stay
     if is_folder(source):
         folder = output or beside.with_name(f"{beside.name}_x{options.scale:g}")
@@ -140,13 +133,7 @@ def is_folder(path: Path) -> bool:
 
 
 def members(folder: Path, output: Path) -> list[tuple[Path, Path, str | None]]:
-    """All in a folder that looks like an image: (path, its place in the folder, what is wrong with it).
-
-    Results of an earlier call that lie in the folder are left out.
-
-    Raises:
-        UserError: there is none, or the folder cannot be listed.
-    """
+    """All in a folder that looks like an image, but for earlier results: (path, its place there, what is wrong)."""
     from drrn.images import FORMATS, OTHER_FORMATS
     from drrn.sets import find_images
 
@@ -179,14 +166,7 @@ def named(place: Path, suffix: str | None) -> Path:
 
 
 def check_targets(jobs: list[Job], inputs: set[str]) -> None:
-    """Each result in a place of its own, no input among them.
-
-    Args:
-        inputs: real paths of all inputs.
-
-    Raises:
-        UserError: by the result's name.
-    """
+    """Refuse results that share a place, or take one of the inputs' (real paths)."""
     same = {(s.st_dev, s.st_ino) for s in (job.source.stat() for job in jobs if job.source.exists())}
     taken: dict[str, Path] = {}
     for source, target, _ in jobs:

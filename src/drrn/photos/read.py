@@ -49,28 +49,15 @@ READ = (*KINDS, *dict.fromkeys(kind for kind in OTHER_FORMATS.values() if kind))
 
 @dataclass
 class Photo:
-    """An image as a person sees it: upright, channels last.
+    """An image as a person sees it: upright, channels last."""
 
-    Attributes:
-        pixels: [H, W, C], uint8, uint16 or float32; C is 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
-        icc: its colour profile, or None.
-        exif: its EXIF data (camera, date, place; no orientation), or None. Not read from TIFF and BMP.
-        notes: what was left out or changed on reading, in words for the user.
-        dpi: pixels an inch across and down, or None.
-        xmp: its XMP packet, or None.
-        chunks: a PNG's own colour information and texts.
-    """
-
-    pixels: NDArray[Any]
-    icc: bytes | None = None
-    exif: Image.Exif | None = None
-    notes: list[str] = field(default_factory=list)
-    dpi: tuple[float, float] | None = None
+    pixels: NDArray[Any]  # [H, W, C], uint8, uint16 or float32; C is 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA
+    icc: bytes | None = None  # its colour profile
+    exif: Image.Exif | None = None  # without the orientation; not read from TIFF and BMP
+    notes: list[str] = field(default_factory=list)  # what was left out or changed on reading, for the user
+    dpi: tuple[float, float] | None = None  # pixels an inch across and down
     xmp: bytes | None = None
-    chunks: Chunks = field(default_factory=list)
-
-
-# ---------------------------------------------------------------------- reading
+    chunks: Chunks = field(default_factory=list)  # a PNG's own colour information and texts
 
 
 def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Photo:
@@ -191,15 +178,7 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
 def _sixteen_bits(
     path: Path, image: Image.Image, raw: str, bits: tuple[int, ...], white_is_zero: bool
 ) -> NDArray[np.uint16] | None:
-    """The pixels of a picture of 16 bits [H, W, C]; None for one of 8 or of floats.
-
-    Args:
-        path: the file.
-        image: that file, decoded by Pillow.
-        raw: how its samples are arranged, in Pillow's words.
-        bits: of a sample.
-        white_is_zero: that 0 means white.
-    """
+    """The pixels of a picture of 16 bits [H, W, C], decoded by Pillow, whose word `raw` is; None for others."""
     if raw == "LA;16B":  # 4 bytes a pixel, which Pillow shortens to 8 bits
         return _decode_as(path, "RGBA").view(">u2").astype(np.uint16)
     if image.mode in ("RGB", "RGBA") and raw.split(";")[-1] in ("16B", "16L", "16N"):

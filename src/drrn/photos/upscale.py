@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drrn.errors import UserError, printable
 from drrn.photos.plan import Job, Options
@@ -42,12 +42,12 @@ def upscale(options: Options, jobs: list[Job]) -> int:
             network, precision = None, "float32"
             if options.method == "network" and (options.overwrite or not all(job.target.exists() for job in jobs)):
                 network, precision = prepare(options)
-            bars = progress_bars()
-            with bars:
+            with progress_bars() as bars:
+                tools = Tools(options, network, precision, bars)
                 files = bars.add_task("files", total=len(jobs), visible=len(jobs) > 1)
                 for number, job in enumerate(jobs, start=1):
                     count = f"[{number}/{len(jobs)}] " if len(jobs) > 1 else ""
-                    results[one(job, count, options, network, precision, bars)] += 1
+                    results[one(job, count, tools)] += 1
                     bars.advance(files)
     except Stopped as stop:
         print("upscale.py: stopped; nothing is left of the file in hand, the finished ones stay", file=sys.stderr)
@@ -59,9 +59,18 @@ def upscale(options: Options, jobs: list[Job]) -> int:
     return 1 if results["failed"] else 0
 
 
-def one(job: Job, count: str, options: Options, network: nn.Module | None, precision: str, bars: Progress) -> str:
+class Tools(NamedTuple):
+    """What every file is enlarged with."""
+
+    options: Options
+    network: nn.Module | None  # on its device; None: bicubic
+    precision: str
+    bars: Progress
+
+
+def one(job: Job, count: str, tools: Tools) -> str:
     """Enlarge one file and say what became of it: "done", "skipped" or "failed"."""
-    start, outcome = time.monotonic(), "done"
+    start, outcome, options = time.monotonic(), "done", tools.options
     try:
         if job.wrong:
             raise UserError(f"{job.source} {job.wrong}")
@@ -69,7 +78,7 @@ def one(job: Job, count: str, options: Options, network: nn.Module | None, preci
             print(f"{count}{printable(job.target)} exists: skipped; overwrite=true replaces it", flush=True)
             outcome = "skipped"
         else:
-            text, notes = enlarge_file(job.source, job.target, options, network, precision, bars)
+            text, notes = enlarge_file(job.source, job.target, tools)
             print(f"{count}{printable(text)} in {time.monotonic() - start:.1f} s", flush=True)
             for note in notes:
                 print(f"  {printable(job.source.name)}: {printable(note)}", flush=True)
@@ -135,13 +144,8 @@ def prepare(options: Options) -> tuple[nn.Module, str]:
     return network.to(device), precision
 
 
-def enlarge_file(
-    source: Path, target: Path, options: Options, network: nn.Module | None, precision: str, bars: Progress
-) -> tuple[str, list[str]]:
-    """Enlarge one file.
-
-    Returns:
-        What was done, in a line, and notes for the user.
+def enlarge_file(source: Path, target: Path, tools: Tools) -> tuple[str, list[str]]:
+    """Enlarge one file: what was done, in a line, and notes for the user.
 
     Raises:
         UserError: naming the file and what is wrong.
@@ -150,6 +154,7 @@ def enlarge_file(
     from drrn.photos.read import read_photo
     from drrn.photos.write import stored_dtype, write_photo
 
+    options, network, precision, bars = tools
     photo = read_photo(source, options.max_pixels)
     height, width, channels = photo.pixels.shape
     size = result_size(height, width, options.scale)

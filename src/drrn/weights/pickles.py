@@ -3,11 +3,9 @@
 What is left knows tensors, plain containers and the names of the ports' modules; a module becomes the dict of its
 attributes. Sizes are held against what the file has before memory is taken for them.
 
-The unpickler is the one in Python, `pickle._Unpickler`, whose opcodes can be replaced one by one. With `find_class`
-alone it is not safe: BUILD sets attributes on the very stand-ins that `find_class` returns, and whatever the file
-makes a key of is hashed (nested tuples: for ever); the one in C also takes memory by a memo index of the file (4 GB
-for 2²⁸, measured). `torch.load(weights_only=True)` hashes such keys too, and reads no modules. So our own
-checkpoints are read here as well: one reader for torch's files.
+`find_class` alone is not safe: BUILD sets attributes on what it returns, and whatever the file makes a key of is
+hashed (nested tuples: for ever), by `torch.load(weights_only=True)` too; the unpickler in C takes memory by an index
+in the file. In `pickle._Unpickler`, the one in Python, each opcode can be replaced.
 """
 
 from __future__ import annotations
