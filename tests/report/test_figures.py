@@ -169,7 +169,7 @@ def drawn(axis: Axes) -> dict[tuple[float, float], str]:
     return {tuple(float(v) for v in text.xy): text.get_text() for text in axis.texts if hasattr(text, "xy")}
 
 
-@pytest.mark.parametrize("study", ["fig6", "fig8", "table4", "fig1", "fig9", "curves"])
+@pytest.mark.parametrize("study", ["fig6", "fig8", "table4", "fig1", "fig9", "curves", "runs"])
 def test_nothing_clipped_or_hidden(whole: Callable, make: Callable, study: str) -> None:
     """Wide and narrow: every letter is inside the figure, values and names do not overlap, the length is there."""
     records = [*whole("fig6"), make("model.B=1", "model.U=9", psnr=31.02)]
@@ -267,6 +267,48 @@ def test_curves(make: Callable) -> None:
     (axis,) = draw(one).axes
     np.testing.assert_array_equal(axis.lines[0].get_xdata(), [8000, 24_000])
     assert draw(*run_groups("curves", [run | {"validation": []}])) is None
+
+
+def test_a_grid_of_ones_own(make: Callable) -> None:
+    """Any B, U, set and scale: a line a B by depth, the B–U plane; Set5 ×3 is not asked for."""
+    runs = [make(f"model.B={b}", f"model.U={u}", psnr=30 + b + u / 10) for b in (1, 5) for u in (2, 6, 11)]
+    for run in runs:
+        for row in (*run["means"], *run["validation"]):
+            row |= {"set": "own", "scale": 2}
+    (group,) = run_groups("runs", runs)
+    assert group.place == ("own", 2)
+    depth, plane, *_ = draw(group).axes
+    assert sorted(tuple(line.get_xdata()) for line in depth.lines) == [(6, 14, 24), (26, 66, 116)]
+    np.testing.assert_allclose(sorted(depth.lines[0].get_ydata()), [31.2, 31.6, 32.1])
+    assert drawn(plane)[5, 11] == "36.10"
+    assert list(plane.get_xticks()) == [1, 5]
+    assert points_table(group).columns == ["structure", "depth", "weights", "seed 1"]
+    assert draw(*run_groups("curves", runs)) is not None
+
+
+def test_a_try_of_a_few_steps_is_folded_away(make: Callable) -> None:
+    """Beside a run of 1,500 steps one of 20 with the same recipe is no group of its own; another recipe's is one."""
+    tried = {"budget": {"steps": 20}}
+    runs = [
+        make("model.B=3"),
+        make("model.B=3", "trainer.max_steps=20", **tried),
+        make("model.B=3", "trainer.max_steps=20", "optim.lr=0.5", **tried),
+        make("model.B=3", "trainer.max_steps=900", budget={"steps": 900}),
+    ]
+    groups = run_groups("runs", runs)
+    assert [(group.steps, [other.steps for other in group.tries]) for group in groups] == [
+        ([1500], [[20]]), ([900], []), ([20], []),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [[33.851, 33.858], [33.0, 36.0], [33.85]])
+def test_ticks_can_be_told_apart(make: Callable, values: list[float]) -> None:
+    """However close the values are, no two ticks of the axis of PSNR read the same."""
+    runs = [make("model.B=3", f"model.U={u + 1}", psnr=psnr) for u, psnr in enumerate(values)]
+    figure = draw(*run_groups("runs", runs))
+    figure.draw_without_rendering()
+    ticks = [tick.label1.get_text() for tick in figure.axes[0].yaxis.get_major_ticks()]
+    assert len(ticks) == len(set(ticks)) > 2
 
 
 # ---------------------------------------------------------------- the page

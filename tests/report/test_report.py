@@ -104,6 +104,22 @@ def test_formats() -> None:
     assert "×" not in latex
 
 
+def test_a_terminal_of_80_columns_holds_every_cell() -> None:
+    """A wide table is printed in pieces, the paper's number, ours and the difference in one, the place in each."""
+    measured = [measurement(name, 1, 33.9) for name in ("DRRN_B1U9", "DRRN_B1U25", "OURS")]
+    table = benchmark_table(measured, ("psnr", "ssim"), "table2")
+    assert len(table.columns) == 2 + 3 + 3 + 1
+    pieces = table.pieces(80)
+    assert len(pieces) > 1
+    assert [column for columns, _ in pieces for column in columns[2:]] == table.columns[2:]
+    for columns, rows in pieces:
+        assert columns[:2] == ["set", "scale"]
+        assert [row[:2] for row in rows] == [row[:2] for row in table.rows]
+        assert len(columns) in (3, 5, 6)
+        assert sum(3 + max(map(len, column)) for column in zip(columns, *rows, strict=True)) < 80
+    assert table.pieces(400) == [(table.columns, table.rows)]
+
+
 def test_numbers() -> None:
     """Signs, zeros, single values."""
     assert signed(-0.001, 2) == "0.00"

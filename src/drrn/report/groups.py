@@ -146,6 +146,11 @@ class RunGroup:
         return [run for point in self.points for run in point.finished()]
 
     @property
+    def depth(self) -> int:
+        """Of its deepest finished network."""
+        return max((run["structure"]["depth"] for run in self.finished), default=0)
+
+    @property
     def steps(self) -> list[int]:
         """How many steps its finished runs took, each number once; what was planned if none has finished."""
         planned = [run["config"]["trainer"]["max_steps"] for run in self.runs]

@@ -81,9 +81,8 @@ def report(config: ReportConfig, command: str) -> None:
     for study in config.study:
         if study not in STUDIES:
             raise UserError(f"study = {study!r}: allowed are {', '.join(STUDIES)}, or a list of them")
-    from drrn.report.comparison import compare
     from drrn.report.measurements import from_scores
-    from drrn.report.page import Section, write_page  # with Matplotlib, which a refusal need not wait for
+    from drrn.report.page import Part, Section, write_page  # with Matplotlib, which a refusal need not wait for
     from drrn.report.records import read_runs
 
     records = read_runs(config.runs) if config.runs else []
@@ -92,20 +91,30 @@ def report(config: ReportConfig, command: str) -> None:
 
         write_ledger([Path(path) for path in config.scores], records, Path(config.output), command)
         return
+    sections, refused = [], None
     if config.study:
         sections = study_sections(config, records)
     else:
         measured = [m for path in config.scores for m in from_scores(Path(path))]
-        sections = (
-            [Section("tables", "Tables", tables_part(config, records, measured))] if records or measured else []
-        )
-        sections += study_sections(replace(config, study=["runs"]), records) if records else []
+        if records or measured:
+            sections.append(Section("tables", "Tables", tables_part(config, records, measured)))
+        if records:
+            try:
+                sections += study_sections(replace(config, study=["runs"]), records)
+            except UserError as error:  # runs that do not compare still have their tables
+                sections.append(Section("runs", "What ran", [Part("Not drawn", [], [str(error)])]))
         if records or config.compare:
-            compare(config, records, Path(config.output))
+            try:
+                pictures = comparison(config, records)
+            except UserError as error:  # the rest is worth its page
+                pictures, refused = [], error
+            sections += [Section("pictures", "Pictures", [Part("Crops side by side", [], pictures)])] * bool(pictures)
     if sections:
         page = Path(config.output) / "index.html"
         write_page(page, "DRRN: runs beside the paper", sections, command)
         print(f"written: {page}")
+    if refused:
+        raise refused
 
 
 def tables_part(config: ReportConfig, records: list[dict[str, Any]], measured: list[Measurement]) -> list[Part]:
@@ -191,7 +200,11 @@ def study_part(config: ReportConfig, group: RunGroup, command: str) -> Part:
         tries = ", ".join(f"{max(other.steps):,} steps (run group {other.digest})" for other in group.tries)
         part.blocks.append(f"Tries of this recipe, too short to be drawn: {tries}.")
     if group.study != "runs":
-        part.blocks.append(_comparison(group, config))
+        try:  # the deepest networks; a picture holds no more than five
+            deepest = [run for run in group.finished if run["structure"]["depth"] == group.depth][:5]
+            part.blocks += comparison(config, deepest, f"{group.stem}-")
+        except UserError as error:
+            part.blocks.append(f"No pictures: {error}")
     return part
 
 
@@ -216,21 +229,18 @@ def _figures(group: RunGroup, output: Path) -> list[Picture]:
     return pictures
 
 
-def _comparison(group: RunGroup, config: ReportConfig) -> Picture | str:
-    """Crops of the deepest networks, or why there are none."""
+def comparison(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "") -> list[Picture]:
+    """Crops by the networks of runs, or by `config.checkpoint`; none if no run has got as far.
+
+    Raises:
+        UserError: as `drrn.report.comparison.compare`.
+    """
     from drrn.report.comparison import compare
     from drrn.report.page import Picture, png
 
-    there = [point for point in group.points if point.finished()]
-    depth = max((point.depth for point in there), default=0)
-    deepest = [point.finished()[0] for point in there if point.depth == depth][:5]  # a picture holds no more
-    prefix = f"{group.stem}-"
-    try:
-        written = compare(config, deepest, Path(config.output), prefix)
-    except UserError as error:
-        return f"No pictures: {error}"
+    written = compare(config, records, Path(config.output), prefix)
     if not written:
-        return "No pictures: no run has finished."
-    name = f"Crops of the deepest networks of this study, {written[0].stem.removeprefix(prefix)}"
+        return []
+    name = f"{written[0].stem.removeprefix(prefix)}: crops, PSNR and SSIM under each"
     wide, _, narrow, *_ = written
-    return Picture(name, f"{name}, PSNR and SSIM under each", png(wide), png(narrow), [path.name for path in written])
+    return [Picture(name, name, png(wide), png(narrow), [path.name for path in written])]

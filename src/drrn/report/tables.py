@@ -42,16 +42,16 @@ class Table:
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     keys: int = 1  # columns at the left that say what a row is
-    together: int = 1  # of the others, how many belong together
+    blocks: list[int] | None = None  # of the others, how many belong together; None: each stands alone
 
     def pieces(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
         """Columns and rows in parts that a terminal of so many columns holds, the keys at the left of each."""
         sizes = [3 + max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
         parts: list[list[int]] = [[]]
-        for first in range(self.keys, len(sizes), self.together):
-            block = range(first, min(first + self.together, len(sizes)))
-            used = 1 + sum(sizes[k] for k in (*range(self.keys), *parts[-1], *block))
-            if parts[-1] and used > width:
+        left = self.keys
+        for count in self.blocks or [1] * (len(sizes) - left):
+            block, left = range(left, left + count), left + count
+            if parts[-1] and 1 + sum(sizes[k] for k in (*range(self.keys), *parts[-1], *block)) > width:
                 parts.append([])
             parts[-1] += block
         lines = [self.columns, *self.rows]
@@ -128,24 +128,22 @@ def benchmark_table(measurements: list[Measurement], metrics: Sequence[str], nam
     protocol = one_protocol(measurements)
     groups = by_method(measurements)
     paper = {(r["method"], r["dataset"], int(r["scale"])): r for r in paper_numbers(name)} if name else {}
-    known = any(m.set_name in {d for _, d, _ in paper} for m in measurements)
+    methods = {IN_PAPER.get(method, method) for method, _ in groups}
+    known = bool((methods - {"Bicubic"} or methods) & {method for method, *_ in paper})
     places = list(dict.fromkeys((d, s) for _, d, s in paper)) if known else []
     places = list(dict.fromkeys([*places, *(p for cells in groups.values() for p in cells)]))
-    columns = ["set", "scale"]
-    for method, heading in groups:
-        columns += [f"{IN_PAPER.get(method, method)} paper", f"{heading} ours", "difference"] if name else [heading]
-    rows = []
-    for set_name, scale in places:
-        row = [set_name, f"×{scale}"]
-        for (method, _), cells in groups.items():
-            printed = paper.get((IN_PAPER.get(method, method), set_name, scale))
-            cell = _cell(cells.get((set_name, scale), []), set_name, metrics, printed)
-            row += cell if name else cell[1:2]
-        rows.append(row)
+    columns, blocks = ["set", "scale"], []
+    rows = [[set_name, f"×{scale}"] for set_name, scale in places]
+    for (method, heading), cells in groups.items():
+        method = IN_PAPER.get(method, method)
+        quoted = any(method == cited for cited, _, _ in paper)
+        columns += [f"{method} paper", f"{heading} ours", "difference"] if quoted else [heading]
+        blocks.append(3 if quoted else 1)
+        for row, place in zip(rows, places, strict=True):
+            cell = _cell(cells.get(place, []), place[0], metrics, paper.get((method, *place)))
+            row += cell if quoted else cell[1:2]
     title = f"Table {name[-1]}: " * known + " / ".join(k.upper() for k in metrics) if name else _titles(metrics)
-    return Table(
-        title, columns, rows, [f"Measured by {describe(protocol)}.", *_seed_note(groups)], 2, 3 if name else 1
-    )
+    return Table(title, columns, rows, [f"Measured by {describe(protocol)}.", *_seed_note(groups)], 2, blocks)
 
 
 def _cell(
