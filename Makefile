@@ -49,7 +49,7 @@ lint: install  ## ruff, and import-linter: arrows go one way (pyproject.toml)
 data: install  ## fetch the 291 training images and Set5, and build the patch file (5 GB)
 	$(RUN) src/prepare.py
 
-bench: install  ## measure every claim about speed on this machine, in turn with plain versions (35 minutes, idle)
+bench: install  ## measure every claim about speed on this machine, in turn with plain versions (25 minutes, idle)
 	$(RUN) tests/bench.py
 
 queues: install  ## make sweeps/wandb/*.yaml, W&B's sweep files, from the studies in sweeps/

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
 import os
 import signal
@@ -310,3 +311,26 @@ def test_what_wandb_would_refuse_is_refused_at_the_start(override: str, said: st
     assert code == 2
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("logger", ["none", "csv"])
+def test_a_run_without_wandb_needs_no_wandb(
+    logger: str, configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the package is not installed: it cannot be imported, and has no version."""
+    version = importlib.metadata.version
+
+    def without(package: str) -> str:
+        if package == "wandb":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    for name in [name for name in sys.modules if name == "wandb" or name.startswith("wandb.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = configure(f"logger={logger}", f"output={tmp_path}")
+    train.train(config)
+    record = json.loads((run_dir(config) / FILE).read_text())
+    assert record["status"] == "finished"
+    assert record["versions"]["wandb"] is None
