@@ -8,7 +8,6 @@ python src/prepare.py 'data.test=[Set5,Set14,BSD100,Urban100]'
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,14 +30,14 @@ def main(cfg: DictConfig) -> None:
 
 def prepare(data: DataConfig) -> None:
     """Fetch, verify, build, and say what there is."""
-    from drrn.patch_build import prepare_patches
-    from drrn.patches import Patches, Recipe
+    from drrn.datamodule import prepare_pairs
     from drrn.sets import evaluation_sets
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     sets = evaluation_sets(data, complete=True)
-    path = prepare_patches(data.name, Recipe.of(data), Path(data.root), Path(data.patches), max(1, data.num_workers))
-    print(f"{path}: {Patches(path).stored:,} pairs, {path.stat().st_size / 1e9:.2f} GB")
+    pairs = prepare_pairs(data)
+    what = f"{len(pairs):,} crops an epoch" if data.crops else f"{pairs.stored:,} pairs"
+    print(f"{pairs.path}: {what}, {pairs.path.stat().st_size / 1e9:.2f} GB")
     for label, files in (sets["validate"] | sets["test"]).items():
         print(f"{label}: {len(files)} images")
 

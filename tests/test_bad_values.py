@@ -64,6 +64,8 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "data.patch_size": [2, 0, -31],
         "data.stride": [0, -1],
         "data.augment": ["mixup"],
+        "data.degradation": ["bi", "JPEG"],
+        "data.crops": [-1],
         "data.batch_size": [0, -1],
         "data.num_workers": [-1, 5000],
         "optim.algorithm": ["lion"],
@@ -112,6 +114,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "crop": [-1],
         "color": ["hsv"],
         "rounding": ["floor"],
+        "degradation": ["bi"],
         "precision": ["fp8", "auto"],
         "folder": ["no/such", "."],  # beside method=bicubic
     },

@@ -64,11 +64,8 @@ class DataConfig:
     patch_size: int = key("side of a patch, pixels", at_least=3)
     stride: int = key("pixels from patch to patch", at_least=1)
     augment: str = key("where the 8 orientations are made: stored, or on the device", choices=("offline", "online"))
-    degradation: str = key(
-        "how the low resolution is made: bicubic (the paper), blur (×3), bicubic and noise",
-        default=PAPER,
-        choices=tuple(DEGRADATIONS),
-    )
+    degradation: str = key("how the low resolution is made", default=PAPER, choices=tuple(DEGRADATIONS))
+    crops: int = key("random crops of each image an epoch, drawn afresh; 0: stored patches", default=0, at_least=0)
     batch_size: int = key("pairs of an optimiser step, over all devices and micro-batches", at_least=1)
     num_workers: int = key("processes that read patches", at_least=0, below=2**10)
     test: list[str] | None = key("sets to score at its end, folders or parts; null: those of val", default=None)
@@ -102,6 +99,8 @@ class DataConfig:
             from drrn.metrics import check_names
 
             check_names("data.test_metrics", self.test_metrics)
+        if self.crops and self.augment == "offline":
+            raise UserError("data.crops and data.augment = 'offline': crops are turned on the device; give online")
         check_scales("data.scales", [*self.scales, *self.val_scales], self.degradation)
         if os.sep in self.name:
             raise UserError(f"data.name = {self.name!r}: the first part of a file's name, without {os.sep}")

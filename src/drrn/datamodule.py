@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from drrn.config import Config
+from drrn.config import Config, DataConfig
+from drrn.crops import Crops, Draws, prepare_images
 from drrn.degradations import PAPER
 from drrn.images import read_pixels
 from drrn.metrics import in_training
@@ -60,6 +61,14 @@ class EvaluationImages:
         return x, truth, path.name
 
 
+def prepare_pairs(data: DataConfig, input: str = "interpolated") -> Patches | Crops:
+    """Where training pairs come from: the patch file, or crops; it is built if it is not there."""
+    if data.crops:
+        return Crops(prepare_images(data), data, input)
+    path = prepare_patches(data.name, Recipe.of(data), Path(data.root), Path(data.patches), max(1, data.num_workers))
+    return Patches(path, turns=8 if data.augment == "online" else 1)
+
+
 class SuperResolutionData(LightningDataModule):
     """Training patches and evaluation sets of a run.
 
@@ -80,17 +89,16 @@ class SuperResolutionData(LightningDataModule):
         """Fetch what is missing, build the patch file if it is not there, and settle the run's length."""
         if hasattr(self, "patches"):  # Lightning asks once more for each fit and test: the file is open by then
             return
-        data, root = self.data, Path(self.data.root)
-        self.sets = evaluation_sets(data)
-        path = prepare_patches(data.name, Recipe.of(data), root, Path(data.patches), max(1, data.num_workers))
-        self.patches = Patches(path, turns=8 if self.data.augment == "online" else 1)
+        self.sets = evaluation_sets(self.data)
+        self.patches = prepare_pairs(self.data, self.input)
         self.steps_per_epoch = self._batches().steps_per_epoch
         if self.max_epochs is not None:  # epochs of the data
             self.max_steps = max(1, round(self.max_epochs * self.steps_per_epoch))
 
     def _batches(self, **process: int) -> ShuffledBatches:
+        order = Draws if self.data.crops else ShuffledBatches
         length, batch_size = len(self.patches), self.data.batch_size
-        return ShuffledBatches(length, batch_size, self.seed, steps=self.max_steps, micro=self.micro, **process)
+        return order(length, batch_size, self.seed, steps=self.max_steps, micro=self.micro, **process)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to keep; Lightning calls this for every checkpoint, which must not rest on other patches.
@@ -158,6 +166,6 @@ class SuperResolutionData(LightningDataModule):
         data, label, *orientation = batch
         pair = data.float().mul_(STEP).add_(LOW), label.float().div_(255)
         pair = tuple(turned(z, *orientation) if orientation else z for z in pair)
-        if self.input == "low":
+        if self.input == "low" and not self.data.crops:
             pair = low_pairs(pair[1], self.data.scales[0])
         return tuple(z[:, None] for z in pair)

@@ -91,6 +91,7 @@ LATER = (
     ("model", "rectified_identity", False),
     ("model", "input_relu", True),
     ("data", "degradation", PAPER),
+    ("data", "crops", 0),
     ("trainer", "tf32", False),
     ("optim", "loss", None),
     ("optim", "warmup_steps", 0),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from drrn.crops import Crops
 from drrn.images import orientations
 from drrn.matlab import resize_matrix
 from drrn.patches import Patches, ShuffledBatches
@@ -32,7 +33,9 @@ class Pairs(tuple):
         return tuple(torch.from_numpy(part).pin_memory() for part in self)
 
 
-def pair_loader(patches: Patches, batches: ShuffledBatches, num_workers: int, pin_memory: bool = False) -> DataLoader:
+def pair_loader(
+    patches: Patches | Crops, batches: ShuffledBatches, num_workers: int, pin_memory: bool = False
+) -> DataLoader:
     """Batches of stored integers, each `Pairs`, or tensors where they are pinned.
 
     Workers send arrays through their pipe; tensors would each need a socket of their own, which takes longer than

@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
@@ -104,11 +105,12 @@ def patch_path(folder: Path, name: str, attrs: dict[str, str | int]) -> Path:
     return folder / f"{name}-{digest}.h5"
 
 
-def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
-    """Pairs in a patch file, after making sure that it is whole and what `attrs` says.
+@contextmanager
+def trusted(path: Path, attrs: dict[str, str | int]) -> Iterator[h5py.File]:
+    """A file of pairs or images, open, after making sure that it says `attrs` of itself.
 
     Raises:
-        UserError: truncated, damaged, of another format, recipe or source.
+        UserError: truncated, damaged, of another format, recipe or source; or whoever looks into it finds it wrong.
     """
     advice = f"Delete {path} to have it built again."
     try:
@@ -118,28 +120,61 @@ def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
                 found = found.decode() if isinstance(found, bytes) else found  # str where others wrote the file
                 if found != expected:
                     raise UserError(f"{path}: its {key} is {found!r}, this run needs {expected!r}. {advice}")
-            data, label = file["data"], file["label"]
-            p = json.loads(file.attrs["recipe"])["patch_size"]
-            if data.shape != label.shape or data.shape[1:] != (p, p) or len(data) == 0:
-                raise UserError(f"{path}: data {data.shape} and label {label.shape} do not fit. {advice}")
-            if (data.dtype, label.dtype) != (np.uint16, np.uint8):
-                raise UserError(f"{path}: data is {data.dtype} and label {label.dtype}. {advice}")
-            end = max(d.id.get_offset() + d.id.get_storage_size() for d in (data, label))
-            if path.stat().st_size < end:
-                raise UserError(f"{path} is {path.stat().st_size:,} bytes long instead of {end:,}. {advice}")
-            return len(data)
+            yield file
     except BlockingIOError as error:  # HDF5's own lock
         raise UserError(f"{path} is open for writing in another process: try again when that has ended") from error
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or not a patch file ({error}). {advice}") from error
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    about = path.stat()
-    return about.st_ino, about.st_size, about.st_mtime_ns
+def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
+    """Pairs in a patch file, after making sure that it is whole and what `attrs` says.
+
+    Raises:
+        UserError: as `trusted`.
+    """
+    with trusted(path, attrs) as file:
+        data, label = file["data"], file["label"]
+        p = json.loads(file.attrs["recipe"])["patch_size"]
+        if data.shape != label.shape or data.shape[1:] != (p, p) or len(data) == 0:
+            raise ValueError(f"data {data.shape} and label {label.shape} do not fit")
+        if (data.dtype, label.dtype) != (np.uint16, np.uint8):
+            raise ValueError(f"data is {data.dtype} and label {label.dtype}")
+        end = max(d.id.get_offset() + d.id.get_storage_size() for d in (data, label))
+        if path.stat().st_size < end:
+            raise ValueError(f"{path.stat().st_size:,} bytes long instead of {end:,}")
+        return len(data)
 
 
-class Patches:
+class InUse:
+    """A file that nobody should change while it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seen = path, self._state(path)
+
+    @staticmethod
+    def _state(path: Path) -> tuple[int, int, int]:
+        about = path.stat()
+        return about.st_ino, about.st_size, about.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Make sure that nobody has written to the file, or put another in its place, since it was opened first.
+
+        Its inode, size and time of the last change are compared: a new file of that name and any plain write show,
+        a write that sets the time back does not. A file that was deleted is still whole for who has it open.
+
+        Raises:
+            UserError: it is not what it was.
+        """
+        if self.path.exists() and self._state(self.path) != self.seen:
+            raise UserError(
+                f"{self.path} was changed while it was in use: what was trained since the last checkpoint may rest "
+                "on other patches. Delete it to have it built again, then run the same command: it resumes from "
+                "that checkpoint."
+            )
+
+
+class Patches(InUse):
     """Pairs of a patch file by index, a whole batch in one call.
 
     With online augmentation (`turns` = 8) the indices run over turns × stored pairs: index i is stored
@@ -156,8 +191,8 @@ class Patches:
     """
 
     def __init__(self, path: Path, turns: int = 1) -> None:
-        self.path, self.turns = path, turns
-        self.seen = _state(path)
+        super().__init__(path)
+        self.turns = turns
         with h5py.File(path, "r") as file:
             self.stored, self.size, _ = file["data"].shape
             self.data_at, self.label_at = (file[key].id.get_offset() for key in ("data", "label"))
@@ -180,22 +215,6 @@ class Patches:
             _read(self._file, x[a:b], self.data_at + int(row[a]) * x[0].nbytes)
             _read(self._file, y[a:b], self.label_at + int(row[a]) * y[0].nbytes)
         return (x, y) if self.turns == 1 else (x, y, turn)
-
-    def check_unchanged(self) -> None:
-        """Make sure that nobody has written to the file, or put another in its place, since it was opened first.
-
-        Its inode, size and time of the last change are compared: a new file of that name and any plain write show,
-        a write that sets the time back does not. A file that was deleted is still whole for who has it open.
-
-        Raises:
-            UserError: it is not what it was.
-        """
-        if self.path.exists() and _state(self.path) != self.seen:
-            raise UserError(
-                f"{self.path} was changed while it was in use: what was trained since the last checkpoint may rest "
-                "on other patches. Delete it to have it built again, then run the same command: it resumes from "
-                "that checkpoint."
-            )
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}
