@@ -46,7 +46,8 @@ class Table:
 
     def pieces(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
         """Columns and rows in parts that a terminal of so many columns holds, the keys at the left of each."""
-        sizes = [3 + max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        cells = [[*head.split(), *column] for head, *column in zip(self.columns, *self.rows, strict=True)]
+        sizes = [3 + max(map(len, column)) for column in cells]  # a heading may be broken between its words
         parts: list[list[int]] = [[]]
         left = self.keys
         for count in self.blocks or [1] * (len(sizes) - left):
