@@ -516,8 +516,9 @@ def test_a_wandb_half_imported_does_not_hide_why_a_run_ended(
 ) -> None:
     """A signal may come in its import; the exit code must still be the signal's."""
     tracking = Tracking(configure(*FOUR), tmp_path, {"status": "stopped"})
-    tracking.wandb = object.__new__(wandb_run.WandB)
-    tracking.wandb.state, tracking.wandb.run = {"folder": None, "problem": None}, None
+    half = object.__new__(wandb_run.WandB)
+    half.state, half.run = {"folder": None, "problem": None}, None
+    tracking.made = [half]
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises
     assert tracking.finish()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import math
@@ -76,15 +75,12 @@ class Checkpoints(WholeSteps):
         self.stop.busy = not slow
         self.started = time.monotonic()
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+    def on_before_backward(self, *_: Any) -> None:
         """A slow step is not waited for: the one before it is kept."""
         if not self.stop.busy:
             self.stop.check()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """The same."""
-        if not self.stop.busy:
-            self.stop.check()
+    on_before_optimizer_step = on_before_backward
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -99,17 +95,14 @@ class Checkpoints(WholeSteps):
             self.keep(trainer, pl_module)
         self._evaluating()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing to keep in a test."""
-        self._evaluating()
-
     def _evaluating(self, *_: Any) -> None:
         self.stop.take()
         self.stop.busy = False
         self.stop.check()
 
-    # Between two images.
-    on_validation_batch_start = on_validation_batch_end = on_test_batch_start = on_test_batch_end = _evaluating
+    # Nothing to keep in a test; between two images.
+    on_test_start = on_test_batch_start = on_test_batch_end = _evaluating
+    on_validation_batch_start = on_validation_batch_end = _evaluating
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last step; at `on_train_end` callbacks that average weights put the average in its place."""
@@ -170,19 +163,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def damage(path: Path) -> str | None:
-    """Why a run cannot be resumed from a checkpoint file; None if it can.
-
-    Raises:
-        UserError: it could not be looked at.
-    """
-    try:
-        read_checkpoint(path)
-    except Damaged as reason:
-        return str(reason)
-    return None
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step that a run can be resumed from; None if there is none.
 
@@ -193,11 +173,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """
     kept = sorted(folder.glob("step*.ckpt"), reverse=True)
     for path in kept:
-        reason = damage(path)
-        if reason is None:
+        try:
+            read_checkpoint(path)
             return path
-        log.warning("%s cannot be read (%s): using the one before it", path, reason)
-        with contextlib.suppress(FileNotFoundError):  # another process of this run has done so
+        except Damaged as reason:
+            log.warning("%s cannot be read (%s): using the one before it", path, reason)
             path.rename(path.with_suffix(".damaged"))
     if kept:
         log.warning("no checkpoint in %s can be read: beginning again at step 0", folder)

@@ -173,7 +173,7 @@ def _trainer(run: Run, data: SuperResolutionData, module: SuperResolution) -> Tr
             logger=run.tracking.start(module),
             default_root_dir=run.folder,
             callbacks=[
-                *run.tracking.callbacks(module),
+                *run.tracking.callbacks(),
                 *run.callbacks,
                 TerminalProgress() if sys.stderr.isatty() else PlainProgress(config.trainer.log_every_n_steps),
                 Checkpoints(run.checkpoints, config.trainer.checkpoint_every, run.stop),

@@ -23,7 +23,7 @@ from drrn.config import Config
 from drrn.identity import run_name
 from drrn.targets import make, resolve
 from drrn.tracking.results import ValidationPictures, pictures, test_means
-from drrn.tracking.rows import FILE, Rows, progress
+from drrn.tracking.rows import FILE, Rows
 from drrn.tracking.wandb_run import WandB
 
 if TYPE_CHECKING:
@@ -49,60 +49,45 @@ class Tracking:
     def __init__(self, config: Config, folder: Path, record: dict[str, Any], first: bool = True) -> None:
         self.config, self.folder, self.record, self.first = config, folder, record, first
         before = {state["kind"]: state.get("run") for state in states(record.get("tracking"))}
-        self.others = [
+        self.made: list[Other | WandB] = [
             Other(name, node, config, folder, before.get(name)) for name, node in config.logger_extra.items() if first
         ]
-        self.wandb: WandB | None = None
 
     def start(self, module: SuperResolution) -> list[Logger]:
         """The loggers for Lightning's Trainer. The last one writes the rows that the others may lose."""
         if not self.first:
             return [Rows(None)]
-        rows = Rows(self.folder / FILE, module)
+        rows = Rows(self.folder / FILE, module, self.config.data.batch_size)
+        for other in self.made:
+            other.start(self.record, rows)
         if self.config.logger.wandb:
-            self.wandb = WandB(self.config, self.folder, self.record, module, rows)
-        for other in self.others:
-            other.start(self.record, module, rows)
-        made = [*([self.wandb] if self.wandb else []), *self.others]
-        first, *also = [one.state for one in made] or [{"kind": "none"}]
+            self.made.insert(0, WandB(self.config, self.folder, self.record, rows))
+        first, *also = [one.state for one in self.made] or [{"kind": "none"}]
         if also:
             first["also"] = also
         self.record["tracking"] = first  # each keeps its own part up to date
-        return [*([self.wandb] if self.wandb else []), *(other.logger for other in self.others), rows]
+        return [*(one.logger for one in self.made), rows]
 
-    def callbacks(self, module: SuperResolution) -> list[Callback]:
+    def callbacks(self) -> list[Callback]:
         """What shows pictures while the run trains, if that was asked and a logger is there."""
         every = self.config.logger.pictures_every
-        if every is None or not (self.wandb or self.others):
-            return []
+        return [ValidationPictures(every, self._show)] if every is not None and self.made else []
 
-        def show(drawn: dict[str, np.ndarray]) -> None:
-            steps, where = progress(module, self.config.data.batch_size)
-            if self.wandb:
-                self.wandb.show(drawn, steps)
-            for other in self.others:
-                other.call(other.show, drawn, int(where["patches_seen"]))
-
-        return [ValidationPictures(every, show)]
+    def _show(self, drawn: dict[str, np.ndarray]) -> None:
+        for one in self.made:
+            one.show(drawn)
 
     def results(self, module: SuperResolution) -> None:
         """What a finished evaluation leaves: scores, their table, pictures."""
-        if not (self.wandb or self.others):
-            return
-        drawn = pictures(module, "test")
-        if self.wandb:
-            self.wandb.results(drawn)
-        for other in self.others:
-            other.results(self.record, drawn)
+        drawn = pictures(module, "test") if self.made else {}
+        for one in self.made:
+            one.results(drawn)
 
     def finish(self) -> bool:
         """End the tracking of the run that is over; True if `record["tracking"]` may have changed."""
-        failed = self.record["status"] == "failed"
-        for other in self.others:
-            other.call("finalize", "failed" if failed else "success")
-        if self.wandb:
-            self.wandb.finish(failed)
-        return bool(self.wandb or self.others)
+        for one in reversed(self.made):  # W&B last: it may wait for its service
+            one.finish(self.record["status"] == "failed")
+        return bool(self.made)
 
 
 def states(tracking: Any) -> Iterator[dict[str, Any]]:
@@ -140,7 +125,6 @@ class Other:
         self.keeps_id = "run_id" in taken  # MLflow's: the same run when it is resumed
         self.state: dict[str, Any] = {"kind": name, "problem": None}
         self.own = {method: getattr(self.logger, method) for method in self.WRAPPED}
-        self.batch_size = config.data.batch_size
 
     def call(self, what: str | Callable[[], Any], *arguments: Any, **more: Any) -> None:
         """Call one of the logger's own methods; at the first failure say so, and from then on only end it."""
@@ -153,13 +137,13 @@ class Other:
                 self.state["problem"] = f"{type(error).__name__}: {error}"
                 log.warning("logger.%s failed: %s. The run continues without it", self.state["kind"], error)
 
-    def start(self, record: dict[str, Any], module: SuperResolution, rows: Rows) -> None:
+    def start(self, record: dict[str, Any], rows: Rows) -> None:
         """Wrap the logger, and give it the configuration once."""
+        self.record, self.rows = record, rows
 
         def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
-            steps, where = progress(module, self.batch_size)
-            if row := rows.new(metrics, steps):
-                self._log(row, steps, where)
+            if row := rows.new(metrics, rows.step):
+                self._log(row, rows.step, rows.place(rows.step))
 
         for method in self.WRAPPED:
             setattr(self.logger, method, lambda *a, method=method, **k: self.call(method, *a, **k))
@@ -175,16 +159,23 @@ class Other:
         else:
             self.call("log_metrics", row, int(where["patches_seen"]))
 
-    def results(self, record: dict[str, Any], drawn: dict[str, Any]) -> None:
+    def results(self, drawn: dict[str, np.ndarray]) -> None:
         """Scores as metrics; their table and pictures where the logger can show them."""
-        steps, patches = record["budget"]["steps"], record["budget"]["patches"]
-        self._log(test_means(record), steps, {"patches_seen": patches})
-        self.call(self._table, record["scores"], patches)
-        self.call(self.show, drawn, patches)
+        steps, patches = self.record["budget"]["steps"], self.record["budget"]["patches"]
+        self._log(test_means(self.record), steps, {"patches_seen": patches})
+        self.call(self._table, self.record["scores"], patches)
+        self.show(drawn)
         self.call("save")
 
-    def show(self, drawn: dict[str, np.ndarray], patches: int) -> None:
-        """Pictures, where the logger can show them."""
+    def finish(self, failed: bool) -> None:
+        """End it."""
+        self.call("finalize", "failed" if failed else "success")
+
+    def show(self, drawn: dict[str, np.ndarray]) -> None:
+        """Pictures of the weights of now, where the logger can show them."""
+        self.call(self._pictures, drawn, int(self.rows.place(self.rows.step)["patches_seen"]))
+
+    def _pictures(self, drawn: dict[str, np.ndarray], patches: int) -> None:
         experiment = getattr(self.logger, "experiment", None)
         for key, pixels in drawn.items():
             if hasattr(experiment, "add_image"):  # TensorBoard

@@ -19,19 +19,6 @@ log = logging.getLogger(__name__)
 FILE = "rows.jsonl"
 
 
-def progress(module: SuperResolution, batch_size: int) -> tuple[int, dict[str, float]]:
-    """Optimiser steps done, and the same as patches and as passes over the data.
-
-    Lightning's own count is one behind while it validates, another behind after a resume, and its epoch is 0.
-    """
-    return module.trainer.global_step, place(module.trainer.global_step, module, batch_size)
-
-
-def place(steps: int, module: SuperResolution, batch_size: int) -> dict[str, float]:
-    """A number of optimiser steps as patches and as passes over the data."""
-    return {"patches_seen": steps * batch_size, "epoch": steps / module.hparams["steps_per_epoch"]}
-
-
 class Rows(Logger):
     """The last of a run's loggers: writes each row to the run's folder as it comes, `{"step": 3, "train/loss": …}`.
 
@@ -41,13 +28,14 @@ class Rows(Logger):
     Args:
         path: of the file; its rows are those of the earlier starts. None: nothing is read or written.
         module: the module in training, which knows the steps.
+        batch_size: pairs of a step.
     """
 
     name = version = None  # of Lightning's interface
 
-    def __init__(self, path: Path | None, module: SuperResolution | None = None) -> None:
+    def __init__(self, path: Path | None, module: SuperResolution | None = None, batch_size: int = 0) -> None:
         super().__init__()
-        self.path, self.module = path, module
+        self.path, self.module, self.batch_size = path, module, batch_size
         self.earlier: list[tuple[int, dict[str, float]]] = []
         self.last: dict[str, int] = {}  # metric → the highest step that an earlier start logged it at
         if path is None:
@@ -61,6 +49,16 @@ class Rows(Logger):
     def save_dir(self) -> str | None:
         """The run's folder."""
         return str(self.path.parent) if self.path is not None else None
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done: Lightning's own count is one behind while it validates, another behind after a
+        resume."""
+        return self.module.trainer.global_step
+
+    def place(self, step: int) -> dict[str, float]:
+        """A number of optimiser steps as patches and as passes over the data."""
+        return {"patches_seen": step * self.batch_size, "epoch": step / self.module.hparams["steps_per_epoch"]}
 
     def _read(self) -> None:
         content = self.path.read_bytes() if self.path.is_file() else b""
@@ -92,12 +90,11 @@ class Rows(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """A line."""
-        steps = self.module.trainer.global_step if self.path is not None else 0
-        if self.path is None or not (row := self.new(metrics, steps)):
+        if self.path is None or not (row := self.new(metrics, self.step)):
             return
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": steps, **row}) + "\n")
+                file.write(json.dumps({"step": self.step, **row}) + "\n")
         except OSError as error:
             self._give_up(error)
 

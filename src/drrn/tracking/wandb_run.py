@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers.logger import Logger
@@ -14,12 +14,8 @@ from lightning.pytorch.loggers.logger import Logger
 from drrn.config import Config
 from drrn.identity import run_name, structure_name
 from drrn.tracking.results import test_means
-from drrn.tracking.rows import Rows, place, progress
+from drrn.tracking.rows import Rows
 from drrn.tracking.wandb_files import ended, history, mend, runs
-
-if TYPE_CHECKING:
-    from drrn.module import SuperResolution
-
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +35,12 @@ class WandB(Logger):
         folder: the run's folder; W&B's files go to `wandb/` below it.
         record: the run record. Its `wandb_id` says which W&B run to resume; `tracking` is kept here:
             kind, mode, folder, and `problem`, None or what went wrong first.
-        module: the module in training, which knows the steps.
-        rows: what earlier starts have logged.
+        rows: what earlier starts have logged, and where the training is.
     """
 
-    def __init__(
-        self, config: Config, folder: Path, record: dict[str, Any], module: SuperResolution, rows: Rows
-    ) -> None:
+    def __init__(self, config: Config, folder: Path, record: dict[str, Any], rows: Rows) -> None:
         super().__init__()
-        self.config, self.folder, self.record, self.module, self.rows = config, folder, record, module, rows
+        self.config, self.folder, self.record, self.rows, self.logger = config, folder, record, rows, self
         self.run: Any = None
         self.logged: dict[str, int] = {}  # metric → the highest step that it was logged at, in any leg
         self.state = {"kind": "wandb", "mode": config.logger.mode, "folder": None, "problem": None}
@@ -75,13 +68,12 @@ class WandB(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """A training or validation line; the test's scores come from the record (`results`)."""
-        steps, where = progress(self.module, self.config.data.batch_size)
-        self._log(self.rows.new(metrics, steps), steps, where)
+        self._log(self.rows.new(metrics, self.rows.step), self.rows.step)
 
-    def _log(self, row: Mapping[str, float], steps: int, where: Mapping[str, float]) -> None:
-        new = {key: value for key, value in row.items() if self.logged.get(key, -1) < steps}
-        if new and self._attempt("log", lambda: self.run.log({**new, **where}, step=steps)):
-            self.logged |= dict.fromkeys(new, steps)
+    def _log(self, row: Mapping[str, float], step: int) -> None:
+        new = {key: value for key, value in row.items() if self.logged.get(key, -1) < step}
+        if new and self._attempt("log", lambda: self.run.log({**new, **self.rows.place(step)}, step=step)):
+            self.logged |= dict.fromkeys(new, step)
 
     # ------------------------------------------------------------------ from start to finish
 
@@ -105,7 +97,7 @@ class WandB(Logger):
     def _start(self) -> None:
         import wandb
 
-        config, record, mode = self.config, self.record, self.config.logger.mode
+        record, mode = self.record, self.config.logger.mode
         for path in runs(self.folder, record["wandb_id"]):
             for step, row in history(path):
                 self.logged |= {key: max(step, self.logged.get(key, -1)) for key in row}
@@ -140,14 +132,14 @@ class WandB(Logger):
         self.run.define_metric("patches_seen")
         self.run.define_metric("*", step_metric="patches_seen", step_sync=True)
         for step, row in self.rows.earlier:
-            self._log(row, step, place(step, self.module, config.data.batch_size))
+            self._log(row, step)
         if mode == "offline":
             log.info("W&B is offline; `wandb sync %s` uploads it", self.folder / "wandb/offline-run-*")
 
     def _about(self) -> dict[str, Any]:
         """What the W&B run says of itself: arguments of `wandb.init`."""
         config, record = self.config, self.record
-        model, structure, steps = config.model, record["structure"], self.module.hparams["max_steps"]
+        model, structure, steps = config.model, record["structure"], self.rows.module.hparams["max_steps"]
         sizes = [] if isinstance(model, dict) else [f"B{model.B}", f"U{model.U}"]
         tags = [structure_name(model), *sizes, f"d{structure['depth']}", *config.logger.tags]
         tags += os.environ.get("WANDB_TAGS", "").split(",")
@@ -174,11 +166,15 @@ class WandB(Logger):
             },
         }
 
-    def show(self, drawn: Mapping[str, np.ndarray], steps: int) -> None:
+    def show(self, drawn: Mapping[str, np.ndarray]) -> None:
         """Pictures of a validation, in the row of its step."""
-        import wandb
 
-        self._attempt("pictures", lambda: self.run.log({k: wandb.Image(v) for k, v in drawn.items()}, step=steps))
+        def log_images() -> None:
+            import wandb
+
+            self.run.log({key: wandb.Image(pixels) for key, pixels in drawn.items()}, step=self.rows.step)
+
+        self._attempt("pictures", log_images)
 
     def results(self, drawn: Mapping[str, np.ndarray]) -> None:
         """What a finished evaluation leaves. The scores come first: the rest may fail where they do not."""
