@@ -519,6 +519,7 @@ def test_onnx_of_a_scale_enlarges_colour_as_upscale_does(tmp_path) -> None:
     run(input=tmp_path / "w.safetensors", output=tmp_path / "x3.onnx", scale=3)
     session = runtime.InferenceSession((tmp_path / "x3.onnx").read_bytes(), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["N", 3, "height", "width"]
+    assert session.get_outputs()[0].shape == ["N", 3, "3*height", "3*width"]
     assert "R, G, B" in session.get_modelmeta().custom_metadata_map["input"]
     small = FSRCNN(2, 8, 4, 1).eval()
     whole = skimage.data.chelsea()

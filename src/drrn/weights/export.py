@@ -119,14 +119,18 @@ def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[st
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, of which nothing is used
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        exported = torch.onnx.export(program(network), input_names=["x"], output_names=["y"], verbose=False)
+        exported = torch.onnx.export(
+            program(network), input_names=["x"], output_names=["y"], opset_version=18, verbose=False
+        )
     proto = exported.model_proto
+    proto.ir_version = 8  # what opset 18 needs: programs with an ONNX Runtime of 2023 read it
     graph = proto.graph
     del graph.value_info[:]
     for part in (graph, *graph.node, *graph.input, *graph.output):
         del part.metadata_props[:]  # where in torch's graph each of them was
-    for part in (graph.input[0], graph.output[0]):
-        for axis, name in ((0, "N"), (2, "height"), (3, "width")):
+    times = f"{network.scale}*" if network.input != "interpolated" else ""
+    for part, factor in ((graph.input[0], ""), (graph.output[0], times)):
+        for axis, name in ((0, "N"), (2, f"{factor}height"), (3, f"{factor}width")):
             part.type.tensor_type.shape.dim[axis].dim_param = name
     said = facts(network, model, about)
     said |= {"scales": ",".join(map(str, said["scales"])), "drrn": json.dumps(said["drrn"])}
