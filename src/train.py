@@ -24,8 +24,12 @@ KEYS = Config
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Check the configuration before anything heavy is imported, then train."""
+def main(cfg: DictConfig) -> float | None:
+    """Check the configuration before anything heavy is imported, then train.
+
+    Returns:
+        The PSNR that a sweeper may maximise, of a run that is finished.
+    """
     with refusing():
         config = request(cfg, HydraConfig.get().overrides.task)
         if config.plan == "only":
@@ -34,6 +38,10 @@ def main(cfg: DictConfig) -> None:
             print_plan(make_plan([look(config)], always=True))
         else:
             train(config)
+            from drrn.sweep.outcome import scores_of
+
+            return scores_of(config).get("psnr")
+    return None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Hydra's own sweeper makes the Cartesian product of the command line. A study of the paper is a list of chosen
 points (Fig. 6 is not a full grid), so this one multiplies `hydra.sweeper.points` by the command line's choices and
-checks every job before the first one starts. What is then done with them is `drrn.sweep`.
+checks every job before the first one starts. What is then done with them is `drrn.sweep`. A search, whose jobs follow
+from those before, is Optuna's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
+from hydra.plugins.sweeper import Sweeper
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import drrn
@@ -107,6 +110,45 @@ class StudySweeper(BasicSweeper):
             return request(composed, job)
         except (UserError, ValueError) as error:  # Hydra's own, for a group that is given no name: model=5
             raise UserError(f"{error} (in the job {' '.join(job)}; nothing has been started)") from error
+
+
+class SearchSweeper(Sweeper):
+    """Optuna's sweeper of Hydra (`hydra/sweeper=search`), where it is installed. Its arguments are that one's."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments = arguments
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        """As Optuna's.
+
+        Raises:
+            UserError: it is not installed.
+        """
+        if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+            raise UserError("hydra/sweeper=search needs Optuna: pip install '.[optuna]'")
+        from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
+
+        def task(cfg: DictConfig) -> Any:
+            try:
+                return task_function(cfg)
+            except UserError as error:
+                from drrn.module import Diverged
+
+                if isinstance(error, Diverged):
+                    return 0.0  # dB: a bad trial, not the end of the search
+                raise
+
+        self.folder = Path(config.hydra.sweep.dir)
+        sampler = instantiate(self.arguments.pop("sampler"))
+        self.optuna = OptunaSweeper(sampler=sampler, search_space=None, custom_search_space=None, **self.arguments)
+        self.optuna.setup(hydra_context=hydra_context, task_function=task, config=config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """As Optuna's: n_trials jobs, each with a choice of its sampler; then the best of them."""
+        self.optuna.sweep(arguments)
+        best = OmegaConf.load(self.folder / "optimization_results.yaml")
+        chosen = " ".join(f"{key}={literal(value)}" for key, value in best.best_params.items())
+        print(f"{best.best_value:.2f} dB: {chosen}")
 
 
 def literal(value: Any) -> str:

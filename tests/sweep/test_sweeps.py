@@ -355,3 +355,43 @@ def test_what_a_sweep_cannot_be_is_said_in_a_line(
     for words in said:
         assert words in err
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------- a search
+
+
+def test_a_search_without_optuna_says_what_to_install(entry_point: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if "optuna" in name else real(name, *a))
+    code, out, err = entry_point("train", "-m", "hydra/sweeper=search")
+    assert (code, out, err) == (2, "", "train.py: hydra/sweeper=search needs Optuna: pip install '.[optuna]'\n")
+
+
+def test_a_search_is_resumed_trial_by_trial(entry_point: Callable, small: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="Optuna is in the extra `optuna`")
+    words = ("train", "-m", "hydra/sweeper=search", *small, "optim=quick", "model.B=1", "model.U=0", "logger=none")
+    for trials in (2, 3):
+        code, out, err = entry_point(*words, f"hydra.sweeper.n_trials={trials}")
+        assert code == 0, out + err
+        records = finished_runs(tmp_path)
+        assert len(records) == trials
+        best = max(record["means"][0]["psnr"] for record in records)
+        assert out.splitlines()[-1].startswith(f"{best:.2f} dB: optim.lr=")
+    code, _, err = entry_point(*words, "model.B=0")
+    assert code == 2
+    assert err.splitlines()[-1] == "train.py: model.B = 0: must be at least 1"
+
+
+def test_what_a_sweeper_maximises_is_the_psnr_of_the_finished_run(
+    configure: Callable, tmp_path: Path, make: Callable
+) -> None:
+    from drrn.disk import write_json
+    from drrn.sweep.outcome import scores_of
+
+    config = configure("data.val=[Set5]", "data.val_scales=[3]", "data.scales=[3]", f"output={tmp_path}")
+    assert scores_of(config) == {}
+    for status, expected in (("stopped", None), ("finished", 31.5)):
+        write_json(run_dir(config) / FILE, make(psnr=31.5, status=status))
+        assert scores_of(config).get("psnr") == expected

@@ -10,7 +10,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from drrn.config import Config
 from drrn.errors import InUse
+from drrn.identity import run_dir
 from drrn.runs.record import finished_record, read_record
 from drrn.sweep.machine import Ended, NotBegun
 from drrn.sweep.plan import Job, console
@@ -60,7 +62,7 @@ def in_a_line(error: BaseException) -> str:
 def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
     """The closing table: every job, what became of it and why, its PSNR and what that is above bicubic, best first;
     and the command that draws it."""
-    means = [mean_of(job) for job, _, _ in rows]
+    means = [scores_of(job.config) for job, _, _ in rows]
     known = [mean for mean in means if mean]
     heading = f"PSNR\n{known[0]['set']} ×{known[0]['scale']}" if known else "PSNR"
     table = Table(
@@ -95,11 +97,10 @@ def what_draws(job: Job) -> str:
     return f"runs={Path(output) / study}"
 
 
-def mean_of(job: Job) -> dict[str, Any]:
-    """The mean scores of a finished job on its first set at the first scale of its validations; {} if there are
+def scores_of(config: Config) -> dict[str, Any]:
+    """The mean scores of a finished run on its first set at the first scale of its validations; {} if there are
     none."""
-    path = finished_record(job.folder)
-    data = job.config.data
+    path, data = finished_record(run_dir(config)), config.data
     for row in read_record(path).get("means", []) if path else []:
         if row["set"] == Path(data.test_sets[0]).name and row["scale"] == (data.val_scales or data.scales)[0]:
             return row
