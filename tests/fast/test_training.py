@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drrn.errors import UserError
+from drrn.fast import training
 from drrn.fast.training import InTraining, Latch, memory_errors, norms_of
 from drrn.model import DRRN
 from drrn.module import Diverged
@@ -33,6 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")
     for text in ("You defined a `validation_step`", "Checkpoint directory", ".*LeafSpec")
 ]
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 COMPILER = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
 )
@@ -200,8 +203,16 @@ def test_between_two_rows_of_the_log_nothing_waits(
     assert "_local_scalar_dense.default" in counting.steps[3]  # the stand-in sees it
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_nothing_waits_between_two_rows_of_the_log(batches: list[Pair]) -> None:
+@GPU
+@pytest.mark.parametrize(
+    ("settings", "compiled"),
+    [(dict(clip="value"), "auto"), (dict(clip="norm", algorithm="adam"), False), (dict(clip="none", lr=1e-8), False)],
+    ids=["value, compiled", "norm, adam", "none"],
+)
+def test_on_a_gpu_nothing_waits_between_two_rows_of_the_log(
+    settings: dict, compiled: bool | str, batches: list[Pair]
+) -> None:
+    """PyTorch itself raises where Python would wait for the card."""
     from lightning.pytorch import Callback
 
     class Strict(Callback):
@@ -212,18 +223,35 @@ def test_on_a_gpu_nothing_waits_between_two_rows_of_the_log(batches: list[Pair])
         def on_train_batch_end(self, *_: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
-    trained = module(norm="batch", lr=1e-3)
-    trained.compiled = "auto"
+    trained = module(norm="batch", bias_lr_mult=1.0, **{"lr": 1e-3, **settings})
+    trained.compiled = compiled
     given = [tuple(z.cuda() for z in pair) for pair in batches]
-    fit(
-        trained,
-        given,
-        accelerator="gpu",
-        devices=1,
-        log_every_n_steps=8,
-        precision="bf16-mixed",
-        callbacks=[Strict()],
-    )
+    gpu = dict(accelerator="gpu", devices=1, precision="bf16-mixed")
+    assert len(fit(trained, given, log_every_n_steps=8, callbacks=[Strict()], **gpu)) == 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "compiler", "said"),
+    [
+        ((9, 0), True, True, ""),
+        ((6, 1), True, True, ""),
+        ((9, 0), False, True, "Triton"),
+        ((9, 0), True, False, "C comp"),
+    ],
+    ids=["H100", "Pascal", "no Triton", "no compiler"],
+)
+def test_a_gpu_compiles_where_it_can(
+    capability: tuple, triton: bool, compiler: bool, said: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(training, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(training, "which", lambda name: compiler or None)
+    x = SimpleNamespace(device=torch.device("cuda"))
+    assert training.worth_compiling(nn.Conv2d(1, 1, 3), x) == (capability >= (7, 0) and not said)
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+    assert not training.worth_compiling(nn.SyncBatchNorm(1), x)
+    assert not training.worth_compiling(nn.Conv2d(1, 1, 3), torch.zeros(1))
 
 
 # ---------------------------------------------------------------------- a step that is not finite
@@ -243,20 +271,24 @@ def test_the_first_bad_step_is_the_one_that_is_kept() -> None:
 
 @pytest.mark.parametrize("algorithm", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("clip", ["value", "norm", "none"])
-def test_from_a_bad_step_on_nothing_moves(clip: str, algorithm: str, batches: list[Pair], tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=GPU)])
+def test_from_a_bad_step_on_nothing_moves(
+    device: str, clip: str, algorithm: str, batches: list[Pair], tmp_path: Path
+) -> None:
     """It is noticed three steps later, when a step is logged; the checkpoint that would have been due is not kept."""
     trained = module(
         norm="batch", clip=clip, algorithm=algorithm, lr=1e-3, theta=1e-4, bias_lr_mult=1.0, weight_decay=0.1
     )
     x, truth = batches[2]
     given = [*batches[:2], (x, truth * math.nan), *batches[3:8]]
+    checkpoints = dict(enable_checkpointing=True, callbacks=[Checkpoints(tmp_path, 2)])
     with pytest.raises(Diverged, match=r"diverged at step 2: loss nan, .*γ = 0\.001"):
-        fit(trained, given, log_every_n_steps=6, enable_checkpointing=True, callbacks=[Checkpoints(tmp_path, 2)])
+        fit(trained, given, log_every_n_steps=6, accelerator=device, devices=1, **checkpoints)
     assert [path.name for path in tmp_path.iterdir()] == ["step00000002.ckpt"]
     last = torch.load(newest_checkpoint(tmp_path), weights_only=True)
     for name, tensor in trained.network.state_dict().items():
         if "num_batches" not in name:
-            assert torch.equal(tensor, last["state_dict"][f"network.{name}"]), name
+            assert torch.equal(tensor.cpu(), last["state_dict"][f"network.{name}"].cpu()), name
 
 
 def test_a_solver_that_would_take_the_bad_step_is_asked_before_it(batches: list[Pair]) -> None:

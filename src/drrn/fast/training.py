@@ -11,8 +11,11 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from shutil import which
 from typing import TYPE_CHECKING
 
 import torch
@@ -147,10 +150,19 @@ class Latch:
 
 
 def worth_compiling(network: nn.Module, x: Tensor) -> bool:
-    """What `speed.compile=auto` means: on a GPU that Triton has kernels for, and each process by itself."""
+    """What `speed.compile=auto` means: on a GPU that Triton has kernels for, and each process by itself.
+
+    Triton needs a C compiler; PyTorch's smaller images have none. Then a line says that nothing is compiled.
+    """
     if x.device.type != "cuda" or any(isinstance(m, nn.SyncBatchNorm) for m in network.modules()):
         return False
-    return torch.cuda.get_device_capability(x.device) >= (7, 0)
+    if torch.cuda.get_device_capability(x.device) < (7, 0):
+        return False
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
+    missing = "Triton" if find_spec("triton") is None else None if any(map(which, compilers)) else "C compiler"
+    if missing is not None:
+        log.warning("speed.compile=auto: there is no %s, so the network is not compiled and trains slower", missing)
+    return missing is None
 
 
 @contextmanager
