@@ -3,7 +3,7 @@
 What follows the name is what the script takes, `key=value`. `drrn upscale` takes plain words too:
 
     drrn upscale photo.jpg -x 2
-    drrn upscale holidays -x 3 -c weights.safetensors -o large
+    drrn upscale holidays -x 3 -c weights.safetensors -o large --compare
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ COMMANDS = {
     "prepare": "fetch the images and build the patch file",
 }
 WORDS = {"-x": "scale", "--scale": "scale", "-o": "output", "--output": "output", "-c": "checkpoint"}
+FLAGS = ("--compare", "--overwrite")
 
 
 def main() -> None:
@@ -55,6 +56,8 @@ def plain_words(arguments: Sequence[str]) -> list[str]:
         word = rest.pop(0)
         if word in WORDS and rest:
             keys.append(f"{WORDS[word]}={quoted(rest.pop(0))}")
+        elif word in FLAGS:
+            keys.append(f"{word[2:]}=true")
         elif word.startswith("-") or "=" in word:
             keys.append(word)
         else:

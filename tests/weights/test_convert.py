@@ -591,7 +591,7 @@ def test_a_network_of_ones_own_is_saved_converted_and_exported(tmp_path, monkeyp
         assert torch.equal(back(x), network(x))
         torch.testing.assert_close(program(x), network(x), atol=1e-5, rtol=0)
     said = info(capsys, input=path)
-    assert said["structure"].startswith("TOY_width4_gain0.5: ")
+    assert said["structure"].startswith("Toy_width4_gain0.5: ")
     assert said["k"].startswith("136 ")
     assert digest(initial_state(path, structure)) == digest(network.state_dict())
     with pytest.raises(UserError, match=r"model\.width=4"):
