@@ -51,7 +51,7 @@ from drrn.model import DRRN
 from drrn.pairs import pair_loader
 from drrn.patch_build import quantise
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches
-from drrn.protocol import degrade, modcrop
+from drrn.protocol import modcrop, prepare
 from drrn.sets import image_files
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,7 +103,7 @@ def plain_build(path: Path, recipe: Recipe, files: list[Path]) -> None:
         for turned in orientations(luminance, range(recipe.orientations)):
             for scale in recipe.scales:
                 y = modcrop(turned, scale)
-                x = degrade(y / 255.0, scale)
+                x, _ = prepare(y, scale)
                 for top in range(0, y.shape[0] - p + 1, recipe.stride):
                     for left in range(0, y.shape[1] - p + 1, recipe.stride):
                         data.append(x[None, top : top + p, left : left + p])

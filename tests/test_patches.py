@@ -37,7 +37,7 @@ from drrn.matlab import resize_matrix
 from drrn.pairs import pair_loader, turned
 from drrn.patch_build import pair_count, prepare_patches, quantise, versions
 from drrn.patches import HIGH, LOW, STEP, Patches, Recipe, ShuffledBatches, attributes, check_patch_file
-from drrn.protocol import degrade, modcrop
+from drrn.protocol import modcrop, prepare
 
 ANYWHERE = Path("no_data_root_is_needed")
 
@@ -103,8 +103,8 @@ def test_a_turned_photograph_degrades_to_the_same_levels(scale: int, cropped: in
         _, top, left, h, w = version.rectangle
         part = y[top : top + h, left : left + w]
         np.testing.assert_array_equal(orientations(part, [o])[0], turned)
-        ours = orientations(quantise(degrade(part / 255.0, scale)), [o])[0]
-        np.testing.assert_array_equal(ours, quantise(degrade(turned / 255.0, scale)))
+        ours = orientations(quantise(prepare(part, scale)[0]), [o])[0]
+        np.testing.assert_array_equal(ours, quantise(prepare(turned, scale)[0]))
         ways.add((top, left))
     assert len(ways) == (4 if cropped else 1)
 

@@ -3,6 +3,9 @@
 The protocol hands them 8-bit, shaved luminance images (`drrn.protocol`). All compute in float64, because in
 float32 the IFC is off in the third decimal. Nothing here needs torch, and only those that compute need SciPy.
 A metric of one's own is a function and an entry in METRICS: evaluation, training, records and tables have it then.
+
+All take uint8, or floating on the scale 0…255 (nothing is rounded then). They raise TypeError for another dtype, and
+ValueError for shapes that differ or are not [H, W], sides that are too small, no pixels, NaN or infinity.
 """
 
 from __future__ import annotations
@@ -40,16 +43,12 @@ def psnr(a: Image, b: Image) -> float:
     """Peak signal-to-noise ratio, 20 log10(255 / √MSE), in dB. Symmetric in its arguments.
 
     Args:
-        a, b: [H, W] or [H, W, 3]; uint8, or floating on the scale 0…255 (for a PSNR without rounding).
-            One MSE over all pixels and channels.
+        a, b: [H, W], or [H, W, 3]: one MSE over all pixels and channels.
 
     Returns:
         dB; inf if the images are equal.
-
-    Raises:
-        TypeError: another dtype. ValueError: shapes that differ or are neither of these, no pixels, NaN.
     """
-    x, y = _pair(a, b, color=True)
+    x, y = _pair(a, b, "PSNR", 1, color=True)
     mse = np.mean((x - y) ** 2)
     return math.inf if mse == 0 else float(20 * np.log10(255 / np.sqrt(mse)))
 
@@ -61,17 +60,12 @@ def ssim(a: Image, b: Image) -> float:
     population moments, no downsampling; the mean over all windows. Symmetric in its arguments.
 
     Args:
-        a, b: [H, W], both sides at least 11; uint8, or floating on the scale 0…255.
+        a, b: [H, W], both sides at least 11.
 
     Returns:
         At most 1, which equal images have.
-
-    Raises:
-        TypeError: another dtype. ValueError: shapes that differ or are not [H, W], a side under 11, NaN.
     """
-    x, y = _pair(a, b)
-    if min(x.shape) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs sides of at least {SSIM_WINDOW} pixels, got {x.shape[0]}×{x.shape[1]}")
+    x, y = _pair(a, b, "SSIM", SSIM_WINDOW)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mu_x, mu_y = _gaussian(x), _gaussian(y)
     mu_xx_yy, mu_xy = mu_x**2 + mu_y**2, mu_x * mu_y
@@ -94,21 +88,13 @@ def ifc(reference: Image, distorted: Image) -> float:
     reference therefore has IFC 0 whatever the other image is, the limit of ever weaker contrast.
 
     Args:
-        reference: [H, W], both sides at least 72; uint8, or floating on the scale 0…255.
+        reference: [H, W], both sides at least 72.
         distorted: the same shape.
 
     Returns:
         IFC ≥ 0, without an upper bound.
-
-    Raises:
-        TypeError: another dtype. ValueError: shapes that differ or are not [H, W], a side under 72, NaN.
     """
-    x, y = _pair(reference, distorted)
-    if min(x.shape) < IFC_SMALLEST_SIDE:
-        raise ValueError(
-            f"IFC needs sides of at least {IFC_SMALLEST_SIDE} pixels, got {x.shape[0]}×{x.shape[1]}: its "
-            f"pyramid halves the image {IFC_LEVELS - 1} times and needs 3×3 blocks of the smallest band"
-        )
+    x, y = _pair(reference, distorted, "IFC", IFC_SMALLEST_SIDE)
     bits = 0.0
     for level, (bands_x, bands_y) in enumerate(zip(_pyramid(x), _pyramid(y), strict=True)):
         window = 2 ** (IFC_LEVELS - level) + 1  # 17, 9, 5, 3 from the finest level to the coarsest
@@ -119,20 +105,9 @@ def ifc(reference: Image, distorted: Image) -> float:
 def msssim(a: Image, b: Image) -> float:
     """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003), as torchmetrics computes it. Symmetric.
 
-    Args:
-        a, b: [H, W], both sides at least 176; uint8, or floating on the scale 0…255.
-
-    Returns:
-        At most 1, which equal images have.
-
-    Raises:
-        TypeError: another dtype. ValueError: shapes that differ or are not [H, W], a side under 176, NaN.
+    At most 1, which equal images have; both sides are at least 176.
     """
-    x, y = _pair(a, b)
-    if min(x.shape) < MSSSIM_SMALLEST_SIDE:
-        raise ValueError(
-            f"MS-SSIM needs sides of at least {MSSSIM_SMALLEST_SIDE} pixels, got {x.shape[0]}×{x.shape[1]}"
-        )
+    x, y = _pair(a, b, "MS-SSIM", MSSSIM_SMALLEST_SIDE)
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
     return multiscale_structural_similarity_index_measure(*_tensors(x, y), data_range=255.0).item()
@@ -141,22 +116,10 @@ def msssim(a: Image, b: Image) -> float:
 def vif(reference: Image, distorted: Image) -> float:
     """Visual information fidelity in the pixel domain (Sheikh, Bovik 2006), as torchmetrics computes it.
 
-    The share of the reference's information that the distorted image keeps; not symmetric. A flat reference has none
-    to lose: 1.
-
-    Args:
-        reference: [H, W], both sides at least 41; uint8, or floating on the scale 0…255.
-        distorted: the same shape.
-
-    Returns:
-        1 for equal images; more is possible where contrast was raised.
-
-    Raises:
-        TypeError: another dtype. ValueError: shapes that differ or are not [H, W], a side under 41, NaN.
+    The share of the reference's information that the distorted image keeps: 1 for equal images, more where contrast
+    was raised. Not symmetric. A flat reference has none to lose: 1. Both sides are at least 41.
     """
-    x, y = _pair(reference, distorted)
-    if min(x.shape) < VIF_SMALLEST_SIDE:
-        raise ValueError(f"VIF needs sides of at least {VIF_SMALLEST_SIDE} pixels, got {x.shape[0]}×{x.shape[1]}")
+    x, y = _pair(reference, distorted, "VIF", VIF_SMALLEST_SIDE)
     if np.ptp(x) == 0:
         return 1.0
     from torchmetrics.functional.image import visual_information_fidelity
@@ -171,8 +134,8 @@ def _tensors(*images: FloatArray) -> list[Tensor]:
     return [torch.from_numpy(image)[None, None] for image in images]
 
 
-def _pair(a: Image, b: Image, color: bool = False) -> tuple[FloatArray, FloatArray]:
-    """Both images in float64, or an error that says what is wrong with them."""
+def _pair(a: Image, b: Image, metric: str, smallest: int, color: bool = False) -> tuple[FloatArray, FloatArray]:
+    """Both images in float64, or an error that says what is wrong with them for a metric."""
     if a.shape != b.shape:
         raise ValueError(f"the images have different shapes: {a.shape} and {b.shape}")
     if not (a.ndim == 2 or (color and a.ndim == 3 and a.shape[2] == 3)) or a.size == 0:
@@ -182,6 +145,8 @@ def _pair(a: Image, b: Image, color: bool = False) -> tuple[FloatArray, FloatArr
             raise TypeError(f"images must be uint8 or floating on the scale 0…255, not {image.dtype}")
         if not np.isfinite(image).all():
             raise ValueError("an image holds NaN or infinity: look for the overflow that made it")
+    if min(a.shape[:2]) < smallest:
+        raise ValueError(f"{metric} needs sides of at least {smallest} pixels, got {a.shape[0]}×{a.shape[1]}")
     return a.astype(np.float64), b.astype(np.float64)
 
 

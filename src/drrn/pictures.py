@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from drrn.degradations import PAPER
 from drrn.disk import write_whole
 from drrn.errors import UserError, printable
 from drrn.images import read_pixels
-from drrn.matlab import rgb2ycbcr, to_uint8, ycbcr2rgb
-from drrn.protocol import degrade, modcrop, prepare, score
+from drrn.matlab import imresize, to_uint8
+from drrn.protocol import modcrop, prepare, score, with_chroma
 
 mpl.rcParams.update({"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "pdf.fonttype": 42})
 
@@ -50,9 +51,10 @@ def side_by_side(
     networks: dict[str, Callable[[NDArray], NDArray]],
     box: Box | None = None,
     low: Collection[str] = (),
+    degradation: str = PAPER,
 ) -> Figure:
     """`crops`, drawn in a row."""
-    return draw_crops(crops(path, scale, networks, box, low))
+    return draw_crops(crops(path, scale, networks, box, low, degradation))
 
 
 def crops(
@@ -61,6 +63,7 @@ def crops(
     networks: dict[str, Callable[[NDArray], NDArray]],
     box: Box | None = None,
     low: Collection[str] = (),
+    degradation: str = PAPER,
 ) -> Crops:
     """A crop from the ground truth, bicubic and each network, PSNR and SSIM under each (Fig. 7's way).
 
@@ -73,6 +76,7 @@ def crops(
         networks: name → function of the network's input [H, W] that returns its output.
         box: the region to enlarge; None takes the middle quarter of the image's sides.
         low: names of those whose input is the low-resolution image; the others' is the interpolated one.
+        degradation: of DEGRADATIONS.
 
     Raises:
         UserError: the box is not inside the image.
@@ -84,18 +88,15 @@ def crops(
         box = Box(width * 3 // 8, height * 3 // 8, max(1, width // 4), max(1, height // 4))
     if min(box) < 0 or box.left + box.width > width or box.top + box.height > height or not box.width * box.height:
         raise UserError(f"box = {list(box)} (left, top, width, height): not inside {path.name}, {width}×{height}")
-    colour = truth.ndim == 3
-    y = rgb2ycbcr(pixels)[..., 0] if colour else pixels
-    (x, y_truth), (x_low, _) = prepare(y, scale), prepare(y, scale, "low")
-    chroma = degrade(rgb2ycbcr(truth)[..., 1:] / 255.0, scale) if colour else None
+    x_low, y_truth = prepare(pixels, scale, "low", degradation)
+    x = imresize(x_low, scale)
 
     panels = [("ground truth", truth, "PSNR / SSIM")]
     for name, run in {"bicubic": lambda image: image, **networks}.items():
         prediction = run(x_low if name in low else x)
         scores = score(prediction, y_truth, scale)
-        shown = to_uint8(np.asarray(prediction))
-        if chroma is not None:
-            shown = to_uint8(ycbcr2rgb(np.dstack([np.clip(prediction, 0, 1), chroma])))
+        shown = np.clip(prediction, 0, 1)
+        shown = to_uint8(with_chroma(shown, pixels, scale, degradation) if truth.ndim == 3 else shown)
         panels.append((name, shown, f"{scores['psnr']:.2f} dB / {scores['ssim']:.4f}"))
 
     return Crops(f"{path.stem} ×{scale}", truth, box, panels)

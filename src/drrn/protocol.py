@@ -72,19 +72,6 @@ def modcrop(image: NDArray, scale: int) -> NDArray:
     return image[:height, :width]
 
 
-def degrade(image: NDArray[np.floating], scale: int) -> NDArray[np.float64]:
-    """ILR, the interpolated low-resolution image: bicubic to 1/s and back to size, never rounded.
-
-    Args:
-        image: ground truth [H, W] or [H, W, C], 0…1, H and W multiples of the scale.
-        scale: s ≥ 2.
-
-    Returns:
-        float64 of the same shape; overshoots 0…1 a little at edges, as bicubic does.
-    """
-    return imresize(imresize(image, 1 / scale), scale)
-
-
 def shave(image: NDArray, border: int) -> NDArray:
     """Remove `border` pixels on every side [H, W, …] → [H − 2b, W − 2b, …]."""
     return image[border : image.shape[0] - border, border : image.shape[1] - border]

@@ -147,17 +147,17 @@ def fetch(set_name: str, root: Path, registry: Path | None = None, complete: boo
             )
     missing = [name for name in names if name not in present]
     if missing and present and not complete:
-        _warn_of_a_part(set_name, len(present), len(names), root)
+        there = f"only {len(present)} of the {len(names)} images of {set_name} are under {root}"
+        _warn(f"{there}: a mean over them is not the set's")
         return [root / name for name in present]
     if missing:
         _download(missing, fetcher, root)
     return [root / name for name in names]
 
 
-@cache  # once for each set, however often it is listed
-def _warn_of_a_part(set_name: str, present: int, whole: int, root: Path) -> None:
-    log.warning("only %d of the %d images of %s are under %s: a mean over them is not the set's",
-                present, whole, set_name, root)  # fmt: skip
+@cache  # once for each set or file, however often it is listed
+def _warn(text: str) -> None:
+    log.warning("%s", text)
 
 
 def _download(missing: list[str], fetcher: Pooch, root: Path) -> None:
@@ -196,14 +196,11 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
     if part is not None:
         return _members(set_name, image_files(whole, root))
     if set_name in DEMO_SETS:
-        package = importlib.util.find_spec("skimage")
-        if package is None or package.submodule_search_locations is None:
-            raise UserError(f"the set {set_name} is inside scikit-image: pip install scikit-image")
-        folder = Path(package.submodule_search_locations[0]) / "data"
-        absent = [name for name in DEMO_SETS[set_name] if not (folder / name).is_file()]
-        if absent:
+        package = importlib.util.find_spec("skimage")  # it need not be imported
+        files = [Path(package.origin).parent / "data" / name for name in DEMO_SETS[set_name]] if package else []
+        if absent := [file.name for file in files if not file.is_file()]:
             raise UserError(f"this scikit-image does not ship {', '.join(absent)}: install the locked version")
-        return [folder / name for name in DEMO_SETS[set_name]]
+        return files
     folder = Path(set_name)
     if not folder.is_dir():
         _registry(root, REGISTRY)  # that it is there
@@ -230,7 +227,7 @@ def folder_images(folder: Path) -> list[Path]:
         if wrong and path.suffix.lower() in FORMATS:
             raise UserError(f"{path} {wrong}: take it out of the set, or mend it")
         if wrong:
-            _warn_of_another(path, wrong)
+            _warn(f"{printable(path)} {wrong}")
         elif path.name != printable(path.name):
             raise UserError(f"{path}: a name with bytes that are not UTF-8 or control codes; rename it")
         else:
@@ -266,11 +263,6 @@ def find_images(folder: Path, deep: bool = False) -> Iterator[tuple[Path, str | 
             yield path, None
         if deep and path.is_dir() and not path.is_symlink():
             yield from find_images(path, deep)
-
-
-@cache  # once for each file
-def _warn_of_another(path: Path, wrong: str) -> None:
-    log.warning("%s %s", printable(path), wrong)
 
 
 def set_label(set_name: str, files: list[Path]) -> str:

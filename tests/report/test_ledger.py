@@ -57,12 +57,12 @@ def test_the_committed_pages_are_the_ledgers(entries: list) -> None:
 def test_bicubic_is_measured_again_by_other_means(entries: list, drrn_data: Path) -> None:
     """Set5 ×3 with scikit-image's metrics on this package's bicubic: PSNR to its printed digits."""
     from drrn.images import read_luminance
-    from drrn.protocol import degrade, modcrop
+    from drrn.protocol import modcrop, prepare
 
     values = []
     for path in sorted((drrn_data / "Set5").iterdir()):
         truth = modcrop(read_luminance(path), 3)
-        made = np.clip(np.round(degrade(truth / 255.0, 3) * 255), 0, 255).astype(np.uint8)
+        made = np.clip(np.round(prepare(truth, 3)[0] * 255), 0, 255).astype(np.uint8)
         values.append(skimage.metrics.peak_signal_noise_ratio(truth[3:-3, 3:-3], made[3:-3, 3:-3], data_range=255))
     (entry,) = (e for e in entries if (e.place, e.what) == ("Table 2", "Set5 ×3, Bicubic, PSNR"))
     assert (entry.paper, entry.ours, entry.difference) == ("30.39", f"{np.mean(values):.2f}", "0.00")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from drrn.degradations import PAPER
 from drrn.errors import UserError, printable
 from drrn.images import read_luminance
 from drrn.pictures import Box, crops, draw_crops, save
@@ -59,7 +60,8 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
     try:
         runs = {n: lambda x, y=y: y for n, y in _others(config.others, path, scale).items()} | runs
-        shown = crops(path, scale, runs, box, low)
+        degradation = tested[-1]["protocol"].get("degradation", PAPER) if tested else PAPER
+        shown = crops(path, scale, runs, box, low, degradation)
     except ValueError as error:  # an image smaller than the scale or the metrics' windows
         raise UserError(f"{path} at ×{scale}: {error}") from error
     alike = any(other.stem == path.stem and other != path for other in path.parent.iterdir())

@@ -48,7 +48,8 @@ def pictures(module: SuperResolution, stage: str) -> dict[str, np.ndarray]:
     drawn = {}
     try:
         for path in data.sets[stage][first][:PICTURES]:
-            figure = side_by_side(path, scale, {name: lambda x: super_resolve(module.network, x)}, low=low)
+            run = {name: lambda x: super_resolve(module.network, x)}
+            figure = side_by_side(path, scale, run, low=low, degradation=data.data.degradation)
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
             drawn[f"pictures/{first}_x{scale}/{path.stem}"] = np.asarray(canvas.buffer_rgba())
