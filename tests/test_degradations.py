@@ -17,7 +17,7 @@ from PIL import Image
 from drrn.datamodule import EvaluationImages
 from drrn.degradations import DEGRADATIONS, low_resolution
 from drrn.errors import UserError
-from drrn.images import orientations
+from drrn.images import orientations, read_luminance
 from drrn.matlab import imresize, rgb2ycbcr
 from drrn.patch_build import prepare_patches
 from drrn.patches import LOW, STEP, Recipe
@@ -144,6 +144,63 @@ def test_scores_of_two_degradations_are_two_files(entry_point: Callable, tiny_im
     code, _, err = entry_point("evaluate", *arguments)
     assert code == 2
     assert "do not compare" in err
+
+
+@pytest.fixture
+def ready(tmp_path: Path) -> Path:
+    """A folder of ready pairs ×2 in colour and grey: low resolutions by a box, which none of ours makes."""
+    cat = skimage.data.chelsea()[90:154, 120:212]
+    for place in ("HR", "LR/x2"):
+        (tmp_path / "pairs" / place).mkdir(parents=True)
+    for name, pixels in {"cat": cat, "grey": cat[..., 0]}.items():
+        low = pixels.reshape(32, 2, 46, 2, -1).mean(axis=(1, 3)).round().astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"pairs/HR/{name}.png")
+        Image.fromarray(low[..., 0] if pixels.ndim == 2 else low).save(tmp_path / f"pairs/LR/x2/{name}.png")
+    return tmp_path / "pairs"
+
+
+def test_ready_pairs_are_trained_and_measured(
+    ready: Path, entry_point: Callable, tmp_path: Path, inline_pool: None
+) -> None:
+    interpolated = {}
+    for name in ("cat", "grey"):
+        low = np.asarray(Image.open(ready / f"LR/x2/{name}.png"))
+        interpolated[name] = imresize((low if low.ndim == 2 else rgb2ycbcr(low)[..., 0]) / 255.0, 2)
+    truths = {name: read_luminance(ready / f"HR/{name}.png") for name in interpolated}
+    recipe = Recipe((str(ready),), (2,), augment="online", degradation="ready")
+    with h5py.File(prepare_patches("pairs", recipe, Path(), tmp_path / "patches")) as file:
+        data, label = file["data"][:] * STEP + LOW, file["label"][:]
+    places = [(n, i, j) for n in truths for i in (0, 21) for j in (0, 21, 42)]
+    assert len(data) == len(places)
+    for x, y in zip(data, label, strict=True):
+        (n, i, j), *_ = (p for p in places if (truths[p[0]][p[1] : p[1] + 31, p[2] : p[2] + 31] == y).all())
+        assert np.abs(interpolated[n][i : i + 31, j : j + 31] - x).max() < 2e-5
+    keys = ("method=bicubic", f"sets=[{ready}]", "scales=[2]", f"output={tmp_path}/s.json", "degradation=ready")
+    code, out, err = entry_point("evaluate", *keys, "metrics=[psnr,psnr_rgb]")
+    assert code == 0, err
+    assert "degradation=ready" in out
+    rows = {row["image"]: row for row in json.loads((tmp_path / "s.json").read_bytes())["scores"]}
+    assert {row["set"] for row in rows.values()} == {"pairs"}
+    for name, x in interpolated.items():
+        assert rows[f"{name}.png"]["psnr"] == pytest.approx(score(x, truths[name] / 255.0, 2)["psnr"])
+    assert rows["cat.png"]["psnr_rgb"] != rows["cat.png"]["psnr"]
+
+
+@pytest.mark.parametrize("how", ["absent", "size", "no pairs", "odd"])
+def test_what_is_no_ready_pair_is_refused(
+    how: str, ready: Path, tiny_images: Path, tmp_path: Path, inline_pool: None
+) -> None:
+    low = ready / "LR/x2/cat.png"
+    if how == "absent":
+        low.unlink()
+    elif how == "size":
+        Image.open(low).crop((0, 0, 46, 31)).save(low)
+    elif how == "odd":
+        Image.open(ready / "HR/cat.png").resize((93, 64)).save(ready / "HR/cat.png")
+    folder = tiny_images if how == "no pairs" else ready
+    wrong = {"absent": "holds no cat_x2", "size": "1/2 of", "no pairs": "holds HR and LR", "odd": "must be multiples"}
+    with pytest.raises(UserError, match=wrong[how]):
+        prepare_patches("pairs", Recipe((str(folder),), (2,), degradation="ready"), Path(), tmp_path / "patches")
 
 
 @pytest.mark.parametrize(("name", "psnr", "ssim", "near"), [("BD", 28.78, 0.8308, 0.01), ("DN", 24.01, 0.5369, 0.1)])

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from drrn.degradations import DEGRADATIONS, PAPER, check_scales
+from drrn.degradations import DEGRADATIONS, PAPER, READY, check_scales
 from drrn.errors import UserError, printable
 from drrn.losses import LOSSES
 from drrn.optimisers import OPTIMISERS, SCHEDULES
@@ -101,6 +101,8 @@ class DataConfig:
             check_names("data.test_metrics", self.test_metrics)
         if self.crops and self.augment == "offline":
             raise UserError("data.crops and data.augment = 'offline': crops are turned on the device; give online")
+        if self.crops and self.degradation == READY:
+            raise UserError("data.crops and data.degradation = 'ready': crops are degraded here; give data.crops=0")
         check_scales("data.scales", [*self.scales, *self.val_scales], self.degradation)
         if os.sep in self.name:
             raise UserError(f"data.name = {self.name!r}: the first part of a file's name, without {os.sep}")

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -56,7 +55,7 @@ class EvaluationImages:
         path = self.files[index]
         if path is None:
             return torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0), ""
-        pair = prepare(read_pixels(path), self.scale, self.input, self.degradation)
+        pair = prepare(read_pixels(path), self.scale, self.input, self.degradation, path)
         x, truth = (torch.from_numpy(z.astype(np.float32))[None, None] for z in pair)
         return x, truth, path.name
 
@@ -122,9 +121,9 @@ class SuperResolutionData(LightningDataModule):
     def _sets(self, stage: str) -> dict[str, list[Path]]:
         return self.sets["test" if stage == "test" else "validate"]
 
-    def pixels(self, stage: str, task: Task, name: str) -> NDArray[np.uint8]:
-        """An image of a set that is measured on, [H, W] or [H, W, 3]."""
-        return next(read_pixels(file) for file in self._sets(stage)[task.set_name] if file.name == name)
+    def file(self, stage: str, task: Task, name: str) -> Path:
+        """Of an image that is measured on."""
+        return next(file for file in self._sets(stage)[task.set_name] if file.name == name)
 
     def train_dataloader(self) -> DataLoader:
         """Batches of stored integers; the hooks below make them floats on the device."""

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 from drrn.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from numpy.typing import NDArray
 
-PAPER = "BI"
+PAPER, READY = "BI", "ready"
 BLUR, SIGMA = 7, 1.6  # BD: the side of the Gaussian window and its σ, pixels of the truth
 NOISE = 30.0  # DN: σ, levels of 255
 
@@ -64,16 +66,18 @@ def noisy(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Degradation:
-    """One way to shrink an image.
+    """One way to get the low resolution of an image.
 
     Attributes:
         function: (truth, scale) → its low resolution [h, w] or [h, w, 3]. The truth [H, W] or [H, W, 3], sides
             multiples of the scale, is planes in 0…1 of what the network and the metrics see (Y, or Y, Cb, Cr).
         of_rgb: the truth is R, G, B (or grey) in 8 bits instead, and so is its low resolution.
         scales: that it is defined for; None is all.
+
+    That of ready pairs has no function: its low resolution is a file (`sets.ready_low`).
     """
 
-    function: Callable[[NDArray, int], NDArray]
+    function: Callable[[NDArray, int], NDArray] | None
     of_rgb: bool = False
     scales: tuple[int, ...] | None = None
 
@@ -82,6 +86,7 @@ DEGRADATIONS: dict[str, Degradation] = {
     PAPER: Degradation(bicubic),
     "BD": Degradation(blurred, scales=(3,)),
     "DN": Degradation(noisy, of_rgb=True),
+    READY: Degradation(None),
 }
 
 
@@ -98,7 +103,7 @@ def check_scales(name: str, scales: Iterable[int], degradation: str) -> None:
 
 
 def low_resolution(
-    pixels: NDArray[np.uint8], scale: int, degradation: str = PAPER, colour: bool = False
+    pixels: NDArray[np.uint8], scale: int, degradation: str = PAPER, colour: bool = False, file: Path | None = None
 ) -> NDArray[np.float64]:
     """The low resolution of an 8-bit image, as networks take it.
 
@@ -107,14 +112,26 @@ def low_resolution(
         scale: s.
         degradation: of DEGRADATIONS.
         colour: Y, Cb and Cr of an RGB image instead of Y alone.
+        file: of the image; ready pairs need it.
 
     Returns:
         [H / s, W / s] or [H / s, W / s, 3], 0…1 (bicubic a little beyond).
+
+    Raises:
+        UserError: of ready pairs, the other image is missing or of another size.
     """
     from drrn.matlab import rgb2y, rgb2ycbcr
 
     def planes(image: NDArray[np.uint8]) -> NDArray[np.float64]:
         return (image if image.ndim == 2 else rgb2ycbcr(image) if colour else rgb2y(image)) / 255.0
 
+    if degradation == READY:
+        from drrn.images import read_pixels
+        from drrn.sets import ready_low
+
+        low = read_pixels(path := ready_low(file, scale))
+        if [scale * side for side in low.shape[:2]] != [*pixels.shape[:2]] or low.ndim != pixels.ndim:
+            raise UserError(f"{path} is {low.shape}: 1/{scale} of {file} would be {pixels.shape[:2]} / {scale}")
+        return planes(low)
     its = DEGRADATIONS[degradation]
     return planes(its.function(pixels, scale)) if its.of_rgb else its.function(planes(pixels), scale)

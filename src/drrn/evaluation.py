@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from drrn.config import check_sets
-from drrn.degradations import DEGRADATIONS, check_scales
+from drrn.degradations import DEGRADATIONS, READY, check_scales
 from drrn.disk import check_output
 from drrn.errors import UserError, printable
 from drrn.fast.threads import Watch
@@ -134,6 +134,7 @@ def evaluate(config: EvaluateConfig) -> None:
         for job in jobs
         if not set(config.metrics) <= set(scores.find(job.key(), job.digest))
         or (job.picture is not None and not job.picture.is_file())
+        or config.degradation == READY
         or job.made is not None  # that program may have made other images since
     ]
     facts = environment()
@@ -267,14 +268,14 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int 
     started, colours = time.monotonic(), None
     try:
         pixels = read_pixels(job.path)
-        y, truth = prepare(pixels, job.scale, job.method.input, protocol.degradation)
+        y, truth = prepare(pixels, job.scale, job.method.input, protocol.degradation, job.path)
         if job.made is not None:
             y = made_by_another(job, read_luminance, truth.shape)
             if pixels.ndim == 3 and over_colour(metrics, protocol):
                 colours = made_by_another(job, read_pixels, (*truth.shape, 3))
         elif job.method.checkpoint is not None:
             y = run_network(job.method.checkpoint, y, threads, protocol.precision)
-        row = score_pixels(y, pixels, job.scale, metrics, protocol, colours)
+        row = score_pixels(y, pixels, job.scale, metrics, protocol, colours, job.path)
     except ValueError as error:
         raise UserError(f"{job.path} at ×{job.scale}: {error}") from error
     if job.picture is not None:

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from drrn.config import OptimConfig
 from drrn.errors import UserError
 from drrn.fast.training import InTraining, Latch, worth_compiling
+from drrn.images import read_pixels
 from drrn.inference import forget, super_resolve
 from drrn.losses import loss_of
 from drrn.matlab import imresize
@@ -235,12 +236,13 @@ class SuperResolution(LightningModule):
         precision = self.validated_in if stage == "validate" else "float32"
         with torch.autocast(x.device.type, enabled=False):  # in strips, as src/evaluate.py scores
             prediction = super_resolve(self.network, given, precision=precision)
-        pixels = data.pixels(stage, task, image) if over_colour(metrics) else None
+        pixels = read_pixels(data.file(stage, task, image)) if over_colour(metrics) else None
 
         def scored(y: NDArray) -> dict[str, float]:
             if pixels is None:
                 return score(y, truth, task.scale, metrics)
-            return score_pixels(y, pixels, task.scale, metrics, Protocol(degradation=data.data.degradation))
+            protocol = Protocol(degradation=data.data.degradation)
+            return score_pixels(y, pixels, task.scale, metrics, protocol, file=data.file(stage, task, image))
 
         values = scored(prediction)
         row = {"set": task.set_name, "scale": task.scale, "image": image, **values}

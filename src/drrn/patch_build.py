@@ -19,12 +19,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from drrn.degradations import DEGRADATIONS
+from drrn.degradations import DEGRADATIONS, READY
 from drrn.errors import UserError
 from drrn.images import image_size, luminance, orientations, read_pixels
 from drrn.patches import HIGH, LOW, STEP, Recipe, attributes, check_patch_file, patch_path, sources_digest
 from drrn.protocol import prepare
-from drrn.sets import image_files
+from drrn.sets import image_files, ready_low
 from drrn.workers import end_with_parent
 
 log = logging.getLogger(__name__)
@@ -119,13 +119,16 @@ def _degrade_image(source: Source, recipe: Recipe, pixels: Path) -> None:
     y = np.ascontiguousarray(luminance(image))
     if y.shape != (source.height, source.width):
         raise UserError(f"{source.path} changed while its patches were cut: run the same command again")
-    given = image if DEGRADATIONS[recipe.degradation].of_rgb else y
+    given = image if DEGRADATIONS[recipe.degradation].of_rgb or recipe.degradation == READY else y
     with pixels.open("r+b") as file:
         file.seek(source.at)
         file.write(y)
         for (scale, top, left, h, w), at in kept(*y.shape, recipe)[0].items():
             file.seek(source.at + at)
-            x, _ = prepare(given[top : top + h, left : left + w], scale, degradation=recipe.degradation)
+            if recipe.degradation == READY and y.shape != (h, w):
+                raise UserError(f"{source.path}: of ready pairs the sides must be multiples of data.scales")
+            part = given[top : top + h, left : left + w]
+            x, _ = prepare(part, scale, degradation=recipe.degradation, file=source.path)
             file.write(quantise(x))
 
 
@@ -209,7 +212,10 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
             is full, or the file that is there cannot be trusted.
     """
     files = [file for set_name in recipe.sets for file in image_files(set_name, root)]
-    attrs = attributes(recipe, files)
+    read = files
+    if recipe.degradation == READY:
+        read = [*files, *(ready_low(file, scale) for file in files for scale in recipe.scales)]
+    attrs = attributes(recipe, read)
     path = patch_path(folder, name, attrs)
 
     def build(partial: Path) -> None:
@@ -217,7 +223,7 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
         if others := sorted(other.name for other in folder.glob(f"{name}-*.h5")):
             log.info("beside it are %s, of other recipes, images or versions", ", ".join(others))
         _build(partial, recipe, files, attrs, workers)
-        if sources_digest(files) != attrs["sources"]:
+        if sources_digest(read) != attrs["sources"]:
             raise UserError(f"the images of {path} changed while it was built: run the same command again")
 
     built_once(path, build)

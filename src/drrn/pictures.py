@@ -88,7 +88,7 @@ def crops(
         box = Box(width * 3 // 8, height * 3 // 8, max(1, width // 4), max(1, height // 4))
     if min(box) < 0 or box.left + box.width > width or box.top + box.height > height or not box.width * box.height:
         raise UserError(f"box = {list(box)} (left, top, width, height): not inside {path.name}, {width}×{height}")
-    x_low, y_truth = prepare(pixels, scale, "low", degradation)
+    x_low, y_truth = prepare(pixels, scale, "low", degradation, path)
     x = imresize(x_low, scale)
 
     panels = [("ground truth", truth, "PSNR / SSIM")]
@@ -96,7 +96,7 @@ def crops(
         prediction = run(x_low if name in low else x)
         scores = score(prediction, y_truth, scale)
         shown = np.clip(prediction, 0, 1)
-        shown = to_uint8(with_chroma(shown, pixels, scale, degradation) if truth.ndim == 3 else shown)
+        shown = to_uint8(with_chroma(shown, pixels, scale, degradation, path) if truth.ndim == 3 else shown)
         panels.append((name, shown, f"{scores['psnr']:.2f} dB / {scores['ssim']:.4f}"))
 
     return Crops(f"{path.stem} ×{scale}", truth, box, panels)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,11 @@ def shave(image: NDArray, border: int) -> NDArray:
 
 
 def prepare(
-    pixels: NDArray[np.uint8], scale: int, input: str = "interpolated", degradation: str = BICUBIC
+    pixels: NDArray[np.uint8],
+    scale: int,
+    input: str = "interpolated",
+    degradation: str = BICUBIC,
+    file: Path | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Steps 2 and 3: an 8-bit image → (network input, ground truth [H', W']), Y in 0…1.
 
@@ -86,18 +91,22 @@ def prepare(
         pixels: [H, W] or [H, W, 3]; Y alone will do, but for a degradation of R, G and B.
         scale: s.
         input: what the network takes: "interpolated" [H', W'], or "low", step 3's first half [H' / s, W' / s].
-        degradation: of DEGRADATIONS.
+        degradation, file: as of `low_resolution`.
     """
     pixels = modcrop(pixels, scale)
-    x = low_resolution(pixels, scale, degradation)
+    x = low_resolution(pixels, scale, degradation, file=file)
     return x if input == "low" else imresize(x, scale), luminance(pixels) / 255.0
 
 
 def with_chroma(
-    prediction: NDArray[np.floating], pixels: NDArray[np.uint8], scale: int, degradation: str = BICUBIC
+    prediction: NDArray[np.floating],
+    pixels: NDArray[np.uint8],
+    scale: int,
+    degradation: str = BICUBIC,
+    file: Path | None = None,
 ) -> NDArray[np.float64]:
     """Y [H', W'] of a network and bicubic Cb, Cr of the image [H, W, 3] → R, G, B [H', W', 3], 0…1."""
-    ycbcr = imresize(low_resolution(modcrop(pixels, scale), scale, degradation, colour=True), scale)
+    ycbcr = imresize(low_resolution(modcrop(pixels, scale), scale, degradation, True, file), scale)
     ycbcr[..., 0] = prediction
     return ycbcr2rgb(ycbcr)
 
@@ -114,6 +123,7 @@ def score_pixels(
     metrics: tuple[str, ...] | None = None,
     protocol: Protocol = PAPER,
     colours: NDArray[np.floating] | None = None,
+    file: Path | None = None,
 ) -> dict[str, float]:
     """Steps 4 to 6 of an 8-bit image: each metric over Y, or over R, G and B where it or the protocol says so.
 
@@ -122,12 +132,13 @@ def score_pixels(
         pixels: ground truth [H, W] or [H, W, 3].
         scale, metrics, protocol: as of `score`.
         colours: the prediction in R, G, B [H', W', 3], 0…1; None: `with_chroma`.
+        file: of the image; ready pairs need it.
     """
     pixels, names = modcrop(pixels, scale), metrics or in_training()
     values = score(prediction, luminance(pixels) / 255.0, scale, names, protocol)
     if pixels.ndim == 3 and (over := over_colour(names, protocol)):  # a grey image's only channel is Y
         if colours is None:
-            colours = with_chroma(prediction, pixels, scale, protocol.degradation)
+            colours = with_chroma(prediction, pixels, scale, protocol.degradation, file)
         values |= score(colours, pixels / 255.0, scale, over, protocol)
     return values
 

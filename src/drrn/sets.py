@@ -207,7 +207,19 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
         raise UserError(
             f"no set and no folder named {set_name!r}: give a folder of images, or one of {', '.join(known_sets())}"
         )
-    return folder_images(folder)
+    return folder_images(folder / "HR" if (folder / "HR").is_dir() and (folder / "LR").is_dir() else folder)
+
+
+def ready_low(truth: Path, scale: int) -> Path:
+    """The low resolution of FOLDER/HR/baby.png: FOLDER/LR/baby_x3.png, or as `counterpart` says.
+
+    Raises:
+        UserError: there is none, there are several, or the image is of no such folder.
+    """
+    low = truth.parent.with_name("LR")
+    if truth.parent.name != "HR" or not low.is_dir():
+        raise UserError(f"{truth}: of ready pairs a set is a folder that holds HR and LR")
+    return counterpart(low, ".", truth, scale, only_scale=True)
 
 
 def folder_images(folder: Path) -> list[Path]:
