@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, field, is_dataclass, make_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, make_dataclass
 from typing import Any, Protocol, get_type_hints
 
 import torch
 from omegaconf import MISSING
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from drrn.config import DEFAULT
 from drrn.drcn import DRCN
 from drrn.errors import UserError
 from drrn.espcn import ESPCN
 from drrn.fsrcnn import FSRCNN
+from drrn.layers import conv_weights
 from drrn.model import DRRN
 from drrn.red30 import RED30
 from drrn.resnet import ResNet
@@ -126,3 +128,30 @@ def on_paper(model: Any) -> Any:
     """`build` without memory: tensors with shapes and no contents, for counting and checking."""
     with torch.device("meta"):
         return build(model)
+
+
+COUNTED: dict[str, Counts] = {}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A network's depth and convolution weights; floating-point operations for one pixel, a multiply-add is two:
+    of its output, and of an optimiser step."""
+
+    depth: int
+    conv_weights: int
+    output: float
+    step: float
+
+
+def count(model: Any) -> Counts:
+    """The counts of a network, of which only the shapes are made; once for each structure."""
+    if repr(model) not in COUNTED:
+        network, x = on_paper(model), torch.rand(1, 1, 32, 32, device="meta")
+        with FlopCounterMode(display=False) as forward:
+            pixels = network.eval()(x).numel()
+        with FlopCounterMode(display=False) as step:
+            network.train()(x).sum().backward()
+        counted = (forward.get_total_flops() / pixels, step.get_total_flops() / pixels)
+        COUNTED[repr(model)] = Counts(network.depth, conv_weights(network), *counted)
+    return COUNTED[repr(model)]

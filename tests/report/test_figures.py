@@ -369,7 +369,7 @@ def test_page(entry_point: Callable, make: Callable, tmp_path: Path) -> None:
     assert "../../runs/fig8/0/record.json" in files
     assert all((output / link).is_file() for link in files)
     for said in (
-        "2 of 20 runs finished, 1 failed, 17 missing", "DRRN_B1U25_2f s1", "python src/train.py sweeps=table2",
+        "2 of 20 runs finished, 1 failed, 17 missing", "DRRN_B1U25_2f s1", "python src/train.py sweeps=fig1",
         "0.04 % of the paper's", "weights.safetensors",
     ):  # fmt: skip
         assert said in page.text, said

@@ -18,8 +18,9 @@ from drrn.disk import write_json
 from drrn.errors import InUse, UserError
 from drrn.identity import run_dir
 from drrn.model import DRRN
+from drrn.networks import count
 from drrn.runs.record import FILE, run_record
-from drrn.sweep.cost import Speed, count, count_bytes, measure, operations
+from drrn.sweep.cost import Speed, count_bytes, measure, operations
 from drrn.sweep.machine import Ended, NotBegun
 from drrn.sweep.outcome import outcome
 from drrn.sweep.plan import Job, look, make_plan, print_plan

@@ -63,9 +63,10 @@ class Point:
 
     @property
     def short(self) -> str:
-        """B3U4; VDSR d28."""
+        """B3U4; VDSR d28; DRCN 16f."""
         if self.model["network"] != "drrn":
-            return self.name
+            width = f" {self.model['features']}f" if "features" in self.model else ""
+            return self.model["network"].upper() + width
         return f"B{self.model['B']}U{self.model['U']}" if self.model["U"] else f"VDSR d{self.depth}"
 
     def add(self, record: dict[str, Any]) -> None:

@@ -20,7 +20,6 @@ from drrn.home import CONF, DATA
 from drrn.images import sha256
 from drrn.metrics import METRICS
 from drrn.paper import paper_numbers
-from drrn.report.groups import structure
 from drrn.report.measurements import MISSING, Measurement, from_record, from_scores, set_size, signed
 from drrn.report.page import Part, Section, write_page
 from drrn.report.studies import preset
@@ -79,8 +78,7 @@ def write_ledger(scores: list[Path], records: list[dict[str, Any]], output: Path
         output: the folder.
         command: what the page says that it was made by.
     """
-    found = measured([*sorted(SCORES.glob("*.json")), *scores], [*_shipped(), *records])
-    entries = list(ledger(found))
+    entries = list(ledger(everything(scores, records)))
     tables, lines = _tables(entries)
     flat = io.StringIO()
     writer = csv.writer(flat, lineterminator="\n")
@@ -94,6 +92,11 @@ def write_ledger(scores: list[Path], records: list[dict[str, Any]], output: Path
         output / "ledger.html", "The ledger", [Section("ledger", lines[0], [Part("", lines[1:], tables)])], command
     )
     print(f"written: {output / 'ledger'}.csv, .md, .html")
+
+
+def everything(scores: list[Path], records: list[dict[str, Any]]) -> Found:
+    """`measured` of these, of the scores that come with the package and of the shipped weights' runs."""
+    return measured([*sorted(SCORES.glob("*.json")), *scores], [*_shipped(), *records])
 
 
 def _shipped() -> list[dict[str, Any]]:
@@ -237,9 +240,7 @@ def built_here(network: str) -> tuple[int, int, int] | None:
     name = "drrn" if drrn else "vdsr_wide" if vdsr else network.lower()
     if not (drrn or vdsr or name in NETWORKS or name == "vdsr"):
         return None
-    around = {"trainer": {"max_steps": 1}, "data": {"scales": [3]}}  # what conf/model takes from elsewhere
-    model = OmegaConf.to_container(OmegaConf.merge(around, preset(name)), resolve=True)
-    model = structure({key: value for key, value in model.items() if key not in around})
+    model = preset(name)
     if drrn:
         model |= {"B": int(drrn[3]), "U": int(drrn[4]), "weight_sharing": not drrn[1], "multi_path": not drrn[2]}
     if vdsr:

@@ -18,12 +18,19 @@ if TYPE_CHECKING:
     from drrn.report.page import Part, Picture, Section
 
 
+NETWORKS = {  # what is about networks, not about runs
+    "fig2": "Fig. 2: structures, drawn from the networks themselves",
+    "table1": "Table 1: strategies of ResNet, VDSR, DRCN and DRRN",
+    "networks": "Every network: weights, operations, time, memory, scores",
+}
+
+
 @dataclass
 class ReportConfig:
     """What conf/report.yaml documents."""
 
     runs: Any = key("a folder of runs, or a list of them; null: none (study: runs)")
-    study: Any = key("fig6, fig8, table4, fig1, fig9, curves, runs, or a list: from their runs")
+    study: Any = key("fig1, fig2, fig6, fig8, fig9, table1, table4, networks, curves, runs, or a list")
     scores: list[str] = key("files of src/evaluate.py")
     output: str = key("tables (.md, .csv, .tex), pictures, a study's index.html")
     compare: str | None = key("img059, 253027, ppt3 (Fig. 7), or the path of an image")
@@ -43,14 +50,15 @@ def check(cfg: DictConfig) -> ReportConfig:
     """
     config = typed(ReportConfig, cfg)
     config.study = paths("study", config.study)
-    config.runs = paths("runs", config.runs) or ["runs"] * bool(config.study)
+    needed = bool(set(config.study) - set(NETWORKS)) or (bool(config.study) and Path("runs").is_dir())
+    config.runs = paths("runs", config.runs) or ["runs"] * needed
     if config.box is not None and len(config.box) != 4:
         raise UserError(f"box = {config.box}: four whole numbers, left, top, width, height")
-    if not (config.runs or config.scores or config.compare or config.ledger):
+    if not (config.runs or config.study or config.scores or config.compare or config.ledger):
         raise UserError(
             "nothing to report: give runs=FOLDER, scores=[FILE], study=NAME, compare=IMAGE or ledger=true"
         )
-    if config.study and config.scores:
+    if config.scores and set(config.study) - set(NETWORKS):
         raise UserError("scores and study: studies are drawn from run records; report files of scores without study")
     for name in ("scores", "checkpoint"):
         for path in getattr(config, name):
@@ -79,8 +87,8 @@ def report(config: ReportConfig, command: str) -> None:
     from drrn.report.studies import STUDIES
 
     for study in config.study:
-        if study not in STUDIES:
-            raise UserError(f"study = {study!r}: allowed are {', '.join(STUDIES)}, or a list of them")
+        if study not in STUDIES and study not in NETWORKS:
+            raise UserError(f"study = {study!r}: allowed are {', '.join([*STUDIES, *NETWORKS])}, or a list of them")
     from drrn.report.measurements import from_scores
     from drrn.report.page import Part, Section, write_page  # with Matplotlib, which a refusal need not wait for
     from drrn.report.records import read_runs
@@ -93,7 +101,9 @@ def report(config: ReportConfig, command: str) -> None:
         return
     sections, refused = [], None
     if config.study:
-        sections = study_sections(config, records)
+        of_runs = [study for study in config.study if study in STUDIES]
+        sections = [networks_section(study, config, records) for study in config.study if study in NETWORKS]
+        sections += study_sections(replace(config, study=of_runs), records) if of_runs else []
     else:
         measured = [m for path in config.scores for m in from_scores(Path(path))]
         if records or measured:
@@ -139,6 +149,27 @@ def tables_part(config: ReportConfig, records: list[dict[str, Any]], measured: l
     for name, table in tables.items():
         write_table(table, Path(config.output) / name)
     return [Part("What was measured", [], list(tables.values()))]
+
+
+def networks_section(study: str, config: ReportConfig, records: list[dict[str, Any]]) -> Section:
+    """Fig. 2, Table 1 or the table of all networks: to files, and for the page."""
+    from drrn.pictures import save
+    from drrn.report.networks import tables_of
+    from drrn.report.page import Part, Picture, Section, svg
+    from drrn.report.structures import fig2
+    from drrn.report.tables import write_table
+
+    output, title = Path(config.output), NETWORKS[study]
+    if study == "fig2":
+        figure = fig2()
+        files = [path.name for path in save(figure, output / study)]
+        print(f"written: {output / study}.png, .pdf")
+        said = "ResNet and VDSR with six convolutions of their own, DRCN and DRRN with some that are used again."
+        block = Picture(title, f"{title}. {said}", svg(figure), svg(fig2(stacked=True)), files)
+    else:
+        block = tables_of(study, config.scores, records)
+        write_table(block, output / study)
+    return Section(study, title, [Part("", blocks=[block])])
 
 
 def study_sections(config: ReportConfig, records: list[dict[str, Any]]) -> list[Section]:

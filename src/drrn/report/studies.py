@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from drrn.errors import UserError
 from drrn.home import CONF
 from drrn.identity import run_group, structure_name
-from drrn.paper import paper_numbers, paper_psnr
+from drrn.paper import paper_methods, paper_numbers, paper_psnr
 from drrn.report.groups import ABLATION, PLACE, STRUCTURE, Place, Point, RunGroup, structure, variant
 from drrn.report.measurements import MISSING, over_seeds
 from drrn.report.tables import Cell, Table
@@ -39,8 +39,8 @@ STUDIES = {
     "fig6": Study("Fig. 6: recursive blocks B and residual units U", "fig6", True, True),
     "fig8": Study("Fig. 8: local residuals, weight sharing and multi-path by depth", "fig8", True, True),
     "table4": Study("Table 4: the components turned on and off at B3U4", "table4", True, True),
-    "fig1": Study("Fig. 1: PSNR against weights and depth", "table2", False, False),
-    "fig9": Study("Fig. 9: shallow, deep and very deep", "table2", False, False),
+    "fig1": Study("Fig. 1: PSNR against weights and depth", "fig1", False, False),
+    "fig9": Study("Fig. 9: shallow, deep and very deep", "fig1", False, False),
     "curves": Study("Learning curves", None, True, False),
     "runs": Study("What ran: PSNR by depth, B and U", None, False, True),
 }
@@ -61,17 +61,22 @@ def planned(study: str) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not there: studies are drawn from a clone of the repository (DRRN_HOME names it)")
     models = []
     for point in OmegaConf.to_container(OmegaConf.load(path))["hydra"]["sweeper"]["points"]:
-        chosen = [f"{key[6:]}={value}" for key, value in point.items() if key.startswith("model.")]
-        model = OmegaConf.merge(preset(point.get("model", "drrn")), OmegaConf.from_dotlist(chosen))
-        models.append(structure(OmegaConf.to_container(model)))
+        chosen = {key[6:]: value for key, value in point.items() if key.startswith("model.")}
+        models.append(preset(point.get("model", "drrn"), **chosen))
     return models
 
 
-def preset(name: str) -> DictConfig:
-    """A network of the paper: conf/model/<name>.yaml on top of what it builds on."""
+def preset(name: str, scale: int = PLACE[1], **changes: Any) -> dict[str, Any]:
+    """A network of the paper in full: conf/model/<name>.yaml, of one scale where it is of one, and changes to it."""
+    around = {"trainer": {"max_steps": 1}, "data": {"scales": [scale]}}  # what conf/model takes from elsewhere
+    model = OmegaConf.to_container(OmegaConf.merge(around, _preset(name), changes), resolve=True)
+    return structure({key: value for key, value in model.items() if key not in around})
+
+
+def _preset(name: str) -> DictConfig:
     content = OmegaConf.load(Path(CONF) / "model" / f"{name}.yaml")
     below = [base for base in content.pop("defaults", ()) if base != "_self_"]  # which is the last, in all of them
-    return OmegaConf.merge(*map(preset, below), content)
+    return OmegaConf.merge(*map(_preset, below), content)
 
 
 def run_groups(study: str, records: list[dict[str, Any]]) -> list[RunGroup]:
@@ -151,8 +156,8 @@ def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]
 
 
 def _same_point(planned: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether a trained network is a point of the plan: of any width and normalisation, if it is a DRRN."""
-    keys = ("network", *ABLATION) if planned["network"] == "drrn" else planned
+    """Whether a trained network is a point of the plan: of any width, and of any normalisation if it is a DRRN."""
+    keys = ("network", *ABLATION) if planned["network"] == "drrn" else planned.keys() - {"features", "alpha_steps"}
     return all(key in other and other[key] == planned[key] for key in keys)
 
 
@@ -192,7 +197,9 @@ def points_table(group: RunGroup) -> Table:
     paper, seeds = paper_psnr() if group.place == PLACE else {}, group.seeds
     several = len(seeds) > 1
     columns = ["structure", "depth", "weights", *(f"seed {seed}" for seed in seeds)]
-    columns += ["mean"] * several + ["paper (128 features)"] * bool(paper)
+    columns += ["mean"] * several + ["paper"] * bool(paper)
+    others = {(name, None, None): psnr for name, psnr in paper_methods().items()}
+    paper = paper and paper | others | {("VDSR", 19, 0): paper_methods()["vdsr"]}
     rows = []
     for point in group.points:
         values = point.values()

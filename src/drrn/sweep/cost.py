@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drrn.config import Config, ModelConfig
+from drrn.config import Config
 from drrn.errors import UserError
 
 MORE = 0.2  # seconds: a timed step is made longer (a larger batch, a larger image) until it takes so many
@@ -19,42 +18,9 @@ TIMED = 5  # steps timed at a point; the fastest counts, the others were disturb
 # ---------------------------------------------------------------------- counted
 
 
-COUNTED: dict[str, Counts] = {}
-
-
-@dataclass(frozen=True)
-class Counts:
-    """A network's depth and convolution weights; floating-point operations for one pixel, a multiply-add is two:
-    of its output, and of an optimiser step."""
-
-    depth: int
-    conv_weights: int
-    output: float
-    step: float
-
-
-def count(model: ModelConfig) -> Counts:
-    """The counts of a network, of which only the shapes are made; once for each structure."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from drrn.layers import conv_weights
-    from drrn.networks import on_paper
-
-    if repr(model) not in COUNTED:
-        network, x = on_paper(model), torch.rand(1, 1, 32, 32, device="meta")
-        with FlopCounterMode(display=False) as forward:
-            pixels = network.eval()(x).numel()
-        with FlopCounterMode(display=False) as step:
-            network.train()(x).sum().backward()
-        counted = (forward.get_total_flops() / pixels, step.get_total_flops() / pixels)
-        COUNTED[repr(model)] = Counts(network.depth, conv_weights(network), *counted)
-    return COUNTED[repr(model)]
-
-
 def operations(config: Config) -> float:
     """Floating-point operations of an optimiser step: forward, and backward for weights and inputs."""
-    from drrn.networks import pair_sides
+    from drrn.networks import count, pair_sides
 
     _, side = pair_sides(config.model, config.data.patch_size)
     return count(config.model).step * side**2 * config.data.batch_size
@@ -75,36 +41,15 @@ def count_bytes(config: Config) -> int:
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_iter
 
+    from drrn.fast.memory import tensors_counted
     from drrn.fast.training import InTraining
     from drrn.module import SuperResolution
     from drrn.networks import pair_sides, structure
 
-    class Alive(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.now = self.peak = 0
-            self.known: weakref.WeakSet = weakref.WeakSet()
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = function(*args, **(kwargs or {}))
-            for tensor in tree_iter(result):
-                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
-                    storage = tensor.untyped_storage()
-                    self.known.add(storage)
-                    weakref.finalize(storage, self.freed, storage.nbytes()).atexit = False
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-            return result
-
-        def freed(self, size: int) -> None:
-            self.now -= size
-
     sides = pair_sides(config.model, config.data.patch_size)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
-    with FakeTensorMode(), Alive() as alive:
+    with FakeTensorMode(), tensors_counted() as alive:
         module = SuperResolution(structure(config.model), asdict(config.optim))
         trained = InTraining(module.network, checkpointing=config.speed.checkpointing)
         x, truth = (torch.rand(micro_batch(config), 1, side, side) for side in sides)
@@ -198,6 +143,8 @@ def measure(config: Config, threads: int | None = None) -> Speed:
 def evaluation_speed(network: Any, config: Config, device: Any) -> float:
     """Operations a second of the network on whole images in float32: larger ones until one takes `MORE` seconds."""
     import torch
+
+    from drrn.networks import count
 
     side, best = 32, 0.0
     network.float().eval()

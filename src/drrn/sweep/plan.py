@@ -21,7 +21,7 @@ from drrn.config import Config
 from drrn.errors import UserError
 from drrn.identity import run_dir, structure_name
 from drrn.runs.record import FILE, done_before, read_record
-from drrn.sweep.cost import TIMED, count, count_bytes, evaluation_pixels, measure, micro_batch, operations
+from drrn.sweep.cost import TIMED, count_bytes, evaluation_pixels, measure, micro_batch, operations
 
 SHARE = 100  # a sweep of fewer steps than this many times the timed ones is not worth timing
 
@@ -160,6 +160,8 @@ def estimate(work: list[Job], threads: int | None) -> str:
     Returns:
         Why there are none; "" where there are.
     """
+    from drrn.networks import count
+
     if not work:
         return ""
     ends = sorted((operations(job.config), i) for i, job in enumerate(work))
@@ -187,6 +189,8 @@ STATES = {
 
 def print_plan(plan: Plan) -> None:
     """The plan as a table on the standard output."""
+    from drrn.networks import count
+
     table = Table(title="Plan", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run", overflow="fold")
     table.add_column("state", overflow="fold")

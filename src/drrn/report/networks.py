@@ -1,0 +1,168 @@
+"""Networks beside each other, no figure of runs: Table 1, Fig. 2, and the table of every network that is a member."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from drrn.networks import build, count
+from drrn.paper import paper_numbers
+from drrn.report.groups import PLACE, RunGroup, variant
+from drrn.report.ledger import Found
+from drrn.report.measurements import MISSING
+from drrn.report.studies import preset
+from drrn.report.tables import Table
+
+SIDE = 288  # pixels of the result that time and memory are of, both ways
+
+
+class Strategy(NamedTuple):
+    """A row of Table 1."""
+
+    preset: str  # in conf/model; all four have 20 layers
+    method: str  # as Table 2 calls it
+    strategy: str
+    formula: str
+
+
+TABLE1 = {
+    "ResNet": Strategy("resnet", "", "local residuals in a chain", "y = f_Rec(U_U(U_{U-1}(…(U_1(f_1(x))))))"),
+    "VDSR": Strategy("vdsr_plain", "VDSR", "global residual", "y = f_Rec(f_{d-1}(f_{d-2}(…(f_1(x))))) + x"),
+    "DRCN": Strategy(
+        "drcn",
+        "DRCN",
+        "global residual, recursion of one layer, ensemble",
+        "y = Σ_t w_t · (f_Rec(f_2^(t)(f_1(x))) + x)",
+    ),
+    "DRRN": Strategy(
+        "drrn",
+        "DRRN_B1U9",
+        "multi-path local residuals, global residual, recursion of units",
+        "y = f_Rec(R_B(R_{B-1}(…(R_1(x))))) + x",
+    ),
+}
+# Every network as its paper has it: name → conf/model and changes, the paper's name of it.
+MEMBERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "SRCNN 9-1-5": ("srcnn", {}, "SRCNN"),
+    "FSRCNN": ("fsrcnn", {}, "FSRCNN"),
+    "ESPCN": ("espcn", {}, "ESPCN"),
+    "VDSR": ("vdsr_plain", {}, "VDSR"),
+    "VDSR with BatchNorm": ("vdsr", {}, ""),
+    "DRCN": ("drcn", {}, "DRCN"),
+    "RED30": ("red30", {}, "RED30"),
+    "ResNet, U = 9": ("resnet", {}, ""),
+    "DRRN_B1U9": ("drrn", {}, "DRRN_B1U9"),
+    "DRRN_B1U25": ("drrn", {"U": 25}, "DRRN_B1U25"),
+}
+
+
+def counted(model: dict[str, Any]) -> tuple[str, str, str]:
+    """Depth, weights and multiply-adds for a pixel of the result, as cells."""
+    its = count(model)
+    return str(its.depth), f"{its.conv_weights:,}", f"{its.output / 2:,.0f}"
+
+
+def quoted(method: str, place: tuple[str, int], metrics: tuple[str, ...] = ("psnr",)) -> str:
+    """What the paper prints of a method."""
+    set_name, scale = place
+    for name in ("table2", "fig1"):
+        for row in paper_numbers(name):
+            if (row["method"], row["dataset"], int(row["scale"])) == (method, set_name, scale) and row["psnr"]:
+                return " / ".join(row[metric] for metric in metrics if metric in row)
+    return MISSING
+
+
+def table1(found: Found, groups: list[RunGroup]) -> Table:
+    """Table 1: what each network does, what it costs, what it reaches on Set5 ×3.
+
+    Args:
+        found: of `ledger.measured`: published weights, and trainings of the paper's size.
+        groups: of Fig. 1, a column each: networks of any width under one recipe.
+    """
+    columns = ["method", "strategies", "formula", "depth", "weights", "multiply-adds a pixel", "paper", "ours"]
+    columns += [f"ours: {group.short()}" for group in groups]
+    rows = []
+    for name, its in TABLE1.items():
+        model = preset(its.preset)
+        measured = found.get((its.method, *PLACE))
+        ours = f"{measured[0]['psnr']:.2f}" if measured else MISSING
+        row = [name, its.strategy, its.formula, *counted(model), quoted(its.method, PLACE), ours]
+        rows.append([*row, *(_trained(group, model) for group in groups)])
+    notes = ["PSNR in dB on Set5 ×3. A multiply-add is two operations; weights of convolutions, shared ones once."]
+    notes += ["Ours: published weights measured here, or trained here at the paper's size."]
+    notes += [line for group in groups for line in group.origin()]
+    return Table("Table 1: strategies, and what they cost and reach", columns, rows, notes, keys=1)
+
+
+def _trained(group: RunGroup, model: dict[str, Any]) -> str:
+    """PSNR of a run group's network of this family and depth, whatever its width."""
+    key = (variant(model), model.get("B"), model.get("U"))
+    means = [p.mean() for p in group.points if (p.variant, p.model.get("B"), p.model.get("U")) == key]
+    return next((f"{mean:.2f}" for mean in means if mean is not None), MISSING)
+
+
+def networks_table(found: Found) -> Table:
+    """Every network: weights, operations, time and memory for 288² pixels, PSNR and SSIM on Set5 at each scale."""
+    places = [("Set5", scale) for scale in (2, 3, 4)]
+    columns = ["network", "depth", "weights", "multiply-adds a pixel", f"ms for {SIDE}²", f"MB for {SIDE}²"]
+    columns += [f"Set5 ×{scale}" for _, scale in places]
+    rows = []
+    for name, (file, changes, method) in MEMBERS.items():
+        model = preset(file, **changes)
+        cells = []
+        for place in places:
+            values = found.get((method, *place), ({}, None, ""))[0]
+            ours = " / ".join(
+                f"{values[key]:.{digits}f}" for key, digits in (("psnr", 2), ("ssim", 4)) if key in values
+            )
+            printed = quoted(method, place, ("psnr", "ssim"))
+            cells.append(ours or (printed if printed == MISSING else f"{printed} *"))
+        milliseconds, size, device = cost(model)
+        rows.append([name, *counted(model), f"{milliseconds:,.0f}", f"{size / 1e6:,.0f}", *cells])
+        print(f"{name}: {milliseconds:,.0f} ms", flush=True)
+    notes = [
+        f"Time: {device}, float32, the better of two, networks of one scale at ×3. Memory: tensors alive at once.",
+        "PSNR in dB / SSIM: published weights, or trained here at the paper's size; * as the paper prints it.",
+    ]
+    return Table(f"Every network: cost of {SIDE}×{SIDE} pixels, and scores", columns, rows, notes)
+
+
+def cost(model: dict[str, Any]) -> tuple[float, int, str]:
+    """Enlarging to 288²: milliseconds, bytes of tensors alive at once, and of what the time is."""
+    import numpy as np
+    import torch
+
+    from drrn.fast.memory import tensors_counted
+    from drrn.inference import super_resolve
+
+    gpu = torch.cuda.is_available()
+    network = build(model).eval().to("cuda" if gpu else "cpu")
+    side = SIDE // getattr(network, "scale", 1)
+    x = torch.from_numpy(np.random.default_rng(0).random((side, side), np.float32)).to("cuda" if gpu else "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # whose time is the same beside other work
+    try:
+        clock = time.perf_counter if gpu else time.process_time
+        super_resolve(network, x[:48, :48])
+        times = []
+        for _ in range(2):
+            began = clock()
+            super_resolve(network, x).sum().item()  # which waits for a GPU
+            times.append(clock() - began)
+        with tensors_counted() as alive:
+            super_resolve(network, x)
+    finally:
+        torch.set_num_threads(threads)
+    return 1000 * min(times), alive.peak, torch.cuda.get_device_name() if gpu else "one thread's time on a CPU"
+
+
+def tables_of(study: str, scores: list[str], records: list[dict[str, Any]]) -> Table:
+    """`study=table1` or `study=networks`."""
+    from drrn.report.ledger import everything
+    from drrn.report.studies import run_groups
+
+    found = everything([Path(path) for path in scores], records)
+    if study == "networks":
+        return networks_table(found)
+    return table1(found, [group for group in run_groups("fig1", records) if group.finished])

@@ -1,0 +1,174 @@
+"""Fig. 2: structures drawn from the networks themselves, a graph of what their `forward` does.
+
+`graph` runs a network once and keeps the convolutions and the sums, as the paper does: activations and BatchNorm are
+left out. Convolutions of one weight have one colour. What is supervised in training is light blue.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# The panels of the paper's Fig. 2, six convolutions on the longest path of each.
+PANELS: dict[str, dict[str, Any]] = {
+    "(a) ResNet": {"network": "resnet", "U": 2, "features": 2},
+    "(b) VDSR": {"B": 5, "U": 0, "features": 2},
+    "(c) DRCN": {"network": "drcn", "T": 2, "features": 2},
+    "(d) DRRN": {"B": 1, "U": 2, "features": 2},
+}
+SHARED = ("#a6dba0", "#f4a582", "#c2a5cf", "#fee08b")  # a colour for each weight that is used more than once
+ALONE, SUPERVISED, LINE = "#e8e8e8", "#b3d9f2", "#222222"
+CONVOLUTIONS = {"conv2d", "conv_transpose2d"}
+SUMS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
+
+
+@dataclass(eq=False)
+class Node:
+    """The input, a convolution, a sum or an output."""
+
+    kind: str  # "x", "conv", "sum"
+    inputs: list[Node] = field(default_factory=list)
+    weight: int | None = None  # of a convolution: which
+    supervised: bool = False
+    rank: int = 0  # steps from the input on the longest path
+    column: int = 0
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """Where it is drawn."""
+        return 1.3 * self.column, -float(self.rank)
+
+
+class Recorder(TorchFunctionMode):
+    """Follows tensors through whatever functions a network calls."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.nodes = [Node("x")]
+        self.made_by: dict[int, Node] = {id(x): self.nodes[0]}
+        self.alive: list[Any] = [x]  # so that no id is given twice
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = [tensor for arg in args for tensor in (arg if isinstance(arg, list | tuple) else [arg])]
+        sources = [self.made_by[id(tensor)] for tensor in given if id(tensor) in self.made_by]
+        if not isinstance(result, Tensor) or not sources:
+            return result
+        name = getattr(function, "__name__", "")
+        if name in CONVOLUTIONS:
+            node = Node("conv", sources[:1], id(args[1]))
+        elif name in SUMS and len(sources) > 1:
+            node = Node("sum", sources)
+        elif name in ("cat", "stack"):  # what DRCN returns in training: each part is supervised
+            for source in sources:
+                source.supervised = True
+            node = sources[0]
+        else:
+            node = sources[0]  # an activation, a norm, a multiple: the arrow goes through it
+        if node not in self.nodes:
+            self.nodes.append(node)
+        self.made_by[id(result)] = node
+        self.alive.append(result)
+        return result
+
+
+def graph(network: nn.Module) -> list[Node]:
+    """What a network's `forward` does in training, in the order in which it does it, with a place for each node."""
+    x = torch.rand(2, 1, 16, 16)
+    with torch.no_grad(), Recorder(x) as recorder:
+        y = network.train()(x)
+    recorder.made_by[id(y)].supervised = True
+    nodes = recorder.nodes
+    for node in nodes[1:]:
+        node.rank = 1 + max(source.rank for source in node.inputs)
+    _columns(nodes)
+    return nodes
+
+
+def _columns(nodes: list[Node]) -> None:
+    """Each node below the first of its inputs that goes on there; what branches off goes to a column of its own."""
+    longest = {id(node): 0 for node in nodes}  # steps to the end
+    for node in reversed(nodes):
+        for source in node.inputs:
+            longest[id(source)] = max(longest[id(source)], 1 + longest[id(node)])
+    free = 1
+    for node in nodes:
+        users = [other for other in nodes if any(source is node for source in other.inputs[:1])]
+        users.sort(key=lambda other: -longest[id(other)])
+        for index, user in enumerate(users):
+            user.column = node.column if index == 0 else free
+            free += index > 0
+
+
+def fig2(stacked: bool = False) -> Figure:
+    """The four structures that the paper sets beside each other; two by two on a narrow screen."""
+    from drrn.networks import build
+
+    figure = Figure(figsize=(4.3, 10.4) if stacked else (9.6, 5.4), dpi=160)
+    FigureCanvasAgg(figure)
+    graphs = {name: graph(build(structure)) for name, structure in PANELS.items()}
+    widths = [1.6 + max(node.column for node in nodes) for nodes in graphs.values()]
+    shape = (2, 2, {}) if stacked else (1, 4, {"width_ratios": widths})
+    axes = figure.subplots(*shape[:2], gridspec_kw=shape[2]).flat
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.07, wspace=0.02, hspace=0.08)
+    for axis, (name, nodes) in zip(axes, graphs.items(), strict=True):
+        draw(axis, name, nodes, max(node.rank for those in graphs.values() for node in those))
+    words = (
+        "one colour: one weight, used again · blue: supervised · ⊕: sum · left out: activations, BatchNorm, DRCN's w"
+    )
+    figure.text(0.5, 0.02, words.replace(" · ⊕", "\n⊕") if stacked else words, ha="center", size=7.5, color="#333333")
+    return figure
+
+
+def draw(axis: Axes, name: str, nodes: list[Node], deepest: int) -> None:
+    """One network from its input at the top to its output at the bottom."""
+    uses = Counter(node.weight for node in nodes if node.weight is not None)
+    colours = dict(zip([weight for weight, number in uses.items() if number > 1], SHARED * len(uses), strict=False))
+    arrows = [(source, node, index) for node in nodes for index, source in enumerate(node.inputs)]
+    around = sorted((a for a in arrows if _around(nodes, *a)), key=lambda a: a[1].rank - a[0].rank)
+    for source, node, index in arrows:
+        lane = around.index((source, node, index)) if (source, node, index) in around else None
+        points = _path(source, node, index, lane)
+        head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 7, "color": LINE}  # up to the rim of what it points to
+        axis.annotate("", points[-1], points[-2], arrowprops=head)
+        axis.plot(*zip(*points[:-1], strict=True), color=LINE, linewidth=1, solid_capstyle="butt")
+    for node in nodes:
+        x, y = node.place
+        colour = colours.get(node.weight, ALONE) if node.kind == "conv" else "white"
+        colour = SUPERVISED if node.supervised else colour
+        if node.kind == "sum":
+            axis.plot([x], [y], "o", zorder=3, markersize=13, markerfacecolor=colour, markeredgecolor=LINE)
+        else:
+            axis.add_patch(Rectangle((x - 0.4, y - 0.22), 0.8, 0.44, facecolor=colour, edgecolor=LINE, zorder=3))
+        axis.text(x, y, {"sum": "+"}.get(node.kind, node.kind), ha="center", va="center_baseline", size=7.5, zorder=4)
+    axis.set_title(name, size=9)
+    axis.set_xlim(-0.6 - 0.14 * len(around), max(node.place[0] for node in nodes) + 0.7)
+    axis.set_ylim(-deepest - 0.4, 0.4)
+    axis.set_axis_off()
+
+
+def _around(nodes: list[Node], source: Node, node: Node, index: int) -> bool:
+    """Whether an arrow must leave the column of its source, since others stand in its way."""
+    between = range(source.rank + 1, node.rank + (source.column != node.column))
+    return index > 0 and any(other.column == source.column and other.rank in between for other in nodes)
+
+
+def _path(source: Node, node: Node, index: int, lane: int | None) -> list[tuple[float, float]]:
+    """Corners of an arrow: straight down, over to another column, or around in a lane of its own."""
+    (x, y), (to, end) = source.place, node.place
+    if lane is not None:
+        y -= 0.42 * (source.kind == "sum")  # where nothing comes in
+        at = x - 0.52 - 0.14 * lane if x == to else to + 0.52
+        return [(x, y), (at, y), (at, end), (to, end)]
+    if x == to:
+        return [(x, y), (x, y), (to, end)]
+    return [(x, y), (x, end) if index else (to, y), (to, end)]
