@@ -268,7 +268,7 @@ def _of_text(row: dict[str, str], found: Found) -> Entry:
     elif kind == "images":
         ours = sum(registered_sets()[name] for name in names)
     elif kind == "recursions":
-        ours = preset("drcn").T
+        ours = preset("drcn")["T"]
     elif kind == "augmented":
         from drrn.patches import Recipe
 
