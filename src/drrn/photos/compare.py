@@ -28,8 +28,8 @@ def write_page(path: Path, source: Path, target: Path, method: str, max_pixels: 
     """
     photo, after = read_photo(source, max_pixels), read_photo(target, RESULT_FACTOR * max_pixels)
     size = after.pixels.shape[:2]
-    rows, columns = (slice((n - SIDE) // 2, (n + SIDE) // 2) if n > SIDE else slice(n) for n in size)
-    before = np.concatenate([strip[:, columns] for strip in enlarge(photo.pixels, size, None)])[rows]
+    rows, columns = (slice((n - SIDE) // 2, (n + SIDE) // 2) if n > SIDE else slice(0, n) for n in size)
+    before = np.concatenate([strip[:, columns].copy() for strip in enlarge(photo.pixels, size, None)])[rows]
     shown = f"the middle {columns.stop - columns.start}×{rows.stop - rows.start} of " if max(size) > SIDE else ""
     said = {
         "title": printable(target.name),
@@ -41,7 +41,7 @@ def write_page(path: Path, source: Path, target: Path, method: str, max_pixels: 
     pictures = {"before": data_url(before, photo.icc), "after": data_url(after.pixels[rows, columns], after.icc)}
     page = Template(Path(__file__).with_name("compare.html").read_text(encoding="utf-8"))
     text = page.substitute({key: html.escape(value) for key, value in said.items()}, **pictures)
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda partial: partial.write_bytes(text.encode("utf-8", "backslashreplace")))  # odd file names
 
 
 def data_url(pixels: NDArray[Any], icc: bytes | None) -> str:
