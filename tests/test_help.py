@@ -42,6 +42,12 @@ def test_help_shows_what_overrides_make_of_it(entry_point: Callable) -> None:
         ("train", "trainer.precison=16-mixed", ["did you mean trainer.precision?"]),
         ("train", "seed=1,2", ["add -m"]),
         ("train", "ckpt_path=epoch=3-step=40.ckpt", ["""'ckpt_path="epoch=3-step=40.ckpt"'"""]),
+        ("train", "budget=gpu", ["+budget=gpu"]),
+        ("train", "callbacks=[ema,tmer]", ["allowed are", "did you mean timer?"]),
+        ("train", "model.B=1,", ["without a space"]),
+        ("train", "data.val=Set5", ["data.val=[Set5]"]),
+        ("train", "help", ["model.B=3"]),
+        ("report", "fig6", ["study=fig6"]),
         ("upscale", "input=photo (1).png", ["""'input="photo (1).png"'"""]),
         ("upscale", "inptu=photo.png", ["did you mean input?"]),
         ("upscale", "photo.png", ["input=photo.jpg"]),
@@ -55,6 +61,18 @@ def test_a_slip_is_answered_in_one_line(name: str, argument: str, words: list[st
     assert err.count("\n") == 1
     for word in words:
         assert word in err
+
+
+def test_a_key_of_another_network_is_not_proposed(entry_point: Callable) -> None:
+    err = entry_point("train", "model=srcnn", "model.B=2")[2]
+    assert err.startswith("train.py: model.B: there is no such key")
+    assert "did you mean model.B" not in err
+
+
+def test_the_word_for_several_values_may_stand_anywhere(entry_point: Callable) -> None:
+    code, _, err = entry_point("train", "model.B=1,0", "-m", "model.U=1")
+    assert code == 2
+    assert "model.B = 0" in err
 
 
 def test_what_the_answer_says_to_type_works(entry_point: Callable) -> None:

@@ -57,5 +57,5 @@ def test_another_loss_is_another_run(configure: Callable) -> None:
     other = configure("optim.loss={_target_:torch.nn.HuberLoss,reduction:sum}")
     assert other.optim.loss == {"_target_": "torch.nn.HuberLoss", "reduction": "sum"}
     assert run_dir(other) != run_dir(configure())
-    with pytest.raises(UserError, match=r"optim\.loss = 3: a class and its arguments"):
+    with pytest.raises(UserError, match=r"optim\.loss = 3: must name a class"):
         configure("optim.loss=3")

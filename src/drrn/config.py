@@ -25,6 +25,7 @@ from drrn.optimisers import OPTIMISERS, SCHEDULES
 from drrn.paper import depth
 from drrn.schema import key, plain, typed
 from drrn.sets import is_set, known_sets
+from drrn.targets import check_node
 
 DEFAULT = "drrn"  # the network, where none is named
 DEEPEST = 10_000  # layers; the paper's deepest network has 52
@@ -135,8 +136,8 @@ class OptimConfig:
             raise UserError(f"optim.loss = {self.loss!r}: allowed are {', '.join(LOSSES)}")
         loss = None if isinstance(self.loss, str) else self.loss
         for name, node in (("loss", loss), ("optimiser", self.optimiser), ("scheduler", self.scheduler)):
-            if node is not None and not (isinstance(node, dict) and isinstance(node.get("_target_"), str)):
-                raise UserError(f"optim.{name} = {node}: a class and its arguments, {{_target_: package.Class, …}}")
+            if node is not None:
+                check_node(f"optim.{name}", node)
         every = self.schedule != "cosine" and self.scheduler is None
         if every and (self.halve_every_epochs is None) == (self.halve_every_steps is None):
             raise UserError(
@@ -240,19 +241,13 @@ class Config:
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = MISSING
     seed: int = key("fixes initial weights and the order of the patches", at_least=0, below=2**32)
-    threads: int | None = key(
-        "of the CPU; null: what is free, or OMP_NUM_THREADS", default=None, at_least=1, below=2**12
-    )
+    threads: int | None = key("null: what is free, or OMP_NUM_THREADS", default=None, at_least=1, below=2**12)
     name: str | None = key("for people and W&B; null: from the structure, DRRN_B1U9 s1")
     study: str = key("folder and W&B group that runs share")
     output: str = key("a run is written to output/study/<structure>_s<seed>-<digest>")
     ckpt_path: str | None = key("last: resume this run; or a checkpoint; null: afresh")
     init_from: str | None = key("fine-tuning: weights to start from; the network is theirs", default=None)
-    plan: str = key(
-        "of a sweep, before it; only: nothing more",
-        default="print",
-        choices=("print", "only", "none"),
-    )
+    plan: str = key("of a sweep, before it; only: nothing more", default="print", choices=("print", "only", "none"))
     from_record: str | None = key("a record.json, trained again; keys beside it win", default=None)
     callbacks: dict[str, Any] | None = key("callbacks=[ema,timer], +callbacks.mine={_target_: …}", default=None)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
@@ -266,22 +261,18 @@ class Config:
             raise UserError(
                 "speed.compile = True and trainer.sync_batchnorm = True: what is compiled sees its own process only"
             )
-        if self.ckpt_path not in (None, "last") and not Path(self.ckpt_path).is_file():
-            raise UserError(f"ckpt_path = {self.ckpt_path!r}: no such file; give a checkpoint, `last` or null")
-        if self.init_from is not None and not Path(self.init_from).is_file():
-            raise UserError(
-                f"init_from = {self.init_from!r}: no such file; give weights.safetensors, a .ckpt or null"
-            )
+        for name, what in (("ckpt_path", "a checkpoint, `last`"), ("init_from", "weights.safetensors, a .ckpt")):
+            if (file := getattr(self, name)) not in (None, "last") and not Path(file).is_file():
+                raise UserError(f"{name} = {file!r}: no such file; give {what} or null")
         if Path(self.study).is_absolute() or ".." in Path(self.study).parts:
             raise UserError(f"study = {self.study!r}: a name, or several with {os.sep} between them, below output")
         below = [(key, part) for key in ("output", "study") for part in Path(getattr(self, key)).parts]
         for where, part in (("name", self.name or ""), *below):
             if len(os.fsencode(part)) > 200:  # a folder's name has a digest too, and ends at 255
                 raise UserError(f"{where} = {part[:20]}…: {len(os.fsencode(part))} bytes; at most 200")
-        nodes = {f"callbacks.{name}": node for name, node in self.callbacks.items()}
-        for name, node in (nodes | {f"logger.{name}": node for name, node in self.logger_extra.items()}).items():
-            if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-                raise UserError(f"{name} = {node}: must name a class, {{_target_: package.Class, …}}")
+        for group, nodes in (("callbacks", self.callbacks), ("logger", self.logger_extra)):
+            for name, node in nodes.items():
+                check_node(f"{group}.{name}", node)
         if self.init_from is not None and self.ckpt_path not in (None, "last"):
             raise UserError(
                 "init_from and ckpt_path: init_from starts a new run from weights, ckpt_path resumes a run; give one "
@@ -298,16 +289,14 @@ def check(cfg: DictConfig) -> Config:
     """
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
-    if "trainer_extra" in cfg:
-        raise UserError("trainer_extra: an argument of Lightning's Trainer is given as +trainer.NAME=VALUE")
-    if "logger_extra" in cfg:
-        raise UserError("logger_extra: a logger is given as +logger.NAME={_target_: …}")
+    for group in ("trainer", "logger"):
+        if f"{group}_extra" in cfg:
+            raise UserError(f"{group}_extra: what is beyond the keys of {group} is given as +{group}.NAME=…")
     _old_names(cfg)
     extra, loggers = _beyond(cfg, "trainer", TrainerConfig), _beyond(cfg, "logger", LoggerConfig)
     other = _other_network(cfg)
     config = typed(Config, cfg)
-    config.model = other or config.model
-    config.trainer_extra = extra or None
+    config.model, config.trainer_extra = other or config.model, extra or None
     config.logger_extra = {name: node for name, node in loggers.items() if node is not None}
     if (kind := config.logger.kind) is not None:  # alone, as it was when there was one
         config.logger.wandb, config.logger.kind = kind == "wandb", None
@@ -343,22 +332,15 @@ def _beyond(cfg: DictConfig, group: str, schema: type) -> dict[str, Any]:
 
 def _old_names(cfg: DictConfig) -> None:
     """Keys of `speed` by the names that earlier versions and their records have for them."""
-    groups = {name: cfg[name] for name in ("model", "trainer") if OmegaConf.is_dict(cfg.get(name))}
-    if "trainer" in groups and cfg.trainer.pop("cuda_graph", None):
+    groups = {"": cfg} | {name: cfg[name] for name in ("model", "trainer") if OmegaConf.is_dict(cfg.get(name))}
+    if groups.get("trainer", {}).pop("cuda_graph", None):
         print("trainer.cuda_graph is gone: on a GPU the network is compiled (speed.compile)", file=sys.stderr)
-    typed_as = {
-        "speed.compile": {"trainer.compile": groups.get("trainer", {}).pop("compile", None)},
-        "speed.checkpointing": {
-            "checkpointing": cfg.pop("checkpointing", None),
-            "model.checkpointing": groups.get("model", {}).pop("checkpointing", None),
-        },
-    }
-    for now, before in typed_as.items():
-        for name, value in before.items():
-            if value is not None and not isinstance(value, bool):
-                raise UserError(f"{name} = {value!r}: allowed are true, false")
-            if value is not None:
-                OmegaConf.update(cfg, now, value, force_add=True)
+    for group, name in (("trainer", "compile"), ("", "checkpointing"), ("model", "checkpointing")):
+        value = groups.get(group, {}).pop(name, None)
+        if value is not None and not isinstance(value, bool):
+            raise UserError(f"{group}.{name} = {value!r}: allowed are true, false")
+        if value is not None:
+            OmegaConf.update(cfg, f"speed.{name}", value, force_add=True)
 
 
 def check_sets(name: str, sets: Sequence[str]) -> None:

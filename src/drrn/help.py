@@ -21,6 +21,8 @@ from drrn.home import CONF, HOME
 
 CONFIGS = {"train": "config", "prepare": "config"}  # the others' are called as they are
 GROUPS = {"train": None, "prepare": ("data",)}  # None: all of conf/ and sweeps/
+ADDED = ("budget",)  # groups that are in no defaults list
+EXAMPLES = {"train": "model.B=3", "prepare": "data=demo", "evaluate": "method=bicubic", "report": "study=fig6"}
 
 
 def command() -> str:
@@ -123,28 +125,36 @@ def closest(word: str, words: Iterable[str]) -> str:
 
 def explained(error: Exception, arguments: Sequence[str]) -> str:
     """One of Hydra's errors in a line that says what to type."""
-    from hydra.errors import MissingConfigException, OverrideParseException
+    from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
         if not equals:
-            return f"{error.override!r}: give KEY=VALUE, such as {CONFIGS.get(command(), 'input=photo.jpg')}"
+            return f"{error.override!r}: give KEY=VALUE, such as {EXAMPLES.get(command(), 'input=photo.jpg')}"
+        if value.endswith(","):
+            return f"{error.override!r} ends in a comma: several values are typed without a space, {key}=a,b"
         quoted = value.replace('"', '\\"')
         return (
             f"{error.override!r} has characters that mean something to Hydra: quote the value once more, "
             f"""'{key}="{quoted}"'"""
         )
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        return f"{group}={name}: allowed are {', '.join(error.options)}{closest(name, error.options)}"
+    groups = dict(choices(command()))
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        if options := error.options or groups.get(group):
+            return f"{group}={name}: allowed are {', '.join(options)}{closest(name, options)}"
+    if isinstance(error, ConfigCompositionException):
+        for argument in arguments:
+            if argument.partition("=")[0] in ADDED:
+                return f"{argument}: it is added to the rest, +{argument}"
     several = [a for a in arguments if is_sweep(a)]
     if several and "-m" not in arguments and "--multirun" not in arguments:
         key, _, value = several[0].partition("=")
         return f"{several[0]}: several values make a sweep: add -m; a list is typed {key}=[{value}]"
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
-        key = error.__cause__.full_key or ""
-        name = command()
-        known = [k for k, _ in flat(composed(CONFIGS.get(name, name)))] + [group for group, _ in choices(name)]
+        key, name = error.__cause__.full_key or "", command()
+        chosen = [a for a in arguments if a.partition("=")[0] in groups and not is_sweep(a)]
+        known = [*(k for k, _ in flat(composed(CONFIGS.get(name, name), chosen))), *groups]
         if "." not in key:  # model.b says `model.b`, modle.B only `modle`
             key = next((a.partition("=")[0] for a in arguments if a.startswith(f"{key}.")), key)
         return f"{key}: there is no such key{closest(key, known)} (`--help` lists them)"

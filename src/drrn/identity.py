@@ -68,16 +68,10 @@ def _name_of_another(model: Mapping[str, Any]) -> str:
 NOT_IDENTITY = {
     "data": ("root", "patches", "num_workers", "val_scales", "test", "test_metrics"),
     "trainer": (
-        "accelerator",
-        "devices",
-        "num_nodes",
-        "strategy",
-        "log_every_n_steps",
-        "checkpoint_every",
-        "compile",
+        "accelerator", "devices", "num_nodes", "strategy", "log_every_n_steps", "checkpoint_every", "compile",
         "cuda_graph",
     ),
-}
+}  # fmt: skip
 # Callbacks that watch a run, or end it resumably: no part of what it is.
 WATCHING = {
     f"lightning.pytorch.callbacks.{name}"
@@ -154,8 +148,7 @@ def _normalises(model: dict[str, Any]) -> bool:
 
 def experiment(config: Config) -> str:
     """A digest of what makes two runs the same experiment but for their seed: what may be averaged over seeds."""
-    kept = {key: value for key, value in identity(config).items() if key != "seed"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    return _digest({key: value for key, value in identity(config).items() if key != "seed"})
 
 
 def run_group(config: dict[str, Any], varied: Sequence[str] | None) -> str:
@@ -168,6 +161,10 @@ def run_group(config: dict[str, Any], varied: Sequence[str] | None) -> str:
     kept = {key: value for key, value in _identity(config).items() if key != "seed"}
     model = {} if varied is None else kept["model"]
     kept["model"] = {key: value for key, value in model.items() if key not in varied}
+    return _digest(kept)
+
+
+def _digest(kept: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -178,7 +175,7 @@ def run_name(config: Config) -> str:
 
 def run_dir(config: Config) -> Path:
     """Where a run lives, named by what it is and never by the clock: `runs/main/DRRN_B1U9_s1-3f2a9c01`."""
-    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    digest = _digest(identity(config))
     folder = Path(config.output) / config.study
     if isinstance(config.model, dict) and config.name is None:  # the name that such runs had before
         values = (f"{key}{value}" for key, value in config.model.items() if key != "network")

@@ -70,6 +70,7 @@ def launch(main: Callable[[], Any]) -> None:
 
     from drrn.help import explained, show, unnamed_group
 
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # Hydra wants them first
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             module = sys.modules[main.__module__]

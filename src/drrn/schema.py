@@ -63,7 +63,7 @@ def _check_kinds(schema: type, cfg: DictConfig, group: str = "") -> None:
             raise UserError(f"{where} = {value}: must be a mapping, such as {{a: 1}}")
         if get_origin(kind) is list:
             if not OmegaConf.is_list(value):
-                raise UserError(f"{where} = {value}: must be a list, such as [a,b]")
+                raise UserError(f"{where} = {value}: must be a list, {where}=[{value}]")
             if any(OmegaConf.is_config(item) for item in value):
                 raise UserError(f"{where} = {value}: a plain list, without lists or mappings in it")
         if kind is bool and not isinstance(value, bool | str):

@@ -15,6 +15,18 @@ from drrn.errors import UserError
 TRUSTED = ("lightning.", "torch.")  # packages whose classes are taken from a record too
 
 
+def check_node(name: str, node: Any) -> str:
+    """The `_target_` of a node; nothing is looked up.
+
+    Raises:
+        UserError: it names no class.
+    """
+    path = node.get("_target_") if isinstance(node, Mapping) else None
+    if not isinstance(path, str) or not path.rpartition(".")[0]:
+        raise UserError(f"{name} = {node}: must name a class and its arguments, {{_target_: package.Class, …}}")
+    return path
+
+
 def resolve(name: str, node: Any, kind: type) -> tuple[type, dict[str, Any]]:
     """(class, arguments) of a node.
 
@@ -26,12 +38,8 @@ def resolve(name: str, node: Any, kind: type) -> tuple[type, dict[str, Any]]:
     Raises:
         UserError: no `_target_`, nothing of that name, another kind of class, a `_target_` among the arguments.
     """
-    path = node.get("_target_") if isinstance(node, Mapping) else None
-    module, _, attribute = path.rpartition(".") if isinstance(path, str) else ("", "", "")
-    if not module:
-        raise UserError(
-            f"{name} = {node}: must name a class, such as {{_target_: {kind.__module__}.{kind.__name__}}}"
-        )
+    path = check_node(name, node)
+    module, _, attribute = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
