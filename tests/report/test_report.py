@@ -21,7 +21,7 @@ from drrn.report.comparison import FIG7
 from drrn.report.measurements import MISSING, Measurement, over_seeds, signed
 from drrn.report.tables import ablation_table, benchmark_table, runs_table
 
-PROTOCOL = vars(PAPER) | {}
+PROTOCOL = PAPER.stamp()
 
 
 def measurement(method: str, seed: int | None, psnr: float, ssim: float = 0.9, **changes: object) -> Measurement:
@@ -60,6 +60,16 @@ def test_two_protocols_are_refused() -> None:
     other = measurement("DRRN_B1U25", 1, 34.0, protocol=PROTOCOL | {"crop": 6}, source="there")
     with pytest.raises(UserError, match=r"here.*there"):
         benchmark_table([measurement("DRRN_B1U9", 1, 33.9), other], ("psnr", "ssim"), "table2")
+
+
+def test_another_degradation_is_not_set_beside_the_paper() -> None:
+    """Its images are others; nor do two degradations meet in a table."""
+    noisy = measurement("DRRN_B1U9", 1, 26.0, protocol=PROTOCOL | {"degradation": "DN"}, source="there")
+    table = benchmark_table([noisy], ("psnr", "ssim"), "table2")
+    assert table.rows == [["Set5", "×3", "26.00 / 0.9000"]]
+    assert "degradation=DN" in table.notes[0]
+    with pytest.raises(UserError, match=r"here.*there"):
+        benchmark_table([measurement("DRRN_B1U9", 1, 33.9), noisy], ("psnr", "ssim"), "table2")
 
 
 def test_other_lengths_are_other_columns() -> None:

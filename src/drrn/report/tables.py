@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from drrn.degradations import PAPER as BICUBIC
 from drrn.disk import write_whole
 from drrn.errors import UserError
 from drrn.metrics import METRICS
@@ -127,8 +128,8 @@ def benchmark_table(measurements: list[Measurement], metrics: Sequence[str], nam
         name: "table2" (PSNR and SSIM), "table3" (IFC) or None, where the paper has no such table.
     """
     protocol = one_protocol(measurements)
-    groups = by_method(measurements)
-    paper = {(r["method"], r["dataset"], int(r["scale"])): r for r in paper_numbers(name)} if name else {}
+    groups, rows = by_method(measurements), paper_numbers(name) if name and _as_the_paper(protocol) else []
+    paper = {(r["method"], r["dataset"], int(r["scale"])): r for r in rows}  # all of bicubic's low resolution
     methods = {IN_PAPER.get(method, method) for method, _ in groups}
     known = bool((methods - {"Bicubic"} or methods) & {method for method, *_ in paper})
     places = list(dict.fromkeys((d, s) for _, d, s in paper)) if known else []
@@ -145,6 +146,11 @@ def benchmark_table(measurements: list[Measurement], metrics: Sequence[str], nam
             row += cell if quoted else cell[1:2]
     title = f"Table {name[-1]}: " * known + " / ".join(k.upper() for k in metrics) if name else _titles(metrics)
     return Table(title, columns, rows, [f"Measured by {describe(protocol)}.", *_seed_note(groups)], 2, blocks)
+
+
+def _as_the_paper(protocol: dict[str, Any]) -> bool:
+    """Whether the low resolution is the paper's: else its numbers are of other images."""
+    return protocol.get("degradation", BICUBIC) == BICUBIC
 
 
 def _cell(
@@ -192,7 +198,7 @@ def ablation_table(measurements: list[Measurement]) -> Table:
             rows.append([variant, *switches, row["psnr"], MISSING, MISSING])
         for method, heading, cells in ours:
             measured = [m for m in cells.get(("Set5", 3), []) if "psnr" in m.values]
-            cell = _cell(measured, "Set5", ("psnr",), row if method == prefix else None)
+            cell = _cell(measured, "Set5", ("psnr",), row if method == prefix and _as_the_paper(protocol) else None)
             rows.append([heading, *switches, row["psnr"], *cell[1:]])
     columns = ["method", "local residual", "recursive", "multi-path", "paper", "ours", "difference"]
     notes = [f"Measured by {describe(protocol)}.", *_seed_note(groups)]
