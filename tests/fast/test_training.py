@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drrn.errors import UserError
 from drrn.fast import training
-from drrn.fast.training import InTraining, Latch, memory_errors, norms_of
+from drrn.fast.training import InTraining, Latch, norms_of
 from drrn.model import DRRN
 from drrn.module import Diverged
 from drrn.optimisers import takes_found_inf
@@ -305,11 +305,3 @@ def test_the_end_of_a_run_is_looked_at_too(batches: list[Pair]) -> None:
     x, truth = batches[0]
     with pytest.raises(Diverged, match="step 1"):
         fit(module(lr=1e-3), [batches[1], (x, truth * math.inf)], log_every_n_steps=50)
-
-
-def test_too_little_memory_is_one_line() -> None:
-    with (
-        pytest.raises(UserError, match=r"lower data\.batch_size, raise trainer\.accumulate_grad_batches"),
-        memory_errors(),
-    ):
-        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -19,6 +19,7 @@ import skimage.data
 import torch
 from PIL import Image
 
+from conftest import TINY
 from drrn.config import Config
 from drrn.errors import UserError
 from drrn.identity import run_dir
@@ -375,6 +376,23 @@ def test_a_loss_that_diverges_is_recorded_with_what_to_try(configure: Callable, 
     assert kept["global_step"] < 4
     assert all(torch.isfinite(t).all() for t in kept["state_dict"].values())
     assert "Traceback" not in (folder / "train.log").read_text()  # the user can mend it
+
+
+def test_too_little_memory_ends_in_one_line(entry_point, tiny_images: Path, tmp_path: Path, monkeypatch) -> None:
+    def training_step(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(SuperResolution, "training_step", training_step)
+    sets = (f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path}")
+    code, _, err = entry_point("train", *TINY, *sets)
+    assert code == 2
+    said = err.splitlines()[-1]
+    assert said.startswith("train.py: the GPU has not enough memory")
+    for key in ("data.batch_size", "trainer.accumulate_grad_batches", "speed.checkpointing=true"):
+        assert key in said
+    assert "Traceback" not in err
+    (record,) = (read_record(path) for path in tmp_path.rglob(FILE))
+    assert (record["status"], record["ended_by"]) == ("failed", "user error")
 
 
 def test_a_run_whose_data_is_refused_has_a_record_that_says_so(configure: Callable, tmp_path: Path) -> None:

@@ -109,9 +109,10 @@ def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | 
     from drrn.runs.processes import Processes, broadcast
     from drrn.runs.stop import StopSignals
     from drrn.tracking.loggers import Tracking
+    from drrn.weights.ours import initial_state
 
     quiet_lightning()
-    initial = _initial(config)
+    initial = initial_state(Path(config.init_from), config.model) if config.init_from is not None else None
     said = _prepare_torch(config, watch, earlier)
     processes = Processes(config, trainer_arguments(config))
     callbacks = make_callbacks(config, folder)
@@ -148,12 +149,6 @@ def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | 
                 set_aside(folder)
         with recorded(folder / FILE, record, stop, tracking):
             yield Run(config, folder, record, earlier, processes, stop, callbacks, tracking, initial)
-
-
-def _initial(config: Config) -> dict[str, Any] | None:
-    from drrn.weights.ours import initial_state
-
-    return initial_state(Path(config.init_from), config.model) if config.init_from is not None else None
 
 
 def _prepare_torch(config: Config, watch: Watch, earlier: dict[str, Any]) -> str | None:

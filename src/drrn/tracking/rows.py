@@ -31,7 +31,7 @@ class Rows(Logger):
         batch_size: pairs of a step.
     """
 
-    name = version = None  # of Lightning's interface
+    name = version = save_dir = None  # of Lightning's interface
 
     def __init__(self, path: Path | None, module: SuperResolution | None = None, batch_size: int = 0) -> None:
         super().__init__()
@@ -40,15 +40,11 @@ class Rows(Logger):
         self.last: dict[str, int] = {}  # metric → the highest step that an earlier start logged it at
         if path is None:
             return
+        self.save_dir = str(path.parent)
         try:
             self._read()
         except OSError as error:
             self._give_up(error)
-
-    @property
-    def save_dir(self) -> str | None:
-        """The run's folder."""
-        return str(self.path.parent) if self.path is not None else None
 
     @property
     def step(self) -> int:

@@ -38,8 +38,11 @@ class WandB(Logger):
         rows: what earlier starts have logged, and where the training is.
     """
 
+    name = version = save_dir = None  # of Lightning's interface
+
     def __init__(self, config: Config, folder: Path, record: dict[str, Any], rows: Rows) -> None:
         super().__init__()
+        self.save_dir = str(folder)
         self.config, self.folder, self.record, self.rows, self.logger = config, folder, record, rows, self
         self.run: Any = None
         self.logged: dict[str, int] = {}  # metric → the highest step that it was logged at, in any leg
@@ -47,21 +50,6 @@ class WandB(Logger):
         self._attempt("start", self._start)
 
     # ------------------------------------------------------------------ what Lightning calls
-
-    @property
-    def name(self) -> str:
-        """The W&B project."""
-        return self.config.logger.project
-
-    @property
-    def version(self) -> str:
-        """The W&B run."""
-        return self.record["wandb_id"]
-
-    @property
-    def save_dir(self) -> str:
-        """The run's folder."""
-        return str(self.folder)
 
     def log_hyperparams(self, *arguments: Any, **more: Any) -> None:
         """The W&B run was started with the whole configuration."""
