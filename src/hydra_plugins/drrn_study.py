@@ -107,7 +107,12 @@ class StudySweeper(BasicSweeper):
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, job)
             OmegaConf.set_struct(composed, False)
             composed.pop("hydra")
-            return request(composed, job)
+            config = request(composed, job)
+            if (config.trainer_extra or {}).get("fast_dev_run"):
+                raise UserError(
+                    "trainer.fast_dev_run leaves no record that a sweep could gather: try one point of it"
+                )
+            return config
         except (UserError, ValueError) as error:  # Hydra's own, for a group that is given no name: model=5
             raise UserError(f"{error} (in the job {' '.join(job)}; nothing has been started)") from error
 

@@ -83,6 +83,10 @@ def test_every_debug_preset_trains_for_a_step(
     if name == "fdr":
         assert "nothing of it is kept" in out
         assert list(tmp_path.iterdir()) == []
+        code, _, err = entry_point("train", "-m", f"debug={name}", *small)
+        assert code == 2
+        assert "trainer.fast_dev_run leaves no record" in err
+        assert list(tmp_path.iterdir()) == []
         return
     assert [(record["status"], record["study"]) for record in records] == [("finished", "debug")]
     limited = {"camera.png"} if name != "overfit" else {"camera.png", "chelsea.png"}
