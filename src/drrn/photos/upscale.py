@@ -39,11 +39,11 @@ def upscale(options: Options, jobs: list[Job]) -> int:
     results: Counter[str] = Counter()
     try:
         with stopped_by_signals():
-            network, precision = None, "float32"
+            network, precision, name = None, "float32", Path(options.checkpoint or "").stem
             if options.method == "network" and (options.overwrite or not all(job.target.exists() for job in jobs)):
-                network, precision = prepare(options)
+                network, precision, name = prepare(options)
             with progress_bars() as bars:
-                tools = Tools(options, network, precision, bars)
+                tools = Tools(options, network, precision, name, bars)
                 files = bars.add_task("files", total=len(jobs), visible=len(jobs) > 1)
                 for number, job in enumerate(jobs, start=1):
                     count = f"[{number}/{len(jobs)}] " if len(jobs) > 1 else ""
@@ -65,6 +65,7 @@ class Tools(NamedTuple):
     options: Options
     network: nn.Module | None  # on its device; None: bicubic
     precision: str
+    name: str  # of the network, for people
     bars: Progress
 
 
@@ -85,7 +86,7 @@ def one(job: Job, count: str, tools: Tools) -> str:
         if options.compare and (options.overwrite or not job.page.exists()):
             from drrn.photos.compare import write_page
 
-            write_page(job.page, job.source, job.target, Path(options.checkpoint).stem, options.max_pixels)
+            write_page(job.page, job.source, job.target, tools.name, options.max_pixels)
             print(f"{count}{printable(job.page)}: before and after", flush=True)
     except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's "out of memory" is the last
         reason = str(error) or type(error).__name__
@@ -108,8 +109,8 @@ def progress_bars() -> Progress:
     )  # fmt: skip
 
 
-def prepare(options: Options) -> tuple[nn.Module, str]:
-    """The network on its device, and the precision in which it will compute; both are said.
+def prepare(options: Options) -> tuple[nn.Module, str, str]:
+    """The network on its device, the precision in which it will compute, and its name.
 
     Raises:
         UserError: the checkpoint, the device or the precision cannot be used.
@@ -141,7 +142,7 @@ def prepare(options: Options) -> tuple[nn.Module, str]:
         torch.set_num_threads(threads.number)
         where = f"{threads.number} thread{'s' if threads.number > 1 else ''} ({threads.why})"
     print(f"{precision} on {where}", flush=True)
-    return network.to(device), precision
+    return network.to(device), precision, about.get("origin") or Path(options.checkpoint).stem
 
 
 def enlarge_file(source: Path, target: Path, tools: Tools) -> tuple[str, list[str]]:
@@ -154,7 +155,7 @@ def enlarge_file(source: Path, target: Path, tools: Tools) -> tuple[str, list[st
     from drrn.photos.read import read_photo
     from drrn.photos.write import stored_dtype, write_photo
 
-    options, network, precision, bars = tools
+    options, network, precision, _, bars = tools
     photo = read_photo(source, options.max_pixels)
     height, width, channels = photo.pixels.shape
     size = result_size(height, width, options.scale)
