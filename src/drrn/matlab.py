@@ -2,7 +2,8 @@
 
 The published PSNR and SSIM depend on how the low-resolution image is made and on how results are rounded.
 Pillow, OpenCV and scikit-image each resize and round differently, so these functions follow MATLAB:
-`imresize(…, 'bicubic')`, `rgb2ycbcr`, `ycbcr2rgb` and `uint8(…)`.
+`imresize(…, 'bicubic')`, `rgb2ycbcr`, `ycbcr2rgb` and `uint8(…)`. They raise TypeError for a dtype that they do not
+name, ValueError for another shape.
 """
 
 from __future__ import annotations
@@ -43,11 +44,6 @@ def imresize(
 
     Returns:
         float64, [h, w] or [h, w, C].
-
-    Raises:
-        TypeError: `array` is not floating. MATLAB's uint8 `imresize` rounds, which the protocol never does.
-        ValueError: neither or both of `scale` and `size`, a scale or size that is not positive, or an array
-            of another rank or without pixels.
     """
     array = np.asarray(array)
     if not np.issubdtype(array.dtype, np.floating):
@@ -94,9 +90,6 @@ def resize_matrix(length: int, scale: float, out_length: int) -> sparse.csr_arra
 
     Returns:
         float64 csr_array [out_length, length]; every row sums to 1.
-
-    Raises:
-        ValueError: a length below 1, or a scale that is not positive and finite.
     """
     _check_scale(scale)
     if length < 1 or out_length < 1:
@@ -136,9 +129,6 @@ def rgb2ycbcr(rgb: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.uint8
 
     Returns:
         [H, W, 3]: uint8, rounded half away from zero, for uint8; float64 in 0…1, not rounded, for floating.
-
-    Raises:
-        TypeError: another dtype. ValueError: another shape.
     """
     levels = _levels(rgb, "rgb")
     ycbcr = levels @ YCBCR_FROM_RGB.T / 255_000 + YCBCR_OFFSET
@@ -146,17 +136,7 @@ def rgb2ycbcr(rgb: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.uint8
 
 
 def rgb2y(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """`rgb2ycbcr(rgb)[..., 0]` of 8-bit colours, in whole numbers, which is faster.
-
-    Args:
-        rgb: [H, W, 3].
-
-    Returns:
-        [H, W], rounded half up.
-
-    Raises:
-        TypeError: another dtype. ValueError: another shape.
-    """
+    """`rgb2ycbcr(rgb)[..., 0]` of 8-bit colours [H, W, 3] → [H, W], in whole numbers, which is faster."""
     if rgb.dtype != np.uint8:
         raise TypeError(f"rgb must be uint8, not {rgb.dtype}")
     if rgb.ndim != 3 or rgb.shape[2] != 3:
@@ -176,9 +156,6 @@ def ycbcr2rgb(ycbcr: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.uin
     Returns:
         [H, W, 3], clipped to the colours that exist: uint8, rounded half away from zero, for uint8; float64
         in 0…1 for floating. From uint8 the round trip loses up to 2 levels.
-
-    Raises:
-        TypeError: another dtype. ValueError: another shape.
     """
     levels = _levels(ycbcr, "ycbcr")
     rgb = (levels - YCBCR_OFFSET) @ np.linalg.inv(YCBCR_FROM_RGB / 255_000).T
@@ -192,10 +169,8 @@ def to_uint8(array: NDArray[np.floating]) -> NDArray[np.uint8]:
         array: any shape, floating; 0…1 is the nominal range, what lies outside is clamped.
 
     Returns:
-        uint8 of the same shape, rounded half away from zero (NumPy's `round` goes to the even level).
-
-    Raises:
-        TypeError: `array` is not floating. ValueError: it holds NaN, which MATLAB would turn into 0.
+        uint8 of the same shape, rounded half away from zero (NumPy's `round` goes to the even level). NaN, which
+        MATLAB would turn into 0, is a ValueError.
     """
     array = np.asarray(array)
     if not np.issubdtype(array.dtype, np.floating):

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -89,8 +88,7 @@ def kept(height: int, width: int, recipe: Recipe) -> tuple[dict[tuple[int, int, 
     return places, end
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """An image file, and where a build keeps its pixels."""
 
     path: Path
@@ -177,12 +175,7 @@ def _fill(
 ) -> None:
     """Cut the pairs of the rows first, first + 1, … and write them (runs in a worker process).
 
-    Args:
-        first: row.
-        numbers: of the pairs in these rows.
-        build: what `Cutter` takes.
-        path: of the file.
-        at: where its two datasets begin, in bytes.
+    `numbers` are the pairs', `build` is what `Cutter` takes, `at` where the file's two datasets begin (bytes).
     """
     with path.open("r+b") as file:
         for rows, begin in zip(_cutter(*build)(numbers), at, strict=True):
@@ -192,10 +185,6 @@ def _fill(
 
 def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers: int = 2) -> Path:
     """The patch file of a recipe: fetch the images that are missing, build the file if it is not there.
-
-    Processes that ask at the same time wait for the one that builds. The file is written under a temporary
-    name and renamed when it is complete, so what has the final name is whole; what killed builds have left
-    is removed.
 
     Args:
         name: first part of the file's name, for people ("train291").
@@ -232,10 +221,13 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
 
 
 def built_once(path: Path, build: Callable[[Path], None]) -> None:
-    """Have a file built by one process, under a temporary name in a folder of its own, and renamed when it is whole.
+    """Have a file built, unless it is there: what has its name is whole.
+
+    Processes that ask at the same time wait for the one that builds. It writes under a temporary name in a folder of
+    its own, and what killed builds have left is removed.
 
     Args:
-        path: of the file; one that is there is left as it is.
+        path: of the file.
         build: is given the temporary path.
 
     Raises:

@@ -220,6 +220,7 @@ class Patches(InUse):
         return {**self.__dict__, "_file": None}
 
 
+@dataclass(eq=False)
 class ShuffledBatches:
     """The index batches of a whole run: every epoch shuffled afresh, the same again for the same seed.
 
@@ -245,23 +246,19 @@ class ShuffledBatches:
         UserError: the batch is larger than the data.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        *,
-        steps: int | None = None,
-        start: int = 0,
-        micro: int = 1,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        if batch_size > length:
-            raise UserError(f"data.batch_size = {batch_size} is more than the {length} pairs there are")
-        self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
-        self.steps = self.steps_per_epoch if steps is None else steps
-        self.micro, self.rank, self.world = micro, rank, world
+    length: int
+    batch_size: int
+    seed: int
+    steps: int | None = None
+    start: int = 0
+    micro: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size > self.length:
+            raise UserError(f"data.batch_size = {self.batch_size} is more than the {self.length} pairs there are")
+        self.steps = self.steps_per_epoch if self.steps is None else self.steps
 
     @property
     def steps_per_epoch(self) -> int:
