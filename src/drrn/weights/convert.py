@@ -17,7 +17,7 @@ from drrn.schema import key, typed
 from drrn.weights.ports import PORTS
 
 if TYPE_CHECKING:
-    from drrn.model import DRRN
+    from torch import nn
 
 READ = ("drrn", "caffe", "matlab", *PORTS)
 WRITTEN = {".safetensors": "drrn", ".ckpt": "lightning", ".onnx": "onnx", ".pt2": "torch_export"}  # by suffix
@@ -75,8 +75,8 @@ def convert(config: ConvertConfig) -> None:
     Raises:
         UserError: the file cannot be read, or the output not be written.
     """
-    form, network, about, notes = read(config)
-    for note in notes:
+    form, network, about = read(config)
+    for note in [] if form == "drrn" else about["notes"]:
         print(f"note: {printable(note)}")
     if config.info:
         print(describe(Path(config.input), form, network, about))
@@ -96,17 +96,15 @@ def convert(config: ConvertConfig) -> None:
         if getattr(network, "scale", config.scale) != config.scale:
             raise UserError(f"scale = {config.scale}: {config.input} enlarges by {network.scale}")
         if about.get("scales") and config.scale not in about["scales"]:
-            print(
-                f"note: it was trained for {', '.join(f'×{scale}' for scale in about['scales'])}: expect less of it"
-            )
+            print(f"note: it was trained for scales {about['scales']}: expect less of it")
         facts["scales"], network = [config.scale], export.Enlarger(network, config.scale)
     difference = writers[WRITTEN[output.suffix]](output, network, model, facts)
     said = f"from {form}" if difference is None else f"differs from ours by at most {difference:.1e}"
     print(f"{output}: {structure_name(model)}, {said}")
 
 
-def read(config: ConvertConfig) -> tuple[str, DRRN, dict[str, Any], list[str]]:
-    """The input as (form, network, what is known of it, what its user should know).
+def read(config: ConvertConfig) -> tuple[str, nn.Module, dict[str, Any]]:
+    """The input as (form, network, what is known of it).
 
     Raises:
         UserError: it cannot be read.
@@ -118,7 +116,6 @@ def read(config: ConvertConfig) -> tuple[str, DRRN, dict[str, Any], list[str]]:
 
     path = Path(config.input)
     form = config.form if config.form in READ else recognise(path)
-    notes: list[str] = []
     if form == "drrn":
         network, about = load_network(path)
         if config.U not in (None, about["model"].get("U")):
@@ -136,13 +133,12 @@ def read(config: ConvertConfig) -> tuple[str, DRRN, dict[str, Any], list[str]]:
             "source": {"form": form, "file": path.name, "sha256": sha256(path)},
             "notes": foreign.notes,
         }
-        notes = foreign.notes
     if config.scales is not None:
         about["scales"] = config.scales
-    return form, network, about, notes
+    return form, network, about
 
 
-def describe(path: Path, form: str, network: DRRN, about: dict[str, Any]) -> str:
+def describe(path: Path, form: str, network: nn.Module, about: dict[str, Any]) -> str:
     """What a file holds, a line each: form, structure, d, k, norm, origin, and whether it fits the paper."""
     from drrn.layers import conv_weights
 

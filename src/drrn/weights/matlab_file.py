@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +27,8 @@ DEEPEST = 10  # cells in structs in cells
 INFLATION = 64  # real weights hardly become smaller; zlib can make a thousand bytes of one
 
 
-class Element(NamedTuple):
-    """A piece of a file: a type and its bytes."""
-
-    type: int
-    data: memoryview
-
-
 class Reader:
-    """Elements of a file, in its byte order."""
+    """Elements of a file, in its byte order: each a type and its bytes."""
 
     def __init__(self, order: str, size: int) -> None:
         self.order = order  # "<" or ">"
@@ -45,7 +38,7 @@ class Reader:
         """The whole numbers in some bytes."""
         return np.frombuffer(data, self.order + kind).tolist()
 
-    def elements(self, data: memoryview) -> list[Element]:
+    def elements(self, data: memoryview) -> list[tuple[int, memoryview]]:
         """The elements that follow one another in some bytes; compressed ones are inflated."""
         found, at = [], 0
         while len(data) - at >= 8:
@@ -58,10 +51,8 @@ class Reader:
                 at = start + size + (-size % 8) * (kind != COMPRESSED)
             if start + size > len(data) or len(found) > 100_000:
                 raise ValueError("an element reaches beyond its end: truncated or damaged")
-            if kind == COMPRESSED:
-                found += self.elements(self._inflate(data[start : start + size]))
-            else:
-                found.append(Element(kind, data[start : start + size]))
+            content = data[start : start + size]
+            found += self.elements(self._inflate(content)) if kind == COMPRESSED else [(kind, content)]
         return found
 
     def _inflate(self, data: memoryview) -> memoryview:
@@ -77,35 +68,34 @@ class Reader:
         parts = self.elements(data)
         if len(parts) < 3 or depth > DEEPEST:
             raise ValueError("an array without shape or name, or too deep")
-        flags = self.integers(parts[0].data)[0]
-        shape, name = self.integers(parts[1].data, "i4"), bytes(parts[2].data).decode("latin-1")
-        count, kind, rest = math.prod(shape), flags & 0xFF, parts[3:]
+        (_, flags), (_, sides), (_, title), *rest = parts
+        flags, shape = self.integers(flags)[0], self.integers(sides, "i4")
+        name, count, kind = bytes(title).decode("latin-1"), math.prod(shape), flags & 0xFF
         if not 2 <= len(shape) <= 8 or min(shape) < 0:
             raise ValueError(f"array {name[:40]!r} has an impossible shape")
         if kind == CELL:
             if count != len(rest):
                 raise ValueError(f"cell {name[:40]!r} says {count:,} and holds {len(rest):,}")
-            return name, [self._inner(part, depth) for part in rest]
+            return name, self._inner(rest, depth)
         if kind == STRUCT and count == 1 and len(rest) >= 2:
-            length = self.integers(rest[0].data, "i4")[0]
-            text = bytes(rest[1].data)
+            length, text = self.integers(rest[0][1], "i4")[0], bytes(rest[1][1])
             if length < 1 or len(text) // length != len(rest) - 2:
                 raise ValueError(f"struct {name[:40]!r} has not as many fields as names")
             names = [text[i : i + length].split(b"\0")[0].decode("latin-1") for i in range(0, len(text), length)]
-            return name, {field: self._inner(part, depth) for field, part in zip(names, rest[2:], strict=True)}
-        if not DOUBLE <= kind <= UINT64 or not rest or rest[0].type not in NUMBERS:
+            return name, dict(zip(names, self._inner(rest[2:], depth), strict=True))
+        if not DOUBLE <= kind <= UINT64 or not rest or rest[0][0] not in NUMBERS:
             raise ValueError(f"{name[:40]!r} is no array of numbers, no cell, no single struct: not read here")
         if flags >> 8 & COMPLEX:
             raise ValueError(f"array {name[:40]!r} is complex; weights are real")
-        values = np.frombuffer(rest[0].data, self.order + NUMBERS[rest[0].type])
+        values = np.frombuffer(rest[0][1], self.order + NUMBERS[rest[0][0]])
         if len(values) != count:
             raise ValueError(f"array {name[:40]!r} says {shape} and holds {len(values):,} values")
         return name, values.reshape(shape, order="F")
 
-    def _inner(self, part: Element, depth: int) -> Any:
-        if part.type != MATRIX:
+    def _inner(self, parts: list[tuple[int, memoryview]], depth: int) -> list[Any]:
+        if any(kind != MATRIX for kind, _ in parts):
             raise ValueError("what a cell or a struct holds is no array")
-        return self.matrix(part.data, depth + 1)[1]
+        return [self.matrix(data, depth + 1)[1] for _, data in parts]
 
 
 def read_variables(data: bytes) -> dict[str, Any]:
@@ -117,7 +107,7 @@ def read_variables(data: bytes) -> dict[str, Any]:
     reader = Reader("<" if data[126:128] == b"IM" else ">", len(data))
     try:
         parts = reader.elements(memoryview(data)[128:])
-        return dict(reader.matrix(part.data) for part in parts if part.type == MATRIX)
+        return dict(reader.matrix(part) for kind, part in parts if kind == MATRIX)
     except (IndexError, zlib.error) as error:
         raise ValueError(f"a damaged MATLAB file ({error})") from error
 
