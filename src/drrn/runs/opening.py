@@ -93,11 +93,8 @@ def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | 
     """
     folder = run_dir(config)
     earlier, finished = own_record(folder), done_before(config)
-    message = (
-        f"{run_name(config)} is finished: {finished}. Delete its folder or give ckpt_path=null to train it again."
-    )
     if finished is not None and not launched():
-        print(message)
+        print(_again(config, finished))
         yield None
         return
     check_output("output", folder, folder=True)
@@ -121,9 +118,9 @@ def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | 
         yield None
         return
     processes.join()
-    earlier, message = broadcast(lambda: (earlier, message if finished else None))
-    if message is not None:
-        print(message)
+    earlier, finished = broadcast(lambda: (earlier, finished))
+    if finished is not None:
+        print(_again(config, finished))
         yield None
         return
     record = _new_record(config, earlier, processes)
@@ -149,6 +146,13 @@ def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | 
                 set_aside(folder)
         with recorded(folder / FILE, record, stop, tracking):
             yield Run(config, folder, record, earlier, processes, stop, callbacks, tracking, initial)
+
+
+def _again(config: Config, finished: Path) -> str:
+    return (
+        f"{run_name(config)} is finished: {finished}. Delete its folder or give ckpt_path=null to train it again; "
+        "src/evaluate.py scores its weights on other sets."
+    )
 
 
 def _prepare_torch(config: Config, watch: Watch, earlier: dict[str, Any]) -> str | None:

@@ -120,8 +120,8 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
             "no validation: the run has %d steps, and trainer.val_check_interval = %d",
             data.max_steps, config.trainer.val_check_interval,
         )  # fmt: skip
-    trainer = _trainer(run, data, module)
     with lightnings_refusals():
+        trainer = _trainer(run, data, module)
         try:
             with freed_memory_kept(not config.speed.checkpointing), memory_errors():
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -162,24 +162,23 @@ def _trainer(run: Run, data: SuperResolutionData, module: SuperResolution) -> Tr
     from lightning.pytorch import Trainer
 
     from drrn.runs.checkpoints import Checkpoints
-    from drrn.runs.lightning import TerminalProgress, lightnings_refusals
+    from drrn.runs.lightning import TerminalProgress
     from drrn.runs.progress import PlainProgress
 
     config = run.config
-    with lightnings_refusals():
-        return Trainer(
-            **run.processes.arguments,
-            max_steps=data.max_steps,
-            logger=run.tracking.start(module),
-            default_root_dir=run.folder,
-            callbacks=[
-                *run.tracking.callbacks(),
-                *run.callbacks,
-                TerminalProgress() if sys.stderr.isatty() else PlainProgress(config.trainer.log_every_n_steps),
-                Checkpoints(run.checkpoints, config.trainer.checkpoint_every, run.stop),
-            ],
-            enable_progress_bar=sys.stderr.isatty(),
-        )
+    return Trainer(
+        **run.processes.arguments,
+        max_steps=data.max_steps,
+        logger=run.tracking.start(module),
+        default_root_dir=run.folder,
+        callbacks=[
+            *run.tracking.callbacks(),
+            *run.callbacks,
+            TerminalProgress() if sys.stderr.isatty() else PlainProgress(config.trainer.log_every_n_steps),
+            Checkpoints(run.checkpoints, config.trainer.checkpoint_every, run.stop),
+        ],
+        enable_progress_bar=sys.stderr.isatty(),
+    )
 
 
 def _take_last(run: Run, data: SuperResolutionData, module: SuperResolution, trainer: Trainer) -> None:
