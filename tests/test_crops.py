@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,14 +104,22 @@ def test_an_epoch_is_so_many_crops_of_each_image(configure: Callable, tiny_image
     assert len(list(data.train_dataloader())) == 6
 
 
-@pytest.mark.parametrize("how", ["cut", "changed", "small", "offline"])
-def test_what_cannot_be_cropped_is_refused(how: str, configure: Callable, tiny_images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["cut", "changed", "small", "offline", "full"])
+def test_what_cannot_be_cropped_is_refused(
+    how: str, configure: Callable, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = tmp_path / "images"
     shutil.copytree(tiny_images, images)
     keys = (*CROPS, f"data.train=[{images}]", f"data.patches={tmp_path}")
     if how == "offline":
         with pytest.raises(UserError, match=r"data\.crops and data\.augment"):
             configure(*keys, "data.augment=offline")
+        return
+    if how == "full":
+        monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=9000))
+        with pytest.raises(UserError, match=r"0\.00 GB are needed.*data\.patches"):
+            prepare_images(configure(*keys).data)
+        assert not list(tmp_path.glob("*.partial"))
         return
     path = prepare_images(configure(*keys).data)
     if how == "small":
@@ -127,3 +136,21 @@ def test_what_cannot_be_cropped_is_refused(how: str, configure: Callable, tiny_i
             file.write(b"x")
         with pytest.raises(UserError, match="was changed while it was in use"):
             crops.check_unchanged()
+
+
+def test_div2k_as_it_is_shipped(configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """conf/data/div2k.yaml: a batch of its 48×48 crops from the folder that it names, here of two photographs."""
+    import skimage.data
+    from PIL import Image
+
+    (tmp_path / "DIV2K_train_HR").mkdir()
+    for name, pixels in {"0001": skimage.data.chelsea(), "0002": skimage.data.coffee()}.items():
+        Image.fromarray(pixels[:150, :200]).save(tmp_path / f"DIV2K_train_HR/{name}.png")
+    monkeypatch.setenv("DRRN_DATA", str(tmp_path))
+    keys = ("data.val=[demo_test]", "data.num_workers=0", f"data.patches={tmp_path}", "trainer.max_steps=1")
+    data = reading(configure("data=div2k", *keys, tiny=False))
+    assert len(data.patches) == 2 * 128
+    (batch,) = data.train_dataloader()
+    x, truth = data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
+    assert x.shape == truth.shape == (128, 1, 48, 48)
+    assert 0 < np.abs(x - truth).mean() < 0.05

@@ -22,8 +22,8 @@ from rich.progress import track
 from drrn.config import DataConfig
 from drrn.degradations import DEGRADATIONS
 from drrn.errors import UserError
-from drrn.images import luminance, read_pixels
-from drrn.patch_build import built_once, quantise
+from drrn.images import image_size, luminance, read_pixels
+from drrn.patch_build import built_once, check_room, quantise
 from drrn.patches import InUse, ShuffledBatches, patch_path, sources_digest, trusted
 from drrn.protocol import prepare
 from drrn.sets import image_files
@@ -47,6 +47,9 @@ def prepare_images(data: DataConfig) -> Path:
         return read_pixels(file) if of_rgb else luminance(read_pixels(file))
 
     def build(partial: Path) -> None:
+        check_room(
+            partial.parent, sum(height * width for height, width in map(image_size, files)) * (3 if of_rgb else 1)
+        )
         with h5py.File(partial, "w", libver="latest") as file, ThreadPoolExecutor(max(1, data.num_workers)) as pool:
             file.attrs.update({key: np.bytes_(value) for key, value in attrs.items()})
             images = track(pool.map(read, files), description=f"Decoding {len(files)} images", total=len(files))

@@ -328,6 +328,13 @@ def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: dict[str, st
             raise
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse a build before it begins (OSError) where a disk has no room for so many bytes."""
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    if free < needed:
+        raise OSError(f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+
+
 def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int], beside: int) -> list[int]:
     """Create the file with both datasets at their full size.
 
@@ -338,9 +345,7 @@ def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int], besid
         OSError: the disk has no room for it and for `beside` bytes more.
     """
     size = total * p * p
-    free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
-    if free < 3 * size + beside:
-        raise OSError(f"{(3 * size + beside) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+    check_room(path.parent, 3 * size + beside)
     with h5py.File(path, "w", libver="latest") as file:
         for key, value in attrs.items():
             # Texts of fixed length stand in the header, under HDF5's checksum. The heap where others stand has
