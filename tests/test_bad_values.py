@@ -101,6 +101,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "logger.kind": ["tensorboard"],
         "logger.mode": ["on"],
         "logger.artifacts": ["all"],
+        "logger.pictures_every": [0],
     },
     "evaluate": {
         "method": ["lanczos"],

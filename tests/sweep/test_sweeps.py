@@ -19,6 +19,7 @@ from drrn.config import check
 from drrn.identity import run_dir, structure_name
 from drrn.runs.record import FILE, read_record
 from drrn.sweep.queues import queue
+from hydra_plugins.drrn_study import literal
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("model", "data", "optim", "trainer", "logger", "experiment", "budget")
@@ -138,7 +139,8 @@ def as_shipped(*overrides: str) -> object:
 @cache
 def points_as_shipped(name: str) -> list:
     return [
-        as_shipped(f"sweeps={name}", *(f"{key}={value}" for key, value in point.items())) for point in points_of(name)
+        as_shipped(f"sweeps={name}", *(f"{key}={literal(value)}" for key, value in point.items()))
+        for point in points_of(name)
     ]
 
 
@@ -148,6 +150,16 @@ def test_a_sweep_is_right_as_it_is_shipped(name: str) -> None:
     configs = points_as_shipped(name)
     assert len({run_dir(config) for config in configs}) == len(configs)
     assert {config.study for config in configs} == {name}
+
+
+@pytest.mark.parametrize("budget", ["cpu", "gpu", "paper"])
+def test_every_network_of_fig1_takes_the_loss_of_every_budget(budget: str) -> None:
+    from drrn.losses import loss_of
+    from drrn.networks import on_paper
+
+    for point in points_of("fig1"):
+        config = as_shipped("sweeps=fig1", f"+budget={budget}", *(f"{k}={literal(v)}" for k, v in point.items()))
+        loss_of(on_paper(config.model), config.optim.loss)
 
 
 @pytest.mark.parametrize(("name", "table"), [("fig6", "fig6"), ("fig8", "fig8"), ("table4", "table4")])

@@ -50,7 +50,8 @@ def queue(study: str) -> str:
     text = (STUDIES / f"{study}.yaml").read_text()
     title = text.splitlines()[1].removeprefix("# ").split(" (")[0].split(":")[0]
     points = OmegaConf.to_container(OmegaConf.create(text))["hydra"]["sweeper"]["points"]
-    lines = ("{" + ", ".join(f"{key}: {value}" for key, value in point.items()) + "}" for point in points)
+    texts = ({key: "null" if value is None else value for key, value in point.items()} for point in points)
+    lines = ("{" + ", ".join(f"{key}: {text}" for key, text in point.items()) + "}" for point in texts)
     with initialize_config_dir(CONF, version_base="1.3"):
         data = compose("config", [f"sweeps={study}"]).data
     return QUEUE.format(
