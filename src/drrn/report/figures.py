@@ -25,8 +25,6 @@ from drrn.report.methods import fig1, fig9
 from drrn.report.studies import STUDIES
 from drrn.report.tables import SWITCHES, VARIANTS
 
-PAPER_TITLE = "the paper: 128 features"
-
 
 def draw(group: RunGroup, stacked: bool = False) -> Figure | None:
     """A study's figure of one run group; None where no finished run has what it shows.
@@ -48,17 +46,23 @@ def _title(group: RunGroup) -> str:
     return f"{STUDIES[group.study].title} ({group.where()})"
 
 
+def _beside_the_paper(group: RunGroup, stacked: bool, height: float = 3.6) -> tuple[Figure, Axes, Axes]:
+    """A figure with the paper's panel and ours."""
+    figure, (paper, ours) = canvas(_title(group), group, 2, stacked, height)
+    paper.set_title("the paper: 128 features", size=9)
+    ours.set_title(textwrap.fill(f"ours: {group.short()}", 34), size=9)
+    return figure, paper, ours
+
+
 # ---------------------------------------------------------------- Fig. 6
 
 
 def fig6(group: RunGroup, stacked: bool) -> Figure:
     """The B–U plane, points coloured by PSNR, contours of the depth d = (1 + 2U)·B + 1 at 10, 20, 30 and 50."""
-    figure, (paper, ours) = canvas(_title(group), group, 2, stacked)
+    figure, paper, ours = _beside_the_paper(group, stacked)
     printed = [(int(r["B"]), int(r["U"]), float(r["psnr"]) if r["psnr"] else None) for r in paper_numbers("fig6")]
     _plane(paper, printed, "only in its picture")
-    paper.set_title(PAPER_TITLE, size=9)
     _plane(ours, [(p.model["B"], p.model["U"], p.mean()) for p in group.points], "not measured")
-    ours.set_title(f"ours: {group.short()}", size=9)
     return figure
 
 
@@ -125,7 +129,7 @@ def _coloured(axis: Axes, points: list[tuple[int, int, float]]) -> None:
 
 def fig8(group: RunGroup, stacked: bool) -> Figure:
     """PSNR by depth, a line a variant through the means over seeds, each seed a small point."""
-    figure, (paper, ours) = canvas(_title(group), group, 2, stacked)
+    figure, paper, ours = _beside_the_paper(group, stacked)
     printed = {(row["method"], int(row["depth"])): float(row["psnr"]) for row in paper_numbers("fig8") if row["psnr"]}
     for index, name in enumerate(VARIANTS):
         offset = 0.32 * (index - 2)  # so that equal values do not hide each other
@@ -134,8 +138,6 @@ def fig8(group: RunGroup, stacked: bool) -> Figure:
         if line:
             paper.plot(*zip(*line, strict=True), linewidth=1, linestyle=":", **style)
         _by_depth(ours, [point for point in group.points if point.variant == name], offset, style)
-    paper.set_title(f"{PAPER_TITLE} (what it prints)", size=9)
-    ours.set_title(f"ours: {group.short()}", size=9)
     for axis in (paper, ours):
         axis.set_xticks([16, 22, 28], ["16\nB3U2", "22\nB3U3", "28\nB3U4"])
         axis.set_xlim(14.2, 29.8)
@@ -160,7 +162,7 @@ def _by_depth(axis: Axes, points: list[Point], offset: float, style: dict[str, o
 
 def table4(group: RunGroup, stacked: bool) -> Figure:
     """The five variants at B3U4 from the plainest to DRRN, paper and ours each on its own scale."""
-    figure, (paper, ours) = canvas(_title(group), group, 2, stacked, height=2.7)
+    figure, paper, ours = _beside_the_paper(group, stacked, height=2.7)
     rows = {row["method"]: row for row in paper_numbers("table4")}
     mark = {"true": "✓", "false": "–"}
     labels = [f"{name}\n" + " ".join(mark[rows[name][key]] for key in SWITCHES) for name in VARIANTS]
@@ -179,8 +181,6 @@ def table4(group: RunGroup, stacked: bool) -> Figure:
             axis.plot([value], [place], **style)
             axis.annotate(f"{value:.2f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center",
                           size=7.5)  # fmt: skip
-    paper.set_title(PAPER_TITLE, size=9)
-    ours.set_title(textwrap.fill(f"ours: {group.short()}", 34), size=9)
     for axis in (paper, ours):
         axis.set_yticks(range(len(VARIANTS)), labels if stacked or axis is paper else [""] * len(VARIANTS), size=7.5)
         axis.set_ylim(len(VARIANTS) - 0.5, -0.7)

@@ -9,6 +9,7 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from drrn.disk import write_whole
-from drrn.home import CONF, DATA
+from drrn.home import CONF, DATA, HOME
 from drrn.images import sha256
 from drrn.metrics import METRICS
 from drrn.paper import paper_numbers
+from drrn.protocol import PAPER, describe
 from drrn.report.measurements import MISSING, Measurement, from_record, from_scores, set_size, signed
 from drrn.report.page import Part, Section, write_page
 from drrn.report.studies import preset
@@ -118,29 +120,34 @@ def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
     result: Found = {}
     for record in (record for record in records if record["status"] == "finished"):
         for m in from_record(record):
-            if m.method != "Bicubic" and (method := _of_paper(m.method)):
+            method = _of_paper(m.method) if _by_the_paper(m) else None
+            if method is not None:
                 trained[method, m.set_name, m.scale].append(m)
     for place, those in trained.items():
         longest = max(those, key=lambda m: m.steps)
-        alike = [m for m in those if m.experiment == longest.experiment and m.images == set_size(place[1], m.images)]
-        if alike:
-            record = Path(longest.source)
-            beside = record.with_name("weights.safetensors"), record.with_suffix(".safetensors")
-            digests = [sha256(path) for path in beside if path.is_file()][:1] or [""]
-            source = Source(TRAINED, f"python src/train.py from_record={record.name}", *digests, sha256(record))
-            means = {k: statistics.fmean(m.values[k] for m in alike) for k in longest.values}
-            result[place] = means, source, f"{longest.method}, {longest.steps:,} steps, seeds: {len(alike)}"
+        alike = {m.seed: m for m in those if m.experiment == longest.experiment}.values()
+        record = Path(longest.source)
+        beside = record.with_name("weights.safetensors"), record.with_suffix(".safetensors")
+        digests = [sha256(path) for path in beside if path.is_file()][:1] or [""]
+        inside = record.resolve().is_relative_to(HOME)
+        command = f"python src/train.py from_record={record.resolve().relative_to(HOME) if inside else record.name}"
+        means = {k: statistics.fmean(m.values[k] for m in alike) for k in longest.values}
+        note = f"{longest.method}, {longest.steps:,} steps, seeds: {len(alike)}"
+        result[place] = means, Source(TRAINED, command, *digests, sha256(record)), note
     for path in files:
         content = json.loads(path.read_bytes())
         for m in from_scores(path):
             published = next((its for name, its in PUBLISHED.items() if re.fullmatch(name, m.method)), None)
-            if m.images == set_size(m.set_name, m.images) and (
-                m.method == "Bicubic" or (published and m.steps is None)
-            ):
+            if _by_the_paper(m) and (m.method == "Bicubic" or (published and m.steps is None)):
                 place = (published.method if published else "Bicubic", m.set_name, m.scale)
                 source, note = _evaluated(path, content, m, published), published.note if published else ""
                 result[place] = m.values, source, note
     return result
+
+
+def _by_the_paper(m: Measurement) -> bool:
+    """Whether it was measured as the paper measures, on the whole of a set."""
+    return describe(m.protocol) == describe(asdict(PAPER)) and m.images == set_size(m.set_name, m.images)
 
 
 def _of_paper(name: str) -> str | None:
