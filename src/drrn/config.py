@@ -118,7 +118,7 @@ class OptimConfig:
     momentum: float = key("of SGD; β₁ of Adam", at_least=0, below=1)
     weight_decay: float = key("on everything, as in the release", at_least=0)
     bias_lr_mult: float = key("rate of convolution biases, relative to lr", at_least=0)
-    theta: float = key("θ of the gradient clipping", above=0)
+    theta: float = key("θ of the gradient clipping (the paper: 0.01; a translation: 1)", above=0)
     clip: str = key("each gradient (paper), their common norm (release)", choices=("value", "norm", "none"))
     schedule: str = key("of γ; step: a tenth instead of a half; cosine: to 0 over the run", choices=tuple(SCHEDULES))
     halve_every_epochs: float | None = key("epochs of the data; or halve_every_steps", above=0)

@@ -25,7 +25,10 @@ SECOND = 0.999  # Adam's second β; the first is optim.momentum
 
 
 def sgd(groups: Groups, optim: OptimConfig, fused: bool) -> Optimizer:
-    """Sec. 4.2: momentum, weight decay on everything."""
+    """Sec. 4.2: momentum, weight decay on everything.
+
+    PyTorch keeps v ← μv + g and takes γv; Caffe has γ in v: they differ only in the steps after a change of γ.
+    """
     from torch.optim import SGD
 
     return SGD(groups, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused)
