@@ -66,7 +66,8 @@ def busy(on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+    loop = "import os; parent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(10**6): pass"
+    with subprocess.Popen([sys.executable, "-c", loop]) as process:  # it ends with a bench that is killed
         try:
             yield
         finally:
@@ -90,6 +91,8 @@ def threads(sizes: dict[str, Any]) -> Iterator[bench.Row]:
             for name, work in works.items():
                 things = {said(n): (threaded, n, *work) for n in (None, *fixed)}
                 yield against_the_best(f"{name}, {where}", bench.in_turn(things, rounds))
+            if not beside:
+                demo(f"{folder}/first", 1)()  # it builds the patch file, for all
             things = {said(n): (demo, f"{folder}/{n}", demo_steps) for n in (None, *fixed)}
             numbers = {said(n): {"OMP_NUM_THREADS": str(n)} for n in fixed}
             times = bench.in_turn(things, 1, warm=False, environment=numbers)

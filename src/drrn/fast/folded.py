@@ -70,21 +70,19 @@ class Convolution:
 
         Not `padded`, there are no zeros above and below x: [N, C', H - 2, W].
         """
-        return self._convolved(x.to(self.dtype), add, relu, [int(padded), 1]).to(self.out)
-
-    def _convolved(self, x: Tensor, add: Tensor | None, relu: bool, padding: list[int]) -> Tensor:
-        if self.fused:  # the operators that Inductor emits on CPUs; torch's version is pinned
-            geometry = (padding, [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+        what = x.to(self.dtype), self.weight, self.bias
+        geometry = ([int(padded), 1], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+        if self.fused:  # the operators that Inductor emits on CPUs; they are tried on each torch that is allowed
+            mkldnn, after = torch.ops.mkldnn, "relu" if relu else None
             if add is None:
-                return torch.ops.mkldnn._convolution_pointwise(
-                    x, self.weight, self.bias, *geometry, "relu" if relu else "none", [], ""
-                )
-            return torch.ops.mkldnn._convolution_pointwise_.binary(
-                add, x, self.weight, self.bias, *geometry, "add", 1.0, "relu" if relu else None, [], ""
-            )
-        y = F.conv2d(x, self.weight, self.bias, padding=padding)
-        y = y if add is None else add.add_(y)
-        return y.relu_() if relu else y
+                y = mkldnn._convolution_pointwise(*what, *geometry, after or "none", [], "")
+            else:
+                y = mkldnn._convolution_pointwise_.binary(add, *what, *geometry, "add", 1.0, after, [], "")
+        else:
+            y = F.conv2d(*what, padding=geometry[0])
+            y = y if add is None else add.add_(y)
+            y = y.relu_() if relu else y
+        return y.to(self.out)
 
 
 class Unit(NamedTuple):

@@ -9,14 +9,12 @@ import torch
 
 from drrn.errors import UserError
 
-PRECISIONS = ("float32", "tf32", "bf16")  # and "auto", where a command offers it
-
 
 def chosen(precision: str, device: torch.device, folded: bool = True) -> str:
-    """One of `PRECISIONS`; "auto" becomes the fastest that the device computes in hardware.
+    """ "float32", "tf32" or "bf16"; "auto" becomes the fastest that the device computes in hardware.
 
     Args:
-        precision: one of `PRECISIONS`, or "auto".
+        precision: one of these, or "auto".
         device: that computes.
         folded: whether the network is one of `prepared.FOLDINGS`; the others have no path in bfloat16.
 

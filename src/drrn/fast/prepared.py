@@ -46,13 +46,9 @@ class Prepared:
     scale: int
 
 
-def fold_drrn(network: DRRN, precision: str) -> Callable[[int], Opened]:
-    """BatchNorm folded, sums and ReLUs fused, rows in portions."""
-    return partial(Stream, Folded(network, precision))
-
-
-FOLDINGS: dict[type, Callable[..., Callable[[int], Opened]]] = {DRRN: fold_drrn}
-
+FOLDINGS: dict[type, Callable[..., Callable[[int], Opened]]] = {  # class → (network, precision) → `Prepared.open`
+    DRRN: lambda network, precision: partial(Stream, Folded(network, precision))
+}
 _kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list, Prepared]]] = WeakKeyDictionary()
 
 
