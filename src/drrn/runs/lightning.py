@@ -87,6 +87,7 @@ def quiet_lightning() -> None:
         ".*does not have many workers",
         ".*`weights_only` was not set",
         ".*your dataloader is not resumable",  # ShuffledBatches starts at the step
+        ".*sync_dist=True",  # every process has the rows of all
         "Checkpoint directory .* exists and is not empty",  # it is this run's own
     ):
         warnings.filterwarnings("ignore", text)
