@@ -52,9 +52,12 @@ def recognise(path: Path) -> str:
         if is_lightning(root):
             return "drrn"
         names = set(named_tensors(root))
-        for form, port in PORTS.items():
-            if names and all(re.fullmatch(port.names, name) for name in names):
-                return form
+        strange = {form: sorted(n for n in names if not re.fullmatch(its.names, n)) for form, its in PORTS.items()}
+        nearest = min(strange, key=lambda form: len(strange[form]))
+        if names and not strange[nearest]:
+            return nearest
+        if len(strange[nearest]) < len(names):
+            raise ValueError(f"most of its tensors are named as in {nearest}, but not {strange[nearest][0][:80]!r}")
         some = ", ".join(repr(name[:40]) for name in sorted(names)[:4])
         raise ValueError(f"its tensors ({some}, …) are named as in none of {', '.join(PORTS)}")
     except Exception as error:  # zipfile, struct and torch raise many kinds for a damaged file
