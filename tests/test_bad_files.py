@@ -222,11 +222,11 @@ def writers(weights: Path, images: Path, out: Path) -> dict[str, tuple[tuple[str
     )
     found["tables"] = (
         ("report", f"scores=[{out.parent / 'sound.json'}]", f"output={out}"),
-        ["table2.md", "table2.csv", "table2.tex"],
+        ["index.html", "table2.md", "table2.csv", "table2.tex"],
     )
     found["figures"] = (
         ("report", f"compare={images / 'camera.png'}", "scale=2", f"output={out}"),
-        ["camera_x2.png", "camera_x2.pdf"],
+        ["camera_x2.png", "camera_x2.pdf", "camera_x2_narrow.png", "index.html"],
     )
     return found
 
