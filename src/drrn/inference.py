@@ -18,16 +18,7 @@ from torch import Tensor, nn
 
 from drrn.fast.precision import chosen
 from drrn.fast.prepared import FOLDINGS, Prepared, forget, prepared
-from drrn.fast.strips import (
-    LOW_STRIP_BYTES,
-    STRIP_BYTES,
-    STRIP_ROWS,
-    at_once,
-    free_room,
-    most_rows,
-    strips,
-    tile_shape,
-)
+from drrn.fast.strips import STRIP_ROWS, at_once, free_room, most_rows, strips, tile_shape
 
 __all__ = ["forget", "super_resolve", "super_resolve_strips"]
 
@@ -124,7 +115,7 @@ def _parts(
         return
 
     def whole(x: Tensor) -> Tensor:
-        parts = strips(ready, x.shape, room, LOW_STRIP_BYTES if tile else STRIP_BYTES)
+        parts = strips(ready, x.shape, room)
         return torch.cat(list(_run(ready, lambda a, b: x[a:b], x.shape, parts, lambda done, total: None)))
 
     (height, width), radius, s = shape, ready.receptive_radius, ready.scale

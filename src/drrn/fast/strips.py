@@ -13,8 +13,7 @@ from drrn.fast.prepared import Prepared
 
 ROOM = 1_000_000_000  # bytes that feature maps may take, when twice as many are free
 MAPS = 3  # feature maps alive at the peak of `Stream`: identity, the unit's middle and its output
-STRIP_BYTES = 24_000_000  # of one map on a CPU; with a unit's kept rows below 32 MB, which glibc keeps in its heap
-LOW_STRIP_BYTES = 5_000_000  # the same in tiles that were asked for: who asks for them lacks memory
+STRIP_BYTES = 12_000_000  # of one map on a CPU: larger ones are no faster, and glibc keeps blocks below 32 MB
 STRIP_ROWS = 24  # or about so many, where a map of them is larger; two of each unit's 48 are computed twice
 TILE_PIXELS = 1 << 24  # of the strip of an image that tiles make up
 
@@ -56,11 +55,11 @@ def _kept_rows(ready: Prepared) -> int:
     return 4 * ready.receptive_radius + 4 * MAPS
 
 
-def strips(ready: Prepared, shape: tuple[int, int], room: int, most: int | None = None) -> list[tuple[int, int]]:
+def strips(ready: Prepared, shape: tuple[int, int], room: int) -> list[tuple[int, int]]:
     """The rows (first, end) of an image [H, W] that go through a stream together: on a CPU, few enough to be fast.
 
-    A map has at most `most` bytes (None: STRIP_BYTES), or STRIP_ROWS where those are more. The last strip is lower
-    than the others, since with it every layer makes up for its lag.
+    A map has at most STRIP_BYTES, or STRIP_ROWS where those are more. The last strip is lower than the others, since
+    with it every layer makes up for its lag.
     """
     height, width = shape
     rows, on_cpu = most_rows(ready, width, room), ready.device.type == "cpu"
@@ -69,7 +68,7 @@ def strips(ready: Prepared, shape: tuple[int, int], room: int, most: int | None 
     if at_once(ready, shape, room) and not (on_cpu and rows >= STRIP_ROWS):
         return [(0, height)]
     if on_cpu:
-        rows = min(rows, (STRIP_BYTES if most is None else most) // _row_bytes(ready, width))
+        rows = min(rows, STRIP_BYTES // _row_bytes(ready, width))
     rows = max(rows, STRIP_ROWS)
     if height <= rows:
         return [(0, height)]

@@ -159,10 +159,11 @@ def worth_compiling(network: nn.Module, x: Tensor) -> bool:
     if torch.cuda.get_device_capability(x.device) < (7, 0):
         return False
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
-    missing = "Triton" if find_spec("triton") is None else None if any(map(which, compilers)) else "C compiler"
-    if missing is not None:
+    needed = {"Triton": find_spec("triton") is not None, "C compiler": any(map(which, compilers))}
+    missing = " and no ".join(name for name, found in needed.items() if not found)
+    if missing:
         log.warning("speed.compile=auto: there is no %s, so the network is not compiled and trains slower", missing)
-    return missing is None
+    return not missing
 
 
 @contextmanager
