@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch",
-    "lightning",
-    "hydra-core",
-    "omegaconf",
-    "torchmetrics",
-    "wandb",
-    "h5py",
-    "numpy",
-    "scipy",
-    "pillow",
-)
+    "torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "wandb", "h5py", "numpy", "scipy", "pillow",
+)  # fmt: skip
 
 
 def git_commit() -> dict[str, Any] | None:

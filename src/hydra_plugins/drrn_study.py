@@ -55,14 +55,14 @@ class StudySweeper(BasicSweeper):
             raise UserError(f"hydra.sweeper.max_batch_size = {batch}: at least 1, or null for all jobs")
         if points is not None and not (points and all(isinstance(point, dict | DictConfig) for point in points)):
             raise UserError(f"hydra.sweeper.points = {points}: a list of at least one {{key: value}}, or null")
-        from drrn.sweep.machine import OwnPart, is_joblib, workers
+        from drrn.sweep.machine import OwnPart, workers
 
         launcher = config.hydra.launcher
         package = launcher._target_.rsplit(".", 2)[0]
         if importlib.util.find_spec(package) is None:
             raise UserError(f"this hydra/launcher needs {package}: pip install '.[sweep]'")
         self.n = workers(launcher)
-        if is_joblib(launcher) and self.n > 1:
+        if "joblib" in package and self.n > 1:
             task_function = OwnPart(task_function, self.n)
         source, path = str(Path(drrn.__file__).parents[1]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
         if source not in path:  # a clone's src/ is on no other process's path

@@ -31,11 +31,6 @@ def threads(n: int) -> int | None:
     return None if n == 1 or "OMP_NUM_THREADS" in os.environ else max(1, len(allowed_cores()) // n)
 
 
-def is_joblib(launcher: DictConfig) -> bool:
-    """Whether joblib launches the jobs (`hydra/launcher=machine`)."""
-    return "joblib" in launcher._target_
-
-
 def workers(launcher: DictConfig) -> int:
     """Jobs that a launcher works on at a time, where its configuration says so; else 1.
 

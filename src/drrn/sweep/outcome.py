@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from drrn.config import Config
@@ -15,7 +13,7 @@ from drrn.errors import InUse
 from drrn.identity import run_dir
 from drrn.runs.record import finished_record, read_record
 from drrn.sweep.machine import Ended, NotBegun
-from drrn.sweep.plan import Job, console
+from drrn.sweep.plan import Job, console, new_table
 
 
 def by_signal(record: dict[str, Any]) -> bool:
@@ -65,10 +63,7 @@ def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
     means = [scores_of(job.config) for job, _, _ in rows]
     known = [mean for mean in means if mean]
     heading = f"PSNR\n{known[0]['set']} ×{known[0]['scale']}" if known else "PSNR"
-    table = Table(
-        title="What became of it", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    table.add_column("run", overflow="fold")
+    table = new_table("What became of it")
     table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("above\nbicubic", justify="right", no_wrap=True)
     table.add_column("outcome", no_wrap=True)

@@ -191,8 +191,7 @@ def print_plan(plan: Plan) -> None:
     """The plan as a table on the standard output."""
     from drrn.networks import count
 
-    table = Table(title="Plan", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("run", overflow="fold")
+    table = new_table("Plan")
     table.add_column("state", overflow="fold")
     for heading in ("d", "k", "operations\n/step", "steps", "time", "memory\nGB"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -224,6 +223,13 @@ def print_plan(plan: Plan) -> None:
         "tensors of a step, counted; the process has about 0.5 GB besides, and on a CPU\n"
         "its allocator may hold up to twice the tensors.\n"
     )
+
+
+def new_table(title: str) -> Table:
+    """A table whose first column names runs."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("run", overflow="fold")
+    return table
 
 
 def console() -> Console:
