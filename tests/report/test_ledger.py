@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -109,8 +110,6 @@ def test_counts_are_those_of_the_built_networks(entries: list) -> None:
 
 def test_a_training_enters_with_its_record(make: Callable, tmp_path: Path, entry_point) -> None:
     """A finished run of the paper's size: its scores and its record's digest; narrow or unfinished ones not."""
-    import hashlib
-
     runs = [
         make("model.B=1", "model.U=9", "model.features=128", psnr=33.9),
         make("model.B=1", "model.U=9", "model.features=128", "seed=2", psnr=33.94),
@@ -137,3 +136,30 @@ def test_a_training_enters_with_its_record(make: Callable, tmp_path: Path, entry
     page = (tmp_path / "out" / "ledger.html").read_text()
     assert "33.92" in page
     assert "<script" not in page
+
+
+def test_what_lies_beside_shipped_weights_is_taken(make: Callable, tmp_path: Path, monkeypatch) -> None:
+    """A run record or a file of scores, whichever its weights came with; anything else says nothing."""
+    import json
+
+    import drrn.weights.shipped
+    from drrn.report.ledger import everything
+
+    monkeypatch.setattr(drrn.weights.shipped, "FOLDER", tmp_path)
+    write_json(tmp_path / "a.json", make("model.B=1", "model.U=9", "model.features=128", psnr=33.9))
+    scores = json.loads((SCORES / "vdsr.json").read_text())
+    rows = [row for row in scores["scores"] if row["set"] == "Set5"]
+    scores["methods"][0] |= {"structure": "DRRN_B1U25_noBN", "steps": 9, "seed": 1}
+    write_json(tmp_path / "b.json", scores | {"scores": rows})
+    write_json(tmp_path / "c.json", {"means": []})
+    for name in "abc":
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    found = everything([], [])
+    values, source, note = found["DRRN_B1U9", "Set5", 3]
+    assert values["psnr"] == 33.9
+    assert source.weights == hashlib.sha256(b"a").hexdigest()
+    values, source, note = found["DRRN_B1U25", "Set5", 3]
+    assert source[0] == TRAINED
+    assert f"{values['psnr']:.2f}" == "33.66"  # VDSR's, under another name
+    assert "noBN" in note
+    assert found["VDSR", "Set5", 3][1].state == REMEASURED

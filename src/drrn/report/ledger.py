@@ -24,9 +24,11 @@ from drrn.paper import paper_numbers
 from drrn.protocol import PAPER, describe
 from drrn.report.measurements import MISSING, Measurement, from_record, from_scores, set_size, signed
 from drrn.report.page import Part, Section, write_page
+from drrn.report.records import read_runs
 from drrn.report.studies import preset
 from drrn.report.tables import Table
 from drrn.sets import registered_sets
+from drrn.weights.shipped import shipped
 
 QUOTED, REMEASURED, TRAINED, COUNTED = STATES = ("quoted", "re-measured", "trained here", "counted")
 COUNT = "python src/report.py ledger=true"  # what counts weights, layers, images and settings
@@ -97,16 +99,15 @@ def write_ledger(scores: list[Path], records: list[dict[str, Any]], output: Path
 
 
 def everything(scores: list[Path], records: list[dict[str, Any]]) -> Found:
-    """`measured` of these, of the scores that come with the package and of the shipped weights' runs."""
-    return measured([*sorted(SCORES.glob("*.json")), *scores], [*_shipped(), *records])
+    """`measured` of these, of the scores that come with the package, and of what lies beside the shipped weights.
 
-
-def _shipped() -> list[dict[str, Any]]:
-    from drrn.report.records import read_runs
-    from drrn.weights.shipped import shipped
-
-    files = [path.with_suffix(".json") for path in shipped().values()]
-    return read_runs(list(map(str, files))) if files else []
+    That is a run record or a file of scores.
+    """
+    beside = [path.with_suffix(".json") for path in shipped().values()]
+    contents = {path: json.loads(path.read_bytes()) for path in beside if path.is_file()}
+    runs = [str(path) for path, content in contents.items() if "config" in content]
+    files = [path for path, content in contents.items() if "methods" in content]
+    return measured([*sorted(SCORES.glob("*.json")), *files, *scores], [*(read_runs(runs) if runs else []), *records])
 
 
 # ---------------------------------------------------------------- what was measured here
@@ -117,32 +118,37 @@ Found = dict[tuple[str, str, int], tuple[dict[str, float], Source, str]]  # (met
 def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
     """Means over whole sets: of bicubic and published weights first, then of the longest trainings."""
     trained: dict[tuple, list[Measurement]] = defaultdict(list)
-    result: Found = {}
-    for record in (record for record in records if record["status"] == "finished"):
-        for m in from_record(record):
-            method = _of_paper(m.method) if _by_the_paper(m) else None
-            if method is not None:
-                trained[method, m.set_name, m.scale].append(m)
-    for place, those in trained.items():
-        longest = max(those, key=lambda m: m.steps)
-        alike = {m.seed: m for m in those if m.experiment == longest.experiment}.values()
-        record = Path(longest.source)
-        beside = record.with_name("weights.safetensors"), record.with_suffix(".safetensors")
-        digests = [sha256(path) for path in beside if path.is_file()][:1] or [""]
-        inside = record.resolve().is_relative_to(HOME)
-        command = f"python src/train.py from_record={record.resolve().relative_to(HOME) if inside else record.name}"
-        means = {k: statistics.fmean(m.values[k] for m in alike) for k in longest.values}
-        note = f"{longest.method}, {longest.steps:,} steps, seeds: {len(alike)}"
-        result[place] = means, Source(TRAINED, command, *digests, sha256(record)), note
-    for path in files:
-        content = json.loads(path.read_bytes())
-        for m in from_scores(path):
-            published = next((its for name, its in PUBLISHED.items() if re.fullmatch(name, m.method)), None)
-            if _by_the_paper(m) and (m.method == "Bicubic" or (published and m.steps is None)):
-                place = (published.method if published else "Bicubic", m.set_name, m.scale)
-                source, note = _evaluated(path, content, m, published), published.note if published else ""
-                result[place] = m.values, source, note
-    return result
+    first: Found = {}
+    finished = [record for record in records if record["status"] == "finished"]
+    for m in [m for record in finished for m in from_record(record)] + [
+        m for path in files for m in from_scores(path)
+    ]:
+        if not _by_the_paper(m):
+            continue
+        published = next((its for name, its in PUBLISHED.items() if re.fullmatch(name, m.method)), None)
+        if m.steps is not None and (method := _of_paper(m.method)):
+            trained[method, m.set_name, m.scale].append(m)
+        elif Path(m.source) in files and (m.method == "Bicubic" or (published and m.steps is None)):
+            place = (published.method if published else "Bicubic", m.set_name, m.scale)
+            first[place] = m.values, _evaluated(m, published), published.note if published else ""
+    return {place: _trained(those) for place, those in trained.items()} | first
+
+
+def _trained(those: list[Measurement]) -> tuple[dict[str, float], Source, str]:
+    """The mean over the seeds of the longest training."""
+    longest = max(those, key=lambda m: m.steps)
+    alike = {m.seed: m for m in those if m.experiment == longest.experiment}.values()
+    path = Path(longest.source)
+    beside = path.with_name("weights.safetensors"), path.with_suffix(".safetensors")
+    weights = longest.weights or next((sha256(file) for file in beside if file.is_file()), "")
+    inside = path.resolve().is_relative_to(HOME)
+    name = str(path.resolve().relative_to(HOME)) if inside else path.name
+    command = "evaluate.py checkpoint=WEIGHTS" if longest.weights else f"train.py from_record={name}"
+    means = {
+        k: statistics.fmean(m.values[k] for m in alike) for k in longest.values if all(k in m.values for m in alike)
+    }
+    note = f"{longest.method}, {longest.steps:,} steps, seeds: {len(alike)}"
+    return means, Source(TRAINED, f"python src/{command}", weights, sha256(path)), note
 
 
 def _by_the_paper(m: Measurement) -> bool:
@@ -158,8 +164,10 @@ def _of_paper(name: str) -> str | None:
     return name if re.fullmatch(whole, name) else None
 
 
-def _evaluated(path: Path, content: dict[str, Any], m: Measurement, published: Published | None) -> Source:
+def _evaluated(m: Measurement, published: Published | None) -> Source:
     """How a file of scores is made again."""
+    path = Path(m.source)
+    content = json.loads(path.read_bytes())
     sets = f"'sets=[{','.join(content['sets'])}]' 'metrics=[{','.join(m.values)}]'"
     if published is None:
         return Source(REMEASURED, f"python src/evaluate.py method=bicubic {sets}", "", sha256(path))
