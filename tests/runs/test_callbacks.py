@@ -58,8 +58,12 @@ def test_an_average_of_the_weights_is_validated_scored_saved_and_resumed(
     plain: Path, configure: Callable, entry_point: Callable, tiny_images: Path, tmp_path: Path
 ) -> None:
     ema = ("callbacks=ema", "callbacks.ema.decay=0.5")
-    straight = configure(*SIX, *ema, f"output={tmp_path / 'straight'}")
-    train.train(straight)
+    straight = configure(*SIX, *ema, f"output={tmp_path / 'straight'}", "logger.pictures_every=2")
+    drawn: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        weights = lambda module, stage: drawn.append(module.network.conv_rec.weight.detach().clone()) or {}  # noqa: E731
+        patch.setattr("drrn.tracking.results.pictures", weights)
+        train.train(straight)
     again = configure(*SIX, *ema, f"output={tmp_path / 'stopped'}")
     for steps in (3, 6):  # in the middle, and when only the evaluation is left
         with pytest.MonkeyPatch.context() as patch:
@@ -79,6 +83,7 @@ def test_an_average_of_the_weights_is_validated_scored_saved_and_resumed(
     name = "network.conv_rec.weight"
     assert torch.equal(raw[name], last(plain)["state_dict"][name])
     assert not torch.equal(raw[name], averaged[name])
+    assert torch.equal(drawn[-1], averaged[name])  # pictures of a validation show the average too
     network, _ = load_network(run_dir(straight) / "weights.safetensors")
     assert all(torch.equal(averaged[f"network.{key}"], tensor) for key, tensor in network.state_dict().items())
     assert read_record(run_dir(straight) / FILE)["scores"] != read_record(plain / FILE)["scores"]
