@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 
 import train as entry
 from drrn.config import check
+from drrn.errors import UserError
 from drrn.identity import run_dir, structure_name
 from drrn.runs.record import FILE, read_record
 from drrn.sweep.queues import queue
@@ -118,7 +119,7 @@ def test_every_sweep_runs_each_of_its_points(
     records = finished_runs(shared_output)
     assert len(records) == already + len(points) - out.count("skipped")  # none is lost, none is another's run
     assert f"{len(points)} of {len(points)} runs done" in out
-    assert out.count("skipped") == {"fig8": 3, "table2": 2, "table4": 4}.get(
+    assert out.count("skipped") == {"fig6": 1, "fig8": 3, "table2": 2, "table4": 4}.get(
         name, 0
     )  # what an earlier study has trained
     for point in points:
@@ -200,7 +201,11 @@ def test_every_file_opens_with_what_it_is_and_how_to_run_it(path: Path) -> None:
         words = shlex.split(re.split(r"\s{2,}\(", command.removeprefix("#").strip())[0], comments=True)
         overrides = [word for word in words[2:] if word != "-m"]
         overrides = [re.sub(r"=([^\[\],]+),.*$", r"=\1", word) for word in overrides]  # the first of a choice
-        as_shipped(*overrides)
+        try:
+            as_shipped(*overrides)
+        except UserError as error:
+            if not str(error).startswith("data.train: the folder"):  # of images that are put there by hand
+                raise
 
 
 def agents_command(path: Path, point: int = 0) -> list[str]:
