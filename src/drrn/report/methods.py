@@ -16,6 +16,7 @@ from drrn.report.groups import PLACE, Point, RunGroup
 from drrn.report.studies import STUDIES
 
 OURS = "#0072B2"
+BELOW = 7.0  # dB below the paper's lowest: a point of ours that is lower is named, not drawn
 OTHERS = {"shallow": "#7b5ea7", "deep": "#009E73"}  # Fig. 9's groups; the very deep ones are grey
 
 
@@ -100,13 +101,16 @@ def _methods(
             elsewhere.add(row["source"])
         named.append((x, psnr, row["method"] + "†" * (not row["psnr"]), "#a34700" if drrn else "#444444"))
     measured = [(point, psnr) for point in group.points if (psnr := point.mean(place)) is not None]
-    for point, psnr in measured:
+    floor = min((y for _, y, *_ in named), default=0.0) - BELOW
+    low = [f"{point.short} {psnr:.2f} dB" for point, psnr in measured if psnr < floor]
+    for point, psnr in ((point, psnr) for point, psnr in measured if psnr >= floor):
         _mark(axis, own_x(point), psnr, depth_marker(point.depth), OURS, ours=point)
         named.append((own_x(point), psnr, point.short if point.planned else "", OURS))
     axis.set_ylim(*limits([y for _, y, *_ in named], 0.2))
     in_psnr(axis)
     notes = [f"only in the paper's picture: {', '.join(absent)}"] if absent else []
     notes += [f"† from the {source}" for source in sorted(elsewhere)]
+    notes += [f"ours, below the axis: {', '.join(low)}"] if low else []
     notes += [] if measured else ["ours: not measured on this set"]
     text = "\n".join(textwrap.fill(note, 50) for note in notes)
     axis.text(0.99, 0.012, text, size=6.2, color=GREY, ha="right", transform=axis.transAxes)
