@@ -150,7 +150,7 @@ def test_what_lies_beside_shipped_weights_is_taken(make: Callable, tmp_path: Pat
     scores = json.loads((SCORES / "vdsr.json").read_text())
     rows = [row for row in scores["scores"] if row["set"] == "Set5"]
     scores["methods"][0] |= {"structure": "DRRN_B1U25_noBN", "steps": 9, "seed": 1}
-    write_json(tmp_path / "b.json", scores | {"scores": rows})
+    write_json(tmp_path / "b.json", scores | {"scores": rows, "means": []})
     write_json(tmp_path / "c.json", {"means": []})
     for name in "abc":
         (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
