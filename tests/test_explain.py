@@ -15,7 +15,7 @@ from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio
 
 from drrn.evaluation import Job, Method, score_image
-from drrn.explain import Way, explaining, opencv_resize, plane_of, ways_of
+from drrn.explain import Way, explaining, opencv_resize, plane_of, print_ways, ways_of
 from drrn.images import read_pixels
 from drrn.matlab import imresize
 from drrn.protocol import Protocol
@@ -121,6 +121,23 @@ def test_a_ports_number_of_unrounded_luminance_is_explained(
     assert protocol not in found
     assert protocol._replace(plane="y float", values="float") in found
     assert claimed - ways[protocol] > 0.04
+
+
+def test_a_grey_image_made_in_colour_is_measured_as_one(
+    tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Programs save Set14's grey images as RGB: as RGB they give what the same pixels in one channel give."""
+    made = np.minimum(read_pixels(tiny_images / "camera.png"), 250) + np.uint8(4)
+    Image.fromarray(made).save(tmp_path / "grey.png")
+    Image.fromarray(np.dstack([made] * 3)).save(tmp_path / "rgb.png")
+    grey, rgb = (
+        ways_of(job(tiny_images / "camera.png", made=tmp_path / f"{name}.png"), "psnr") for name in ("grey", "rgb")
+    )
+    as_rgb = {way: value for way, value in grey.items() if way.grey == "three channels"}
+    assert len(as_rgb) == 45
+    assert as_rgb == {way: value for way, value in rgb.items() if way.grey == "three channels"}
+    print_ways(rgb, 30.0, "psnr", "camera")
+    assert "as RGB" in capsys.readouterr().out
 
 
 def test_a_table_marks_what_explains_a_number(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:

@@ -114,7 +114,10 @@ def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32")
             f"{job.made}: {made.shape[1]}×{made.shape[0]} pixels, {pixels.shape[1]}×{pixels.shape[0]} needed"
         )
     for grey in GREY:
-        shown = np.dstack([pixels] * 3) if grey == "three channels" and pixels.ndim == 2 else pixels
+        shown, given = (
+            np.dstack([image] * 3) if grey == "three channels" and image is not None and image.ndim == 2 else image
+            for image in (pixels, made)
+        )
         for resized, plane in product(RESIZED, PLANES):
             if (resized == "made") != (made is not None) or (resized, plane) in NEVER:
                 continue
@@ -122,7 +125,7 @@ def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32")
                 found = {way: value for way, value in result.items() if way[:2] == (resized, plane)}
                 result |= {way._replace(grey=grey): value for way, value in found.items()}
                 continue
-            y = estimate(job, shown, made, resized, plane, threads, precision)
+            y = estimate(job, shown, given, resized, plane, threads, precision)
             if y is None:
                 continue
             truth = plane_of(shown, plane)
@@ -296,6 +299,10 @@ def print_ways(means: dict[Way, float], claimed: float, metric: str, title: str)
 
 
 def _says_more(way: Way, means: dict[Way, float], digits: int) -> bool:
-    """Whether it differs from the ways that are simpler: clipping and grey images often change nothing."""
+    """Whether it differs from the ways that are simpler: clipping and grey images often change nothing.
+
+    A simpler way need not be there: a grey image made in colour is compared over RGB as RGB alone.
+    """
     simpler = [way._replace(grey="one channel")] + [way._replace(values="clipped")] * (way.values == "float")
-    return all(way == other or round(means[way], digits) != round(means[other], digits) for other in simpler)
+    simpler = [other for other in simpler if other != way and other in means]
+    return all(round(means[way], digits) != round(means[other], digits) for other in simpler)

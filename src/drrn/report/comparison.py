@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drrn.degradations import PAPER
+from drrn.degradations import PAPER, check_scales
 from drrn.errors import UserError, printable
 from drrn.images import read_luminance
 from drrn.pictures import Box, crops, draw_crops, save
@@ -34,8 +34,8 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
         The files written; none if no run has got as far as its pictures.
 
     Raises:
-        UserError: an image or the weights of a run are not there, the box is not inside the image, or a
-            checkpoint enlarges by another scale.
+        UserError: an image or the weights of a run are not there, the box is not inside the image, a checkpoint
+            enlarges by another scale, or the runs' degradation is not defined for the scale.
     """
     from drrn.inference import super_resolve
     from drrn.weights.ours import load_network
@@ -61,6 +61,7 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     try:
         runs = {n: lambda x, y=y: y for n, y in _others(config.others, path, scale).items()} | runs
         degradation = tested[-1]["protocol"].get("degradation", PAPER) if tested else PAPER
+        check_scales("scale", [scale], degradation)
         shown = crops(path, scale, runs, box, low, degradation)
     except ValueError as error:  # an image smaller than the scale or the metrics' windows
         raise UserError(f"{path} at ×{scale}: {error}") from error

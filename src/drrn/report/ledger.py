@@ -143,7 +143,7 @@ def _trained(those: list[Measurement]) -> tuple[dict[str, float], Source, str]:
     weights = longest.weights or next((sha256(file) for file in beside if file.is_file()), "")
     inside = path.resolve().is_relative_to(HOME)
     name = str(path.resolve().relative_to(HOME)) if inside else path.name
-    command = "evaluate.py checkpoint=WEIGHTS" if longest.weights else f"train.py from_record={name}"
+    command = "evaluate.py checkpoint=WEIGHTS" if longest.weights else f"train.py from_record={name} output=again"
     means = {
         k: statistics.fmean(m.values[k] for m in alike) for k in longest.values if all(k in m.values for m in alike)
     }
