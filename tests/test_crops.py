@@ -14,6 +14,7 @@ import pytest
 from drrn.crops import Crops, Draws, prepare_images
 from drrn.datamodule import SuperResolutionData, prepare_pairs
 from drrn.errors import UserError
+from drrn.identity import run_dir
 from drrn.images import orientations, read_pixels
 from drrn.patches import LOW, STEP
 from drrn.protocol import prepare
@@ -102,6 +103,11 @@ def test_an_epoch_is_so_many_crops_of_each_image(configure: Callable, tiny_image
     data = reading(config)
     assert (len(data.patches), data.steps_per_epoch, data.max_steps) == (6, 3, 6)
     assert len(list(data.train_dataloader())) == 6
+
+
+def test_the_stride_of_stored_patches_is_no_part_of_what_a_run_of_crops_is(configure: Callable) -> None:
+    assert run_dir(configure(*CROPS, "data.stride=7")) == run_dir(configure(*CROPS))
+    assert run_dir(configure("data.stride=7")) != run_dir(configure())
 
 
 @pytest.mark.parametrize("how", ["cut", "changed", "small", "offline", "full"])

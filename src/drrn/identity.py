@@ -99,8 +99,9 @@ def identity(config: Config) -> dict[str, Any]:
     return _identity(asdict(config))
 
 
-def _identity(whole: dict[str, Any]) -> dict[str, Any]:
-    """`identity` of a configuration as a record keeps it."""
+def _identity(whole: dict[str, Any], as_written: bool = False) -> dict[str, Any]:
+    """`identity` of a configuration as a record keeps it; `as_written`: callbacks by the names they are given, which
+    was what digests were made of before both names of a class counted as one."""
     kept = {key: copy.copy(whole[key]) for key in ("model", "data", "optim", "trainer", "trainer_extra", "seed")}
     for group, keys in NOT_IDENTITY.items():
         for key in keys:
@@ -115,8 +116,12 @@ def _identity(whole: dict[str, Any]) -> dict[str, Any]:
     for group, key, default in LATER:
         if kept[group].get(key, default) == default:
             kept[group].pop(key, None)
+    if "crops" in kept["data"]:
+        kept["data"].pop("stride", None)  # of stored patches
     # Callbacks that change weights or length; one that is not known here may.
-    nodes = [{**node, "_target_": _short(node["_target_"])} for node in (whole.get("callbacks") or {}).values()]
+    nodes = (whole.get("callbacks") or {}).values()
+    if not as_written:
+        nodes = [{**node, "_target_": _short(node["_target_"])} for node in nodes]
     counted = [node for node in nodes if node["_target_"] not in WATCHING]
     if counted:
         kept["callbacks"] = sorted(counted, key=lambda node: json.dumps(node, sort_keys=True))
@@ -175,12 +180,11 @@ def run_name(config: Config) -> str:
 
 def run_dir(config: Config) -> Path:
     """Where a run lives, named by what it is and never by the clock: `runs/main/DRRN_B1U9_s1-3f2a9c01`."""
-    digest = _digest(identity(config))
-    folder = Path(config.output) / config.study
+    parent = Path(config.output) / config.study
+    names = [run_name(config).replace(" ", "_").replace("/", "_")]
     if isinstance(config.model, dict) and config.name is None:  # the name that such runs had before
         values = (f"{key}{value}" for key, value in config.model.items() if key != "network")
-        before = "_".join([config.model["network"].upper(), *values])
-        if (earlier := folder / f"{before}_s{config.seed}-{digest}").is_dir():
-            return earlier
-    stem = run_name(config).replace(" ", "_").replace("/", "_")
-    return folder / f"{stem}-{digest}"
+        names.append("_".join([config.model["network"].upper(), *values, f"s{config.seed}"]))
+    digests = [_digest(identity(config)), _digest(_identity(asdict(config), as_written=True))]
+    folder, *earlier = (parent / f"{name}-{digest}" for digest in digests for name in names)
+    return next((one for one in earlier if one.is_dir()), folder)

@@ -214,6 +214,25 @@ def test_what_changes_weights_or_length_is_part_of_what_a_run_is(configure: Call
     assert run_dir(configure("callbacks=[early_stopping,ema]")).name == different[-1]
 
 
+@pytest.mark.parametrize(
+    ("callback", "model", "folder"),
+    [
+        ("early_stopping.EarlyStopping,monitor:val/psnr,patience:3", "drrn", "DRRN_B1U9_s1-de8508b5"),
+        ("timer.Timer,duration:00:12:00:00", "drrn", "DRRN_B1U9_s1-f3d2bff1"),
+        ("timer.Timer,duration:00:12:00:00", "srcnn", "SRCNN_middle1_features64_s1-4256ae59"),
+    ],
+)
+def test_a_run_is_found_where_it_was_when_a_callback_had_two_names(
+    callback: str, model: str, folder: str, configure: Callable, tmp_path: Path
+) -> None:
+    """The folders are those of a645686, when a class by its other name was another experiment."""
+    mine = f"+callbacks.mine={{_target_:lightning.pytorch.callbacks.{callback}}}"
+    config = configure(f"model={model}", mine, f"output={tmp_path}", tiny=False)
+    assert run_dir(config).name.rpartition("-")[2] != folder.rpartition("-")[2]
+    (tmp_path / "main" / folder).mkdir(parents=True)
+    assert run_dir(config) == tmp_path / "main" / folder
+
+
 def test_from_a_record_only_lightnings_callbacks_are_taken(plain: Path, tmp_path: Path) -> None:
     from hydra import compose, initialize_config_dir
 
