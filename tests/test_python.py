@@ -133,6 +133,8 @@ def test_weights_go_by_their_names(
         means = [{"set": "Set5", "scale": scale, "psnr": value} for scale, value in psnr.items()]
         means += [{"set": "Set14", "scale": 3, "psnr": 50.0}, {**means[0], "method": "bicubic", "psnr": 60.0}]
         (tmp_path / f"{name}.json").write_text(json.dumps({"means": means}))
+    (tmp_path / "Z.safetensors").write_bytes(weights.read_bytes())
+    (tmp_path / "Z.json").write_text("{}")  # it says nothing of Set5: the last one
     assert shipped.weights_file("DRRN_A") == tmp_path / "DRRN_A.safetensors"
     best = {3: "DRRN_B", 4: "DRRN_A", 2: "OF_X2", 2.5: "DRRN_B"}
     assert {scale: shipped.weights_file(None, scale).stem for scale in best} == best
@@ -142,7 +144,7 @@ def test_weights_go_by_their_names(
         with initialize_config_dir(CONF, version_base="1.3"):
             config = check(compose("evaluate", [*overrides, f"output={tmp_path / 'scores.json'}"]))
         assert Path(config.checkpoint[0]).stem == meant
-    with pytest.raises(UserError, match="DRRN_B, DRRN_A, OF_X2"):
+    with pytest.raises(UserError, match="DRRN_B, DRRN_A, OF_X2, Z"):
         drrn.load("DRRN_C")
 
 

@@ -45,18 +45,6 @@ class Crops(NamedTuple):
     panels: list[tuple[str, NDArray, str]]  # name, its whole image, the words below
 
 
-def side_by_side(
-    path: Path,
-    scale: int,
-    networks: dict[str, Callable[[NDArray], NDArray]],
-    box: Box | None = None,
-    low: Collection[str] = (),
-    degradation: str = PAPER,
-) -> Figure:
-    """`crops`, drawn in a row."""
-    return draw_crops(crops(path, scale, networks, box, low, degradation))
-
-
 def crops(
     path: Path,
     scale: int,

@@ -56,9 +56,14 @@ PAPER = Protocol()
 
 def describe(protocol: dict[str, Any]) -> str:
     """A protocol in words, its departures from the paper named: "protocol paper v1, but rounding=float"."""
+    extra = departures(protocol)
+    return f"protocol {protocol['name']} v{protocol['version']}" + (f", but {extra}" if extra else "")
+
+
+def departures(protocol: dict[str, Any]) -> str:
+    """What a protocol does otherwise than the paper's: "rounding=float, degradation=BD"; "" for nothing."""
     usual = {key: value for key, value in asdict(PAPER).items() if key not in ("name", "version")}
-    extra = [f"{key}={value}" for key, value in protocol.items() if usual.get(key, value) != value]
-    return f"protocol {protocol['name']} v{protocol['version']}" + (f", but {', '.join(extra)}" if extra else "")
+    return ", ".join(f"{key}={value}" for key, value in protocol.items() if usual.get(key, value) != value)
 
 
 def modcrop(image: NDArray, scale: int) -> NDArray:

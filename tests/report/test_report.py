@@ -15,7 +15,7 @@ from PIL import Image
 from drrn.errors import UserError
 from drrn.matlab import imresize
 from drrn.paper import paper_numbers
-from drrn.pictures import Box, save, side_by_side
+from drrn.pictures import Box, crops, draw_crops, save
 from drrn.protocol import PAPER
 from drrn.report.comparison import FIG7
 from drrn.report.measurements import MISSING, Measurement, over_seeds, signed
@@ -140,10 +140,10 @@ def test_numbers() -> None:
     assert len(paper_numbers("table2")) == 96
 
 
-def test_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
+def test_crops_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
     """Titles, the scores of the whole image, the right pixels in the panels; PNG and PDF."""
     box = Box(10, 20, 30, 24)
-    figure = side_by_side(tiny_images / "chelsea.png", 2, {"better": lambda x: x + 0.01}, box)
+    figure = draw_crops(crops(tiny_images / "chelsea.png", 2, {"better": lambda x: x + 0.01}, box))
     whole, truth, bicubic, better = figure.axes
     original = np.asarray(Image.open(tiny_images / "chelsea.png"))
     np.testing.assert_array_equal(whole.images[0].get_array(), original[:74, :90])
@@ -161,8 +161,8 @@ def test_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
     assert paths[1].read_bytes().startswith(b"%PDF")
     assert len(list((tmp_path / "sub").iterdir())) == 2
     with pytest.raises(UserError, match="not inside"):
-        side_by_side(tiny_images / "chelsea.png", 2, {}, Box(80, 0, 30, 10))
-    low = side_by_side(tiny_images / "chelsea.png", 2, {"low": lambda x: imresize(x, 2)}, box, low=["low"])
+        crops(tiny_images / "chelsea.png", 2, {}, Box(80, 0, 30, 10))
+    low = draw_crops(crops(tiny_images / "chelsea.png", 2, {"low": lambda x: imresize(x, 2)}, box, low=["low"]))
     np.testing.assert_array_equal(low.axes[-1].images[0].get_array(), bicubic.images[0].get_array())
     assert low.axes[-1].get_xlabel() == bicubic.get_xlabel()
 
@@ -184,9 +184,8 @@ def test_other_programs_images_stand_beside_the_networks(
     code, _, err = entry_point("report", *arguments, f"others={{Half way: {folder}}}")
     assert code == 0, err
     assert (tmp_path / "out" / "chelsea_x2.png").is_file()
-    figure = side_by_side(path, 2, {"Half way": lambda _: made / 255.0})
-    psnr = score(made / 255.0, truth, 2)["psnr"]
-    assert figure.axes[-1].get_xlabel().startswith(f"{psnr:.2f} dB")
+    _, _, words = crops(path, 2, {"Half way": lambda _: made / 255.0}).panels[-1]
+    assert words.startswith(f"{score(made / 255.0, truth, 2)['psnr']:.2f} dB")
     Image.fromarray(made[:-4]).save(folder / "chelsea_x2.png")
     wrong = ((f"{{A: {folder}}}", "chelsea_x2.png has"), ("{A: nowhere}", "others.A"), ("[a]", "others = "))
     for others, words in wrong:
@@ -234,7 +233,7 @@ def test_report_refusals(entry_point: Callable, tmp_path: Path) -> None:
 
 
 def test_runs_table() -> None:
-    """A row for bicubic, then one a run."""
+    """A row for bicubic by each protocol, then one a run, which says what its protocol departs in."""
     means = [
         {"set": "s", "scale": 2, "images": 1, "psnr": 31.0, "ssim": 0.9, "bicubic_psnr": 30.0, "bicubic_ssim": 0.8}
     ]
@@ -243,9 +242,22 @@ def test_runs_table() -> None:
         "structure": {"depth": 6, "conv_weights": 4896},
         "budget": {"steps": 1500},
         "means": means,
+        "protocol": PROTOCOL,
     }
     table = runs_table([record, json.loads(json.dumps({**record, "name": "other s1", "means": []}))])
     assert table.rows == [
         ["bicubic", "", "0", "", "30.00 / 0.8000"],
         ["DRRN_B1U2 s1", "6", "4,896", "1,500", "31.00 / 0.9000"],
+    ]
+    blurred = {"name": "DRRN_B1U2 s2", "means": [means[0] | {"bicubic_psnr": 28.0}], "status": "stopped"}
+    blurred["protocol"] = PROTOCOL | {"degradation": "BD"}
+    noisy = {"name": "DRRN_B1U2 s3", "means": [means[0] | {"set": "t"}], "protocol": PROTOCOL | {"degradation": "DN"}}
+    rows = runs_table([record, record | blurred, record | noisy]).rows
+    assert [(row[0], *row[4:]) for row in rows] == [
+        ("bicubic", "30.00 / 0.8000", MISSING),
+        ("bicubic (degradation=BD)", "28.00 / 0.8000", MISSING),
+        ("bicubic (degradation=DN)", MISSING, "30.00 / 0.8000"),
+        ("DRRN_B1U2 s1", "31.00 / 0.9000", MISSING),
+        ("DRRN_B1U2 s2 (stopped, degradation=BD)", "31.00 / 0.9000", MISSING),
+        ("DRRN_B1U2 s3 (degradation=DN)", MISSING, "31.00 / 0.9000"),
     ]

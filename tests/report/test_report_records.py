@@ -207,3 +207,16 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(output, entry
     assert len(err.splitlines()) == 1
     assert out == ""
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_names_of_before_and_after_are_one_network(make, tmp_path) -> None:
+    """Records once named a network by all its arguments: both are one point of a study and one row of a table."""
+    for seed, name in ((1, "FSRCNN_features56_s12_m4_scale3"), (2, "FSRCNN_x3")):
+        run = make(f"seed={seed}")
+        run["config"]["model"] = {"network": "fsrcnn", "features": 56, "s": 12, "m": 4, "scale": 3}
+        run["structure"]["name"] = name
+        write_json(tmp_path / str(seed) / "record.json", run)
+    runs = read_runs([str(tmp_path)])
+    assert {m.method for run in runs for m in from_record(run)} == {"FSRCNN_x3", "Bicubic"}
+    (group,) = run_groups("runs", runs)
+    assert [(point.name, sorted(point.runs)) for point in group.points] == [("FSRCNN_x3", [1, 2])]

@@ -19,7 +19,7 @@ from omegaconf import MISSING
 from drrn.config import ModelConfig
 from drrn.disk import check_regular
 from drrn.errors import UserError, printable
-from drrn.identity import run_group
+from drrn.identity import run_group, structure_name
 from drrn.metrics import METRICS
 from drrn.runs.record import FILE, LARGEST, read_record
 
@@ -106,6 +106,8 @@ def _check_whole(record: dict[str, Any]) -> None:
     try:
         run_group(record["config"], ())
         recipe(record["config"])
+        if model.get("network", "drrn") != "drrn":  # earlier records have longer names of the same networks
+            record["structure"]["name"] = printable(structure_name(model))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"its configuration is damaged ({error!r})") from error
 

@@ -16,7 +16,7 @@ from drrn.disk import write_whole
 from drrn.errors import UserError
 from drrn.metrics import METRICS
 from drrn.paper import paper_numbers
-from drrn.protocol import describe
+from drrn.protocol import departures, describe
 from drrn.report.measurements import MISSING, Measurement, by_method, one_protocol, over_seeds, part_of_set, signed
 
 # Structures that the paper calls otherwise; the second is Kim's own VDSR, whose numbers Table 2 cites.
@@ -206,7 +206,10 @@ def ablation_table(measurements: list[Measurement]) -> Table:
 
 
 def runs_table(records: list[dict[str, Any]]) -> Table:
-    """What was run: structure, depth, weights, steps, and every metric beside bicubic's for every set and scale."""
+    """What was run: structure, depth, weights, steps, and every metric for every set and scale.
+
+    Bicubic has a row for each protocol, so that a run stands beside the bicubic of its own degradation.
+    """
     finished = [r for r in records if r.get("means")]
     if not finished:
         raise UserError("none of the runs has finished: there are no scores to show")
@@ -218,20 +221,25 @@ def runs_table(records: list[dict[str, Any]]) -> Table:
         return " / ".join(over_seeds([row[prefix + k]] if prefix + k in row else [], k) for k in metrics)
 
     names = [record["name"] for record in finished]
-    rows, bicubic = [], {}
+    rows: list[list[str]] = []
+    bicubic: dict[str, dict[tuple[str, int], str]] = {}  # by what a protocol does otherwise than the paper's
     for record in finished:
         name = record["name"] if names.count(record["name"]) == 1 else Path(record["path"]).parent.name
         scores = {(row["set"], row["scale"]): row for row in record["means"]}
-        structure = record["structure"]
+        structure, other = record["structure"], departures(record["protocol"])
+        said = ["stopped"] * (record.get("status") == "stopped") + [other] * bool(other)
         rows.append(
             [
-                name + (" (stopped)" if record.get("status") == "stopped" else ""),
+                name + (f" ({', '.join(said)})" if said else ""),
                 str(structure["depth"]),
                 f"{structure['conv_weights']:,}",
                 f"{record['budget']['steps']:,}",
                 *(cell(scores[p]) if p in scores else MISSING for p in places),
             ]
         )
-        bicubic |= {p: cell(row, "bicubic_") for p, row in scores.items()}
-    rows.insert(0, ["bicubic", "", "0", "", *(bicubic[p] for p in places)])
-    return Table(_titles(metrics), columns, rows)
+        bicubic.setdefault(other, {}).update({p: cell(row, "bicubic_") for p, row in scores.items()})
+    above = [
+        ["bicubic" + (f" ({other})" if other else ""), "", "0", "", *(cells.get(p, MISSING) for p in places)]
+        for other, cells in bicubic.items()
+    ]
+    return Table(_titles(metrics), columns, above + rows)

@@ -39,7 +39,7 @@ def pictures(module: SuperResolution, stage: str) -> dict[str, np.ndarray]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from drrn.inference import super_resolve
-    from drrn.pictures import side_by_side
+    from drrn.pictures import crops, draw_crops
 
     data = module.trainer.datamodule
     first, scales = data.evaluation_tasks(stage)[0].set_name, sorted({t.scale for t in data.evaluation_tasks(stage)})
@@ -49,7 +49,7 @@ def pictures(module: SuperResolution, stage: str) -> dict[str, np.ndarray]:
     try:
         for path in data.sets[stage][first][:PICTURES]:
             run = {name: lambda x: super_resolve(module.network, x)}
-            figure = side_by_side(path, scale, run, low=low, degradation=data.data.degradation)
+            figure = draw_crops(crops(path, scale, run, low=low, degradation=data.data.degradation))
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
             drawn[f"pictures/{first}_x{scale}/{path.stem}"] = np.asarray(canvas.buffer_rgba())
