@@ -14,6 +14,7 @@ import skimage.data
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
 
 import drrn
 from drrn.config import ModelConfig
@@ -21,10 +22,11 @@ from drrn.errors import UserError
 from drrn.evaluation import check
 from drrn.fsrcnn import FSRCNN
 from drrn.home import CONF
-from drrn.matlab import imresize
+from drrn.matlab import imresize, rgb2y, to_uint8
 from drrn.weights import shipped
 from drrn.weights.ours import save_weights
 
+DATA = os.environ.get("DRRN_DATA")
 MODEL = {"norm": "none", "bias": True, "weight_sharing": True, "multi_path": True}
 
 
@@ -148,11 +150,28 @@ def test_weights_go_by_their_names(
         drrn.load("DRRN_C")
 
 
-def test_the_readmes_example_runs(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
     code = readme.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     Image.fromarray(skimage.data.coffee()[:60, :80]).save("photo.jpg")
-    exec(code.replace("runs/…/weights.safetensors", str(weights)), {})
+    exec(code, {})  # with the shipped weights
     with Image.open("big.png") as big:
         assert big.size == (160, 120)
+
+
+@pytest.mark.skipif(not DATA, reason="DRRN_DATA is not set")
+def test_shipped_weights_reach_what_their_records_say() -> None:
+    """An image each, scored again by scikit-image; the record has the scores of its set."""
+    from drrn.inference import super_resolve
+
+    for name, path in shipped.shipped().items():
+        record = json.loads(path.with_suffix(".json").read_text())
+        assert record["status"] == "finished", name
+        assert "/" not in record["config"]["output"], name  # no folder of the machine that trained it
+        row = next(r for r in record["scores"] if (r["image"], r["scale"]) == ("butterfly.bmp", 3))
+        pixels = rgb2y(np.asarray(Image.open(Path(DATA, "Set5", row["image"]))))[:255, :255] / 255.0
+        y = super_resolve(drrn.load(name), imresize(imresize(pixels, 1 / 3), 3).astype(np.float32))
+        ours, truth = (to_uint8(z)[3:-3, 3:-3] for z in (y, pixels))
+        assert peak_signal_noise_ratio(truth, ours, data_range=255) == pytest.approx(row["psnr"], abs=0.002), name
+        assert row["psnr"] > row["bicubic_psnr"] + 2, name

@@ -12,6 +12,7 @@ from drrn.disk import check_output
 from drrn.errors import UserError
 from drrn.report import NETWORKS
 from drrn.schema import key, paths, typed
+from drrn.weights.shipped import weights_file
 
 
 @dataclass
@@ -25,7 +26,9 @@ class ReportConfig:
     compare: str | None = key("img059, 253027, ppt3 (Fig. 7), or the path of an image")
     scale: int | None = key("of the comparison; null: the preset's, else 3", at_least=2)
     box: list[int] | None = key("[left, top, width, height] of the enlarged part", at_least=0)
-    checkpoint: list[str] = key("networks of the comparison; else those of the runs")
+    checkpoint: list[str] = key(
+        "networks of the comparison, files or names of shipped weights; else those of the runs"
+    )
     others: Any = key("images of other programs beside them: {SelfEx: FOLDER}")
     root: str = key("where the sets are, or are downloaded to")
     ledger: bool = key("every number of the paper, and ours: ledger.csv, .md, .html", default=False)
@@ -49,10 +52,10 @@ def check(cfg: DictConfig) -> ReportConfig:
         )
     if config.scores and set(config.study) - set(NETWORKS):
         raise UserError("scores and study: studies are drawn from run records; report files of scores without study")
-    for name in ("scores", "checkpoint"):
-        for path in getattr(config, name):
-            if not Path(path).is_file():
-                raise UserError(f"{name}: {path} does not exist")
+    for path in config.scores:
+        if not Path(path).is_file():
+            raise UserError(f"scores: {path} does not exist")
+    config.checkpoint = [str(weights_file(path)) for path in config.checkpoint]
     config.others = {} if config.others is None else config.others
     if not isinstance(config.others, dict):
         raise UserError(f"others = {config.others}: must be {{NAME: FOLDER}}, such as others='{{SelfEx: images}}'")
