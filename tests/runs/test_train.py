@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
 import shutil
@@ -365,8 +366,16 @@ def test_a_loss_that_diverges_is_recorded_with_what_to_try(configure: Callable, 
     config = configure(
         *FOUR, f"output={tmp_path}", "optim.lr=1e12", "optim.clip=none", "model.norm=none", "optim.weight_decay=0"
     )
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.profilers.profiler", "drrn")
+    ]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     with pytest.raises(Diverged):
         train.train(config)
+    assert [
+        (logger.level, logger.propagate, logger.handlers) for logger in loggers
+    ] == before  # as a notebook had them
     folder = run_dir(config)
     record = read_record(folder / FILE)
     assert record["status"] == "failed"

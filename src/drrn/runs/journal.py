@@ -76,6 +76,7 @@ def log_to(path: Path) -> Iterator[None]:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if rank_zero_only.rank == 0:
         handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
+    before = [(logger, logger.level, logger.propagate) for logger in loggers]
     loggers[1].propagate = False  # to Lightning's own handler
     for logger in loggers:
         logger.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
@@ -85,9 +86,11 @@ def log_to(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        for logger, level, propagate in before:
+            logger.setLevel(level)
+            logger.propagate = propagate
+            logger.handlers = [handler for handler in logger.handlers if handler not in handlers]
         for handler in handlers:
-            for logger in loggers:
-                logger.removeHandler(handler)
             handler.close()
 
 

@@ -75,10 +75,22 @@ def trainer_arguments(config: Config) -> dict[str, Any]:
     }
 
 
-def quiet_lightning() -> None:
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
     """Drop Lightning's tips and notices; warnings that a user can act on stay, said by the first process."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR if rank_zero_only.rank else logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR if rank_zero_only.rank else logging.WARNING)
+    _quiet_warnings()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _quiet_warnings() -> None:
     if rank_zero_only.rank:
         warnings.simplefilter("ignore")
         return

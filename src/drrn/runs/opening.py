@@ -99,16 +99,25 @@ def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | 
         return
     check_output("output", folder, folder=True)
     watch = Watch()
+    from drrn.runs.lightning import quiet_lightning
 
+    with quiet_lightning(), _opened(config, train, watch, earlier, finished) as run:
+        yield run
+
+
+@contextmanager
+def _opened(
+    config: Config, train: Callable[[Config], None], watch: Watch, earlier: dict[str, Any], finished: Path | None
+) -> Iterator[Run | None]:
     from drrn.runs.callbacks import make_callbacks
     from drrn.runs.journal import log_to, recorded, warn_of_differences
-    from drrn.runs.lightning import quiet_lightning, trainer_arguments
+    from drrn.runs.lightning import trainer_arguments
     from drrn.runs.processes import Processes, broadcast
     from drrn.runs.stop import StopSignals
     from drrn.tracking.loggers import Tracking
     from drrn.weights.ours import initial_state
 
-    quiet_lightning()
+    folder = run_dir(config)
     initial = initial_state(Path(config.init_from), config.model) if config.init_from is not None else None
     said = _prepare_torch(config, watch, earlier)
     processes = Processes(config, trainer_arguments(config))

@@ -93,13 +93,13 @@ def measure(config: Config, threads: int | None = None) -> Speed:
     from drrn.optimisers import configured
     from drrn.runs.lightning import quiet_lightning
 
-    quiet_lightning()
     trainer, speed, whole = config.trainer, config.speed, micro_batch(config)
     sides = pair_sides(config.model, config.data.patch_size)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        fabric = Fabric(accelerator=trainer.accelerator, devices=1, precision=trainer.precision)
+        with quiet_lightning():
+            fabric = Fabric(accelerator=trainer.accelerator, devices=1, precision=trainer.precision)
         module = SuperResolution(structure(config.model), asdict(config.optim))
         network, device = fabric.setup_module(module.network).module, fabric.device
         if trainer.channels_last:
