@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from drrn.evaluation import EvaluateConfig, check, evaluate
@@ -30,7 +31,7 @@ def main(cfg: DictConfig) -> None:
         if config.explain is not None:
             from drrn.explain import explain
 
-            return explain(config)
+            return explain(config, HydraConfig.get().overrides.task)
         from drrn.disk import locked
 
         output = Path(config.output)

@@ -14,8 +14,10 @@ from PIL import Image
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio
 
+import drrn.evaluation
+from drrn.errors import UserError
 from drrn.evaluation import Job, Method, score_image
-from drrn.explain import Way, explaining, opencv_resize, plane_of, print_ways, ways_of
+from drrn.explain import Way, as_typed, explaining, opencv_resize, plane_of, print_ways, ways_of
 from drrn.images import read_pixels
 from drrn.matlab import imresize
 from drrn.protocol import Protocol
@@ -117,7 +119,7 @@ def test_a_ports_number_of_unrounded_luminance_is_explained(
     claimed = peak_signal_noise_ratio(truth[2:-2, 2:-2], y[2:-2, 2:-2].astype(float), data_range=1)
     ways = ways_of(job(image, checkpoint=weights), "psnr")
     protocol = next(iter(ways))
-    found = explaining(ways, claimed, "psnr")
+    found = explaining(ways, f"{claimed:.2f}")
     assert protocol not in found
     assert protocol._replace(plane="y float", values="float") in found
     assert claimed - ways[protocol] > 0.04
@@ -135,9 +137,72 @@ def test_a_grey_image_made_in_colour_is_measured_as_one(
     )
     as_rgb = {way: value for way, value in grey.items() if way.grey == "three channels"}
     assert len(as_rgb) == 45
-    assert as_rgb == {way: value for way, value in rgb.items() if way.grey == "three channels"}
-    print_ways(rgb, 30.0, "psnr", "camera")
+    assert rgb == grey
+    print_ways(rgb, "30.0", "psnr", "camera")
     assert "as RGB" in capsys.readouterr().out
+    truth = read_pixels(tiny_images / "camera.png")
+    height, width = (side // 2 * 2 for side in truth.shape)
+    expected = peak_signal_noise_ratio(truth[2 : height - 2, 2 : width - 2], made[2 : height - 2, 2 : width - 2])
+    scores = [
+        score_image(job(tiny_images / "camera.png", made=tmp_path / f"{name}.png"), ("psnr", "psnr_rgb"), Protocol())
+        for name in ("grey", "rgb")
+    ]
+    for row in scores:
+        assert row["psnr"] == next(iter(rgb.values())) == pytest.approx(expected, abs=1e-9)
+        assert row["psnr_rgb"] == row["psnr"]  # a grey image's only channel
+
+
+def test_a_result_in_colour_of_a_grey_image_is_refused_by_name(tiny_images: Path, tmp_path: Path) -> None:
+    """And a grey one of a colour image where its colours would be compared."""
+    tinted = np.dstack([read_pixels(tiny_images / "camera.png")] * 3)
+    tinted[5, 5, 2] ^= 1
+    Image.fromarray(tinted).save(tmp_path / "tinted.png")
+    wrong = job(tiny_images / "camera.png", made=tmp_path / "tinted.png")
+    for measure in (lambda: ways_of(wrong, "psnr"), lambda: score_image(wrong, ("psnr",), Protocol())):
+        with pytest.raises(UserError, match=r"tinted\.png has colours, .*camera\.png is grey"):
+            measure()
+    Image.fromarray(read_pixels(tiny_images / "chelsea.png")[..., 1]).save(tmp_path / "grey.png")
+    grey = job(tiny_images / "chelsea.png", made=tmp_path / "grey.png")
+    assert score_image(grey, ("psnr",), Protocol())["psnr"] > 10
+    with pytest.raises(UserError, match=r"grey\.png is grey, .*chelsea\.png has colours, and psnr would"):
+        score_image(grey, ("psnr",), Protocol(color="rgb"))
+
+
+def test_the_network_runs_once_for_each_input(tiny_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def run_network(checkpoint: Path, x: np.ndarray, *_: object) -> np.ndarray:
+        given.append(x.tobytes())
+        return x
+
+    monkeypatch.setattr(drrn.evaluation, "run_network", run_network)
+    for image, inputs in (("chelsea.png", 12), ("camera.png", 16)):  # grey: 4 as it is, 12 as RGB
+        given.clear()
+        found = ways_of(job(tiny_images / image, checkpoint=Path("any")), "psnr")
+        assert len(given) == inputs
+        assert found == ways_of(job(tiny_images / image), "psnr")  # of a network that changes nothing
+
+
+def test_a_number_is_compared_with_the_digits_that_were_typed() -> None:
+    way = Way("matlab", "y", 2, "uint8", "one channel")
+    means = {way: 37.66, way._replace(crop=0): 37.74, way._replace(crop=8): 37.75}
+    assert explaining(means, "37.7") == [way, way._replace(crop=0)]
+    assert explaining(means, "37.70") == []
+    assert explaining(means, "37.66") == [way]
+    assert explaining(means, "38") == [*means]
+    assert explaining({way: 0.9162, way._replace(crop=0): 0.9249}, "0.92") == [way, way._replace(crop=0)]
+    for text, value, expected in (("37.70", 37.7, "37.70"), ("'.92'", 0.92, ".92"), ("3.77e1", 37.7, "37.7")):
+        assert as_typed(text, value) == expected
+    assert as_typed(None, 37.7) == "37.7"
+
+
+@pytest.mark.parametrize(
+    "idle", ["crop=0", "color=rgb", "rounding=float", "metrics=[psnr]", "images=made", "check_protocol=true"]
+)
+def test_what_explain_answers_itself_is_refused(idle: str, entry_point: Callable) -> None:
+    code, out, err = entry_point("evaluate", "method=bicubic", "scales=[2]", "explain=37.7", idle)
+    assert (code, out) == (2, "")
+    assert err.endswith(f"leave out {idle.partition('=')[0]}\n")
 
 
 def test_a_table_marks_what_explains_a_number(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
@@ -152,7 +217,7 @@ def test_a_table_marks_what_explains_a_number(entry_point: Callable, tiny_images
     common = ("evaluate", "method=images", f"folder={made}", f"sets=[{tiny_images}]")
     code, out, err = entry_point(*common, "scales=[2]", "explain=20", f"output={tmp_path}/none.json")
     assert code == 0, err
-    assert "20.00: none of" in out
+    assert "20: none of" in out
     assert "not rounded" in out
     assert not (tmp_path / "none.json").exists()
     claimed = ways_of(job(tiny_images / "chelsea.png", made=made / "chelsea_x2.png"), "psnr")

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -261,18 +261,18 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int 
     from PIL import Image
 
     from drrn.disk import write_whole
-    from drrn.images import read_luminance, read_pixels
+    from drrn.images import luminance, read_pixels
     from drrn.matlab import to_uint8
-    from drrn.protocol import over_colour, prepare, score_pixels
+    from drrn.protocol import modcrop, over_colour, prepare, score_pixels
 
     started, colours = time.monotonic(), None
     try:
         pixels = read_pixels(job.path)
-        y, truth = prepare(pixels, job.scale, job.method.input, protocol.degradation, job.path)
+        y, _ = prepare(pixels, job.scale, job.method.input, protocol.degradation, job.path)
         if job.made is not None:
-            y = made_by_another(job, read_luminance, truth.shape)
-            if pixels.ndim == 3 and over_colour(metrics, protocol):
-                colours = made_by_another(job, read_pixels, (*truth.shape, 3))
+            over = over_colour(metrics, protocol)
+            made = made_by_another(job, modcrop(pixels, job.scale), over)
+            y, colours = luminance(made) / 255.0, made / 255.0 if made.ndim == 3 else None
         elif job.method.checkpoint is not None:
             y = run_network(job.method.checkpoint, y, threads, protocol.precision)
         row = score_pixels(y, pixels, job.scale, metrics, protocol, colours, job.path)
@@ -292,20 +292,36 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int 
     }
 
 
-def made_by_another(job: Job, read: Callable[[Path], Any], shape: tuple[int, ...]) -> Any:
-    """Another program's picture in 0…1, cropped to the scale as the truth is if it is not.
+def made_by_another(job: Job, truth: Any, over: Sequence[str] = ()) -> Any:
+    """Another program's picture in 8 bits, cropped to the scale as the truth [H, W] or [H, W, 3] is if it is not.
+
+    Programs save grey results as RGB. Of a grey truth one of three equal channels is taken, since the Y of RGB is in
+    16…235 and that of a grey image in 0…255.
+
+    Args:
+        job: of the picture.
+        truth: cropped.
+        over: the metrics that take its colours.
 
     Raises:
         UserError: it has another size, or other channels.
     """
+    from drrn.images import read_pixels
     from drrn.protocol import modcrop
 
-    made = read(job.made)
-    cropped = modcrop(made, job.scale)
-    if cropped.shape != shape:
-        wanted = "×".join(map(str, shape))
-        raise UserError(f"{job.made} is {'×'.join(map(str, made.shape))}, {job.path} at ×{job.scale} {wanted}")
-    return cropped / 255.0
+    whole = read_pixels(job.made)
+    made, (height, width) = modcrop(whole, job.scale), truth.shape[:2]
+    if made.shape[:2] != (height, width):
+        raise UserError(
+            f"{job.made} is {whole.shape[0]}×{whole.shape[1]}, {job.path} at ×{job.scale} {height}×{width}"
+        )
+    if made.ndim > truth.ndim:
+        if (made != made[..., :1]).any():
+            raise UserError(f"{job.made} has colours, {job.path} is grey: save the result as a grey image")
+        return made[..., 0]
+    if made.ndim < truth.ndim and over:
+        raise UserError(f"{job.made} is grey, {job.path} has colours, and {', '.join(over)} would compare them")
+    return made
 
 
 def run_network(checkpoint: Path, x: Any, threads: int, precision: str) -> Any:

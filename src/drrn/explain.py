@@ -6,7 +6,8 @@ images, on one set at one scale in all of them, and marks those that give the cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,6 +44,7 @@ GREY = {"one channel": "as they are", "three channels": "as RGB"}
 HEADS = {"resized": "bicubic", "plane": "compared", "crop": "crop", "values": "values", "grey": "grey images"}
 # No program mixes one library's bicubic with the other's Y, nor reads low-resolution files as full-range Y.
 NEVER = {("matlab 8 bits", "pillow"), ("matlab 8 bits", "opencv"), ("pillow", "opencv"), ("opencv", "pillow")}
+NOT_ASKED = ("crop", "color", "rounding", "metrics", "images", "check_protocol")  # keys that explain answers itself
 SHOWN = 8  # ways of several departures that are printed
 
 
@@ -60,11 +62,16 @@ class Way(NamedTuple):
         return sum(mine != other for mine, other in zip(self, protocol, strict=True))
 
 
-def explain(config: EvaluateConfig) -> None:
+def explain(config: EvaluateConfig, overrides: Sequence[str] = ()) -> None:
     """Print the ways to measure that give `config.explain`, and what each single departure from the protocol does.
 
+    Args:
+        config: checked.
+        overrides: what the command line says. A number that is given with one digit is compared with one digit.
+
     Raises:
-        UserError: more than one set, scale or method, another degradation, or an image that cannot be read.
+        UserError: more than one set, scale or method, a key that has no meaning here, another degradation, or an
+            image that cannot be read.
     """
     from rich.console import Console
     from rich.progress import track
@@ -72,8 +79,12 @@ def explain(config: EvaluateConfig) -> None:
     from drrn.evaluation import jobs_of, methods_of
     from drrn.sets import set_label
 
+    given = {name.lstrip("+"): text for name, _, text in (override.partition("=") for override in overrides)}
     if config.degradation != PAPER:
         raise UserError(f"explain = {config.explain}: its ways are of bicubic images; give degradation={PAPER}")
+    if idle := ", ".join(name for name in NOT_ASKED if name in given):
+        what = "it measures PSNR, or SSIM up to 1, in all ways, and keeps no images"
+        raise UserError(f"explain = {config.explain}: {what}; leave out {idle}")
     methods = methods_of(config)
     for name, asked in (("sets", config.sets), ("scales", config.scales), ("checkpoint", methods)):
         if len(asked) > 1:
@@ -91,7 +102,14 @@ def explain(config: EvaluateConfig) -> None:
             raise UserError(f"{job.path} at ×{job.scale}: {error}") from error
     shared = [way for way in values[0] if all(way in of_image for of_image in values)]  # grey images have no RGB
     means = {way: float(np.mean([of_image[way] for of_image in values])) for way in shared}
-    print_ways(means, config.explain, metric, f"{printable(methods[0].name)}, {jobs[0].set_name} ×{jobs[0].scale}")
+    title = f"{printable(methods[0].name)}, {jobs[0].set_name} ×{jobs[0].scale}"
+    print_ways(means, as_typed(given.get("explain"), config.explain), metric, title)
+
+
+def as_typed(text: str | None, value: float) -> str:
+    """A number with the digits that somebody typed: "37.70" keeps its zero; what is no plain number is `value`."""
+    text = (text or "").strip("'\"")
+    return text if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else f"{value}"
 
 
 def _threads(config: EvaluateConfig) -> int:
@@ -102,37 +120,27 @@ def _threads(config: EvaluateConfig) -> int:
 
 def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32") -> dict[Way, float]:
     """One image measured in all ways that there are for it; the protocol's comes first."""
+    from drrn.evaluation import made_by_another
     from drrn.images import read_pixels
     from drrn.metrics import METRICS
     from drrn.protocol import modcrop, shave
 
-    scale, result = job.scale, {}
-    pixels = modcrop(read_pixels(job.path), scale)
-    made = None if job.made is None else modcrop(read_pixels(job.made), scale)
-    if made is not None and made.shape[:2] != pixels.shape[:2]:
-        raise UserError(
-            f"{job.made}: {made.shape[1]}×{made.shape[0]} pixels, {pixels.shape[1]}×{pixels.shape[0]} needed"
+    pixels = modcrop(read_pixels(job.path), job.scale)
+    made, is_grey = None if job.made is None else made_by_another(job, pixels), pixels.ndim == 2
+    images = {"one channel": (pixels, made)}
+    if is_grey:
+        images["three channels"] = tuple(
+            image if image is None else np.dstack([image] * 3) for image in (pixels, made)
         )
-    for grey in GREY:
-        shown, given = (
-            np.dstack([image] * 3) if grey == "three channels" and image is not None and image.ndim == 2 else image
-            for image in (pixels, made)
+    result = {
+        Way(resized, plane, crop, values, grey): _value(
+            METRICS[metric].function, *(shave(_compared(image, values), crop) for image in (truth, y))
         )
-        for resized, plane in product(RESIZED, PLANES):
-            if (resized == "made") != (made is not None) or (resized, plane) in NEVER:
-                continue
-            if grey == "three channels" and pixels.ndim == 3:  # the same as before
-                found = {way: value for way, value in result.items() if way[:2] == (resized, plane)}
-                result |= {way._replace(grey=grey): value for way, value in found.items()}
-                continue
-            y = estimate(job, shown, given, resized, plane, threads, precision)
-            if y is None:
-                continue
-            truth = plane_of(shown, plane)
-            for crop, values in product((scale, 0, scale + 6), VALUES):
-                a, b = (shave(_compared(image, values), crop) for image in (truth, y))
-                result[Way(resized, plane, crop, values, grey)] = _value(METRICS[metric].function, a, b)
-    return result
+        for grey, pair in images.items()
+        for resized, plane, truth, y in compared(job, *pair, threads, precision)
+        for crop, values in product((job.scale, 0, job.scale + 6), VALUES)
+    }
+    return result if is_grey else result | {way._replace(grey="three channels"): result[way] for way in result}
 
 
 def _compared(image: Plane, values: str) -> NDArray:
@@ -175,31 +183,47 @@ def plane_of(pixels: Levels, plane: str) -> Plane:
     return ((pixels.astype(np.int64) @ weights + (1 << (bits - 1))) >> bits) / 255.0
 
 
-def estimate(
-    job: Job, pixels: Levels, made: Levels | None, resized: str, plane: str, threads: int, precision: str
-) -> Plane | None:
-    """A plane of an image as the method makes it, 0…1; None where there is no such plane.
+def compared(
+    job: Job, pixels: Levels, made: Levels | None, threads: int, precision: str
+) -> Iterator[tuple[str, str, Plane, Plane]]:
+    """(`Way.resized`, `Way.plane`, the truth, the method's result) in all ways that there are, 0…1.
 
-    The network's input is made by `resized`, and `run_network` or bicubic itself enlarges it.
+    The network runs once for each input.
     """
     from drrn.evaluation import run_network
     from drrn.matlab import rgb2ycbcr, ycbcr2rgb
     from drrn.protocol import with_chroma
 
-    if made is not None:
-        return None if plane == "rgb" and made.ndim != pixels.ndim else plane_of(made, plane)
-    if plane == "rgb" and pixels.ndim == 2:
-        plane = "y"
-    luminance = plane if plane != "rgb" else "y" if resized == "matlab" else "y float"
-    given = enlarged(pixels, job.scale, resized, luminance, job.method.input)
-    y = given if job.method.checkpoint is None else run_network(job.method.checkpoint, given, threads, precision)
-    if plane != "rgb":
-        return y
-    if resized == "matlab":
-        return with_chroma(y, pixels, job.scale)
-    ycbcr = rgb2ycbcr(np.clip(enlarged(pixels, job.scale, resized, "rgb"), 0, 1))
-    ycbcr[..., 0] = y
-    return ycbcr2rgb(ycbcr)
+    @cache
+    def luminance(resized: str, plane: str) -> Plane:
+        given = enlarged(pixels, job.scale, resized, plane, job.method.input)
+        checkpoint = job.method.checkpoint
+        return given if checkpoint is None else run_network(checkpoint, given, threads, precision)
+
+    def colours(resized: str) -> Plane:
+        if resized == "matlab":
+            return with_chroma(luminance(resized, "y"), pixels, job.scale)
+        ycbcr = rgb2ycbcr(np.clip(enlarged(pixels, job.scale, resized, "rgb"), 0, 1))
+        ycbcr[..., 0] = luminance(resized, "y float")
+        return ycbcr2rgb(ycbcr)
+
+    is_grey = pixels.ndim == 2
+    for resized, plane in product(RESIZED, PLANES):
+        if (resized == "made") != (made is not None) or (resized, plane) in NEVER:
+            continue
+        if made is None:
+            y = (
+                luminance(resized, "y")
+                if is_grey
+                else colours(resized)
+                if plane == "rgb"
+                else luminance(resized, plane)
+            )
+        elif plane == "rgb" and made.ndim < pixels.ndim:
+            continue
+        else:
+            y = plane_of(made, plane)
+        yield resized, plane, plane_of(pixels, plane), y
 
 
 def enlarged(pixels: Levels, scale: int, resized: str, plane: str, input: str = "interpolated") -> Plane:
@@ -257,16 +281,14 @@ def _opencv_matrix(length: int, out_length: int, a: float = -0.75) -> NDArray[np
 # ---------------------------------------------------------------------- the table
 
 
-def explaining(means: dict[Way, float], claimed: float, metric: str) -> list[Way]:
-    """The ways that give the claimed number as it is printed, those nearest to the protocol first."""
-    from drrn.metrics import METRICS
-
-    protocol, digits = next(iter(means)), METRICS[metric].digits
-    found = [way for way, value in means.items() if round(value, digits) == round(claimed, digits)]
+def explaining(means: dict[Way, float], claimed: str) -> list[Way]:
+    """The ways that give the claimed number with the digits that it has, those nearest to the protocol first."""
+    protocol, digits = next(iter(means)), len(claimed.partition(".")[2])
+    found = [way for way, value in means.items() if f"{value:.{digits}f}" == f"{float(claimed):.{digits}f}"]
     return sorted(found, key=lambda way: way.departures(protocol))
 
 
-def print_ways(means: dict[Way, float], claimed: float, metric: str, title: str) -> None:
+def print_ways(means: dict[Way, float], claimed: str, metric: str, title: str) -> None:
     """The protocol, each single departure from it, and what explains the claimed number or comes near."""
     from rich.console import Console
     from rich.table import Table
@@ -274,16 +296,16 @@ def print_ways(means: dict[Way, float], claimed: float, metric: str, title: str)
 
     from drrn.metrics import METRICS
 
-    protocol, digits = next(iter(means)), METRICS[metric].digits
+    protocol, digits = next(iter(means)), max(METRICS[metric].digits, len(claimed.partition(".")[2]))
     means = {way: value for way, value in means.items() if _says_more(way, means, digits)}
-    found = explaining(means, claimed, metric)
-    nearest = sorted(means, key=lambda way: (abs(means[way] - claimed), way.departures(protocol)))
+    found = explaining(means, claimed)
+    nearest = sorted(means, key=lambda way: (abs(means[way] - float(claimed)), way.departures(protocol)))
     further = [] if protocol in found else found[:SHOWN] or nearest[:3]
     shown = [way for way in means if way.departures(protocol) <= 1]
     shown += [way for way in further if way not in shown]
     names = {"resized": RESIZED, "plane": PLANES, "values": VALUES, "grey": GREY}
     columns = [key for key in HEADS if len({getattr(way, key) for way in means}) > 1]
-    table = Table(title=Text(title), caption=f"first row: the protocol; ✓: gives {claimed:.{digits}f}")
+    table = Table(title=Text(title), caption=f"first row: the protocol; ✓: gives {claimed}")
     for column in (*(HEADS[key] for key in columns), metric.upper(), ""):
         table.add_column(column, justify="right" if column in ("crop", metric.upper()) else "left")
     for way in shown:
@@ -291,18 +313,14 @@ def print_ways(means: dict[Way, float], claimed: float, metric: str, title: str)
         table.add_row(*cells, f"{means[way]:.{digits}f}", "✓" * (way in found))
     Console().print(table)
     if protocol in found:
-        print(f"{claimed:.{digits}f} is what the protocol gives")
+        print(f"{claimed} is what the protocol gives")
     elif found:
-        print(f"{claimed:.{digits}f}: {len(found)} of {len(means)} ways give it, those nearest to the protocol first")
+        print(f"{claimed}: {len(found)} of {len(means)} ways give it, those nearest to the protocol first")
     else:
-        print(f"{claimed:.{digits}f}: none of {len(means)} ways gives it; the nearest come last")
+        print(f"{claimed}: none of {len(means)} ways gives it; the nearest come last")
 
 
 def _says_more(way: Way, means: dict[Way, float], digits: int) -> bool:
-    """Whether it differs from the ways that are simpler: clipping and grey images often change nothing.
-
-    A simpler way need not be there: a grey image made in colour is compared over RGB as RGB alone.
-    """
+    """Whether it differs from the ways that are simpler: clipping and grey images often change nothing."""
     simpler = [way._replace(grey="one channel")] + [way._replace(values="clipped")] * (way.values == "float")
-    simpler = [other for other in simpler if other != way and other in means]
-    return all(round(means[way], digits) != round(means[other], digits) for other in simpler)
+    return all(round(means[way], digits) != round(means[other], digits) for other in simpler if other != way)
