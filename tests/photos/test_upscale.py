@@ -809,7 +809,7 @@ def test_a_signal_leaves_nothing_half_written(number, code, rgb, tmp_path, weigh
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *arguments],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").iterdir()) and time.monotonic() < deadline and process.poll() is None:
