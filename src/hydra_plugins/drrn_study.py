@@ -18,7 +18,6 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
-from hydra.plugins.sweeper import Sweeper
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -117,18 +116,23 @@ class StudySweeper(BasicSweeper):
             raise UserError(f"{error} (in the job {' '.join(job)}; nothing has been started)") from error
 
 
-class SearchSweeper(Sweeper):
+class SearchSweeper(StudySweeper):
     """Optuna's sweeper of Hydra (`hydra/sweeper=search`), where it is installed. Its arguments are that one's."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, points: Any = None, **arguments: Any) -> None:
+        super().__init__(points=points)
         self.arguments = arguments
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        """As Optuna's.
+        """As Optuna's, with the launcher of a study.
 
         Raises:
-            UserError: it is not installed.
+            UserError: it is not installed, or it is given points or several directions.
         """
+        if self.points is not None:
+            raise UserError("hydra.sweeper.points: a search chooses its points itself; leave out sweeps=")
+        if (direction := self.arguments["direction"]) not in ("maximize", "minimize"):
+            raise UserError(f"hydra.sweeper.direction = {direction}: maximize or minimize; a trial gives one number")
         if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
             raise UserError("hydra/sweeper=search needs Optuna: pip install '.[optuna]'")
         from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
@@ -143,17 +147,40 @@ class SearchSweeper(Sweeper):
                     return 0.0  # dB: a bad trial, not the end of the search
                 raise
 
-        self.folder = Path(config.hydra.sweep.dir)
+        super().setup(hydra_context=hydra_context, task_function=task, config=config)
         sampler = instantiate(self.arguments.pop("sampler"))
         self.optuna = OptunaSweeper(sampler=sampler, search_space=None, custom_search_space=None, **self.arguments)
         self.optuna.setup(hydra_context=hydra_context, task_function=task, config=config)
+        self.optuna.sweeper.launcher = self.launcher
 
     def sweep(self, arguments: list[str]) -> None:
-        """As Optuna's: n_trials jobs, each with a choice of its sampler; then the best of them."""
+        """Check what can be chosen, run n_trials jobs, each with a choice of the sampler, and print the best of them.
+
+        Raises:
+            UserError: a configuration is wrong (nothing has started then).
+        """
+        for trial in self.trials(arguments):
+            if self.check(trial).plan == "only":
+                raise UserError("plan = only: the trials of a search follow from each other, so it has no plan")
         self.optuna.sweep(arguments)
-        best = OmegaConf.load(self.folder / "optimization_results.yaml")
+        best = OmegaConf.load(Path(self.config.hydra.sweep.dir) / "optimization_results.yaml")
         chosen = " ".join(f"{key}={literal(value)}" for key, value in best.best_params.items())
         print(f"{best.best_value:.2f} dB: {chosen}")
+
+    def trials(self, arguments: list[str]) -> list[list[str]]:
+        """Overrides of as few trials as have each choice, and the lower end of each interval, in one of them."""
+        from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+
+        searched = [f"{key}={value}" for key, value in (self.arguments["params"] or {}).items()]
+        distributions, fixed = create_params_from_overrides([*searched, *arguments])
+        values = {
+            key: getattr(its, "choices", None) or [its.low] for key, its in distributions.items() if key not in fixed
+        }
+        return [
+            [f"{key}={value}" for key, value in fixed.items()]
+            + [f"{key}={choices[min(number, len(choices) - 1)]}" for key, choices in values.items()]
+            for number in range(max(map(len, values.values()), default=1))
+        ]
 
 
 def literal(value: Any) -> str:

@@ -400,9 +400,31 @@ def test_a_search_is_resumed_trial_by_trial(entry_point: Callable, small: tuple[
         assert len(records) == trials
         best = max(record["means"][0]["psnr"] for record in records)
         assert out.splitlines()[-1].startswith(f"{best:.2f} dB: optim.lr=")
-    code, _, err = entry_point(*words, "model.B=0")
-    assert code == 2
-    assert err.splitlines()[-1] == "train.py: model.B = 0: must be at least 1"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("model.B=0", "model.B = 0: must be at least 1 (in the job "),
+        ("model.B=choice(1,0)", "model.B = 0: must be at least 1 (in the job "),
+        ("debug=fdr", "trainer.fast_dev_run leaves no record"),
+        ("plan=only", "plan = only: the trials"),
+        (
+            "hydra.sweeper.direction=[maximize,minimize]",
+            "hydra.sweeper.direction = ['maximize', 'minimize']: maximize or minimize",
+        ),
+        ("sweeps=fig8", "hydra.sweeper.points: a search chooses its points itself"),
+    ],
+)
+def test_a_search_is_refused_before_its_first_trial(
+    wrong: str, said: str, entry_point: Callable, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    if not said.startswith("hydra.sweeper"):
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="Optuna is in the extra `optuna`")
+    code, out, err = entry_point("train", "-m", "hydra/sweeper=search", *small, "model.U=0", "logger=none", wrong)
+    assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_sweeper_maximises_is_the_psnr_of_the_finished_run(
