@@ -30,11 +30,15 @@ ROOT = Path(__file__).resolve().parents[1]
         ("a (1).png|-x|2.5|-o|b, c's.png", {"input": "a (1).png", "scale": "2.5", "output": "b, c's.png"}),
         ("a.png|b=c.png|-x|3|--output|x", {"input": "a.png", "b": "c.png", "scale": "3", "output": "x"}),
         ("a\\b.png|c\\'d\\", {"input": ["a\\b.png", "c\\'d\\"]}),
+        ("Ça [x=2] (1).png|-x|2|-o|a=b.png", {"input": "Ça [x=2] (1).png", "scale": "2", "output": "a=b.png"}),
+        ("x=3.png|here=1.png|-x|2", {"x": "3.png", "input": "here=1.png", "scale": "2"}),
         ("input=[a.png]|scale=2|--help", {"input": ["a.png"], "scale": 2}),
     ],
 )
-def test_plain_words_are_keys(words: str, expected: dict[str, object]) -> None:
-    """By Hydra's own parser, which is what reads them next."""
+def test_plain_words_are_keys(words: str, expected: dict[str, object], tmp_path: Path, monkeypatch) -> None:
+    """By Hydra's own parser, which is what reads them next; a file that exists is no key."""
+    (tmp_path / "here=1.png").touch()
+    monkeypatch.chdir(tmp_path)
     made = [word for word in plain_words(words.split("|")) if word != "--help"]
     parsed = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(made)}
     assert {key: [*map(str, v)] if isinstance(v, list) else v for key, v in parsed.items()} == expected
@@ -85,7 +89,7 @@ def test_the_installed_command_works_in_any_folder(installed: Path, tmp_path: Pa
         return done.stdout + done.stderr
 
     assert all(f"drrn {name}" in drrn() for name in COMMANDS)
-    assert "drrn upscale" in drrn("nonsense", code=2)
+    assert "no command 'upscal'; did you mean upscale?" in drrn("upscal", code=2)
     assert "model.B" in drrn("train", "model.B=0", code=2)
     assert "DRRN_B3U4" in drrn("train", "sweeps=table4", "+budget=cpu", "seed=1,2", "plan=only")
     said = drrn("evaluate", "method=bicubic", "sets=[demo_test]", "scales=[3]", "output=scores.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 
 import pytest
@@ -77,6 +78,8 @@ def test_the_word_for_several_values_may_stand_anywhere(entry_point: Callable) -
 
 def test_what_the_answer_says_to_type_works(entry_point: Callable) -> None:
     """The quoting that is proposed reaches the command as the user's file name."""
-    err = entry_point("upscale", 'input="photo (1).png"', "scale=2", "method=bicubic", "output=b.png")[2]
-    assert "photo (1).png" in err
+    rest = ("scale=2", "method=bicubic", "output=b.png")
+    (typed,) = shlex.split(entry_point("upscale", "input=it's (1).png", *rest)[2].partition("once more, ")[2])
+    err = entry_point("upscale", typed, *rest)[2]
+    assert "it's (1).png" in err
     assert "quote" not in err

@@ -13,7 +13,10 @@ import importlib.util
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from drrn import __version__
+from drrn.help import closest
 from drrn.launch import launch
 
 COMMANDS = {
@@ -26,12 +29,18 @@ COMMANDS = {
 }
 WORDS = {"-x": "scale", "--scale": "scale", "-o": "output", "--output": "output", "-c": "checkpoint"}
 FLAGS = ("--compare", "--overwrite")
+KEY = re.compile(r"[+~]*[\w./@-]+=")
 
 
 def main() -> None:
     """Run the command that the first word names."""
     name, *arguments = sys.argv[1:] or ["--help"]
+    if name == "--version":
+        print(f"drrn {__version__}")
+        sys.exit(0)
     if name not in COMMANDS:
+        if name not in ("-h", "--help"):
+            print(f"drrn: there is no command {name!r}{closest(name, COMMANDS)}\n", file=sys.stderr)
         lines = "\n".join(f"  drrn {command:9} {what}" for command, what in COMMANDS.items())
         print(f"{lines}\n\n`drrn train --help` shows a command's keys and examples.")
         sys.exit(0 if name in ("-h", "--help") else 2)
@@ -58,7 +67,8 @@ def plain_words(arguments: Sequence[str]) -> list[str]:
             keys.append(f"{WORDS[word]}={quoted(rest.pop(0))}")
         elif word in FLAGS:
             keys.append(f"{word[2:]}=true")
-        elif word.startswith("-") or "=" in word:
+        # a photograph may be called a=b.png
+        elif word.startswith("-") or (KEY.match(word) and not Path(word).exists()):
             keys.append(word)
         else:
             inputs.append(word)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -134,10 +135,8 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
         if value.endswith(","):
             return f"{error.override!r} ends in a comma: several values are typed without a space, {key}=a,b"
         quoted = value.replace('"', '\\"')
-        return (
-            f"{error.override!r} has characters that mean something to Hydra: quote the value once more, "
-            f"""'{key}="{quoted}"'"""
-        )
+        typed = shlex.quote(f'{key}="{quoted}"')
+        return f"{error.override!r} has characters that mean something to Hydra: quote the value once more, {typed}"
     groups = dict(choices(command()))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")

@@ -193,6 +193,15 @@ def test_a_callback_that_would_break_a_promise_is_refused(
     assert "\n" not in str(refusal.value)
 
 
+def test_a_callback_that_watches_what_no_run_logs_is_refused_before_the_first_step(
+    configure: Callable, tmp_path: Path
+) -> None:
+    stop = "+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:SET_x3/psnr,mode:max}"
+    with pytest.raises(UserError, match=r"callbacks.stop.monitor = 'SET_x3/psnr'.*there are validate/psnr"):
+        train.train(configure(*SIX, stop, f"output={tmp_path}"))
+    assert not [*tmp_path.rglob("*.ckpt")]
+
+
 def test_a_state_that_cannot_be_read_again_is_refused_when_it_is_written(configure: Callable, tmp_path: Path) -> None:
     config = configure(*SIX, f"+callbacks.odd={{_target_:{__name__}.Odd}}", f"output={tmp_path}")
     with pytest.raises(UserError, match="callbacks: Odd keeps a PosixPath in its state"):

@@ -77,9 +77,13 @@ def one_protocol(measurements: list[Measurement]) -> dict[str, Any]:
     first = measurements[0]
     for other in measurements[1:]:
         if other.protocol != first.protocol:
+            ours, theirs = (
+                ", ".join(f"{k} = {m.protocol[k]}" for k in m.protocol if m.protocol[k] != n.protocol.get(k))
+                for m, n in ((first, other), (other, first))
+            )
             raise UserError(
-                f"{first.source} was measured with the protocol {first.protocol} and {other.source} with "
-                f"{other.protocol}: their numbers do not compare. Report each in a command of its own."
+                f"{first.source} was measured with {ours or 'the protocol'} and {other.source} with "
+                f"{theirs or 'the protocol'}: their numbers do not compare. Report each in a command of its own."
             )
     return first.protocol
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from drrn.config import Config
+from drrn.datamodule import SuperResolutionData
 from drrn.errors import UserError
+from drrn.help import closest
 from drrn.targets import make, resolve
 
 # Classes of Lightning that would break what a run promises → what to use, or why not.
@@ -53,3 +56,27 @@ def make_callbacks(config: Config, folder: Path) -> list[Callback]:
             "callbacks: two of one kind and the same arguments cannot be told apart when a run is resumed"
         )
     return made
+
+
+def refuse_unknown_monitors(names: Iterable[str], made: Sequence[Callback], data: SuperResolutionData) -> None:
+    """Before the first step, what Lightning says at the first validation; not beside callbacks that may log more.
+
+    Args:
+        names: of `made`, as in the configuration.
+        made: the run's callbacks.
+        data: what is validated.
+
+    Raises:
+        UserError: a callback watches what no run logs.
+    """
+    if not all(type(callback).__module__.startswith(("lightning.", "drrn.")) for callback in made):
+        return
+    places = ["validate", *(f"validate/{task}" for task in data.evaluation_tasks("validate"))]
+    known = [f"{place}/{metric}" for metric in data.evaluation_metrics("validate") for place in places]
+    for name, callback in zip(names, made, strict=True):
+        watched = getattr(callback, "monitor", None)
+        if isinstance(watched, str) and watched not in known and not watched.startswith("train/"):
+            raise UserError(
+                f"callbacks.{name}.monitor = {watched!r}: no run logs it{closest(watched, known)}; there are "
+                f"{', '.join(known)}, train/loss"
+            )

@@ -99,6 +99,7 @@ def _quiet_warnings() -> None:
         ".*does not have many workers",
         ".*`weights_only` was not set",
         ".*your dataloader is not resumable",  # ShuffledBatches starts at the step
+        ".*smaller than the logging interval",  # fit says it in a line
         ".*sync_dist=True",  # every process has the rows of all
         "Checkpoint directory .* exists and is not empty",  # it is this run's own
     ):

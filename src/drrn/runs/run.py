@@ -105,6 +105,7 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
     """
     from drrn.fast.memory import freed_memory_kept
     from drrn.fast.training import memory_errors
+    from drrn.runs.callbacks import refuse_unknown_monitors
     from drrn.runs.lightning import lightnings_refusals
 
     config, record = run.config, run.record
@@ -115,11 +116,10 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
         structure["name"], structure["depth"], f"{structure['conv_weights']:,}", data.max_steps,
         config.data.batch_size, data.steps_per_epoch, run.folder,
     )  # fmt: skip
-    if data.max_steps < config.trainer.val_check_interval:
-        log.info(
-            "no validation: the run has %d steps, and trainer.val_check_interval = %d",
-            data.max_steps, config.trainer.val_check_interval,
-        )  # fmt: skip
+    for what, key in (("loss in the log", "log_every_n_steps"), ("validation", "val_check_interval")):
+        if data.max_steps < (every := getattr(config.trainer, key)):
+            log.info("no %s: the run has %d steps, and trainer.%s = %d", what, data.max_steps, key, every)
+    refuse_unknown_monitors(config.callbacks, run.callbacks, data)
     with lightnings_refusals():
         trainer = _trainer(run, data, module)
         try:
