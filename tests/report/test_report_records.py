@@ -209,6 +209,16 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(output, entry
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_runs_of_two_degradations_share_a_page(make, tmp_path, entry_point) -> None:
+    """Table 2 is of the paper's protocol; the table of runs has all."""
+    write_json(tmp_path / "runs/plain/record.json", make())
+    write_json(tmp_path / "runs/noisy/record.json", changed(make("seed=2"), "protocol.degradation", "DN"))
+    err = entry_point("report", f"runs={tmp_path / 'runs'}", f"output={tmp_path / 'out'}")[2]
+    assert "weights.safetensors does not exist" in err  # the pictures alone are missing
+    assert "degradation=DN" in (tmp_path / "out/runs.md").read_text()
+    assert "degradation=DN" not in (tmp_path / "out/table2.md").read_text()
+
+
 def test_names_of_before_and_after_are_one_network(make, tmp_path) -> None:
     """Records once named a network by all its arguments: both are one point of a study and one row of a table."""
     for seed, name in ((1, "FSRCNN_features56_s12_m4_scale3"), (2, "FSRCNN_x3")):

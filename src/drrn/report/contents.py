@@ -10,6 +10,7 @@ from drrn.errors import UserError
 from drrn.metrics import METRICS
 from drrn.paper import paper_numbers
 from drrn.pictures import save
+from drrn.protocol import departures
 from drrn.report import NETWORKS
 from drrn.report.comparison import compare
 from drrn.report.differences import differences_table
@@ -68,6 +69,9 @@ def write_report(config: ReportConfig, records: list[dict[str, Any]], command: s
 def tables_part(config: ReportConfig, records: list[dict[str, Any]], measured: list[Measurement]) -> list[Part]:
     """Runs, Tables 2 and 3, other metrics and Table 4, as far as they were measured."""
     measured = [m for record in records for m in from_record(record)] + measured
+    if not config.scores and len({departures(m.protocol) for m in measured}) > 1:
+        measured = [m for m in measured if not departures(m.protocol)]
+        print("beside the paper's numbers stand the runs of its protocol alone; all are in the table of runs")
     tables = {"runs": runs_table(records)} if records else {}
     if config.scores or {m.set_name for m in measured} & {row["dataset"] for row in paper_numbers("table2")}:
         tables["table2"] = benchmark_table(measured, ("psnr", "ssim"), "table2")
