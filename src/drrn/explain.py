@@ -77,6 +77,7 @@ def explain(config: EvaluateConfig, overrides: Sequence[str] = ()) -> None:
     from rich.progress import track
 
     from drrn.evaluation import jobs_of, methods_of
+    from drrn.fast.threads import Watch
     from drrn.sets import set_label
 
     given = {name.lstrip("+"): text for name, _, text in (override.partition("=") for override in overrides)}
@@ -93,7 +94,7 @@ def explain(config: EvaluateConfig, overrides: Sequence[str] = ()) -> None:
             )
     metric = "psnr" if config.explain > 1 else "ssim"
     jobs = jobs_of(config, methods, lambda name, members: set_label(name, list(members)))
-    threads = _threads(config)
+    threads = Watch().choose(config.threads).number if config.checkpoint else 1
     values = []
     for job in track(jobs, "measuring", console=Console(stderr=True), transient=True):
         try:
@@ -112,12 +113,6 @@ def as_typed(text: str | None, value: float) -> str:
     return text if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else f"{value}"
 
 
-def _threads(config: EvaluateConfig) -> int:
-    from drrn.fast.threads import Watch
-
-    return Watch().choose(config.threads).number if config.checkpoint else 1
-
-
 def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32") -> dict[Way, float]:
     """One image measured in all ways that there are for it; the protocol's comes first."""
     from drrn.evaluation import made_by_another
@@ -129,9 +124,7 @@ def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32")
     made, is_grey = None if job.made is None else made_by_another(job, pixels), pixels.ndim == 2
     images = {"one channel": (pixels, made)}
     if is_grey:
-        images["three channels"] = tuple(
-            image if image is None else np.dstack([image] * 3) for image in (pixels, made)
-        )
+        images["three channels"] = np.dstack([pixels] * 3), None if made is None else np.dstack([made] * 3)
     result = {
         Way(resized, plane, crop, values, grey): _value(
             METRICS[metric].function, *(shave(_compared(image, values), crop) for image in (truth, y))
@@ -195,35 +188,24 @@ def compared(
     from drrn.protocol import with_chroma
 
     @cache
-    def luminance(resized: str, plane: str) -> Plane:
+    def result(resized: str, plane: str) -> Plane:
+        if made is not None:
+            return plane_of(made, plane)
+        if plane == "rgb" and resized == "matlab":
+            return with_chroma(result(resized, "y"), pixels, job.scale)
+        if plane == "rgb":
+            ycbcr = rgb2ycbcr(np.clip(enlarged(pixels, job.scale, resized, "rgb"), 0, 1))
+            ycbcr[..., 0] = result(resized, "y float")
+            return ycbcr2rgb(ycbcr)
         given = enlarged(pixels, job.scale, resized, plane, job.method.input)
         checkpoint = job.method.checkpoint
         return given if checkpoint is None else run_network(checkpoint, given, threads, precision)
 
-    def colours(resized: str) -> Plane:
-        if resized == "matlab":
-            return with_chroma(luminance(resized, "y"), pixels, job.scale)
-        ycbcr = rgb2ycbcr(np.clip(enlarged(pixels, job.scale, resized, "rgb"), 0, 1))
-        ycbcr[..., 0] = luminance(resized, "y float")
-        return ycbcr2rgb(ycbcr)
-
-    is_grey = pixels.ndim == 2
+    no_colours = made is not None and made.ndim < pixels.ndim
     for resized, plane in product(RESIZED, PLANES):
-        if (resized == "made") != (made is not None) or (resized, plane) in NEVER:
+        if (resized == "made") != (made is not None) or (resized, plane) in NEVER or (plane == "rgb" and no_colours):
             continue
-        if made is None:
-            y = (
-                luminance(resized, "y")
-                if is_grey
-                else colours(resized)
-                if plane == "rgb"
-                else luminance(resized, plane)
-            )
-        elif plane == "rgb" and made.ndim < pixels.ndim:
-            continue
-        else:
-            y = plane_of(made, plane)
-        yield resized, plane, plane_of(pixels, plane), y
+        yield resized, plane, plane_of(pixels, plane), result(resized, "y" if pixels.ndim == 2 else plane)
 
 
 def enlarged(pixels: Levels, scale: int, resized: str, plane: str, input: str = "interpolated") -> Plane:
