@@ -87,7 +87,8 @@ def crops(
         shown = to_uint8(with_chroma(shown, pixels, scale, degradation, path) if truth.ndim == 3 else shown)
         panels.append((name, shown, f"{scores['psnr']:.2f} dB / {scores['ssim']:.4f}"))
 
-    return Crops(f"{path.stem} ×{scale}", truth, box, panels)
+    title = f"{path.stem} ×{scale}" + f", {degradation}" * (degradation != PAPER)
+    return Crops(title, truth, box, panels)
 
 
 def draw_crops(crops: Crops, stacked: bool = False) -> Figure:

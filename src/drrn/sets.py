@@ -207,7 +207,12 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
         raise UserError(
             f"no set and no folder named {set_name!r}: give a folder of images, or one of {', '.join(known_sets())}"
         )
-    return folder_images(folder / "HR" if (folder / "HR").is_dir() and (folder / "LR").is_dir() else folder)
+    return folder_images(folder / "HR" if is_ready(folder) else folder)
+
+
+def is_ready(folder: Path) -> bool:
+    """Whether a folder holds ready pairs, HR and LR."""
+    return (folder / "HR").is_dir() and (folder / "LR").is_dir()
 
 
 def ready_low(truth: Path, scale: int) -> Path:
@@ -216,10 +221,9 @@ def ready_low(truth: Path, scale: int) -> Path:
     Raises:
         UserError: there is none, there are several, or the image is of no such folder.
     """
-    low = truth.parent.with_name("LR")
-    if truth.parent.name != "HR" or not low.is_dir():
+    if truth.parent.name != "HR" or not is_ready(truth.parent.parent):
         raise UserError(f"{truth}: of ready pairs a set is a folder that holds HR and LR")
-    return counterpart(low, ".", truth, scale, only_scale=True)
+    return counterpart(truth.parent.with_name("LR"), ".", truth, scale, only_scale=True)
 
 
 def folder_images(folder: Path) -> list[Path]:

@@ -127,8 +127,10 @@ def test_a_training_enters_with_its_record(make: Callable, tmp_path: Path, entry
     ours = rows["Table 2", "Set5 ×3, DRRN_B1U9, PSNR"]
     assert (ours["ours"], ours["difference"], ours["state"]) == ("33.92", "−0.01", TRAINED)
     digests = {hashlib.sha256((tmp_path / "runs" / str(k) / "record.json").read_bytes()).hexdigest() for k in (0, 1)}
-    assert ours["record"] in digests
+    assert set(ours["record"].split()) == digests
     assert "seeds: 2" in ours["note"]
+    again = "python src/train.py from_record={}/record.json output=again"
+    assert ours["command"] == f"{again.format(0)} && {again.format(1)}"  # both enter the mean
     assert rows["Fig. 6", "Set5 ×3, DRRN_B1U25, PSNR"]["difference"] == "+0.17"
     assert "noBN" in rows["Fig. 6", "Set5 ×3, DRRN_B1U25, PSNR"]["note"]
     for name in ("DRRN_B3U8", "DRRN_B17U1"):
@@ -147,7 +149,8 @@ def test_what_lies_beside_shipped_weights_is_taken(make: Callable, tmp_path: Pat
 
     monkeypatch.setattr(drrn.weights.shipped, "FOLDER", tmp_path)
     write_json(tmp_path / "a.json", make("model.B=1", "model.U=9", "model.features=128", psnr=33.9))
-    scores = json.loads((SCORES / "vdsr.json").read_text())
+    digest, text = hashlib.sha256(b"b").hexdigest(), (SCORES / "vdsr.json").read_text()
+    scores = json.loads(text.replace(json.loads(text)["methods"][0]["weights"], digest))
     rows = [row for row in scores["scores"] if row["set"] == "Set5"]
     scores["methods"][0] |= {"structure": "DRRN_B1U25_noBN", "steps": 9, "seed": 1}
     write_json(tmp_path / "b.json", scores | {"scores": rows, "means": []})
@@ -159,7 +162,17 @@ def test_what_lies_beside_shipped_weights_is_taken(make: Callable, tmp_path: Pat
     assert values["psnr"] == 33.9
     assert source.weights == hashlib.sha256(b"a").hexdigest()
     values, source, note = found["DRRN_B1U25", "Set5", 3]
-    assert source[0] == TRAINED
+    assert (source.state, source.weights) == (TRAINED, digest)
+    folder = tmp_path.name
+    assert source.command == (
+        f"python src/evaluate.py checkpoint={folder}/b.safetensors 'sets=[{','.join(scores['sets'])}]' "
+        f"'metrics=[{','.join(values)}]' 'scales=[2,3,4]'"
+    )
     assert f"{values['psnr']:.2f}" == "33.66"  # VDSR's, under another name
     assert "noBN" in note
-    assert found["VDSR", "Set5", 3][1].state == REMEASURED
+    vdsr = found["VDSR", "Set5", 3][1]
+    assert vdsr.state == REMEASURED
+    (margin,) = (e for e in ledger(found) if e.what.endswith("DRRN_B1U25 above VDSR, Set5 ×3"))
+    assert (margin.ours, margin.source.state) == ("0.00", TRAINED)
+    assert margin.source.command == f"{source.command} && {vdsr.command}"  # two measurements enter
+    assert margin.source.record == f"{source.record} {vdsr.record}"

@@ -195,6 +195,50 @@ def test_other_programs_images_stand_beside_the_networks(
         assert "Traceback" not in err
 
 
+def test_runs_are_shown_by_their_own_degradation(
+    make: Callable, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Those of the last run's; checkpoints, and runs of ready pairs on another image, by bicubic."""
+    from drrn.networks import build
+    from drrn.report import comparison
+    from drrn.report.report import ReportConfig
+    from drrn.weights.ours import save_weights
+
+    shown = []
+
+    def looked(path: Path, scale: int, networks: dict, box: Box | None, low: list, degradation: str) -> object:
+        shown.append((list(networks), degradation, crops(path, scale, networks, box, low, degradation).title))
+
+    monkeypatch.setattr(comparison, "crops", looked)
+    monkeypatch.setattr(comparison, "draw_crops", lambda *_, **__: None)
+    monkeypatch.setattr(comparison, "save", lambda *_: [])
+    runs = {}
+    for name in ("BI", "BD", "ready"):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "weights.safetensors"
+        runs[name] = make("model.B=1", "model.U=1", "model.features=2", path=str(file.with_name("record.json")))
+        model = runs[name]["config"]["model"]
+        save_weights(file, build(model), model, {"origin": f"of {name}"})
+        runs[name]["protocol"] = PROTOCOL | {"degradation": name} if name != "BI" else PROTOCOL
+    photo = str(tiny_images / "chelsea.png")
+    config = ReportConfig(None, [], [], str(tmp_path), photo, 3, None, [], {}, str(tmp_path))
+    for order, checkpoint in (
+        ("BI BD", []),
+        ("BD BI", []),
+        ("ready", []),
+        ("BD", [tmp_path / "BI/weights.safetensors"]),
+    ):
+        config.checkpoint = list(map(str, checkpoint))
+        comparison.compare(config, [runs[name] for name in order.split()], tmp_path)
+    assert shown == [
+        (["of BD"], "BD", "chelsea ×3, BD"),
+        (["of BI"], "BI", "chelsea ×3"),
+        (["of ready"], "BI", "chelsea ×3"),
+        (["of BI"], "BI", "chelsea ×3"),
+    ]
+    assert capsys.readouterr().out.count("since trained for another degradation: DRRN_B1U1_2f s1") == 2
+
+
 def test_images_of_one_stem_are_two_pictures(tmp_path: Path, entry_point: Callable) -> None:
     """a.png and a.jpg; and what follows a point in a name stays in it."""
     pixels = np.asarray(skimage.data.camera()[100:164, 200:264])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drrn.degradations import PAPER, check_scales
+from drrn.degradations import PAPER, READY, check_scales
 from drrn.errors import UserError, printable
 from drrn.images import read_luminance
 from drrn.pictures import Box, crops, draw_crops, save
@@ -28,7 +28,9 @@ FIG7 = {
 def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, prefix: str = "") -> list[Path]:
     """Crops side by side: of the image asked for, or of the last one that the runs were tested on.
 
-    Runs of a network that enlarges by another scale are left out.
+    Runs of a network that enlarges by another scale are left out, and so are those of another degradation than the
+    last one's, by which the image is degraded. Checkpoints, which do not say theirs, get bicubic. So does an image of
+    no pair, where the runs are of ready pairs.
 
     Returns:
         The files written; none if no run has got as far as its pictures.
@@ -38,11 +40,18 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
             enlarges by another scale, or the runs' degradation is not defined for the scale.
     """
     from drrn.inference import super_resolve
+    from drrn.sets import is_ready
     from drrn.weights.ours import load_network
 
     tested = [record for record in records if record.get("scores")]
     if not config.compare and not tested:
         return []
+    degradation = PAPER
+    if tested and not config.checkpoint:
+        degradation = _degradation(tested[-1])
+        if others := [record["name"] for record in tested if _degradation(record) != degradation]:
+            print(f"not in the picture of {degradation}, since trained for another degradation: {', '.join(others)}")
+        tested = [record for record in tested if _degradation(record) == degradation]
     files = [Path(path) for path in config.checkpoint]
     files = files or [Path(record["path"]).with_name("weights.safetensors") for record in tested]
     loaded = {file: load_network(file) for file in files}
@@ -50,6 +59,8 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     if len(set(names.values())) < len(names):  # two networks of one name: call them by their folders
         names = {file: printable(f"{file.parent.name}/{file.stem}") for file in files}
     path, scale, box = _chosen(config, tested)
+    if degradation == READY and config.compare and not (path.parent.name == "HR" and is_ready(path.parent.parent)):
+        degradation = PAPER
     networks = {}
     for file, (network, _) in loaded.items():
         if getattr(network, "scale", scale) == scale:
@@ -60,7 +71,6 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
     try:
         runs = {n: lambda x, y=y: y for n, y in _others(config.others, path, scale).items()} | runs
-        degradation = tested[-1]["protocol"].get("degradation", PAPER) if tested else PAPER
         check_scales("scale", [scale], degradation)
         shown = crops(path, scale, runs, box, low, degradation)
     except ValueError as error:  # an image smaller than the scale or the metrics' windows
@@ -71,6 +81,10 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     written += save(draw_crops(shown, stacked=True), stem.with_name(f"{stem.name}_narrow"), [".png"])
     print(f"written: {printable(', '.join(map(str, written)))}")
     return written
+
+
+def _degradation(record: dict[str, Any]) -> str:
+    return record["protocol"].get("degradation", PAPER)
 
 
 def _others(folders: dict[str, str], path: Path, scale: int) -> dict[str, NDArray[np.float64]]:

@@ -53,7 +53,7 @@ PUBLISHED = {
 
 
 class Source(NamedTuple):
-    """Where a number of ours comes from."""
+    """Where a number of ours comes from; of several measurements, all their commands (&&) and digests (blanks)."""
 
     state: str = QUOTED
     command: str = ""
@@ -137,18 +137,45 @@ def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
 def _trained(those: list[Measurement]) -> tuple[dict[str, float], Source, str]:
     """The mean over the seeds of the longest training."""
     longest = max(those, key=lambda m: m.steps)
-    alike = {m.seed: m for m in those if m.experiment == longest.experiment}.values()
-    path = Path(longest.source)
-    beside = path.with_name("weights.safetensors"), path.with_suffix(".safetensors")
-    weights = longest.weights or next((sha256(file) for file in beside if file.is_file()), "")
-    inside = path.resolve().is_relative_to(HOME)
-    name = str(path.resolve().relative_to(HOME)) if inside else path.name
-    command = "evaluate.py checkpoint=WEIGHTS" if longest.weights else f"train.py from_record={name} output=again"
+    alike = list({m.seed: m for m in those if m.experiment == longest.experiment}.values())
     means = {
         k: statistics.fmean(m.values[k] for m in alike) for k in longest.values if all(k in m.values for m in alike)
     }
     note = f"{longest.method}, {longest.steps:,} steps, seeds: {len(alike)}"
-    return means, Source(TRAINED, f"python src/{command}", weights, sha256(path)), note
+    return means, _joined([_training(m) for m in alike]), note
+
+
+def _joined(sources: list[Source]) -> Source:
+    """The source of a number that several measurements make."""
+    state = TRAINED if any(source.state == TRAINED for source in sources) else sources[0].state
+    _, commands, weights, records = (dict.fromkeys(filter(None, column)) for column in zip(*sources, strict=True))
+    return Source(state, " && ".join(commands), " ".join(weights), " ".join(records))
+
+
+def _training(m: Measurement) -> Source:
+    """How a run is trained again, or weights that were trained here are scored again."""
+    path = Path(m.source)
+    beside = path.with_name("weights.safetensors"), path.with_suffix(".safetensors")
+    files = {sha256(file): file for file in beside if file.is_file()}
+    if not m.weights:
+        command = f"python src/train.py from_record={_short(path)} output=again"
+        return Source(TRAINED, command, next(iter(files), ""), sha256(path))
+    file = _short(files[m.weights]) if m.weights in files else "weights.safetensors"
+    return Source(TRAINED, _scoring(m, f"checkpoint={file}", scales=True), m.weights, sha256(path))
+
+
+def _short(path: Path) -> str:
+    """A path in the clone; of a file elsewhere, its folder and name."""
+    inside = path.resolve().is_relative_to(HOME)
+    return str(path.resolve().relative_to(HOME) if inside else Path(*path.parts[-2:]))
+
+
+def _scoring(m: Measurement, method: str, scales: bool) -> str:
+    """The command that makes a file of scores again."""
+    content = json.loads(Path(m.source).read_bytes())
+    command = f"python src/evaluate.py {method} 'sets=[{','.join(content['sets'])}]' 'metrics=[{','.join(m.values)}]'"
+    measured = sorted({row["scale"] for row in content["scores"] if row["weights"] == m.weights})
+    return command + f" 'scales=[{','.join(map(str, measured))}]'" * scales
 
 
 def _by_the_paper(m: Measurement) -> bool:
@@ -166,17 +193,12 @@ def _of_paper(name: str) -> str | None:
 
 def _evaluated(m: Measurement, published: Published | None) -> Source:
     """How a file of scores is made again."""
-    path = Path(m.source)
-    content = json.loads(path.read_bytes())
-    sets = f"'sets=[{','.join(content['sets'])}]' 'metrics=[{','.join(m.values)}]'"
+    record = sha256(Path(m.source))
     if published is None:
-        return Source(REMEASURED, f"python src/evaluate.py method=bicubic {sets}", "", sha256(path))
-    one_scale = "{}" in published.file
-    command = (
-        f"python src/convert.py input={published.file.format(m.scale)} output=weights.safetensors && "
-        f"python src/evaluate.py checkpoint=weights.safetensors {sets}" + f" 'scales=[{m.scale}]'" * one_scale
-    )
-    return Source(REMEASURED, command, m.weights or "", sha256(path))
+        return Source(REMEASURED, _scoring(m, "method=bicubic", scales=False), "", record)
+    convert = f"python src/convert.py input={published.file.format(m.scale)} output=weights.safetensors"
+    score = _scoring(m, "checkpoint=weights.safetensors", scales="{}" in published.file)
+    return Source(REMEASURED, f"{convert} && {score}", m.weights or "", record)
 
 
 # ---------------------------------------------------------------- the paper's numbers, one by one
@@ -276,7 +298,7 @@ def _of_text(row: dict[str, str], found: Found) -> Entry:
             return entry
         gain = both[0][0]["psnr"] - both[1][0]["psnr"]
         difference = signed(round(gain, 2) - float(row["value"]), 2)
-        return entry._replace(ours=f"{gain:.2f}", difference=difference, source=both[0][1])
+        return entry._replace(ours=f"{gain:.2f}", difference=difference, source=_joined([its[1] for its in both]))
     if kind in ("depth", "field"):
         built = built_here(names[0])
         ours = built and built[0 if kind == "depth" else 2]
@@ -302,6 +324,10 @@ SETTINGS = {"data": "train291", "model": "drrn", "optim": "paper"}  # the files 
 # ---------------------------------------------------------------- the page
 
 
+def _digests(several: str) -> str:
+    return " ".join(digest[:12] for digest in several.split())
+
+
 def _tables(entries: list[Entry]) -> tuple[list[Table], list[str]]:
     """A table a place with the numbers of its sources, and the sources; lines that sum it up."""
     sources = list(dict.fromkeys(entry.source for entry in entries if entry.source.command))
@@ -315,7 +341,7 @@ def _tables(entries: list[Entry]) -> tuple[list[Table], list[str]]:
             if e.place == place
         ]
         tables.append(Table(place, ["number", "paper", "ours", "difference", "state", "source", "note"], rows))
-    rows = [[number[s], s.state, f"`{s.command}`", s.weights[:12], s.record[:12]] for s in sources]
+    rows = [[number[s], s.state, f"`{s.command}`", *map(_digests, (s.weights, s.record))] for s in sources]
     columns = ["source", "state", "command", "weights", "record"]
     notes = ["The first 12 of the 64 digits of SHA-256: of the weights, and of the run record or the file of scores."]
     tables.append(Table("Sources", columns, rows, notes))
