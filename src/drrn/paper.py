@@ -18,19 +18,21 @@ def paper_numbers(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def paper_methods() -> dict[str, str]:
-    """A network of others by its name here → the PSNR of it that the paper prints on Set5 ×3: drcn → 33.82."""
-    rows = {row["method"]: row["psnr"] for row in paper_numbers("fig1")}
-    return {name.lower(): psnr for name, psnr in rows.items() if psnr and not name.startswith("DRRN")}
+def network_of(row: dict[str, str]) -> str:
+    """The network of a row: DRRN_NS_B3U4, VDSR_d28, DRCN."""
+    if row.get("B"):
+        return f"{row.get('method', 'DRRN')}_B{row['B']}U{row['U']}"
+    return f"VDSR_d{row['depth']}" if "B" in row else row["method"]
 
 
-def paper_psnr() -> dict[tuple[str, int, int], str]:
-    """(variant, B, U) → the PSNR that the paper prints on Set5 ×3, for every structure that it prints one of."""
-    result = {}
-    for name in ("fig6", "fig8", "table4"):
+def printed(set_name: str, scale: int) -> dict[str, dict[str, str]]:
+    """A network (`network_of`) → the row with what the paper prints of it on a set: PSNR, of Table 2 SSIM too.
+
+    VDSR of Table 2, which has 20 layers, has both of its names.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for name in ("table2", "fig1", "fig6", "fig8", "table4"):
         for row in paper_numbers(name):
-            if row["psnr"]:
-                method = row.get("method", "DRRN")
-                B, U = (int(row["depth"]) - 1, 0) if method == "VDSR" else (int(row["B"]), int(row["U"]))
-                result[method, B, U] = row["psnr"]
-    return result
+            if row["psnr"] and (row["dataset"], row["scale"]) == (set_name, str(scale)):
+                rows.setdefault(network_of(row), row)
+    return rows | ({"VDSR_d20": rows["VDSR"]} if "VDSR" in rows else {})

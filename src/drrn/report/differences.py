@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from drrn.paper import paper_psnr
-from drrn.report.groups import PLACE, Place, Point, RunGroup
+from drrn.paper import printed
+from drrn.report.groups import PLACE, Place, Point, RunGroup, in_paper
 from drrn.report.measurements import MISSING, set_size, signed
 from drrn.report.tables import Table
 
@@ -84,10 +84,10 @@ def differences_table(group: RunGroup) -> Table | None:
     None where the runs have no common set of three images or more.
     """
     place = most_images(group)
-    paper, rows = paper_psnr(), []
+    paper, rows = printed(*PLACE), []
     for a, b, what in pairs(group) if place else ():
         first, second = image_psnr(a, place), image_psnr(b, place)
-        of_a, of_b = _over_seeds(first), _over_seeds(second)
+        of_a, of_b = _by_image(first), _by_image(second)
         if of_a.keys() != of_b.keys() or len(of_a) < 3:
             continue
         gains = np.array([of_a[image] - of_b[image] for image in sorted(of_a)])
@@ -96,9 +96,8 @@ def differences_table(group: RunGroup) -> Table | None:
             statistics.fmean(first[s].values()) - statistics.fmean(second[s].values()) for s in first if s in second
         ]
         spread = f"±{statistics.stdev(seeds):.3f} ({len(seeds)})" if len(seeds) > 1 else MISSING
-        names = [(p.variant, p.model.get("B"), p.model.get("U")) for p in (a, b)]
-        printed = [float(paper[name]) for name in names if name in paper]
-        claimed = signed(printed[0] - printed[1], 2) if len(printed) == 2 else MISSING
+        theirs = [float(paper[name]["psnr"]) for p in (a, b) if (name := in_paper(p.model)) in paper]
+        claimed = signed(theirs[0] - theirs[1], 2) if len(theirs) == 2 else MISSING
         order = "first better" if low > 0 else "second better" if high < 0 else "not told apart"
         interval_ = f"{signed(low, 3)} to {signed(high, 3)}"
         rows.append([f"{a.name} − {b.name}", what, signed(gains.mean(), 3), interval_, spread, claimed, order])
@@ -112,7 +111,7 @@ def differences_table(group: RunGroup) -> Table | None:
     return Table("Differences of PSNR between networks", columns, rows, [note])
 
 
-def _over_seeds(runs: dict[int, dict[str, float]]) -> dict[str, float]:
+def _by_image(runs: dict[int, dict[str, float]]) -> dict[str, float]:
     """Image → mean over the seeds."""
     values = defaultdict(list)
     for rows in runs.values():

@@ -12,6 +12,7 @@ from typing import Any
 from drrn.config import ModelConfig
 from drrn.errors import UserError
 from drrn.identity import model_of
+from drrn.paper import depth
 from drrn.protocol import describe
 from drrn.report.measurements import set_size
 from drrn.report.records import recipe
@@ -37,6 +38,14 @@ def variant(model: dict[str, Any]) -> str:
     if model["U"] == 0:
         return "VDSR"
     return f"DRRN{'' if model['weight_sharing'] else '_NS'}{'' if model['multi_path'] else '_C'}"
+
+
+def in_paper(model: dict[str, Any]) -> str:
+    """The paper's name of a structure of any width (`paper.network_of`): DRRN_NS_B3U4, VDSR_d28, DRCN."""
+    if model["network"] != "drrn":
+        return model["network"].upper()
+    B, U = model["B"], model["U"]
+    return f"{variant(model)}_B{B}U{U}" if U else f"VDSR_d{depth(B, U)}"
 
 
 @dataclass

@@ -20,7 +20,7 @@ from drrn.disk import write_whole
 from drrn.home import CONF, DATA, HOME
 from drrn.images import sha256
 from drrn.metrics import METRICS
-from drrn.paper import paper_numbers
+from drrn.paper import network_of, paper_numbers
 from drrn.protocol import PAPER, describe
 from drrn.report.measurements import MISSING, Measurement, from_record, from_scores, set_size, signed
 from drrn.report.page import Part, Section, write_page
@@ -219,19 +219,12 @@ def ledger(found: Found) -> Iterator[Entry]:
         ("fig9", "Fig. 9"),
     ):
         for row in paper_numbers(name):
-            network = _network(row)
+            network = network_of(row)
             what = f"{row['dataset']} ×{row['scale']}, {network}"
             yield _scored(place, f"{what}, PSNR", row["psnr"], row | {"method": network}, "psnr", found)
             yield from _counted_of(place, network, row)
     for row in paper_numbers("text"):
         yield _of_text(row, found)
-
-
-def _network(row: dict[str, str]) -> str:
-    """The network of a row: DRRN_NS_B3U4, VDSR_d28."""
-    if row.get("B"):
-        return f"{row.get('method', 'DRRN')}_B{row['B']}U{row['U']}"
-    return f"VDSR_d{row['depth']}" if "B" in row else row["method"]
 
 
 def _scored(place: str, what: str, printed: str, row: dict[str, str], metric: str, found: Found) -> Entry:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from drrn.networks import build, count
-from drrn.paper import paper_numbers
-from drrn.report.groups import PLACE, RunGroup, variant
+from drrn.paper import printed
+from drrn.report.groups import PLACE, RunGroup, in_paper
 from drrn.report.ledger import Found
 from drrn.report.measurements import MISSING
 from drrn.report.studies import preset
@@ -65,12 +65,8 @@ def counted(model: dict[str, Any]) -> tuple[str, str, str]:
 
 def quoted(method: str, place: tuple[str, int], metrics: tuple[str, ...] = ("psnr",)) -> str:
     """What the paper prints of a method."""
-    set_name, scale = place
-    for name in ("table2", "fig1"):
-        for row in paper_numbers(name):
-            if (row["method"], row["dataset"], int(row["scale"])) == (method, set_name, scale) and row["psnr"]:
-                return " / ".join(row[metric] for metric in metrics if metric in row)
-    return MISSING
+    row = printed(*place).get(method, {})
+    return " / ".join(row[metric] for metric in metrics if metric in row) or MISSING
 
 
 def table1(found: Found, groups: list[RunGroup]) -> Table:
@@ -97,8 +93,7 @@ def table1(found: Found, groups: list[RunGroup]) -> Table:
 
 def _trained(group: RunGroup, model: dict[str, Any]) -> str:
     """PSNR of a run group's network of this family and depth, whatever its width."""
-    key = (variant(model), model.get("B"), model.get("U"))
-    means = [p.mean() for p in group.points if (p.variant, p.model.get("B"), p.model.get("U")) == key]
+    means = [point.mean() for point in group.points if in_paper(point.model) == in_paper(model)]
     return next((f"{mean:.2f}" for mean in means if mean is not None), MISSING)
 
 
@@ -116,8 +111,8 @@ def networks_table(found: Found) -> Table:
             ours = " / ".join(
                 f"{values[key]:.{digits}f}" for key, digits in (("psnr", 2), ("ssim", 4)) if key in values
             )
-            printed = quoted(method, place, ("psnr", "ssim"))
-            cells.append(ours or (printed if printed == MISSING else f"{printed} *"))
+            theirs = quoted(method, place, ("psnr", "ssim"))
+            cells.append(ours or (theirs if theirs == MISSING else f"{theirs} *"))
         milliseconds, size, device = cost(model)
         rows.append([name, *counted(model), f"{milliseconds:,.0f}", f"{size / 1e6:,.0f}", *cells])
         print(f"{name}: {milliseconds:,.0f} ms", flush=True)

@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Circle, Patch, Rectangle
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -87,26 +87,14 @@ def graph(network: nn.Module) -> list[Node]:
     with torch.no_grad(), Recorder(x) as recorder:
         y = network.train()(x)
     recorder.made_by[id(y)].supervised = True
-    nodes = recorder.nodes
-    for node in nodes[1:]:
+    taken = set()
+    for node in recorder.nodes[1:]:
         node.rank = 1 + max(source.rank for source in node.inputs)
-    _columns(nodes)
-    return nodes
-
-
-def _columns(nodes: list[Node]) -> None:
-    """Each node below the first of its inputs that goes on there; what branches off goes to a column of its own."""
-    longest = {id(node): 0 for node in nodes}  # steps to the end
-    for node in reversed(nodes):
-        for source in node.inputs:
-            longest[id(source)] = max(longest[id(source)], 1 + longest[id(node)])
-    free = 1
-    for node in nodes:
-        users = [other for other in nodes if any(source is node for source in other.inputs[:1])]
-        users.sort(key=lambda other: -longest[id(other)])
-        for index, user in enumerate(users):
-            user.column = node.column if index == 0 else free
-            free += index > 0
+        node.column = node.inputs[0].column  # the same as above it, or the next that is free
+        while node.place in taken:
+            node.column += 1
+        taken.add(node.place)
+    return recorder.nodes
 
 
 def fig2(stacked: bool = False) -> Figure:
@@ -116,7 +104,7 @@ def fig2(stacked: bool = False) -> Figure:
     figure = Figure(figsize=(4.3, 10.4) if stacked else (9.6, 5.4), dpi=160)
     FigureCanvasAgg(figure)
     graphs = {name: graph(build(structure)) for name, structure in PANELS.items()}
-    widths = [1.6 + max(node.column for node in nodes) for nodes in graphs.values()]
+    widths = [right - left for left, right in map(extent, graphs.values())]
     shape = (2, 2, {}) if stacked else (1, 4, {"width_ratios": widths})
     axes = figure.subplots(*shape[:2], gridspec_kw=shape[2]).flat
     figure.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.07, wspace=0.02, hspace=0.08)
@@ -133,42 +121,31 @@ def draw(axis: Axes, name: str, nodes: list[Node], deepest: int) -> None:
     """One network from its input at the top to its output at the bottom."""
     uses = Counter(node.weight for node in nodes if node.weight is not None)
     colours = dict(zip([weight for weight, number in uses.items() if number > 1], SHARED * len(uses), strict=False))
-    arrows = [(source, node, index) for node in nodes for index, source in enumerate(node.inputs)]
-    around = sorted((a for a in arrows if _around(nodes, *a)), key=lambda a: a[1].rank - a[0].rank)
-    for source, node, index in arrows:
-        lane = around.index((source, node, index)) if (source, node, index) in around else None
-        points = _path(source, node, index, lane)
-        head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 7, "color": LINE}  # up to the rim of what it points to
-        axis.annotate("", points[-1], points[-2], arrowprops=head)
-        axis.plot(*zip(*points[:-1], strict=True), color=LINE, linewidth=1, solid_capstyle="butt")
+    shapes: dict[int, Patch] = {}
     for node in nodes:
         x, y = node.place
         colour = colours.get(node.weight, ALONE) if node.kind == "conv" else "white"
         colour = SUPERVISED if node.supervised else colour
-        if node.kind == "sum":
-            axis.plot([x], [y], "o", zorder=3, markersize=13, markerfacecolor=colour, markeredgecolor=LINE)
-        else:
-            axis.add_patch(Rectangle((x - 0.4, y - 0.22), 0.8, 0.44, facecolor=colour, edgecolor=LINE, zorder=3))
-        axis.text(x, y, {"sum": "+"}.get(node.kind, node.kind), ha="center", va="center_baseline", size=7.5, zorder=4)
+        shape = Circle((x, y), 0.2) if node.kind == "sum" else Rectangle((x - 0.4, y - 0.22), 0.8, 0.44)
+        shape.set(facecolor=colour, edgecolor=LINE)
+        shapes[id(node)] = axis.add_patch(shape)
+        for source in node.inputs:
+            rims = {"patchA": shapes[id(source)], "patchB": shape, "shrinkA": 0, "shrinkB": 0}
+            arrow = {"arrowstyle": "-|>", "color": LINE, "connectionstyle": f"arc3,rad={bend(source, node)}"}
+            axis.annotate("", node.place, source.place, arrowprops=arrow | rims)
+        axis.text(x, y, {"sum": "+"}.get(node.kind, node.kind), ha="center", va="center_baseline", size=7.5)
     axis.set_title(name, size=9)
-    axis.set_xlim(-0.6 - 0.14 * len(around), max(node.place[0] for node in nodes) + 0.7)
-    axis.set_ylim(-deepest - 0.4, 0.4)
+    axis.set(aspect="equal", xlim=extent(nodes), ylim=(-deepest - 0.4, 0.4))
     axis.set_axis_off()
 
 
-def _around(nodes: list[Node], source: Node, node: Node, index: int) -> bool:
-    """Whether an arrow must leave the column of its source, since others stand in its way."""
-    between = range(source.rank + 1, node.rank + (source.column != node.column))
-    return index > 0 and any(other.column == source.column and other.rank in between for other in nodes)
+def bend(source: Node, node: Node) -> float:
+    """An arrow's curvature: around what is between, to the left in a column, to the right to another one."""
+    steps, same = node.rank - source.rank, node.column == source.column
+    return (0.4 if same else -0.5) if steps > 2 - same else 0.0
 
 
-def _path(source: Node, node: Node, index: int, lane: int | None) -> list[tuple[float, float]]:
-    """Corners of an arrow: straight down, over to another column, or around in a lane of its own."""
-    (x, y), (to, end) = source.place, node.place
-    if lane is not None:
-        y -= 0.42 * (source.kind == "sum")  # where nothing comes in
-        at = x - 0.52 - 0.14 * lane if x == to else to + 0.52
-        return [(x, y), (at, y), (at, end), (to, end)]
-    if x == to:
-        return [(x, y), (x, y), (to, end)]
-    return [(x, y), (x, end) if index else (to, y), (to, end)]
+def extent(nodes: list[Node]) -> tuple[float, float]:
+    """Left and right end of what is drawn: an arc is as wide as half its curvature times its length."""
+    arcs = [0.5 * bend(source, node) * (node.rank - source.rank) for node in nodes for source in node.inputs]
+    return -0.6 - max(0, *arcs), 0.6 + max(node.place[0] for node in nodes) - min(0, *arcs)

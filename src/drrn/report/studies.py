@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from drrn.errors import UserError
 from drrn.home import CONF
 from drrn.identity import run_group, structure_name
-from drrn.paper import paper_methods, paper_numbers, paper_psnr
-from drrn.report.groups import ABLATION, PLACE, STRUCTURE, Place, Point, RunGroup, structure, variant
+from drrn.paper import paper_numbers, printed
+from drrn.report.groups import ABLATION, PLACE, STRUCTURE, Place, Point, RunGroup, in_paper, structure, variant
 from drrn.report.measurements import MISSING, over_seeds
 from drrn.report.tables import Cell, Table
 
@@ -194,19 +194,17 @@ def _comparable(runs: list[dict[str, Any]]) -> None:
 
 def points_table(group: RunGroup) -> Table:
     """Every point of a study under one recipe: depth, weights, each seed, their mean, and the paper's number."""
-    paper, seeds = paper_psnr() if group.place == PLACE else {}, group.seeds
+    paper, seeds = printed(*PLACE) if group.place == PLACE else {}, group.seeds
     several = len(seeds) > 1
     columns = ["structure", "depth", "weights", *(f"seed {seed}" for seed in seeds)]
     columns += ["mean"] * several + ["paper"] * bool(paper)
-    others = {(name, None, None): psnr for name, psnr in paper_methods().items()}
-    paper = paper and paper | others | {("VDSR", 19, 0): paper_methods()["vdsr"]}
     rows = []
     for point in group.points:
         values = point.values()
         cells = [_run_cell(point, seed, values) for seed in seeds]
         mean = [over_seeds([values[seed] for seed in sorted(values)], "psnr")] * several
-        printed = paper.get((point.variant, point.model.get("B"), point.model.get("U")), MISSING)
-        rows.append([point.name, str(point.depth), f"{point.weights:,}", *cells, *mean, *[printed] * bool(paper)])
+        theirs = [paper.get(in_paper(point.model), {}).get("psnr", MISSING)] * bool(paper)
+        rows.append([point.name, str(point.depth), f"{point.weights:,}", *cells, *mean, *theirs])
     notes = [*group.origin(), *(["± is the sample standard deviation over the seeds."] if several else [])]
     return Table(f"{STUDIES[group.study].title} (PSNR in dB, {group.where()})", columns, rows, notes)
 
