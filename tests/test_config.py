@@ -188,7 +188,7 @@ def test_the_real_process_exits_with_2_and_imports_nothing_heavy(tmp_path: Path)
         "try:\n"
         f"    runpy.run_path({str(ROOT / 'src' / 'train.py')!r}, run_name='__main__')\n"
         "finally:\n"
-        "    print('heavy:', sorted({'torch', 'lightning', 'wandb', 'h5py'} & set(sys.modules)))\n"
+        "    print('heavy:', sorted({'torch', 'lightning', 'wandb', 'h5py', 'numpy', 'scipy'} & set(sys.modules)))\n"
     )
     environment = {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(

@@ -16,7 +16,6 @@ from drrn.disk import check_regular
 from drrn.environment import environment
 from drrn.errors import UserError
 from drrn.identity import experiment, run_dir, run_name, structure_name
-from drrn.protocol import Protocol
 
 FORMAT = 1
 FILE = "record.json"
@@ -84,6 +83,7 @@ def run_record(config: Config, network: Any) -> dict[str, Any]:
         network: built from `config.model`; its contents do not matter.
     """
     from drrn.layers import conv_weights
+    from drrn.protocol import Protocol  # here, since a refusal needs no NumPy
 
     return {
         "format": FORMAT,
