@@ -162,6 +162,7 @@ def test_crops_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "sub").iterdir())) == 2
     with pytest.raises(UserError, match="not inside"):
         crops(tiny_images / "chelsea.png", 2, {}, Box(80, 0, 30, 10))
+    assert crops(tiny_images / "chelsea.png", 3, {}, box, degradation="BD").title == "chelsea ×3, BD"
     low = draw_crops(crops(tiny_images / "chelsea.png", 2, {"low": lambda x: imresize(x, 2)}, box, low=["low"]))
     np.testing.assert_array_equal(low.axes[-1].images[0].get_array(), bicubic.images[0].get_array())
     assert low.axes[-1].get_xlabel() == bicubic.get_xlabel()

@@ -50,12 +50,13 @@ def upscale(options: Options, jobs: list[Job]) -> int:
                     results[one(job, count, tools)] += 1
                     bars.advance(files)
     except Stopped as stop:
-        print("upscale.py: stopped; nothing is left of the file in hand, the finished ones stay", file=sys.stderr)
+        said = "stopped; nothing is left of the file in hand, the finished ones stay"
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
         return 128 + stop.number
     if results["skipped"] and len(jobs) > 1:
         print(f"{results['skipped']} of {len(jobs)} were there already: overwrite=true replaces them")
     if results["failed"] and len(jobs) > 1:
-        print(f"upscale.py: {results['failed']} of {len(jobs)} files failed", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {results['failed']} of {len(jobs)} files failed", file=sys.stderr)
     return 1 if results["failed"] else 0
 
 
@@ -91,7 +92,8 @@ def one(job: Job, count: str, tools: Tools) -> str:
     except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's "out of memory" is the last
         reason = str(error) or type(error).__name__
         named = printable(job.source) in printable(reason) or printable(job.target) in printable(reason)
-        print(f"upscale.py: {printable(reason if named else f'{job.source}: {reason}')}", file=sys.stderr)
+        said = printable(reason if named else f"{job.source}: {reason}")
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
         return "failed"
     return outcome
 
