@@ -60,7 +60,7 @@ def test_a_network_of_the_low_resolution_is_degraded_in_crops_only(configure: Ca
     assert configure(*keys, "data.degradation=DN", *CROPS).data.crops == 3
 
 
-def test_noise_is_drawn_for_each_crop(configure: Callable, tiny_images: Path) -> None:
+def test_noise_is_drawn_for_each_place(configure: Callable, tiny_images: Path) -> None:
     config = configure(*CROPS, "data.degradation=DN")
     crops = Crops(prepare_images(config.data), config.data, "low")
     (a, b, again), *_ = crops[np.array([[1, 0, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 0, 0, 0]])]
@@ -101,7 +101,7 @@ def test_the_network_gets_turned_crops(configure: Callable, tiny_images: Path) -
 def test_an_epoch_is_so_many_crops_of_each_image(configure: Callable, tiny_images: Path) -> None:
     config = configure(*CROPS, "data.batch_size=2", "trainer.max_epochs=2")
     data = reading(config)
-    assert (len(data.patches), data.steps_per_epoch, data.max_steps) == (6, 3, 6)
+    assert (len(data.pairs), data.steps_per_epoch, data.max_steps) == (6, 3, 6)
     assert len(list(data.train_dataloader())) == 6
 
 
@@ -123,8 +123,9 @@ def test_what_cannot_be_cropped_is_refused(
         return
     if how == "full":
         monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=9000))
-        with pytest.raises(UserError, match=r"0\.00 GB are needed.*data\.patches"):
+        with pytest.raises(UserError, match=r"0\.00 GB are needed.*data\.patches") as refusal:
             prepare_images(configure(*keys).data)
+        assert "291 images" not in str(refusal.value)  # whose patches are another build
         assert not list(tmp_path.glob("*.partial"))
         return
     path = prepare_images(configure(*keys).data)
@@ -155,7 +156,7 @@ def test_div2k_as_it_is_shipped(configure: Callable, tmp_path: Path, monkeypatch
     monkeypatch.setenv("DRRN_DATA", str(tmp_path))
     keys = ("data.val=[demo_test]", "data.num_workers=0", f"data.patches={tmp_path}", "trainer.max_steps=1")
     data = reading(configure("data=div2k", *keys, tiny=False))
-    assert len(data.patches) == 2 * 128
+    assert len(data.pairs) == 2 * 128
     (batch,) = data.train_dataloader()
     x, truth = data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
     assert x.shape == truth.shape == (128, 1, 48, 48)

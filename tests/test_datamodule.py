@@ -32,7 +32,7 @@ def prepared(config: object, step: int = 0, rank: int = 0, world: int = 1) -> Su
 
 
 def patch_file(data: SuperResolutionData) -> Path:
-    return data.patches.path
+    return data.pairs.path
 
 
 # ---------------------------------------------------------------------- training

@@ -66,7 +66,7 @@ class DataConfig:
     stride: int = key("pixels from patch to patch", at_least=1)
     augment: str = key("where the 8 orientations are made: stored, or on the device", choices=("offline", "online"))
     degradation: str = key("how the low resolution is made", default=PAPER, choices=tuple(DEGRADATIONS))
-    crops: int = key("random crops of each image an epoch, drawn afresh; 0: stored patches", default=0, at_least=0)
+    crops: int = key("random crops of each image an epoch; 0: stored patches", default=0, at_least=0)
     batch_size: int = key("pairs of an optimiser step, over all devices and micro-batches", at_least=1)
     num_workers: int = key("processes that read patches", at_least=0, below=2**10)
     test: list[str] | None = key("sets to score at its end, folders or parts; null: those of val", default=None)

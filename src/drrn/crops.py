@@ -2,13 +2,15 @@
 
 Its 800 photographs hold 120 million patches at stride 21, 350 GB; here only the images are stored, decoded: 2.2 GB.
 A crop begins at a pixel of the low resolution. It is degraded with as much around it as its pixels depend on, so it
-is a window of the degraded image; noise (DN) is its own. Which crops a step draws, in which orientations, depends on
-the seed and the step alone: not on the number of workers or processes, nor on where a run was stopped.
+is a window of the degraded image; only its noise (DN) is another in each place, and the same whenever that place is
+drawn. Which crops a step draws, in which orientations, depends on the seed and the step alone: not on the number of
+workers or processes, nor on where a run was stopped.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +25,11 @@ from drrn.config import DataConfig
 from drrn.degradations import DEGRADATIONS
 from drrn.errors import UserError
 from drrn.images import image_size, luminance, read_pixels
-from drrn.patch_build import built_once, check_room, quantise
-from drrn.patches import InUse, ShuffledBatches, patch_path, sources_digest, trusted
+from drrn.patch_build import quantise
+from drrn.patches import ShuffledBatches
 from drrn.protocol import prepare
 from drrn.sets import image_files
+from drrn.stored import Attributes, InUse, built_once, check_room, sources_digest, stored_path, trusted
 
 AROUND = 5  # low-resolution pixels that a crop is degraded with on each side
 
@@ -40,25 +43,21 @@ def prepare_images(data: DataConfig) -> Path:
     files = [file for set_name in data.train for file in image_files(set_name, Path(data.root))]
     of_rgb = DEGRADATIONS[data.degradation].of_rgb
     recipe = json.dumps({"images": "RGB" if of_rgb else "Y", "sets": data.train}, sort_keys=True)
-    attrs = {"format": "crops 1", "recipe": recipe, "sources": sources_digest(files)}
-    path = patch_path(Path(data.patches), data.name, attrs)
+    attrs: Attributes = {"format": "crops 1", "recipe": recipe, "sources": sources_digest(files)}
+    path = stored_path(Path(data.patches), data.name, attrs)
 
     def read(file: Path) -> NDArray[np.uint8]:
         return read_pixels(file) if of_rgb else luminance(read_pixels(file))
 
     def build(partial: Path) -> None:
-        check_room(
-            partial.parent, sum(height * width for height, width in map(image_size, files)) * (3 if of_rgb else 1)
-        )
+        check_room(partial.parent, sum(math.prod(image_size(file)) for file in files) * (3 if of_rgb else 1))
         with h5py.File(partial, "w", libver="latest") as file, ThreadPoolExecutor(max(1, data.num_workers)) as pool:
             file.attrs.update({key: np.bytes_(value) for key, value in attrs.items()})
             images = track(pool.map(read, files), description=f"Decoding {len(files)} images", total=len(files))
             for number, pixels in enumerate(images):
                 file[str(number)] = pixels
-        if sources_digest(files) != attrs["sources"]:
-            raise UserError(f"the images of {path} changed while it was built: run the same command again")
 
-    built_once(path, build)
+    built_once(path, files, attrs, build)
     with trusted(path, attrs) as file:
         if len(file) != len(files):
             raise ValueError(f"{len(file)} of {len(files)} images")
@@ -109,20 +108,18 @@ class Crops(InUse):
         """(x, x̃) as integers; each number picks one of what there is."""
         key, *sides = self.shapes[image % len(self.shapes)]
         s, p = self.data.scales[scale % len(self.data.scales)], self.data.patch_size
-        parts, corner = [], []
+        shrunk = s if self.input == "low" else 1
+        p -= p % shrunk
+        degraded, corner = [], []  # what is degraded, and where the crop begins in it
         for place, side in zip((row, column), sides, strict=True):
             side -= side % s
-            first = s * (place % ((side - p) // s + 1))
-            begin, end = max(0, first - AROUND * s), min(side, first + s * (-(-p // s) + AROUND))
-            parts.append(slice(begin, end))
-            corner.append(first - begin)
-        x, truth = prepare(self.file[key][tuple(parts)], s, self.input, self.data.degradation)
+            at = s * (place % ((side - p) // s + 1))
+            start, end = max(0, at - AROUND * s), min(side, at + s * (-(-p // s) + AROUND))
+            degraded.append(slice(start, end))
+            corner.append(at - start)
+        x, truth = prepare(self.file[key][tuple(degraded)], s, self.input, self.data.degradation)
         top, left = corner
-        if self.input == "low":
-            p -= p % s
-            x = x[top // s : (top + p) // s, left // s : (left + p) // s]
-        else:
-            x = x[top : top + p, left : left + p]
+        x = x[top // shrunk : (top + p) // shrunk, left // shrunk : (left + p) // shrunk]
         return quantise(x), np.rint(255 * truth[top : top + p, left : left + p]).astype(np.uint8)
 
     def __getstate__(self) -> dict[str, object]:

@@ -19,7 +19,7 @@ from drrn.metrics import in_training
 from drrn.networks import input_of
 from drrn.pairs import Pairs, low_pairs, pair_loader, turned
 from drrn.patch_build import prepare_patches
-from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches
+from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, whole_batches
 from drrn.protocol import prepare
 from drrn.sets import evaluation_sets
 
@@ -85,27 +85,22 @@ class SuperResolutionData(LightningDataModule):
         self.max_steps, self.max_epochs = config.trainer.max_steps, config.trainer.max_epochs
 
     def prepare_data(self) -> None:
-        """Fetch what is missing, build the patch file if it is not there, and settle the run's length."""
-        if hasattr(self, "patches"):  # Lightning asks once more for each fit and test: the file is open by then
+        """Fetch what is missing, build the file of the pairs if it is not there, and settle the run's length."""
+        if hasattr(self, "pairs"):  # Lightning asks once more for each fit and test: the file is open by then
             return
         self.sets = evaluation_sets(self.data)
-        self.patches = prepare_pairs(self.data, self.input)
-        self.steps_per_epoch = self._batches().steps_per_epoch
+        self.pairs = prepare_pairs(self.data, self.input)
+        self.steps_per_epoch = whole_batches(len(self.pairs), self.data.batch_size)
         if self.max_epochs is not None:  # epochs of the data
             self.max_steps = max(1, round(self.max_epochs * self.steps_per_epoch))
-
-    def _batches(self, **process: int) -> ShuffledBatches:
-        order = Draws if self.data.crops else ShuffledBatches
-        length, batch_size = len(self.patches), self.data.batch_size
-        return order(length, batch_size, self.seed, steps=self.max_steps, micro=self.micro, **process)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to keep; Lightning calls this for every checkpoint, which must not rest on other patches.
 
         Raises:
-            UserError: the patch file was changed since the run began.
+            UserError: the file of the pairs was changed since the run began.
         """
-        self.patches.check_unchanged()
+        self.pairs.check_unchanged()
         return {}
 
     def evaluation_tasks(self, stage: str) -> list[Task]:
@@ -128,9 +123,19 @@ class SuperResolutionData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches of stored integers; the hooks below make them floats on the device."""
         trainer = self.trainer
-        batches = self._batches(start=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size)
+        order = Draws if self.data.crops else ShuffledBatches
+        batches = order(
+            len(self.pairs),
+            self.data.batch_size,
+            self.seed,
+            steps=self.max_steps,
+            start=trainer.global_step,
+            micro=self.micro,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
         gpu = torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda"
-        return pair_loader(self.patches, batches, self.data.num_workers, pin_memory=gpu)
+        return pair_loader(self.pairs, batches, self.data.num_workers, pin_memory=gpu)
 
     def _evaluation_dataloaders(self, stage: str) -> list[DataLoader]:
         loaders = []

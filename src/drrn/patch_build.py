@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
-import shutil
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from drrn.degradations import DEGRADATIONS, READY
 from drrn.errors import UserError
 from drrn.images import image_size, luminance, orientations, read_pixels
-from drrn.patches import HIGH, LOW, STEP, Recipe, attributes, check_patch_file, patch_path, sources_digest
+from drrn.patches import HIGH, LOW, STEP, Recipe, attributes, check_patch_file
 from drrn.protocol import prepare
 from drrn.sets import image_files, ready_low
+from drrn.stored import Attributes, built_once, check_room, stored_path
 from drrn.workers import end_with_parent
 
-log = logging.getLogger(__name__)
 ROWS = 8192  # that a building process cuts and writes at a time: 24 MB
 
 
@@ -205,89 +200,13 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
     if recipe.degradation == READY:
         read = [*files, *(ready_low(file, scale) for file in files for scale in recipe.scales)]
     attrs = attributes(recipe, read)
-    path = patch_path(folder, name, attrs)
-
-    def build(partial: Path) -> None:
-        log.info("building %s from %d images", path, len(files))
-        if others := sorted(other.name for other in folder.glob(f"{name}-*.h5")):
-            log.info("beside it are %s, of other recipes, images or versions", ", ".join(others))
-        _build(partial, recipe, files, attrs, workers)
-        if sources_digest(read) != attrs["sources"]:
-            raise UserError(f"the images of {path} changed while it was built: run the same command again")
-
-    built_once(path, build)
+    path = stored_path(folder, name, attrs)
+    built_once(path, read, attrs, lambda partial: _build(partial, recipe, files, attrs, workers))
     check_patch_file(path, attrs)
     return path
 
 
-def built_once(path: Path, build: Callable[[Path], None]) -> None:
-    """Have a file built, unless it is there: what has its name is whole.
-
-    Processes that ask at the same time wait for the one that builds. It writes under a temporary name in a folder of
-    its own, and what killed builds have left is removed.
-
-    Args:
-        path: of the file.
-        build: is given the temporary path.
-
-    Raises:
-        UserError: a process of the build was killed, or the file cannot be written.
-    """
-    if path.is_file():  # whole, so it takes no lock, nor a folder that one may write to
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")  # the system frees it when its holder dies, however that happens
-        try:
-            held = lock.acquire(timeout=1)
-        except Timeout:
-            log.info("waiting for another process that builds %s", path)
-            held = lock.acquire()
-        with held:
-            if path.is_file():
-                return
-            _remove_partials(path)
-            folder = path.with_suffix(f".{os.getpid()}.partial")
-            folder.mkdir(exist_ok=True)
-            try:
-                build(folder / path.name)
-                (folder / path.name).rename(path)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a process that cut patches was killed (out of memory?) and {path} is not built: run the same command "
-            "again, with a smaller data.num_workers if memory is short"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written: {error}. Free space, or set data.patches to a folder with "
-            "room (the 291 images need 5.7 GB, of which 5.0 GB stay)."
-        ) from error
-
-
-def _remove_partials(path: Path) -> None:
-    """Delete what killed builds have left beside a file whose lock this process holds: up to 5.7 GB each.
-
-    Whoever builds holds the lock of its own file.
-    """
-    for partial in path.parent.glob(f"*-{'[0-9a-f]' * 10}.*.partial"):  # other programs may have theirs here
-        name = partial.name.split(".")[:-2]  # name-digest.pid.partial
-        lock = FileLock(path.with_name(f"{'.'.join(name)}.h5.lock"))
-        try:
-            if Path(lock.lock_file) != Path(f"{path}.lock"):
-                lock.acquire(timeout=0)
-        except Timeout:
-            continue  # it is being built
-        log.info("removing %s, left by a build that was killed", partial)
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)  # what another machine has open stays, and harms nobody
-        else:
-            partial.unlink(missing_ok=True)  # earlier versions'
-        lock.release()
-
-
-def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: dict[str, str | int], workers: int) -> None:
+def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: Attributes, workers: int) -> None:
     """Write a patch file; the pixels that it is cut from stand beside it."""
     from rich.progress import track
 
@@ -328,14 +247,7 @@ def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: dict[str, st
             raise
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Refuse a build before it begins (OSError) where a disk has no room for so many bytes."""
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    if free < needed:
-        raise OSError(f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
-
-
-def _allocate(path: Path, total: int, p: int, attrs: dict[str, str | int], beside: int) -> list[int]:
+def _allocate(path: Path, total: int, p: int, attrs: Attributes, beside: int) -> list[int]:
     """Create the file with both datasets at their full size.
 
     Returns:

@@ -19,11 +19,9 @@ and the format. A file's name holds the digest of both: another recipe or other 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
@@ -35,7 +33,7 @@ from numpy.typing import NDArray
 from drrn.config import DataConfig
 from drrn.degradations import PAPER
 from drrn.errors import UserError
-from drrn.images import sha256
+from drrn.stored import Attributes, InUse, sources_digest, trusted
 
 FORMAT = 2
 LOW, HIGH = -0.75, 1.75
@@ -82,49 +80,9 @@ def _read(file: BinaryIO, into: NDArray, offset: int) -> None:
         raise OSError(f"{file.name} ended at byte {offset:,}: it was cut short while in use")
 
 
-def sources_digest(files: list[Path]) -> str:
-    """SHA-256 over the names and contents of the source images, in order."""
-    total = hashlib.sha256()
-    for path in files:
-        total.update(f"{path.name} {sha256(path)}\n".encode())
-    return total.hexdigest()
-
-
-def attributes(recipe: Recipe, files: list[Path]) -> dict[str, str | int]:
+def attributes(recipe: Recipe, files: list[Path]) -> Attributes:
     """What the file says of itself, and what a reader compares before it trusts a single row."""
-    return {
-        "format": FORMAT,
-        "recipe": recipe.text(),
-        "sources": sources_digest(files),
-    }
-
-
-def patch_path(folder: Path, name: str, attrs: dict[str, str | int]) -> Path:
-    """Where a patch file lives: recipes and sources that differ have names that differ."""
-    digest = hashlib.sha256(json.dumps(attrs, sort_keys=True).encode()).hexdigest()[:10]
-    return folder / f"{name}-{digest}.h5"
-
-
-@contextmanager
-def trusted(path: Path, attrs: dict[str, str | int]) -> Iterator[h5py.File]:
-    """A file of pairs or images, open, after making sure that it says `attrs` of itself.
-
-    Raises:
-        UserError: truncated, damaged, of another format, recipe or source; or whoever looks into it finds it wrong.
-    """
-    advice = f"Delete {path} to have it built again."
-    try:
-        with h5py.File(path, "r") as file:
-            for key, expected in attrs.items():
-                found = file.attrs.get(key)
-                found = found.decode() if isinstance(found, bytes) else found  # str where others wrote the file
-                if found != expected:
-                    raise UserError(f"{path}: its {key} is {found!r}, this run needs {expected!r}. {advice}")
-            yield file
-    except BlockingIOError as error:  # HDF5's own lock
-        raise UserError(f"{path} is open for writing in another process: try again when that has ended") from error
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or not a patch file ({error}). {advice}") from error
+    return {"format": FORMAT, "recipe": recipe.text(), "sources": sources_digest(files)}
 
 
 def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
@@ -144,34 +102,6 @@ def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
         if path.stat().st_size < end:
             raise ValueError(f"{path.stat().st_size:,} bytes long instead of {end:,}")
         return len(data)
-
-
-class InUse:
-    """A file that nobody should change while it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.seen = path, self._state(path)
-
-    @staticmethod
-    def _state(path: Path) -> tuple[int, int, int]:
-        about = path.stat()
-        return about.st_ino, about.st_size, about.st_mtime_ns
-
-    def check_unchanged(self) -> None:
-        """Make sure that nobody has written to the file, or put another in its place, since it was opened first.
-
-        Its inode, size and time of the last change are compared: a new file of that name and any plain write show,
-        a write that sets the time back does not. A file that was deleted is still whole for who has it open.
-
-        Raises:
-            UserError: it is not what it was.
-        """
-        if self.path.exists() and self._state(self.path) != self.seen:
-            raise UserError(
-                f"{self.path} was changed while it was in use: what was trained since the last checkpoint may rest "
-                "on other patches. Delete it to have it built again, then run the same command: it resumes from "
-                "that checkpoint."
-            )
 
 
 class Patches(InUse):
@@ -220,6 +150,17 @@ class Patches(InUse):
         return {**self.__dict__, "_file": None}
 
 
+def whole_batches(pairs: int, batch_size: int) -> int:
+    """Optimiser steps of an epoch.
+
+    Raises:
+        UserError: the batch is larger than the data.
+    """
+    if batch_size > pairs:
+        raise UserError(f"data.batch_size = {batch_size} is more than the {pairs} pairs there are")
+    return pairs // batch_size
+
+
 @dataclass(eq=False)
 class ShuffledBatches:
     """The index batches of a whole run: every epoch shuffled afresh, the same again for the same seed.
@@ -243,7 +184,7 @@ class ShuffledBatches:
         rank, world: this process's share of every micro-batch.
 
     Raises:
-        UserError: the batch is larger than the data.
+        UserError: as `whole_batches`.
     """
 
     length: int
@@ -256,14 +197,8 @@ class ShuffledBatches:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size > self.length:
-            raise UserError(f"data.batch_size = {self.batch_size} is more than the {self.length} pairs there are")
+        self.steps_per_epoch = whole_batches(self.length, self.batch_size)
         self.steps = self.steps_per_epoch if self.steps is None else self.steps
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in the data."""
-        return self.length // self.batch_size
 
     def __len__(self) -> int:
         """Micro-batches of the whole run, those before `start` included."""

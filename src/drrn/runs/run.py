@@ -56,7 +56,7 @@ def prepare_data(run: Run) -> SuperResolutionData:
     seed_everything(config.seed, workers=True, verbose=False)
     data = SuperResolutionData(config)
     run.processes.one_by_node(lambda: run.stop.wait(data.prepare_data))
-    record["patches"] = data.patches.path.name  # its digest is that of the recipe and the source images
+    record["patches"] = data.pairs.path.name  # its digest is that of the recipe and the source images
     if config.ckpt_path == "last" and earlier.get("patches", record["patches"]) != record["patches"]:
         raise UserError(
             f"{run.folder} was begun with the patches {earlier['patches']} and would be resumed with "

@@ -1,0 +1,168 @@
+"""Files that training data is kept in: built once from images, trusted for what they say of themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+from filelock import FileLock, Timeout
+
+from drrn.errors import UserError
+from drrn.images import sha256
+
+log = logging.getLogger(__name__)
+Attributes = dict[str, str | int]  # "format", "recipe" (JSON) and "sources" (a digest) of a file
+
+
+def sources_digest(files: list[Path]) -> str:
+    """SHA-256 over the names and contents of the source images, in order."""
+    total = hashlib.sha256()
+    for path in files:
+        total.update(f"{path.name} {sha256(path)}\n".encode())
+    return total.hexdigest()
+
+
+def stored_path(folder: Path, name: str, attrs: Attributes) -> Path:
+    """Where a file is kept: recipes and sources that differ have names that differ."""
+    digest = hashlib.sha256(json.dumps(attrs, sort_keys=True).encode()).hexdigest()[:10]
+    return folder / f"{name}-{digest}.h5"
+
+
+def built_once(path: Path, images: list[Path], attrs: Attributes, build: Callable[[Path], None]) -> None:
+    """Have a file built, unless it is there: what has its name is whole.
+
+    Processes that ask at the same time wait for the one that builds. It writes under a temporary name in a folder of
+    its own, and what killed builds have left is removed.
+
+    Args:
+        path: of the file.
+        images: what it is built from.
+        attrs: what it says of itself.
+        build: is given the temporary path.
+
+    Raises:
+        UserError: a process of the build was killed, the images changed meanwhile, or the file cannot be written.
+    """
+    if path.is_file():  # whole, so it takes no lock, nor a folder that one may write to
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")  # the system frees it when its holder dies, however that happens
+        try:
+            held = lock.acquire(timeout=1)
+        except Timeout:
+            log.info("waiting for another process that builds %s", path)
+            held = lock.acquire()
+        with held:
+            if path.is_file():
+                return
+            _remove_partials(path)
+            log.info("building %s from %d images", path, len(images))
+            if others := sorted(path.parent.glob(f"{path.name[:-13]}*.h5")):
+                log.info(
+                    "beside it are %s, of other recipes, images or versions", ", ".join(its.name for its in others)
+                )
+            folder = path.with_suffix(f".{os.getpid()}.partial")
+            folder.mkdir(exist_ok=True)
+            try:
+                build(folder / path.name)
+                if sources_digest(images) != attrs["sources"]:
+                    raise UserError(f"the images of {path} changed while it was built: run the same command again")
+                (folder / path.name).rename(path)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a process that built {path} was killed (out of memory?): run the same command again, with a smaller "
+            "data.num_workers if memory is short"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error}. Free space, or set data.patches to a folder with room."
+        ) from error
+
+
+def _remove_partials(path: Path) -> None:
+    """Delete what killed builds have left beside a file whose lock this process holds: up to 5.7 GB each.
+
+    Whoever builds holds the lock of its own file.
+    """
+    for partial in path.parent.glob(f"*-{'[0-9a-f]' * 10}.*.partial"):  # other programs may have theirs here
+        name = partial.name.split(".")[:-2]  # name-digest.pid.partial
+        lock = FileLock(path.with_name(f"{'.'.join(name)}.h5.lock"))
+        try:
+            if Path(lock.lock_file) != Path(f"{path}.lock"):
+                lock.acquire(timeout=0)
+        except Timeout:
+            continue  # it is being built
+        log.info("removing %s, left by a build that was killed", partial)
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)  # what another machine has open stays, and harms nobody
+        else:
+            partial.unlink(missing_ok=True)  # earlier versions'
+        lock.release()
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse a build before it begins (OSError) where a disk has no room for so many bytes."""
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    if free < needed:
+        raise OSError(f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+
+
+@contextmanager
+def trusted(path: Path, attrs: Attributes) -> Iterator[h5py.File]:
+    """A stored file, open, after making sure that it says `attrs` of itself.
+
+    Raises:
+        UserError: truncated, damaged, of another format, recipe or source; or whoever looks into it finds it wrong.
+    """
+    advice = f"Delete {path} to have it built again."
+    try:
+        with h5py.File(path, "r") as file:
+            for key, expected in attrs.items():
+                found = file.attrs.get(key)
+                found = found.decode() if isinstance(found, bytes) else found  # str where others wrote the file
+                if found != expected:
+                    raise UserError(f"{path}: its {key} is {found!r}, this run needs {expected!r}. {advice}")
+            yield file
+    except BlockingIOError as error:  # HDF5's own lock
+        raise UserError(f"{path} is open for writing in another process: try again when that has ended") from error
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or something else ({error}). {advice}") from error
+
+
+class InUse:
+    """A stored file that nobody should change while it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seen = path, self._state(path)
+
+    @staticmethod
+    def _state(path: Path) -> tuple[int, int, int]:
+        about = path.stat()
+        return about.st_ino, about.st_size, about.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Make sure that nobody has written to the file, or put another in its place, since it was opened first.
+
+        Its inode, size and time of the last change are compared: a new file of that name and any plain write show,
+        a write that sets the time back does not. A file that was deleted is still whole for who has it open.
+
+        Raises:
+            UserError: it is not what it was.
+        """
+        if self.path.exists() and self._state(self.path) != self.seen:
+            raise UserError(
+                f"{self.path} was changed while it was in use: what was trained since the last checkpoint may rest "
+                "on other pixels. Delete it to have it built again, then run the same command: it resumes from "
+                "that checkpoint."
+            )
