@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from drrn.degradations import DEGRADATIONS, PAPER, READY, check_scales
+from drrn.degradations import BI, DEGRADATIONS, READY, check_scales
 from drrn.errors import UserError, printable
 from drrn.losses import LOSSES
 from drrn.optimisers import OPTIMISERS, SCHEDULES
@@ -65,7 +65,7 @@ class DataConfig:
     patch_size: int = key("side of a patch, pixels", at_least=3)
     stride: int = key("pixels from patch to patch", at_least=1)
     augment: str = key("where the 8 orientations are made: stored, or on the device", choices=("offline", "online"))
-    degradation: str = key("how the low resolution is made", default=PAPER, choices=tuple(DEGRADATIONS))
+    degradation: str = key("how the low resolution is made", default=BI, choices=tuple(DEGRADATIONS))
     crops: int = key("random crops of each image an epoch; 0: stored patches", default=0, at_least=0)
     batch_size: int = key("pairs of an optimiser step, over all devices and micro-batches", at_least=1)
     num_workers: int = key("processes that read patches", at_least=0, below=2**10)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from drrn.config import Config, DataConfig
 from drrn.crops import Crops, Draws, prepare_images
-from drrn.degradations import PAPER
+from drrn.degradations import BI
 from drrn.images import read_pixels
 from drrn.metrics import in_training
 from drrn.networks import input_of
@@ -44,7 +44,7 @@ class EvaluationImages:
         degradation: of DEGRADATIONS.
     """
 
-    def __init__(self, files: list[Path], scale: int, input: str = "interpolated", degradation: str = PAPER) -> None:
+    def __init__(self, files: list[Path], scale: int, input: str = "interpolated", degradation: str = BI) -> None:
         self.files = files or [None]  # no image: one empty item, nameless
         self.scale, self.input, self.degradation = scale, input, degradation
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-PAPER, READY = "BI", "ready"
+BI, READY = "BI", "ready"
 BLUR, SIGMA = 7, 1.6  # BD: the side of the Gaussian window and its σ, pixels of the truth
 NOISE = 30.0  # DN: σ, levels of 255
 
@@ -83,7 +83,7 @@ class Degradation:
 
 
 DEGRADATIONS: dict[str, Degradation] = {
-    PAPER: Degradation(bicubic),
+    BI: Degradation(bicubic),
     "BD": Degradation(blurred, scales=(3,)),
     "DN": Degradation(noisy, of_rgb=True),
     READY: Degradation(None),
@@ -103,7 +103,7 @@ def check_scales(name: str, scales: Iterable[int], degradation: str) -> None:
 
 
 def low_resolution(
-    pixels: NDArray[np.uint8], scale: int, degradation: str = PAPER, colour: bool = False, file: Path | None = None
+    pixels: NDArray[np.uint8], scale: int, degradation: str = BI, colour: bool = False, file: Path | None = None
 ) -> NDArray[np.float64]:
     """The low resolution of an 8-bit image, as networks take it.
 

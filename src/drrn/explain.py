@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drrn.degradations import PAPER
+from drrn.degradations import BI
 from drrn.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def explain(config: EvaluateConfig, overrides: Sequence[str] = ()) -> None:
     from drrn.sets import set_label
 
     given = {name.lstrip("+"): text for name, _, text in (override.partition("=") for override in overrides)}
-    if config.degradation != PAPER:
-        raise UserError(f"explain = {config.explain}: its ways are of bicubic images; give degradation={PAPER}")
+    if config.degradation != BI:
+        raise UserError(f"explain = {config.explain}: its ways are of bicubic images; give degradation={BI}")
     if idle := ", ".join(name for name in NOT_ASKED if name in given):
         what = "it measures PSNR, or SSIM up to 1, in all ways, and keeps no images"
         raise UserError(f"explain = {config.explain}: {what}; leave out {idle}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drrn.config import DEFAULT, Config, ModelConfig
-from drrn.degradations import PAPER
+from drrn.degradations import BI
 from drrn.paper import depth
 
 SHORT = {"features": "{}f", "scale": "x{}"}  # arguments of networks, in their names
@@ -84,7 +84,7 @@ LATER = (
     ("model", "network", "drrn"),
     ("model", "rectified_identity", False),
     ("model", "input_relu", True),
-    ("data", "degradation", PAPER),
+    ("data", "degradation", BI),
     ("data", "crops", 0),
     ("trainer", "tf32", False),
     ("optim", "loss", None),

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrn.config import DataConfig
-from drrn.degradations import PAPER
+from drrn.degradations import BI
 from drrn.errors import UserError
 from drrn.stored import Attributes, InUse, sources_digest, trusted
 
@@ -50,7 +50,7 @@ class Recipe:
     patch_size: int = 31
     stride: int = 21
     augment: str = "offline"  # "offline": eight orientations stored; "online": one, turned on the device
-    degradation: str = PAPER
+    degradation: str = BI
 
     @classmethod
     def of(cls, data: DataConfig) -> Recipe:
@@ -60,7 +60,7 @@ class Recipe:
 
     def text(self) -> str:
         """JSON, for the file. The degradation of the paper is not said, so that earlier files keep their names."""
-        kept = {key: value for key, value in asdict(self).items() if (key, value) != ("degradation", PAPER)}
+        kept = {key: value for key, value in asdict(self).items() if (key, value) != ("degradation", BI)}
         return json.dumps(kept, sort_keys=True)
 
     @property

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from drrn.degradations import PAPER
+from drrn.degradations import BI
 from drrn.disk import write_whole
 from drrn.errors import UserError, printable
 from drrn.images import read_pixels
@@ -51,7 +51,7 @@ def crops(
     networks: dict[str, Callable[[NDArray], NDArray]],
     box: Box | None = None,
     low: Collection[str] = (),
-    degradation: str = PAPER,
+    degradation: str = BI,
 ) -> Crops:
     """A crop from the ground truth, bicubic and each network, PSNR and SSIM under each (Fig. 7's way).
 

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drrn.degradations import PAPER as BICUBIC
-from drrn.degradations import low_resolution
+from drrn.degradations import BI, low_resolution
 from drrn.images import luminance
 from drrn.matlab import imresize, to_uint8, ycbcr2rgb
 from drrn.metrics import METRICS, in_training
@@ -42,12 +41,12 @@ class Protocol:
     crop: int | None = None
     color: str = "y"
     rounding: str = "uint8"
-    degradation: str = BICUBIC
+    degradation: str = BI
     precision: str = "float32"
 
     def stamp(self) -> dict[str, Any]:
         """What scores and records say of it; what came later only where it is not the paper's."""
-        later = {"degradation": BICUBIC, "precision": "float32"}
+        later = {"degradation": BI, "precision": "float32"}
         return {key: value for key, value in asdict(self).items() if key not in later or later[key] != value}
 
 
@@ -87,7 +86,7 @@ def prepare(
     pixels: NDArray[np.uint8],
     scale: int,
     input: str = "interpolated",
-    degradation: str = BICUBIC,
+    degradation: str = BI,
     file: Path | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Steps 2 and 3: an 8-bit image → (network input, ground truth [H', W']), Y in 0…1.
@@ -107,7 +106,7 @@ def with_chroma(
     prediction: NDArray[np.floating],
     pixels: NDArray[np.uint8],
     scale: int,
-    degradation: str = BICUBIC,
+    degradation: str = BI,
     file: Path | None = None,
 ) -> NDArray[np.float64]:
     """Y [H', W'] of a network and bicubic Cb, Cr of the image [H, W, 3] → R, G, B [H', W', 3], 0…1."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drrn.degradations import PAPER, READY, check_scales
+from drrn.degradations import BI, READY, check_scales
 from drrn.errors import UserError, printable
 from drrn.images import read_luminance
 from drrn.pictures import Box, crops, draw_crops, save
@@ -46,7 +46,7 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     tested = [record for record in records if record.get("scores")]
     if not config.compare and not tested:
         return []
-    degradation = PAPER
+    degradation = BI
     if tested and not config.checkpoint:
         degradation = _degradation(tested[-1])
         if others := [record["name"] for record in tested if _degradation(record) != degradation]:
@@ -60,7 +60,7 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
         names = {file: printable(f"{file.parent.name}/{file.stem}") for file in files}
     path, scale, box = _chosen(config, tested)
     if degradation == READY and config.compare and not (path.parent.name == "HR" and is_ready(path.parent.parent)):
-        degradation = PAPER
+        degradation = BI
     networks = {}
     for file, (network, _) in loaded.items():
         if getattr(network, "scale", scale) == scale:
@@ -84,7 +84,7 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
 
 
 def _degradation(record: dict[str, Any]) -> str:
-    return record["protocol"].get("degradation", PAPER)
+    return record["protocol"].get("degradation", BI)
 
 
 def _others(folders: dict[str, str], path: Path, scale: int) -> dict[str, NDArray[np.float64]]:

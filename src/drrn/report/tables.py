@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from drrn.degradations import PAPER as BICUBIC
+from drrn.degradations import BI
 from drrn.disk import write_whole
 from drrn.errors import UserError
 from drrn.metrics import METRICS
@@ -150,7 +150,7 @@ def benchmark_table(measurements: list[Measurement], metrics: Sequence[str], nam
 
 def _as_the_paper(protocol: dict[str, Any]) -> bool:
     """Whether the low resolution is the paper's: else its numbers are of other images."""
-    return protocol.get("degradation", BICUBIC) == BICUBIC
+    return protocol.get("degradation", BI) == BI
 
 
 def _cell(

@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from drrn.config import Config, LoggerConfig, check
-from drrn.degradations import PAPER
+from drrn.degradations import BI
 from drrn.errors import UserError
 from drrn.identity import model_of
 from drrn.schema import typed
@@ -64,7 +64,7 @@ def _check_network(config: Config) -> None:
     own = make_dataclass("Own", [("model", schema(name))])
     config.model = asdict(typed(own, OmegaConf.create({"model": config.model})).model)
     network, data = on_paper(config.model), config.data
-    if network.input == "low" and data.degradation != PAPER and not data.crops:
+    if network.input == "low" and data.degradation != BI and not data.crops:
         raise UserError(
             f"data.degradation = {data.degradation!r}: of stored patches {name!r} gets a low resolution that bicubic "
             "makes; give data.crops=16 data.augment=online"
