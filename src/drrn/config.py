@@ -356,7 +356,7 @@ def check_sets(name: str, sets: Sequence[str]) -> None:
     if not sets:
         raise UserError(f"{name} is empty: name at least one image set")
     if len({Path(one).name for one in sets}) < len(sets):
-        raise UserError(f"{name} = {sets}: two sets of one name cannot be told apart")
+        raise UserError(f"{name} = {sets}: two sets of one name; scores name a set by it alone")
     for one in sets:
         if os.sep in one and not is_set(one):
             raise UserError(f"{name}: the folder {one!r} does not exist")

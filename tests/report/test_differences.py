@@ -42,7 +42,7 @@ def test_the_interval_is_scipys() -> None:
 
 
 def test_table(make: Callable) -> None:
-    """DRRN_NS is better than VDSR beyond doubt, DRRN and DRRN_NS are not told apart; the paper's beside them."""
+    """DRRN_NS is better than VDSR beyond doubt, between DRRN and DRRN_NS there is no difference; the paper's beside them."""
     base = ("model.B=3", "model.U=4")
     runs = []
     for seed in (1, 2):
@@ -60,7 +60,7 @@ def test_table(make: Callable) -> None:
     low, high = (float(word.replace("−", "-")) for word in between.split(" to "))
     assert 0.28 < low < float(gain) < high < 0.32
     assert spread.endswith("(2)")
-    assert rows["DRRN_B3U4_2f − DRRN_NS_B3U4_2f"][-2:] == ["+0.02", "not told apart"]
+    assert rows["DRRN_B3U4_2f − DRRN_NS_B3U4_2f"][-2:] == ["+0.02", "not distinguished"]
     assert "100 images of BSD100 ×3" in table.notes[0]
 
 

@@ -123,7 +123,7 @@ class Folded:
         packed: dict[nn.Conv2d, Convolution] = {}
 
         def convolution(conv: nn.Conv2d, after: Affine) -> Convolution:
-            shared = after is None  # by all units when no BatchNorm tells them apart
+            shared = after is None  # by all units when each has no BatchNorm of its own
             if shared and conv in packed:
                 return packed[conv]
             first, last = conv is network.blocks[0].conv, conv is network.conv_rec

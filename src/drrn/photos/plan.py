@@ -177,5 +177,5 @@ def check_targets(jobs: list[Job], inputs: set[str]) -> None:
         if target.is_dir():
             raise UserError(f"output: {target} is a folder: {source} cannot become that")
         if real in taken:
-            raise UserError(f"output: {taken[real]} and {source} would both become {target}; enlarge them apart")
+            raise UserError(f"output: {taken[real]} and {source} would both become {target}; enlarge one at a time")
         taken[real] = source

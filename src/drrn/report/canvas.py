@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 
 from drrn.report.groups import RunGroup
 
-# Okabe and Ito's palette, told apart by colour-blind eyes; the paper's blue, green, cyan and red where it has them.
+# Okabe and Ito's palette, which colour-blind eyes distinguish; the paper's blue, green, cyan and red where it has them.
 COLOURS = {
     "VDSR": "#0072B2",
     "DRRN_NS": "#009E73",
@@ -113,7 +113,7 @@ def limits(values: Iterable[float], share: float = 0.18) -> tuple[float, float]:
 
 
 def in_psnr(axis: Axes, which: str = "y") -> None:
-    """A panel's axis of PSNR: ticks that can be told apart, without an offset written elsewhere."""
+    """A panel's axis of PSNR: ticks that differ as printed, without an offset written elsewhere."""
     scale = getattr(axis, f"{which}axis")
     scale.set_label_text("PSNR (dB)")
     scale.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))

@@ -98,7 +98,7 @@ def differences_table(group: RunGroup) -> Table | None:
         spread = f"±{statistics.stdev(seeds):.3f} ({len(seeds)})" if len(seeds) > 1 else MISSING
         theirs = [float(paper[name]["psnr"]) for p in (a, b) if (name := in_paper(p.model)) in paper]
         claimed = signed(theirs[0] - theirs[1], 2) if len(theirs) == 2 else MISSING
-        order = "first better" if low > 0 else "second better" if high < 0 else "not told apart"
+        order = "first better" if low > 0 else "second better" if high < 0 else "not distinguished"
         interval_ = f"{signed(low, 3)} to {signed(high, 3)}"
         rows.append([f"{a.name} − {b.name}", what, signed(gains.mean(), 3), interval_, spread, claimed, order])
     if not rows:

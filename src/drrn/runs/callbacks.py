@@ -53,7 +53,7 @@ def make_callbacks(config: Config, folder: Path) -> list[Callback]:
         made.append(callback)
     if len({callback.state_key for callback in made}) < len(made):
         raise UserError(
-            "callbacks: two of one kind and the same arguments cannot be told apart when a run is resumed"
+            "callbacks: two of one kind and the same arguments: a resumed run cannot know whose state is whose"
         )
     return made
 

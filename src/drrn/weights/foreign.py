@@ -1,6 +1,6 @@
 """Weights that others trained, read without running anything that their files say.
 
-The forms, told apart by what a file holds:
+The forms, distinguished by what a file holds:
 
     caffe        the authors' DRRN and VDSR (tyshiwo/DRRN_CVPR17), and huangzehao/caffe-vdsr
     matlab       VDSR of its authors (J. Kim), a `.mat`

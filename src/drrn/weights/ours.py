@@ -103,7 +103,7 @@ def build(model: Structure, state: dict[str, Tensor]) -> nn.Module:
 def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A network in evaluation mode and what its file says of it.
 
-    Reads our safetensors and our Lightning checkpoints, told apart by content; neither can execute code.
+    Reads our safetensors and our Lightning checkpoints, distinguished by content; neither can execute code.
 
     Raises:
         UserError: the file is missing, damaged or not one of these.

@@ -39,7 +39,7 @@ class Storage:
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: numbers of a storage from `offset` on, `stride` apart."""
+    """A tensor in a file: numbers of a storage from `offset` on, every `stride`-th."""
 
     storage: Storage
     offset: Any
