@@ -29,7 +29,7 @@ from drrn.patch_build import quantise
 from drrn.patches import ShuffledBatches
 from drrn.protocol import prepare
 from drrn.sets import image_files
-from drrn.stored import Attributes, InUse, built_once, check_room, sources_digest, stored_path, trusted
+from drrn.stored import Attributes, InUse, built_once, check_room, sources_digest, trusted
 
 AROUND = 5  # low-resolution pixels that a crop is degraded with on each side
 
@@ -44,7 +44,6 @@ def prepare_images(data: DataConfig) -> Path:
     of_rgb = DEGRADATIONS[data.degradation].of_rgb
     recipe = json.dumps({"images": "RGB" if of_rgb else "Y", "sets": data.train}, sort_keys=True)
     attrs: Attributes = {"format": "crops 1", "recipe": recipe, "sources": sources_digest(files)}
-    path = stored_path(Path(data.patches), data.name, attrs)
 
     def read(file: Path) -> NDArray[np.uint8]:
         return read_pixels(file) if of_rgb else luminance(read_pixels(file))
@@ -57,7 +56,7 @@ def prepare_images(data: DataConfig) -> Path:
             for number, pixels in enumerate(images):
                 file[str(number)] = pixels
 
-    built_once(path, files, attrs, build)
+    path = built_once(Path(data.patches), data.name, files, attrs, build)
     with trusted(path, attrs) as file:
         if len(file) != len(files):
             raise ValueError(f"{len(file)} of {len(files)} images")

@@ -19,7 +19,7 @@ from drrn.images import image_size, luminance, orientations, read_pixels
 from drrn.patches import HIGH, LOW, STEP, Recipe, attributes, check_patch_file
 from drrn.protocol import prepare
 from drrn.sets import image_files, ready_low
-from drrn.stored import Attributes, built_once, check_room, stored_path
+from drrn.stored import Attributes, built_once, check_room
 from drrn.workers import end_with_parent
 
 ROWS = 8192  # that a building process cuts and writes at a time: 24 MB
@@ -200,8 +200,7 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
     if recipe.degradation == READY:
         read = [*files, *(ready_low(file, scale) for file in files for scale in recipe.scales)]
     attrs = attributes(recipe, read)
-    path = stored_path(folder, name, attrs)
-    built_once(path, read, attrs, lambda partial: _build(partial, recipe, files, attrs, workers))
+    path = built_once(folder, name, read, attrs, lambda partial: _build(partial, recipe, files, attrs, workers))
     check_patch_file(path, attrs)
     return path
 

@@ -30,31 +30,29 @@ def sources_digest(files: list[Path]) -> str:
     return total.hexdigest()
 
 
-def stored_path(folder: Path, name: str, attrs: Attributes) -> Path:
-    """Where a file is kept: recipes and sources that differ have names that differ."""
-    digest = hashlib.sha256(json.dumps(attrs, sort_keys=True).encode()).hexdigest()[:10]
-    return folder / f"{name}-{digest}.h5"
-
-
-def built_once(path: Path, images: list[Path], attrs: Attributes, build: Callable[[Path], None]) -> None:
-    """Have a file built, unless it is there: what has its name is whole.
+def built_once(folder: Path, name: str, images: list[Path], attrs: Attributes, build: Callable[[Path], None]) -> Path:
+    """A file, built unless it is there: what has its name is whole. Other recipes or sources have another name.
 
     Processes that ask at the same time wait for the one that builds. It writes under a temporary name in a folder of
     its own, and what killed builds have left is removed.
 
     Args:
-        path: of the file.
+        folder, name: where the file is kept, and the first part of its name.
         images: what it is built from.
         attrs: what it says of itself.
         build: is given the temporary path.
 
+    Returns:
+        Its path.
+
     Raises:
         UserError: a process of the build was killed, the images changed meanwhile, or the file cannot be written.
     """
+    path = folder / f"{name}-{hashlib.sha256(json.dumps(attrs, sort_keys=True).encode()).hexdigest()[:10]}.h5"
     if path.is_file():  # whole, so it takes no lock, nor a folder that one may write to
-        return
+        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")  # the system frees it when its holder dies, however that happens
         try:
             held = lock.acquire(timeout=1)
@@ -63,22 +61,21 @@ def built_once(path: Path, images: list[Path], attrs: Attributes, build: Callabl
             held = lock.acquire()
         with held:
             if path.is_file():
-                return
+                return path
             _remove_partials(path)
             log.info("building %s from %d images", path, len(images))
-            if others := sorted(path.parent.glob(f"{path.name[:-13]}*.h5")):
-                log.info(
-                    "beside it are %s, of other recipes, images or versions", ", ".join(its.name for its in others)
-                )
-            folder = path.with_suffix(f".{os.getpid()}.partial")
-            folder.mkdir(exist_ok=True)
+            if others := ", ".join(sorted(other.name for other in folder.glob(f"{name}-*.h5"))):
+                log.info("beside it are %s, of other recipes, images or versions", others)
+            partial = path.with_suffix(f".{os.getpid()}.partial") / path.name
+            partial.parent.mkdir(exist_ok=True)
             try:
-                build(folder / path.name)
+                build(partial)
                 if sources_digest(images) != attrs["sources"]:
                     raise UserError(f"the images of {path} changed while it was built: run the same command again")
-                (folder / path.name).rename(path)
+                partial.rename(path)
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(partial.parent, ignore_errors=True)
+        return path
     except BrokenProcessPool as error:
         raise UserError(
             f"a process that built {path} was killed (out of memory?): run the same command again, with a smaller "

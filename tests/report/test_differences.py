@@ -42,7 +42,7 @@ def test_the_interval_is_scipys() -> None:
 
 
 def test_table(make: Callable) -> None:
-    """DRRN_NS is better than VDSR beyond doubt, between DRRN and DRRN_NS there is no difference; the paper's beside them."""
+    """DRRN_NS is better than VDSR beyond doubt, DRRN and DRRN_NS are not distinguished; the paper's beside them."""
     base = ("model.B=3", "model.U=4")
     runs = []
     for seed in (1, 2):

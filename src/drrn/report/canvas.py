@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 
 from drrn.report.groups import RunGroup
 
-# Okabe and Ito's palette, which colour-blind eyes distinguish; the paper's blue, green, cyan and red where it has them.
+# Okabe and Ito's palette, for colour-blind eyes too; the paper's blue, green, cyan and red where it has them.
 COLOURS = {
     "VDSR": "#0072B2",
     "DRRN_NS": "#009E73",
