@@ -29,7 +29,7 @@ from drrn.patch_build import quantise
 from drrn.patches import ShuffledBatches
 from drrn.protocol import prepare
 from drrn.sets import image_files
-from drrn.stored import Attributes, InUse, built_once, check_room, sources_digest, trusted
+from drrn.stored import Attributes, StoredFile, built_once, check_room, sources_digest, trusted
 
 AROUND = 5  # low-resolution pixels that a crop is degraded with on each side
 
@@ -63,7 +63,7 @@ def prepare_images(data: DataConfig) -> Path:
     return path
 
 
-class Crops(InUse):
+class Crops(StoredFile):
     """Crops of the images in a file, a whole batch in one call.
 
     Images that hold no crop at the largest scale are left out.
@@ -106,9 +106,9 @@ class Crops(InUse):
     def _crop(self, image: int, scale: int, row: int, column: int, _: int) -> tuple[NDArray, NDArray]:
         """(x, x̃) as integers; each number picks one of what there is."""
         key, *sides = self.shapes[image % len(self.shapes)]
-        s, p = self.data.scales[scale % len(self.data.scales)], self.data.patch_size
+        s = self.data.scales[scale % len(self.data.scales)]
         shrunk = s if self.input == "low" else 1
-        p -= p % shrunk
+        p = self.data.patch_size // shrunk * shrunk
         degraded, corner = [], []  # what is degraded, and where the crop begins in it
         for place, side in zip((row, column), sides, strict=True):
             side -= side % s

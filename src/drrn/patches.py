@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from drrn.config import DataConfig
 from drrn.degradations import BI
 from drrn.errors import UserError
-from drrn.stored import Attributes, InUse, sources_digest, trusted
+from drrn.stored import Attributes, StoredFile, sources_digest, trusted
 
 FORMAT = 2
 LOW, HIGH = -0.75, 1.75
@@ -104,7 +104,7 @@ def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
         return len(data)
 
 
-class Patches(InUse):
+class Patches(StoredFile):
     """Pairs of a patch file by index, a whole batch in one call.
 
     With online augmentation (`turns` = 8) the indices run over turns × stored pairs: index i is stored

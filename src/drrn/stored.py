@@ -134,10 +134,10 @@ def trusted(path: Path, attrs: Attributes) -> Iterator[h5py.File]:
     except BlockingIOError as error:  # HDF5's own lock
         raise UserError(f"{path} is open for writing in another process: try again when that has ended") from error
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or something else ({error}). {advice}") from error
+        raise UserError(f"{path} is damaged or another kind of file ({error}). {advice}") from error
 
 
-class InUse:
+class StoredFile:
     """A stored file that nobody should change while it is read."""
 
     def __init__(self, path: Path) -> None:
