@@ -271,7 +271,7 @@ def test_batchnorms_averages_are_the_mean_over_the_processes(machines: SimpleNam
     config: Config = configure(*machines.argue("batch"), tiny=False)
     data = SuperResolutionData(config)
     data.prepare_data()
-    patches = Patches(data.patches.path)
+    patches = Patches(data.pairs.path)
     decay, mean, variance, weight = config.optim.bn_average, 0.0, 0.0, 0.0
     for indices in ShuffledBatches(len(patches), 12, config.seed, steps=4):
         x, _ = patches[indices]
