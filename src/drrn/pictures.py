@@ -87,7 +87,7 @@ def crops(
         shown = to_uint8(with_chroma(shown, pixels, scale, degradation, path) if truth.ndim == 3 else shown)
         panels.append((name, shown, f"{scores['psnr']:.2f} dB / {scores['ssim']:.4f}"))
 
-    title = f"{path.stem} ×{scale}" + f", {degradation}" * (degradation != PAPER)
+    title = f"{path.stem} ×{scale}" + f", {degradation}" * (degradation != BI)
     return Crops(title, truth, box, panels)
 
 
