@@ -45,7 +45,9 @@ class EvaluateConfig:
     workers: int = key("processes; worker i uses GPU i mod their number", at_least=1, below=1001)
     threads: int | None = key("CPU threads, over all processes; null: what is free", at_least=1, below=2**12)
     precision: str = key("of networks; stamped on the scores", default="float32", choices=("float32", "tf32", "bf16"))
-    explain: float | None = key("somebody's PSNR, or SSIM up to 1: which way to measure gives it?", None, above=0)
+    explain: float | None = key(
+        "somebody's PSNR, or SSIM up to 1, with its digits: which way to measure gives it?", None, above=0
+    )
     check_protocol: bool = key("first make sure that bicubic gives the published numbers")
     crop: int | None = key("pixels shaved off each side; null: the scale", at_least=0)
     color: str = key("luminance, or PSNR over R, G and B", choices=("y", "rgb"))
