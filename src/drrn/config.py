@@ -165,9 +165,7 @@ class TrainerConfig:
         "several processes",
         choices=("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"),
     )
-    precision: str = key(
-        "of training", choices=("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
-    )
+    precision: str = key("of training", choices=("32-true", "bf16-mixed", "16-mixed"))
     max_steps: int = key("optimiser steps of the run; B1U9 was published after 464,056", at_least=1)
     max_epochs: float | None = key("epochs of the data instead of max_steps; may be a fraction", above=0)
     max_time: str | None = key("DD:HH:MM:SS, of each start: it stops then, resumable")
