@@ -463,7 +463,7 @@ from drrn.fast.prepared import prepared
 from drrn.model import DRRN
 status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
 network = DRRN(**{structure}, features=32).eval()
-sizes.STRIP_BYTES, row, shape = 0, 32 * 4 * 18_000, (100, 18_000)
+sizes.STRIP_BYTES, row, shape = 0, 32 * 4 * 18_000, (64, 18_000)
 rows = sizes.STRIP_ROWS
 room = next(room for room in range(0, 10**9, row) if sizes.most_rows(prepared(network), shape[1], room) == rows)
 assert len(sizes.strips(prepared(network), shape, room)) > 3
