@@ -1,7 +1,7 @@
 """`make bench`: the project's claims about speed, each as a ratio of two things timed in turn in one run.
 
     python tests/bench.py            # 25 minutes on two idle cores; report/bench.json and bench.md
-    python tests/bench.py training   # one part, at most four minutes
+    python tests/bench.py training   # one part, at most five minutes
     python tests/bench.py gpu        # a GPU's part, five minutes
 
 The two things of a ratio live in two processes that take turns, so that neither sees the other's memory. Plain
