@@ -15,6 +15,7 @@ from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio
 
 import drrn.evaluation
+import drrn.explain
 from drrn.errors import UserError
 from drrn.evaluation import Job, Method, score_image
 from drrn.explain import Way, as_typed, explaining, opencv_resize, plane_of, print_ways, ways_of
@@ -123,6 +124,38 @@ def test_a_ports_number_of_unrounded_luminance_is_explained(
     assert protocol not in found
     assert protocol._replace(plane="y float", values="float") in found
     assert claimed - ways[protocol] > 0.04
+
+
+# A port's file, what else convert.py is told, a scale, what the port's README prints for Set5, what the protocol
+# gives, and how the explanation departs from the protocol.
+KNOWN = {
+    "srcnn_Y_scale3.pth": ((), 3, "32.54", "32.58", {"crop": 0, "values": "clipped"}),  # thangvubk/SRCNN_Pytorch
+    "model_epoch_28.pth": (("U=25",), 2, "37.69", "37.62", {"values": "clipped"}),  # jt827859032/DRRN-pytorch
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_numbers_of_ports_on_all_of_set5(
+    name: str, drrn_data: Path, entry_point: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = os.environ.get("DRRN_WEIGHTS")
+    if not folder or not (Path(folder) / name).is_file():
+        pytest.skip(f"set DRRN_WEIGHTS to the folder that holds {name}")
+    more, scale, claimed, protocol, departure = KNOWN[name]
+    told: list[tuple[dict[Way, float], str]] = []
+    monkeypatch.setattr(drrn.explain, "print_ways", lambda means, claimed, *_: told.append((means, claimed)))
+    monkeypatch.setattr(drrn.explain, "RESIZED", {"matlab": ""})  # an input of the network instead of twelve
+    monkeypatch.setattr(drrn.explain, "PLANES", {"y": ""})
+    weights = tmp_path / "weights.safetensors"
+    assert entry_point("convert", f"input={folder}/{name}", f"output={weights}", *more)[0] == 0
+    asked = (f"checkpoint={weights}", f"scales=[{scale}]", f"explain={claimed}", f"root={drrn_data}")
+    code, _, err = entry_point("evaluate", "sets=[Set5]", *asked)
+    assert code == 0, err
+    ((means, typed),) = told
+    first = next(iter(means))
+    assert (f"{means[first]:.2f}", typed) == (protocol, claimed)
+    assert first._replace(**departure) in explaining(means, claimed)
+    assert first not in explaining(means, claimed)
 
 
 def test_a_grey_image_made_in_colour_is_measured_as_one(

@@ -125,14 +125,14 @@ def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32")
     images = {"one channel": (pixels, made)}
     if is_grey:
         images["three channels"] = np.dstack([pixels] * 3), None if made is None else np.dstack([made] * 3)
-    result = {
-        Way(resized, plane, crop, values, grey): _value(
-            METRICS[metric].function, *(shave(_compared(image, values), crop) for image in (truth, y))
-        )
-        for grey, pair in images.items()
-        for resized, plane, truth, y in compared(job, *pair, threads, precision)
-        for crop, values in product((job.scale, 0, job.scale + 6), VALUES)
-    }
+    result: dict[Way, float] = {}
+    for grey, pair in images.items():
+        for resized, plane, truth, y in compared(job, *pair, threads, precision):
+            for values in VALUES:
+                a, b = _compared(truth, values), _compared(y, values)
+                for crop in (job.scale, 0, job.scale + 6):
+                    value = _value(METRICS[metric].function, shave(a, crop), shave(b, crop))
+                    result[Way(resized, plane, crop, values, grey)] = value
     return result if is_grey else result | {way._replace(grey="three channels"): result[way] for way in result}
 
 
@@ -184,8 +184,27 @@ def compared(
     The network runs once for each input.
     """
     from drrn.evaluation import run_network
-    from drrn.matlab import rgb2ycbcr, ycbcr2rgb
+    from drrn.matlab import imresize, rgb2ycbcr, to_uint8, ycbcr2rgb
     from drrn.protocol import with_chroma
+
+    truth = {plane: plane_of(pixels, plane) for plane in PLANES}
+
+    @cache
+    def colours(resized: str, input: str) -> Levels:
+        """The 8 bits that planes are taken of: enlarged by Pillow or OpenCV, MATLAB's low resolution."""
+        if resized == "matlab 8 bits":
+            return to_uint8(imresize(pixels / 255.0, 1 / job.scale))
+        resize, (height, width) = {"pillow": pillow_resize, "opencv": opencv_resize}[resized], pixels.shape[:2]
+        low = resize(pixels, (height // job.scale, width // job.scale))
+        return low if input == "low" else resize(low, (height, width))
+
+    def given(resized: str, plane: str, input: str) -> Plane:
+        """A plane of the image shrunk to 1/s and, unless `input` is "low", enlarged again, 0…1."""
+        if resized == "matlab":
+            image = imresize(truth[plane], 1 / job.scale)
+        else:
+            image = plane_of(colours(resized, input), plane)
+        return imresize(image, job.scale) if resized.startswith("matlab") and input != "low" else image
 
     @cache
     def result(resized: str, plane: str) -> Plane:
@@ -194,35 +213,17 @@ def compared(
         if plane == "rgb" and resized == "matlab":
             return with_chroma(result(resized, "y"), pixels, job.scale)
         if plane == "rgb":
-            ycbcr = rgb2ycbcr(np.clip(enlarged(pixels, job.scale, resized, "rgb"), 0, 1))
+            ycbcr = rgb2ycbcr(np.clip(given(resized, "rgb", "interpolated"), 0, 1))
             ycbcr[..., 0] = result(resized, "y float")
             return ycbcr2rgb(ycbcr)
-        given = enlarged(pixels, job.scale, resized, plane, job.method.input)
-        checkpoint = job.method.checkpoint
-        return given if checkpoint is None else run_network(checkpoint, given, threads, precision)
+        x, checkpoint = given(resized, plane, job.method.input), job.method.checkpoint
+        return x if checkpoint is None else run_network(checkpoint, x, threads, precision)
 
     no_colours = made is not None and made.ndim < pixels.ndim
     for resized, plane in product(RESIZED, PLANES):
         if (resized == "made") != (made is not None) or (resized, plane) in NEVER or (plane == "rgb" and no_colours):
             continue
-        yield resized, plane, plane_of(pixels, plane), result(resized, "y" if pixels.ndim == 2 else plane)
-
-
-def enlarged(pixels: Levels, scale: int, resized: str, plane: str, input: str = "interpolated") -> Plane:
-    """A plane of the image shrunk to 1/s and, unless the network's input is "low", enlarged again, 0…1."""
-    from drrn.matlab import imresize, to_uint8
-
-    height, width = pixels.shape[:2]
-    small = (height // scale, width // scale)
-    if resized in ("pillow", "opencv"):
-        resize = {"pillow": pillow_resize, "opencv": opencv_resize}[resized]
-        low = resize(pixels, small)
-        return plane_of(low if input == "low" else resize(low, (height, width)), plane)
-    if resized == "matlab":
-        low = imresize(plane_of(pixels, plane), 1 / scale)
-    else:
-        low = plane_of(to_uint8(imresize(pixels / 255.0, 1 / scale)), plane)
-    return low if input == "low" else imresize(low, scale)
+        yield resized, plane, truth[plane], result(resized, "y" if pixels.ndim == 2 else plane)
 
 
 def pillow_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
@@ -238,8 +239,7 @@ def opencv_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
     OpenCV computes it in fixed point, so one value in some thousands differs by one level.
     """
     down, across = (_opencv_matrix(*sides) for sides in zip(pixels.shape[:2], size, strict=True))
-    levels = np.einsum("ai,ij...->aj...", down, pixels.astype(np.float64))
-    levels = np.einsum("bj,aj...->ab...", across, levels)
+    levels = np.einsum("ai,bj,ij...->ab...", down, across, pixels.astype(np.float64), optimize=True)
     return np.clip(np.floor(levels + 0.5), 0, 255).astype(np.uint8)
 
 
