@@ -190,7 +190,9 @@ def by_hand(
             with torch.no_grad():
                 g = g + settings.weight_decay * p
                 momentum[name] = settings.momentum * momentum[name] + g if name in momentum else g
-                p -= gamma * (settings.bias_lr_mult if name in biases else 1.0) * momentum[name]
+                rate = settings.bias_lr_mult if name in biases else 1.0
+                rate = settings.last_lr_mult if name.startswith("conv_rec") and settings.last_lr_mult != 1 else rate
+                p -= gamma * rate * momentum[name]
     return logged
 
 
@@ -212,7 +214,7 @@ def test_steps_are_those_calculated_by_hand(
     """Six steps with the rate halved every two: clipped to θ/γ of the current γ, then decay, then momentum."""
     settings = dict(
         clip=clip, lr=lr, theta=theta, weight_decay=0.1, bias_lr_mult=0.1, residual_scale=0.1,
-        halve_every_epochs=None, halve_every_steps=2,
+        halve_every_epochs=None, halve_every_steps=2, last_lr_mult=0.3 if clip == "none" else 1.0,
     )  # fmt: skip
     trained = module(**settings)
     start, expected = copy.deepcopy(trained.network), copy.deepcopy(trained.network)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from drrn.config import OptimConfig
 from drrn.drcn import DRCN
 from drrn.errors import UserError
 from drrn.espcn import ESPCN
@@ -25,6 +26,7 @@ from drrn.layers import conv_weights
 from drrn.matlab import imresize, to_uint8
 from drrn.module import SuperResolution
 from drrn.networks import NETWORKS, build, on_paper
+from drrn.optimisers import configured
 from drrn.pairs import low_pairs
 from drrn.red30 import RED30
 from drrn.resnet import ResNet
@@ -32,6 +34,7 @@ from drrn.runs import run as train
 from drrn.runs.checkpoints import newest_checkpoint
 from drrn.srcnn import SRCNN
 from drrn.weights.ours import initial_state, load_network, save_weights
+from test_module import optim
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,6 +84,23 @@ def test_every_network_is_in_conf_and_takes_what_its_yaml_has(configure: Callabl
         given = configure(f"model={name}", "data.scales=[3]", "data.val_scales=[3]", tiny=False).model
         assert given["network"] == name
         assert isinstance(build({**given, "features": 2} if "features" in given else given), NETWORKS[name])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_layer_of_another_rate_is_the_one_that_computes_last(name: str) -> None:
+    settings = OptimConfig(**optim(lr=0.5, bias_lr_mult=0.25, last_lr_mult=0.1))
+    network, order = on_paper(PUBLISHED[name][0]), []
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.register_forward_hook(lambda layer, *_: order.append(layer))
+    network.eval()(torch.zeros(1, 1, 8, 8, device="meta"))
+    optimizer, _ = configured(network, settings, 1, 10, fused=False)
+    rates = {group["lr"]: group["params"] for group in optimizer.param_groups}
+    assert rates.keys() == {0.5, 0.125, 0.05}
+    assert optimizer.param_groups[0]["lr"] == 0.5  # γ of the clipping
+    assert set(rates[0.05]) == set(order[-1].parameters())
+    assert set(rates[0.125]) == {layer.bias for layer in order if layer is not order[-1]}
+    assert sum(map(len, rates.values())) == len(list(network.parameters()))
 
 
 # ------------------------------------------------------------------ the equations, written out again

@@ -126,6 +126,7 @@ class OptimConfig:
     residual_scale: float = key("factor on the last convolution's first weights; 0: bicubic", at_least=0)
     bn_average: float = key("what BatchNorm's averages keep at a batch; Caffe's: 0.999", at_least=0, below=1)
     loss: Any = key(f"{', '.join(LOSSES)}, {{_target_: another, …}}; null: the network's own", default=None)
+    last_lr_mult: float = key("rate of the last convolution, relative to lr", default=1.0, at_least=0)
     warmup_steps: int = key("steps over which γ rises along a line", default=0, at_least=0)
     optimiser: Any = key("{_target_: another solver, …} instead of algorithm", default=None)
     scheduler: Any = key("{_target_: another schedule, …} instead of schedule", default=None)

@@ -88,6 +88,7 @@ LATER = (
     ("data", "crops", 0),
     ("trainer", "tf32", False),
     ("optim", "loss", None),
+    ("optim", "last_lr_mult", 1.0),
     ("optim", "warmup_steps", 0),
     ("optim", "optimiser", None),
     ("optim", "scheduler", None),

@@ -89,7 +89,8 @@ def configured(
     """The optimiser of a network and the schedule of its rate, a step at a time.
 
     Args:
-        network: biases of its convolutions learn at `optim.bias_lr_mult` times the rate.
+        network: biases of its convolutions learn at `optim.bias_lr_mult` times the rate; its last convolution, with
+            its bias, at `optim.last_lr_mult` times.
         fused: whether PyTorch's fused kernels may take the step.
 
     Raises:
@@ -100,12 +101,14 @@ def configured(
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-    slow = [m.bias for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) and m.bias is not None]
-    slow = [] if optim.bias_lr_mult == 1 else slow
-    known = {id(bias) for bias in slow}
-    groups: Groups = [{"params": [p for p in network.parameters() if id(p) not in known]}]
-    if slow:
-        groups.append({"params": slow, "lr": optim.lr * optim.bias_lr_mult})
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    rates = dict.fromkeys(network.parameters(), 1.0)  # relative to `optim.lr`
+    rates |= {m.bias: optim.bias_lr_mult for m in convolutions if m.bias is not None}
+    if optim.last_lr_mult != 1:
+        rates |= dict.fromkeys(convolutions[-1].parameters(), optim.last_lr_mult)
+    groups: Groups = [{"params": [p for p, rate in rates.items() if rate == 1]}]
+    for mult in sorted(set(rates.values()) - {1.0}):
+        groups.append({"params": [p for p, rate in rates.items() if rate == mult], "lr": optim.lr * mult})
     if optim.optimiser is not None:
         optimizer = make("optim.optimiser", optim.optimiser, Optimizer, groups, lr=optim.lr)
     else:
