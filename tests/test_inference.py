@@ -214,7 +214,8 @@ def test_strips_compute_little_twice(U):
     network = DRRN(1, U, features=4)
     x = np.zeros((600, 30), np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "STRIP_BYTES", 0)
+        for limit in ("WHOLE_BYTES", "STRIP_BYTES"):
+            patch.setattr(sizes, limit, 0)
         assert len(sizes.strips(prepared(network), x.shape, sizes.ROOM)) == 600 // 24 + 1
         pixels = computed(network, lambda: super_resolve(network, x))
     assert 2 * U * x.size < pixels < 1.05 * 2 * U * x.size
@@ -239,7 +240,8 @@ def test_a_large_image_goes_through_in_strips_within_its_room():
 def test_strips_and_tiles_by_the_memory_there_is(shape, monkeypatch):
     network = lively(B=1, U=2)
     x = photograph(*shape)
-    monkeypatch.setattr(sizes, "STRIP_BYTES", 0)
+    for limit in ("WHOLE_BYTES", "STRIP_BYTES"):
+        monkeypatch.setattr(sizes, limit, 0)
     asked = {}
     for room in (10**9, 30_000):
         asked[room] = []
@@ -325,6 +327,7 @@ def test_strips_are_as_high_as_is_fast(tile, monkeypatch):
         return strips(*arguments)
 
     monkeypatch.setattr(inference, "strips", noted)
+    monkeypatch.setattr(sizes, "WHOLE_BYTES", 0)
     super_resolve(network, x, tile)
     assert len(heights) > 1
     assert 0.8 * 12e6 < max(heights) * 200 * 128 * 4 <= 12e6
@@ -334,7 +337,8 @@ def test_strips_are_as_high_as_is_fast(tile, monkeypatch):
 @pytest.mark.parametrize("strips", [False, True])
 def test_self_ensemble_is_the_mean_over_the_eight_orientations(tile, strips, monkeypatch):
     if strips:
-        monkeypatch.setattr(sizes, "STRIP_BYTES", 0)
+        for limit in ("WHOLE_BYTES", "STRIP_BYTES"):
+            monkeypatch.setattr(sizes, limit, 0)
         monkeypatch.setattr(sizes, "STRIP_ROWS", 7)
     network = lively(B=1, U=2)
     x = photograph(30, 41)
@@ -463,7 +467,8 @@ from drrn.fast.prepared import prepared
 from drrn.model import DRRN
 status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
 network = DRRN(**{structure}, features=32).eval()
-sizes.STRIP_BYTES, row, shape = 0, 32 * 4 * 18_000, (64, 18_000)
+sizes.WHOLE_BYTES = sizes.STRIP_BYTES = 0
+row, shape = 32 * 4 * 18_000, (64, 18_000)
 rows = sizes.STRIP_ROWS
 room = next(room for room in range(0, 10**9, row) if sizes.most_rows(prepared(network), shape[1], room) == rows)
 assert len(sizes.strips(prepared(network), shape, room)) > 3
@@ -626,7 +631,8 @@ def test_the_first_convolution_stays_in_float32():
 def test_strips_of_bfloat16_are_the_whole(monkeypatch):
     network, x = lively(B=1, U=3), photograph(90, 40)
     at_once = super_resolve(network, x, precision="bf16")
-    monkeypatch.setattr(sizes, "STRIP_BYTES", 0)
+    for limit in ("WHOLE_BYTES", "STRIP_BYTES"):
+        monkeypatch.setattr(sizes, limit, 0)
     assert len(sizes.strips(prepared(network, "bf16"), x.shape, sizes.ROOM)) > 2
     np.testing.assert_allclose(super_resolve(network, x, precision="bf16"), at_once, rtol=0, atol=1e-3)
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from drrn.fast.memory import freed_memory_kept
 from drrn.fast.precision import chosen
 from drrn.fast.prepared import FOLDINGS, Prepared, forget, prepared
 from drrn.fast.strips import STRIP_ROWS, at_once, free_room, most_rows, strips, tile_shape
@@ -111,7 +112,9 @@ def _parts(
     progress = progress or (lambda done, total: None)
     fits = at_once(ready, shape, room) or most_rows(ready, shape[1], room) >= STRIP_ROWS
     if tile is None and not self_ensemble and fits:
-        yield from _run(ready, rows, shape, strips(ready, shape, room), progress)
+        parts = strips(ready, shape, room)
+        with freed_memory_kept(len(parts) == 1):  # strips of several heights would leave gaps in the heap
+            yield from _run(ready, rows, shape, parts, progress)
         return
 
     def whole(x: Tensor) -> Tensor:

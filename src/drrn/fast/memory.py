@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+_kept = False  # by an outer `freed_memory_kept`
 
 
 @contextmanager
@@ -19,15 +20,18 @@ def freed_memory_kept(on: bool = True) -> Iterator[None]:
     Otherwise the kernel maps every large array afresh and zeroes it page by page: a tenth of a training step. The
     price is a process that does not shrink and a heap with gaps: not `on` where memory is what counts.
     """
+    global _kept
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on and sys.platform == "linux" else None
-    if mallopt is None:
+    if mallopt is None or _kept:
         yield
         return
+    _kept = True
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
     finally:  # what glibc's own rule comes to with large blocks; a first call of mallopt ends that rule
+        _kept = False
         mallopt(M_MMAP_MAX, 65536)
         mallopt(M_MMAP_THRESHOLD, 32 << 20)
         mallopt(M_TRIM_THRESHOLD, 64 << 20)

@@ -13,7 +13,8 @@ from drrn.fast.prepared import Prepared
 
 ROOM = 1_000_000_000  # bytes that feature maps may take, when twice as many are free
 MAPS = 3  # feature maps alive at the peak of `Stream`: identity, the unit's middle and its output
-STRIP_BYTES = 12_000_000  # of one map on a CPU: larger ones are no faster, and glibc keeps blocks below 32 MB
+WHOLE_BYTES = 80_000_000  # of one map on a CPU: a smaller image goes at once, with `freed_memory_kept`
+STRIP_BYTES = 12_000_000  # of one map of a larger one: glibc keeps blocks below 32 MB by itself
 STRIP_ROWS = 24  # or about so many, where a map of them is larger; two of each unit's 48 are computed twice
 TILE_PIXELS = 1 << 24  # of the strip of an image that tiles make up
 
@@ -58,14 +59,15 @@ def _kept_rows(ready: Prepared) -> int:
 def strips(ready: Prepared, shape: tuple[int, int], room: int) -> list[tuple[int, int]]:
     """The rows (first, end) of an image [H, W] that go through a stream together: on a CPU, few enough to be fast.
 
-    A map has at most STRIP_BYTES, or STRIP_ROWS where those are more. The last strip is lower than the others, since
-    with it every layer makes up for its lag.
+    A map has at most WHOLE_BYTES, or else STRIP_BYTES, or STRIP_ROWS where those are more. The last strip is lower
+    than the others, since with it every layer makes up for its lag.
     """
     height, width = shape
     rows, on_cpu = most_rows(ready, width, room), ready.device.type == "cpu"
     if not ready.streams:
         return [(0, height)]
-    if at_once(ready, shape, room) and not (on_cpu and rows >= STRIP_ROWS):
+    small = height * _row_bytes(ready, width) <= WHOLE_BYTES
+    if at_once(ready, shape, room) and (small or not on_cpu or rows < STRIP_ROWS):
         return [(0, height)]
     if on_cpu:
         rows = min(rows, STRIP_BYTES // _row_bytes(ready, width))
