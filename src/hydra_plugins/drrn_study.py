@@ -35,10 +35,7 @@ class StudySweeper(BasicSweeper):
     """
 
     def __init__(
-        self,
-        max_batch_size: int | None = None,
-        params: dict[str, str] | None = None,
-        points: list[dict[str, Any]] | None = None,
+        self, max_batch_size: int | None = None, params: Any = None, points: list[dict[str, Any]] | None = None
     ) -> None:
         super().__init__(max_batch_size, params)
         self.points = points
@@ -138,14 +135,12 @@ class SearchSweeper(StudySweeper):
         from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 
         def task(cfg: DictConfig) -> Any:
+            from drrn.module import Diverged
+
             try:
                 return task_function(cfg)
-            except UserError as error:
-                from drrn.module import Diverged
-
-                if isinstance(error, Diverged):
-                    return 0.0  # dB: a bad trial, not the end of the search
-                raise
+            except Diverged:
+                return 0.0  # dB: a bad trial, not the end of the search
 
         super().setup(hydra_context=hydra_context, task_function=task, config=config)
         sampler = instantiate(self.arguments.pop("sampler"))
@@ -173,12 +168,10 @@ class SearchSweeper(StudySweeper):
 
         searched = [f"{key}={value}" for key, value in (self.arguments["params"] or {}).items()]
         distributions, fixed = create_params_from_overrides([*searched, *arguments])
-        values = {
-            key: getattr(its, "choices", None) or [its.low] for key, its in distributions.items() if key not in fixed
-        }
+        values = {key: getattr(its, "choices", None) or [its.low] for key, its in distributions.items()}
+        values |= {key: [value] for key, value in fixed.items()}
         return [
-            [f"{key}={value}" for key, value in fixed.items()]
-            + [f"{key}={choices[min(number, len(choices) - 1)]}" for key, choices in values.items()]
+            [f"{key}={choices[min(number, len(choices) - 1)]}" for key, choices in values.items()]
             for number in range(max(map(len, values.values()), default=1))
         ]
 

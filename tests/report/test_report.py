@@ -58,7 +58,7 @@ def test_a_part_of_a_set_is_no_set() -> None:
 def test_two_protocols_are_refused() -> None:
     """Also when only the crop differs."""
     other = measurement("DRRN_B1U25", 1, 34.0, protocol=PROTOCOL | {"crop": 6}, source="there")
-    with pytest.raises(UserError, match=r"here .* with crop = None and there with crop = 6"):
+    with pytest.raises(UserError, match=r"here was measured by protocol paper v1, there by .*crop=6"):
         benchmark_table([measurement("DRRN_B1U9", 1, 33.9), other], ("psnr", "ssim"), "table2")
 
 

@@ -17,13 +17,7 @@ from matplotlib.transforms import Bbox
 from drrn.report.groups import RunGroup
 
 # Okabe and Ito's palette, for colour-blind eyes too; the paper's blue, green, cyan and red where it has them.
-COLOURS = {
-    "VDSR": "#0072B2",
-    "DRRN_NS": "#009E73",
-    "DRRN_C": "#56B4E9",
-    "DRRN_NS_C": "#CC79A7",
-    "DRRN": "#D55E00",
-}
+COLOURS = {"VDSR": "#0072B2", "DRRN_NS": "#009E73", "DRRN_C": "#56B4E9", "DRRN_NS_C": "#CC79A7", "DRRN": "#D55E00"}
 MARKERS = {"VDSR": "s", "DRRN_NS": "^", "DRRN_C": "D", "DRRN_NS_C": "v", "DRRN": "o"}
 GREY = "#6b6b6b"
 
@@ -95,21 +89,16 @@ def name_points(
                 name.set_position(step)
                 name.set_horizontalalignment("left" if step[0] > 0 else "right")
                 box = Text.get_window_extent(name)
-                if _fits(box, inside, taken):
+                if all(map(inside.contains, (box.x0, box.x1), (box.y0, box.y1))) and not box.count_overlaps(taken):
                     break
             taken.append(box)
 
 
-def _fits(box: Bbox, inside: Bbox, taken: list[Bbox]) -> bool:
-    corners = (inside.containsx(box.x0), inside.containsx(box.x1), inside.containsy(box.y0), inside.containsy(box.y1))
-    return all(corners) and not box.count_overlaps(taken)
-
-
 def limits(values: Iterable[float], share: float = 0.18) -> tuple[float, float]:
     """An axis that holds values with room around them."""
-    low, high = min(values := list(values)), max(values)
-    room = max((high - low) * share, 0.02)
-    return low - room, high + room
+    values = list(values)
+    room = max((max(values) - min(values)) * share, 0.02)
+    return min(values) - room, max(values) + room
 
 
 def in_psnr(axis: Axes, which: str = "y") -> None:

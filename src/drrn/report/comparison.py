@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 from drrn.degradations import BI, READY, check_scales
 from drrn.errors import UserError, printable
 from drrn.images import read_luminance
+from drrn.inference import super_resolve
 from drrn.pictures import Box, crops, draw_crops, save
 from drrn.protocol import modcrop
+from drrn.sets import counterpart, image_files, is_ready
+from drrn.weights.ours import load_network
 
 if TYPE_CHECKING:
     from drrn.report.report import ReportConfig
@@ -39,10 +42,6 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
         UserError: an image or the weights of a run are not there, the box is not inside the image, a checkpoint
             enlarges by another scale, or the runs' degradation is not defined for the scale.
     """
-    from drrn.inference import super_resolve
-    from drrn.sets import is_ready
-    from drrn.weights.ours import load_network
-
     tested = [record for record in records if record.get("scores")]
     if not config.compare and not tested:
         return []
@@ -68,9 +67,9 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
         elif config.checkpoint:
             raise UserError(f"scale = {scale}: {file} enlarges by {network.scale}")
     low = [name for name, network in networks.items() if network.input == "low"]
-    runs = {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
     try:
-        runs = {n: lambda x, y=y: y for n, y in _others(config.others, path, scale).items()} | runs
+        runs = {name: lambda x, y=y: y for name, y in _others(config.others, path, scale).items()}
+        runs |= {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
         check_scales("scale", [scale], degradation)
         shown = crops(path, scale, runs, box, low, degradation)
     except ValueError as error:  # an image smaller than the scale or the metrics' windows
@@ -89,8 +88,6 @@ def _degradation(record: dict[str, Any]) -> str:
 
 def _others(folders: dict[str, str], path: Path, scale: int) -> dict[str, NDArray[np.float64]]:
     """Name → Y [H, W] in 0…1 of what another program made of an image."""
-    from drrn.sets import counterpart
-
     height, width = modcrop(read_luminance(path), scale).shape
     result = {}
     for name, folder in folders.items():
@@ -104,26 +101,20 @@ def _others(folders: dict[str, str], path: Path, scale: int) -> dict[str, NDArra
 
 def _chosen(config: ReportConfig, tested: list[dict[str, Any]]) -> tuple[Path, int, Box | None]:
     """The image of a comparison, its scale and its box."""
-    from drrn.sets import image_files
-
-    box = Box(*config.box) if config.box else None
-    if config.compare in FIG7:
-        set_name, file, scale, preset = FIG7[config.compare]
-        found = [p for p in image_files(set_name, Path(config.root), complete=False) if p.name == file]
-        if not found:
-            raise UserError(
-                f"{file} of {set_name} is not under {config.root}: python src/prepare.py 'data.test=[{set_name}]'"
-            )
-        return found[0], config.scale or scale, box or preset
-    if config.compare:
-        if not Path(config.compare).is_file():
-            raise UserError(f"compare = {config.compare!r}: no such file, and none of {', '.join(FIG7)}")
-        return Path(config.compare), config.scale or 3, box
-    last = tested[-1]["scores"][-1]
-    data = tested[-1]["config"]["data"]
-    files = image_files((data.get("test") or data["val"])[-1], Path(config.root), complete=False)
-    path = next((p for p in files if p.name == last["image"]), None)
-    if path is None:
-        raise UserError(f"{printable(last['image'])}, which the runs were tested on, is not under {config.root}")
-    scales = sorted({row["scale"] for row in tested[-1]["scores"]})
-    return path, config.scale or scales[len(scales) // 2], box
+    name, box = config.compare, Box(*config.box) if config.box else None
+    if name in FIG7:
+        set_name, file, scale, preset = FIG7[name]
+        box, hint = box or preset, f"python src/prepare.py 'data.test=[{set_name}]'"
+    elif name:
+        if not Path(name).is_file():
+            raise UserError(f"compare = {name!r}: no such file, and none of {', '.join(FIG7)}")
+        return Path(name), config.scale or 3, box
+    else:
+        scores, data = tested[-1]["scores"], tested[-1]["config"]["data"]
+        set_name, file = (data.get("test") or data["val"])[-1], scores[-1]["image"]
+        scales = sorted({row["scale"] for row in scores})
+        scale, hint = scales[len(scales) // 2], "the runs were tested on it"
+    for path in image_files(set_name, Path(config.root), complete=False):
+        if path.name == file:
+            return path, config.scale or scale, box
+    raise UserError(f"{printable(file)} of {printable(set_name)} is not under {config.root}: {hint}")

@@ -21,43 +21,37 @@ from drrn.report.networks import tables_of
 from drrn.report.page import Part, Picture, Section, png, svg, write_page
 from drrn.report.structures import fig2
 from drrn.report.studies import STUDIES, points_table, run_groups
-from drrn.report.tables import ablation_table, benchmark_table, runs_table, write_table
+from drrn.report.tables import Table, ablation_table, benchmark_table, runs_table, write_table
 
 if TYPE_CHECKING:
     from drrn.report.report import ReportConfig
 
 
 def write_report(config: ReportConfig, records: list[dict[str, Any]], command: str) -> None:
-    """Studies, or whatever the records and files of scores allow, as files and on one page.
-
-    Args:
-        config: of `report.check`.
-        records: of `config.runs`.
-        command: what the page says that it was made by.
+    """Studies, or whatever the records and files of scores allow, as files and on one page, made by a command.
 
     Raises:
         UserError: no run belongs to a study that is asked for, or files that cannot be read.
     """
     sections, refused = [], None
     if config.study:
-        of_runs = [study for study in config.study if study in STUDIES]
         sections = [networks_section(study, config, records) for study in config.study if study in NETWORKS]
-        sections += study_sections(replace(config, study=of_runs), records) if of_runs else []
+        sections += study_sections([study for study in config.study if study in STUDIES], config, records)
     else:
         measured = [m for path in config.scores for m in from_scores(Path(path))]
         if records or measured:
-            sections.append(Section("tables", "Tables", tables_part(config, records, measured)))
+            sections.append(Section("tables", "Tables", [tables_part(config, records, measured)]))
         if records:
             try:
-                sections += study_sections(replace(config, study=["runs"]), records)
+                sections += study_sections(["runs"], config, records)
             except UserError as error:  # runs that do not compare still have their tables
                 sections.append(Section("runs", "What ran", [Part("Not drawn", [], [str(error)])]))
         if records or config.compare:
             try:
-                pictures = comparison(config, records)
+                if pictures := comparison(config, records):
+                    sections.append(Section("pictures", "Pictures", [Part("Crops side by side", [], pictures)]))
             except UserError as error:  # the rest is worth its page
-                pictures, refused = [], error
-            sections += [Section("pictures", "Pictures", [Part("Crops side by side", [], pictures)])] * bool(pictures)
+                refused = error
     if sections:
         page = Path(config.output) / "index.html"
         write_page(page, "DRRN: runs beside the paper", sections, command)
@@ -66,7 +60,7 @@ def write_report(config: ReportConfig, records: list[dict[str, Any]], command: s
         raise refused
 
 
-def tables_part(config: ReportConfig, records: list[dict[str, Any]], measured: list[Measurement]) -> list[Part]:
+def tables_part(config: ReportConfig, records: list[dict[str, Any]], measured: list[Measurement]) -> Part:
     """Runs, Tables 2 and 3, other metrics and Table 4, as far as they were measured."""
     measured = [m for record in records for m in from_record(record)] + measured
     if not config.scores and len({departures(m.protocol) for m in measured}) > 1:
@@ -84,33 +78,33 @@ def tables_part(config: ReportConfig, records: list[dict[str, Any]], measured: l
         tables["table4"] = ablation_table(measured)
     for name, table in tables.items():
         write_table(table, Path(config.output) / name)
-    return [Part("What was measured", [], list(tables.values()))]
+    return Part("What was measured", [], list(tables.values()))
 
 
 def networks_section(study: str, config: ReportConfig, records: list[dict[str, Any]]) -> Section:
     """Fig. 2, Table 1 or the table of all networks: to files, and for the page."""
-    output, title = Path(config.output), NETWORKS[study]
+    title, stem = NETWORKS[study], Path(config.output) / study
     if study == "fig2":
         figure = fig2()
-        files = [path.name for path in save(figure, output / study)]
-        print(f"written: {output / study}.png, .pdf")
+        files = [path.name for path in save(figure, stem)]
+        print(f"written: {stem}.png, .pdf")
         said = "ResNet and VDSR with six convolutions of their own, DRCN and DRRN with some that are used again."
         block = Picture(title, f"{title}. {said}", svg(figure), svg(fig2(stacked=True)), files)
     else:
         block = tables_of(study, config.scores, records)
-        write_table(block, output / study)
+        write_table(block, stem)
     return Section(study, title, [Part("", blocks=[block])])
 
 
-def study_sections(config: ReportConfig, records: list[dict[str, Any]]) -> list[Section]:
+def study_sections(studies: list[str], config: ReportConfig, records: list[dict[str, Any]]) -> list[Section]:
     """Studies, drawn from the runs that belong to them, wherever they are.
 
     Raises:
         UserError: no run belongs to any, or runs do not compare.
     """
-    commands = {study: f"python src/train.py sweeps={STUDIES[study].sweep}" for study in config.study}
-    found = {study: run_groups(study, records) for study in config.study}
-    if not any(found.values()):
+    commands = {study: f"python src/train.py sweeps={STUDIES[study].sweep}" for study in studies}
+    found = {study: run_groups(study, records) for study in studies}
+    if studies and not any(found.values()):
         raise UserError(
             f"none of the {len(records)} runs below {', '.join(map(str, config.runs))} belongs to "
             f"{', '.join(found)}; to run it: {', '.join(commands.values())}"
@@ -124,40 +118,35 @@ def study_sections(config: ReportConfig, records: list[dict[str, Any]]) -> list[
 
 def study_part(config: ReportConfig, group: RunGroup, command: str) -> Part:
     """Figures, tables and pictures of one run group: to files, and for the page."""
-    part, output = Part(f"{group.short()} (run group {group.digest})", group.origin()), Path(config.output)
-    part.origin.append(group.summary())
+    output, origin = Path(config.output), [*group.origin(), group.summary()]
     if group.missing:
-        part.origin.append(
-            f"Not there yet: {', '.join(group.missing)}. {command} with this recipe runs what is missing."
-        )
-    points = points_table(group)
+        origin.append(f"Not there yet: {', '.join(group.missing)}. {command} with this recipe runs what is missing.")
+    points, components = points_table(group), []
     if group.study == "table4" and group.finished:
-        table = ablation_table([m for run in group.finished for m in from_record(run)])
-        table.notes[:1] = group.origin()  # which names the protocol too
-        write_table(table, output / group.stem)
-        part.blocks.append(table)
-    else:
-        write_table(points, output / group.stem)
+        components = [ablation_table([m for run in group.finished for m in from_record(run)])]
+        components[0].notes[:1] = group.origin()  # which names the protocol too
+    write_table(components[0] if components else points, output / group.stem)
     pictures = _figures(group, output)
-    part.blocks = [*pictures[:1], replace(points, notes=["Each number links to the run's record."]), *pictures[1:],
-                   *part.blocks]  # fmt: skip
+    points.notes = ["Each number links to the run's record."]
+    blocks: list[Picture | Table | str] = [*pictures[:1], points, *pictures[1:], *components]
     if not pictures:
-        part.blocks.append(f"Nothing to draw yet: no finished run was scored on the whole of {group.where()}.")
+        blocks.append(f"Nothing to draw yet: no finished run was scored on the whole of {group.where()}.")
     if (gains := differences_table(group)) is not None:
         write_table(gains, output / f"{group.stem}-differences")
-        part.blocks.append(gains)
+        blocks.append(gains)
     if group.finished and STUDIES[group.study].sweep:
-        part.blocks.append(runs_table(group.finished))
+        blocks.append(runs_table(group.finished))
     if group.tries:
         tries = ", ".join(f"{max(other.steps):,} steps (run group {other.digest})" for other in group.tries)
-        part.blocks.append(f"Tries of this recipe, too short to be drawn: {tries}.")
+        blocks.append(f"Tries of this recipe, too short to be drawn: {tries}.")
     if group.study != "runs":
-        try:  # the deepest networks; a picture holds no more than five
-            deepest = [run for run in group.finished if run["structure"]["depth"] == group.depth][:5]
-            part.blocks += comparison(config, deepest, f"{group.stem}-")
+        deepest = max((run["structure"]["depth"] for run in group.finished), default=0)
+        shown = [run for run in group.finished if run["structure"]["depth"] == deepest]
+        try:  # a picture holds no more than five
+            blocks += comparison(config, shown[:5], f"{group.stem}-")
         except UserError as error:
-            part.blocks.append(f"No pictures: {error}")
-    return part
+            blocks.append(f"No pictures: {error}")
+    return Part(f"{group.short()} (run group {group.digest})", origin, blocks)
 
 
 def _figures(group: RunGroup, output: Path) -> list[Picture]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections import defaultdict
 from itertools import pairwise
 
 import numpy as np
@@ -36,13 +34,13 @@ def interval(differences: NDArray[np.float64], level: float = 0.95) -> tuple[flo
 
 
 def image_psnr(point: Point, place: Place) -> dict[int, dict[str, float]]:
-    """Seed → image → PSNR of the finished runs that were scored on the whole of a set."""
+    """Seed → image, in the order of names → PSNR, of the finished runs that were scored on the whole of a set."""
     result = {}
     for run in point.finished():
         rows = {row["image"]: row["psnr"] for row in run.get("scores", ()) if (row["set"], row["scale"]) == place}
         whole = len(rows) == set_size(place[0], len(rows))
         if rows and whole and all(map(math.isfinite, rows.values())):
-            result[run["seed"]] = rows
+            result[run["seed"]] = dict(sorted(rows.items()))
     return result
 
 
@@ -50,14 +48,12 @@ def most_images(group: RunGroup) -> Place | None:
     """The set with the most images that every finished point was scored on, ×3 before other scales."""
     points = [point for point in group.points if point.finished()]
     scored = [{(r["set"], r["scale"]) for run in p.finished() for r in run.get("scores", ())} for p in points]
-    common = (
-        [place for place in set.intersection(*scored) if all(image_psnr(p, place) for p in points)] if points else []
-    )
+    common = set.intersection(*scored) if scored else set()
 
     def images(place: Place) -> tuple:
         return len(next(iter(image_psnr(points[0], place).values()))), place[1] == PLACE[1], place
 
-    return max(common, key=images, default=None)
+    return max((place for place in common if all(image_psnr(p, place) for p in points)), key=images, default=None)
 
 
 def pairs(group: RunGroup) -> list[tuple[Point, Point, str]]:
@@ -87,34 +83,24 @@ def differences_table(group: RunGroup) -> Table | None:
     paper, rows = printed(*PLACE), []
     for a, b, what in pairs(group) if place else ():
         first, second = image_psnr(a, place), image_psnr(b, place)
-        of_a, of_b = _by_image(first), _by_image(second)
-        if of_a.keys() != of_b.keys() or len(of_a) < 3:
+        images = {tuple(run) for run in (*first.values(), *second.values())}  # their names
+        if len(images) > 1 or len(min(images)) < 3:
             continue
-        gains = np.array([of_a[image] - of_b[image] for image in sorted(of_a)])
+        x, y = ({seed: np.array([*run.values()]) for seed, run in runs.items()} for runs in (first, second))
+        gains = np.mean([*x.values()], 0) - np.mean([*y.values()], 0)
         low, high = interval(gains)
-        seeds = [
-            statistics.fmean(first[s].values()) - statistics.fmean(second[s].values()) for s in first if s in second
-        ]
-        spread = f"±{statistics.stdev(seeds):.3f} ({len(seeds)})" if len(seeds) > 1 else MISSING
+        seeds = [(x[seed] - y[seed]).mean() for seed in x if seed in y]
+        spread = f"±{np.std(seeds, ddof=1):.3f} ({len(seeds)})" if len(seeds) > 1 else MISSING
         theirs = [float(paper[name]["psnr"]) for p in (a, b) if (name := in_paper(p.model)) in paper]
         claimed = signed(theirs[0] - theirs[1], 2) if len(theirs) == 2 else MISSING
         order = "first better" if low > 0 else "second better" if high < 0 else "not distinguished"
-        interval_ = f"{signed(low, 3)} to {signed(high, 3)}"
-        rows.append([f"{a.name} − {b.name}", what, signed(gains.mean(), 3), interval_, spread, claimed, order])
+        between = f"{signed(low, 3)} to {signed(high, 3)}"
+        rows.append([f"{a.name} − {b.name}", what, signed(gains.mean(), 3), between, spread, claimed, order])
     if not rows:
         return None
     columns = ["difference", "shows", "dB", "95 % over images", "over seeds", "paper", "order"]
     note = (
-        f"Paired bootstrap over the {len(of_a)} images of {place[0]} ×{place[1]}, {RESAMPLES:,} samples, means over "
+        f"Paired bootstrap over the {len(gains)} images of {place[0]} ×{place[1]}, {RESAMPLES:,} samples, means over "
         "seeds. Over seeds: the sample standard deviation of their differences, and how many. The paper's: Set5 ×3."
     )
     return Table("Differences of PSNR between networks", columns, rows, [note])
-
-
-def _by_image(runs: dict[int, dict[str, float]]) -> dict[str, float]:
-    """Image → mean over the seeds."""
-    values = defaultdict(list)
-    for rows in runs.values():
-        for image, psnr in rows.items():
-            values[image].append(psnr)
-    return {image: statistics.fmean(each) for image, each in values.items()}

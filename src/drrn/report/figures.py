@@ -1,8 +1,8 @@
 """Fig. 6, Fig. 8 and Table 4 drawn from a study's runs, the paper's points beside them; any grid; curves.
 
 Every figure says what it was drawn from (`RunGroup.origin`). Points of the paper that stand only in its
-pictures have no number and are not drawn as one. Each function draws panels side by side, or one below the other
-for a narrow screen.
+pictures have no number and are not drawn as one. Panels stand side by side, or one below the other for a narrow
+screen (`stacked`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from drrn.paper import paper_numbers
 from drrn.report.canvas import AT_THE_RIGHT, COLOURS, GREY, MARKERS, canvas, in_psnr, limits, name_points
@@ -27,12 +27,7 @@ from drrn.report.tables import SWITCHES, VARIANTS
 
 
 def draw(group: RunGroup, stacked: bool = False) -> Figure | None:
-    """A study's figure of one run group; None where no finished run has what it shows.
-
-    Args:
-        group: the runs (`drrn.report.studies.run_groups`).
-        stacked: panels one below the other, for a narrow screen.
-    """
+    """A study's figure of one run group; None where no finished run has what it shows."""
     if group.study != "curves" and not any(point.values() for point in group.points):
         return None
     figure = DRAWINGS[group.study](group, stacked)
@@ -42,13 +37,9 @@ def draw(group: RunGroup, stacked: bool = False) -> Figure | None:
     return figure
 
 
-def _title(group: RunGroup) -> str:
-    return f"{STUDIES[group.study].title} ({group.where()})"
-
-
 def _beside_the_paper(group: RunGroup, stacked: bool, height: float = 3.6) -> tuple[Figure, Axes, Axes]:
     """A figure with the paper's panel and ours."""
-    figure, (paper, ours) = canvas(_title(group), group, 2, stacked, height)
+    figure, (paper, ours) = canvas(f"{STUDIES[group.study].title} ({group.where()})", group, 2, stacked, height)
     paper.set_title("the paper: 128 features", size=9)
     ours.set_title(textwrap.fill(f"ours: {group.short()}", 34), size=9)
     return figure, paper, ours
@@ -67,60 +58,52 @@ def fig6(group: RunGroup, stacked: bool) -> Figure:
 
 
 def _plane(axis: Axes, points: list[tuple[int, int, float | None]], without: str) -> None:
-    axis.set_xlabel("B, recursive blocks")
-    axis.set_ylabel("U, residual units in a block")
     ranges = []
-    for name, shown in (("x", (1, 2, 3, 4, 8, 17)), ("y", (1, 2, 3, 4, 9, 25))):
-        values = {point["xy".index(name)] for point in points}
-        ticks = sorted(values if values - set(shown) else shown)
+    axis.set(xscale="log", yscale="log", xlabel="B, recursive blocks", ylabel="U, residual units in a block")
+    for scale, values, usual in (
+        (axis.xaxis, {b for b, _, _ in points}, (1, 2, 3, 4, 8, 17)),
+        (axis.yaxis, {u for _, u, _ in points}, (1, 2, 3, 4, 9, 25)),
+    ):
+        ticks = sorted(values if values - set(usual) else usual)
+        scale.set_ticks(ticks, list(map(str, ticks)))
+        scale.set_ticks([], minor=True)
         ranges.append((0.8 * ticks[0], 1.4 * ticks[-1]))
-        axis.set(**{f"{name}scale": "log", f"{name}lim": ranges[-1]})
-        scale = getattr(axis, f"{name}axis")
-        scale.set_major_locator(FixedLocator(ticks))
-        scale.set_minor_locator(NullLocator())
-        scale.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-    (_, right), (bottom, top) = ranges
-    B = np.geomspace(*ranges[0], 200)
+    (left, right), (bottom, top) = ranges
+    axis.set(xlim=(left, right), ylim=(bottom, top))
+    B = np.geomspace(left, right, 200)
     for depth in (10, 20, 30, 50):
         U = ((depth - 1) / B - 1) / 2  # Eq. 7
-        shown = np.greater(U, bottom)
-        axis.plot(B[shown], U[shown], color="#a0a0a0", linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        axis.plot(B[bottom < U], U[bottom < U], color="#a0a0a0", linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
         at = min(2.2 if depth == 10 else 5.6, 0.6 * right)  # where the paper has no point
         if bottom < (there := ((depth - 1) / at - 1) / 2) < top:
             axis.text(at, there, f"d = {depth}", size=6.8, color=GREY, ha="center", va="center", zorder=1.5,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
-    known = [point for point in points if point[2] is not None]
-    unknown = [point for point in points if point[2] is None]
-    if unknown:
+    if unknown := [(b, u) for b, u, psnr in points if psnr is None]:
         axis.scatter(
-            *zip(*[point[:2] for point in unknown], strict=True), s=42, facecolors="white", edgecolors=GREY,
-            linewidths=0.9, linestyles=(0, (2, 1.5)), zorder=2, label=without,
+            *zip(*unknown, strict=True), s=42, facecolors="white", edgecolors=GREY, linewidths=0.9,
+            linestyles=(0, (2, 1.5)), zorder=2, label=without,
         )  # fmt: skip
         axis.legend(loc="upper right", fontsize=7, frameon=False, handletextpad=0.2)
-    if known:
+    if known := [point for point in points if point[2] is not None]:
         _coloured(axis, known)
 
 
 def _coloured(axis: Axes, points: list[tuple[int, int, float]]) -> None:
     """Points of the plane by their PSNR, its bar, and the number beside each."""
-    psnr = [point[2] for point in points]
+    B, U, psnr = zip(*points, strict=True)
     room = max(0.005, (0.1 - (max(psnr) - min(psnr))) / 2)  # a bar of less than 0.1 dB shows noise as if it were much
-    drawn = axis.scatter(
-        *zip(*[point[:2] for point in points], strict=True), c=psnr, s=58, cmap="viridis", zorder=3,
-        vmin=min(psnr) - room, vmax=max(psnr) + room, edgecolors="#222222", linewidths=0.7,
-    )  # fmt: skip
+    drawn = axis.scatter(B, U, c=psnr, s=58, cmap="viridis", zorder=3, vmin=min(psnr) - room, vmax=max(psnr) + room,
+                         edgecolors="#222222", linewidths=0.7)  # fmt: skip
     bar = axis.get_figure().colorbar(drawn, ax=axis, pad=0.02, aspect=28)
     in_psnr(bar.ax)
     bar.ax.yaxis.label.set_size(7.5)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_linewidth(0.5)
-    left, right, above, below = (
-        ((-6, 0), "right", "center"), ((6, 0), "left", "center"), ((0, 6), "center", "bottom"),
-        ((0, -6), "center", "top"),
-    )  # fmt: skip
+    left, right, above, below = (-6, 0), (6, 0), (0, 6), (0, -6)
     for b, u, value in points:  # the dense rows and columns of B = 3 and U = 3 leave these places free
-        offset, ha, va = {2: below, 3: below if u == 3 else left, 4: right}.get(b, above)
-        axis.annotate(f"{value:.2f}", (b, u), xytext=offset, textcoords="offset points", ha=ha, va=va, size=7,
+        x, y = {2: below, 3: below if u == 3 else left, 4: right}.get(b, above)
+        ha, va = {-6: "right", 0: "center", 6: "left"}[x], {-6: "top", 0: "center", 6: "bottom"}[y]
+        axis.annotate(f"{value:.2f}", (b, u), xytext=(x, y), textcoords="offset points", ha=ha, va=va, size=7,
                       zorder=2.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3})  # fmt: skip
 
 
@@ -130,20 +113,18 @@ def _coloured(axis: Axes, points: list[tuple[int, int, float]]) -> None:
 def fig8(group: RunGroup, stacked: bool) -> Figure:
     """PSNR by depth, a line a variant through the means over seeds, each seed a small point."""
     figure, paper, ours = _beside_the_paper(group, stacked)
-    printed = {(row["method"], int(row["depth"])): float(row["psnr"]) for row in paper_numbers("fig8") if row["psnr"]}
+    printed = [row for row in paper_numbers("fig8") if row["psnr"]]
     for index, name in enumerate(VARIANTS):
         offset = 0.32 * (index - 2)  # so that equal values do not hide each other
         style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 6.5, "label": name}
-        line = sorted((depth + offset, psnr) for (other, depth), psnr in printed.items() if other == name)
+        line = sorted((int(row["depth"]) + offset, float(row["psnr"])) for row in printed if row["method"] == name)
         if line:
             paper.plot(*zip(*line, strict=True), linewidth=1, linestyle=":", **style)
         _by_depth(ours, [point for point in group.points if point.variant == name], offset, style)
     for axis in (paper, ours):
         axis.set_xticks([16, 22, 28], ["16\nB3U2", "22\nB3U3", "28\nB3U4"])
-        axis.set_xlim(14.2, 29.8)
-        axis.set_xlabel("depth d")
+        axis.set(xlim=(14.2, 29.8), xlabel="depth d", ymargin=0.15)
         in_psnr(axis)
-        axis.margins(y=0.15)
     paper.legend(fontsize=7.5, frameon=False, loc="upper left")  # it prints every variant at d = 28, at the right
     return figure
 
@@ -164,27 +145,24 @@ def table4(group: RunGroup, stacked: bool) -> Figure:
     """The five variants at B3U4 from the plainest to DRRN, paper and ours each on its own scale."""
     figure, paper, ours = _beside_the_paper(group, stacked, height=2.7)
     rows = {row["method"]: row for row in paper_numbers("table4")}
-    mark = {"true": "✓", "false": "–"}
-    labels = [f"{name}\n" + " ".join(mark[rows[name][key]] for key in SWITCHES) for name in VARIANTS]
-    points = {point.variant: point for point in group.points}
+    labels = [f"{name}\n" + " ".join("✓" if rows[name][key] == "true" else "–" for key in SWITCHES)
+              for name in VARIANTS]  # fmt: skip
+    measured = {point.variant: list(point.values().values()) for point in group.points}
     for place, name in enumerate(VARIANTS):
-        style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 7, "linestyle": "none"}
-        values = [(paper, float(rows[name]["psnr"]))]
-        seeds = list(points[name].values().values()) if name in points else []
+        seeds = measured.get(name)
         if seeds:
-            values.append((ours, statistics.fmean(seeds)))
             ours.scatter(seeds, [place] * len(seeds), s=10, color=COLOURS[name], alpha=0.75, linewidths=0)
         else:
             ours.text(0.5, place, "not measured", transform=ours.get_yaxis_transform(), size=7.5, color=GREY,
                       ha="center", va="center")  # fmt: skip
-        for axis, value in values:
-            axis.plot([value], [place], **style)
-            axis.annotate(f"{value:.2f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center",
+        means = [(paper, float(rows[name]["psnr"])), *([(ours, statistics.fmean(seeds))] if seeds else [])]
+        for axis, mean in means:
+            axis.plot([mean], [place], color=COLOURS[name], marker=MARKERS[name], markersize=7, linestyle="none")
+            axis.annotate(f"{mean:.2f}", (mean, place), xytext=(0, 7), textcoords="offset points", ha="center",
                           size=7.5)  # fmt: skip
     for axis in (paper, ours):
         axis.set_yticks(range(len(VARIANTS)), labels if stacked or axis is paper else [""] * len(VARIANTS), size=7.5)
-        axis.set_ylim(len(VARIANTS) - 0.5, -0.7)
-        axis.margins(x=0.15)
+        axis.set(ylim=(len(VARIANTS) - 0.5, -0.7), xmargin=0.15)
         in_psnr(axis, "x")
     paper.text(0, 1.02, "local residual · recursive · multi-path", transform=paper.transAxes, ha="right", size=6.5,
                color=GREY)  # fmt: skip
@@ -200,12 +178,10 @@ def own(group: RunGroup, stacked: bool) -> Figure:
     for point in group.points:
         if point.values():
             families[point.family].append(point)
-    planes = {
-        name: points
-        for name, points in families.items()
-        if all(len({point.model.get(key) for point in points}) > 1 for key in "BU")
-    }
-    figure, (first, *rest) = canvas(_title(group), group, 1 + len(planes), stacked)
+    planes = {name: points for name, points in families.items()
+              if all(len({point.model.get(key) for point in points}) > 1 for key in "BU")}  # fmt: skip
+    title = f"{STUDIES[group.study].title} ({group.where()})"
+    figure, (first, *rest) = canvas(title, group, 1 + len(planes), stacked)
     colours = mpl.colormaps["tab10"].colors
     for index, (name, points) in enumerate(sorted(families.items())):
         style = {"color": COLOURS.get(name, colours[index % 10]), "marker": MARKERS.get(name, "o"), "markersize": 6}
@@ -214,11 +190,10 @@ def own(group: RunGroup, stacked: bool) -> Figure:
             lines[point.model.get("B") if point.model.get("U") else None].append(point)
         for number, line in enumerate(lines.values()):
             _by_depth(first, line, 0, {**style, "label": None if number else name})
-    first.set_xlabel("depth d")
+    values = [psnr for point in group.points for psnr in point.values().values()]
+    first.set(xlabel="depth d", xmargin=0.12, ylim=limits(values))
     first.xaxis.set_major_locator(MaxNLocator(integer=True))
-    first.margins(x=0.12, y=0.15)
     in_psnr(first)
-    first.set_ylim(*limits([psnr for p in group.points for psnr in p.values().values()]))
     first.legend(fontsize=7, frameon=False)
     for axis, (name, points) in zip(rest, planes.items(), strict=True):
         _plane(axis, [(p.model["B"], p.model["U"], p.mean()) for p in points], "not measured")
@@ -245,7 +220,7 @@ def curves(group: RunGroup, stacked: bool) -> Figure | None:
     if not lines:
         return None
     shown = list(dict.fromkeys(point.variant for point, *_ in lines))
-    shown.sort(key=lambda name: VARIANTS.index(name) if name in VARIANTS else len(VARIANTS))
+    shown.sort(key=[*VARIANTS, *shown].index)
     title = f"Learning curves ({group.where()}), ours: {group.short()}"
     figure, axes = canvas(title, group, len(shown), stacked, height=3.4)
     depths = [point.depth for point, *_ in lines]
@@ -263,10 +238,9 @@ def curves(group: RunGroup, stacked: bool) -> Figure | None:
                 axis.plot(patches, psnr, color=colour, linewidth=1.2, marker=".", markersize=4, alpha=0.9)
                 ends.setdefault(point.name, (patches[-1], [], point))[1].append(psnr[-1])
         if bicubic:
-            axis.axhline(min(bicubic), color=GREY, linewidth=0.8, linestyle=(0, (4, 2)))
-            axis.annotate(
-                "bicubic", (0, min(bicubic)), xytext=(2, 2), textcoords="offset points", size=6.5, color=GREY
-            )
+            level = min(bicubic)
+            axis.axhline(level, color=GREY, linewidth=0.8, linestyle=(0, (4, 2)))
+            axis.annotate("bicubic", (0, level), xytext=(2, 2), textcoords="offset points", size=6.5, color=GREY)
         axis.set(xlim=(0, longest * 1.18), ylim=(lowest, highest), xlabel="patches seen")
         axis.set_title(name, size=9)
         in_psnr(axis)

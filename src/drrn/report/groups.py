@@ -54,15 +54,14 @@ class Point:
 
     name: str  # the paper's: DRRN_B3U4, DRRN_NS_B3U2_16f
     model: dict[str, Any]  # `structure`
-    planned: bool  # a point of the study's own, not one that another study adds
     depth: int
     weights: int  # k, convolution weights
+    place: Place  # where its numbers are measured
+    planned: bool = False  # a point of the study's own, not one that another study adds
     runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # seed → record; the finished one of two
-    place: Place = PLACE  # where its numbers are measured
 
     @property
     def variant(self) -> str:
-        """Its family."""
         return variant(self.model)
 
     @property
@@ -118,11 +117,8 @@ class Point:
 
     def status(self, seed: int) -> str:
         """What became of a run: its record's word, or "missing"; "not scored" without the whole of the set."""
-        if seed not in self.runs:
-            return "missing"
-        if self.runs[seed]["status"] == "finished" and seed not in self.values():
-            return "not scored"
-        return self.runs[seed]["status"]
+        status = self.runs[seed]["status"] if seed in self.runs else "missing"
+        return "not scored" if status == "finished" and seed not in self.values() else status
 
 
 @dataclass
@@ -142,12 +138,10 @@ class RunGroup:
 
     @property
     def seeds(self) -> list[int]:
-        """Of all its runs."""
         return sorted({seed for point in self.points for seed in point.runs})
 
     @property
     def runs(self) -> list[dict[str, Any]]:
-        """All records."""
         return [run for point in self.points for run in point.runs.values()]
 
     @property
@@ -156,15 +150,10 @@ class RunGroup:
         return [run for point in self.points for run in point.finished()]
 
     @property
-    def depth(self) -> int:
-        """Of its deepest finished network."""
-        return max((run["structure"]["depth"] for run in self.finished), default=0)
-
-    @property
     def steps(self) -> list[int]:
         """How many steps its finished runs took, each number once; what was planned if none has finished."""
-        planned = [run["config"]["trainer"]["max_steps"] for run in self.runs]
-        return sorted({run["budget"]["steps"] for run in self.finished}) or sorted(set(planned))
+        planned = {run["config"]["trainer"]["max_steps"] for run in self.runs}
+        return sorted({run["budget"]["steps"] for run in self.finished} or planned)
 
     @property
     def missing(self) -> list[str]:
@@ -191,12 +180,12 @@ class RunGroup:
 
     def short(self) -> str:
         """The recipe in a few words: what a panel's title says."""
-        return ", ".join(filter(None, [self.widths(), f"{self.share()} of the paper's patches"]))
+        return ", ".join([*self.widths(), f"{self.share()} of the paper's patches"])
 
-    def widths(self) -> str:
-        """ "16 features", or "16 and 64 features"; "" where no network of it has a width."""
+    def widths(self) -> list[str]:
+        """["16 features"], or ["16 and 64 features"]; [] where no network of it has a width."""
         widths = {point.model.get("features") for point in self.points if point.runs} - {None}
-        return f"{listed(sorted(widths))} features" if widths else ""
+        return [f"{listed(sorted(widths))} features"] if widths else []
 
     def share(self) -> str:
         """Patches seen as a share of the paper's: "0.04 %"."""
@@ -216,11 +205,11 @@ class RunGroup:
         counts = [len(point.values()) for point in self.points if point.values()] or [0]
         uneven = f" ({min(counts)} to {max(counts)} a point)" if min(counts) < max(counts) else ""
         commits = {str((run.get("git") or {}).get("commit", "unknown"))[:7]: run.get("git") or {} for run in runs}
-        networks = ", ".join(filter(None, [self.widths(), f"norm {listed(norms)}" if norms else ""]))
+        steps = f"{listed([f'{steps:,}' for steps in self.steps])} steps × {data['batch_size']} patches"
+        length = [*self.widths(), *([f"norm {listed(norms)}"] if norms else []), steps]
         seed = "Seed" if len(seeds) == 1 else "Seeds" if self.study == "curves" else "Means over seeds"
         return [
-            f"Ours: {networks + ', ' if networks else ''}{listed([f'{steps:,}' for steps in self.steps])} steps × "
-            f"{data['batch_size']} patches, {self.share()} of the paper's {PAPER_PATCHES // 128:,} × 128.",
+            f"Ours: {', '.join(length)}, {self.share()} of the paper's {PAPER_PATCHES // 128:,} × 128.",
             f"{recipe(config)}; {data['name']}, {listed([f'×{scale}' for scale in data['scales']])}.",
             f"{seed} {listed(seeds)}{uneven}; {describe(runs[0]['protocol'])}; commit "
             + listed([commit + " with changes" * bool(git.get("changed")) for commit, git in sorted(commits.items())])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -19,8 +17,11 @@ from omegaconf import OmegaConf
 from drrn.disk import write_whole
 from drrn.home import CONF, DATA, HOME
 from drrn.images import sha256
+from drrn.layers import conv_weights
 from drrn.metrics import METRICS
+from drrn.networks import NETWORKS, on_paper
 from drrn.paper import network_of, paper_numbers
+from drrn.patches import Recipe
 from drrn.protocol import PAPER, describe
 from drrn.report.measurements import MISSING, Measurement, from_record, from_scores, set_size, signed
 from drrn.report.page import Part, Section, write_page
@@ -74,40 +75,27 @@ class Entry(NamedTuple):
 
 
 def write_ledger(scores: list[Path], records: list[dict[str, Any]], output: Path, command: str) -> None:
-    """Write ledger.csv, ledger.md and ledger.html.
-
-    Args:
-        scores: files of src/evaluate.py beside those of data/ledger.
-        records: finished runs beside the shipped weights'.
-        output: the folder.
-        command: what the page says that it was made by.
-    """
+    """Write ledger.csv, ledger.md and ledger.html to a folder, of `everything`, made by a command."""
     entries = list(ledger(everything(scores, records)))
-    tables, lines = _tables(entries)
-    flat = io.StringIO()
-    writer = csv.writer(flat, lineterminator="\n")
-    writer.writerow([*Entry._fields[:-2], *Source._fields, "note"])
-    writer.writerows([*entry[:-2], *entry.source, entry.note] for entry in entries)
-    text = "\n".join(["# The ledger", "", *(f"{line}\n" for line in lines), f"Made by `{command}`.\n"])
+    columns = [*Entry._fields[:-2], *Source._fields, "note"]
+    flat = Table("The ledger", columns, [[*entry[:-2], *entry.source, entry.note] for entry in entries])
+    tables = _tables(entries)
+    text = "\n".join(["# The ledger", "", *(f"{line}\n" for line in ABOUT), f"Made by `{command}`.\n"])
     text += "\n" + "\n".join(table.markdown() for table in tables)
-    for name, content in (("ledger.csv", flat.getvalue()), ("ledger.md", text)):
+    for name, content in (("ledger.csv", flat.csv()), ("ledger.md", text)):
         write_whole(output / name, lambda partial, content=content: partial.write_text(content, encoding="utf-8"))
-    write_page(
-        output / "ledger.html", "The ledger", [Section("ledger", lines[0], [Part("", lines[1:], tables)])], command
-    )
+    sections = [Section("ledger", ABOUT[0], [Part("", ABOUT[1:], tables)])]
+    write_page(output / "ledger.html", "The ledger", sections, command)
     print(f"written: {output / 'ledger'}.csv, .md, .html")
 
 
 def everything(scores: list[Path], records: list[dict[str, Any]]) -> Found:
-    """`measured` of these, of the scores that come with the package, and of what lies beside the shipped weights.
-
-    That is a run record or a file of scores.
-    """
+    """`measured` of these, of data/ledger, and of the records and files of scores beside the shipped weights."""
     beside = [path.with_suffix(".json") for path in shipped().values()]
     contents = {path: json.loads(path.read_bytes()) for path in beside if path.is_file()}
     runs = [str(path) for path, content in contents.items() if "config" in content]
     files = [path for path, content in contents.items() if "methods" in content]
-    return measured([*sorted(SCORES.glob("*.json")), *files, *scores], [*(read_runs(runs) if runs else []), *records])
+    return measured([*sorted(SCORES.glob("*.json")), *files, *scores], read_runs(runs) + records if runs else records)
 
 
 # ---------------------------------------------------------------- what was measured here
@@ -119,18 +107,21 @@ def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
     """Means over whole sets: of bicubic and published weights first, then of the longest trainings."""
     trained: dict[tuple, list[Measurement]] = defaultdict(list)
     first: Found = {}
-    finished = [record for record in records if record["status"] == "finished"]
-    for m in [m for record in finished for m in from_record(record)] + [
-        m for path in files for m in from_scores(path)
-    ]:
-        if not _by_the_paper(m):
+    of_runs = [m for record in records if record["status"] == "finished" for m in from_record(record)]
+    of_files = [m for path in files for m in from_scores(path)]
+    for m in of_runs + of_files:
+        whole = m.images == set_size(m.set_name, m.images)
+        if describe(m.protocol) != describe(asdict(PAPER)) or not whole:
             continue
+        place = (m.set_name, m.scale)
         published = next((its for name, its in PUBLISHED.items() if re.fullmatch(name, m.method)), None)
         if m.steps is not None and (method := _of_paper(m.method)):
-            trained[method, m.set_name, m.scale].append(m)
-        elif Path(m.source) in files and (m.method == "Bicubic" or (published and m.steps is None)):
-            place = (published.method if published else "Bicubic", m.set_name, m.scale)
-            first[place] = m.values, _evaluated(m, published), published.note if published else ""
+            trained[method, *place].append(m)
+        elif m.method == "Bicubic" and Path(m.source) in files:
+            source = Source(REMEASURED, _scoring(m, "method=bicubic", scales=False), "", sha256(Path(m.source)))
+            first["Bicubic", *place] = m.values, source, ""
+        elif published and m.steps is None and Path(m.source) in files:
+            first[published.method, *place] = m.values, _published(m, published), published.note
     return {place: _trained(those) for place, those in trained.items()} | first
 
 
@@ -178,11 +169,6 @@ def _scoring(m: Measurement, method: str, scales: bool) -> str:
     return command + f" 'scales=[{','.join(map(str, measured))}]'" * scales
 
 
-def _by_the_paper(m: Measurement) -> bool:
-    """Whether it was measured as the paper measures, on the whole of a set."""
-    return describe(m.protocol) == describe(asdict(PAPER)) and m.images == set_size(m.set_name, m.images)
-
-
 def _of_paper(name: str) -> str | None:
     """The paper's name of a trained network of its size; None for another width."""
     name = re.sub(r"_(noBN|nobias|rectified|noinputReLU)", "", name)
@@ -191,14 +177,11 @@ def _of_paper(name: str) -> str | None:
     return name if re.fullmatch(whole, name) else None
 
 
-def _evaluated(m: Measurement, published: Published | None) -> Source:
-    """How a file of scores is made again."""
-    record = sha256(Path(m.source))
-    if published is None:
-        return Source(REMEASURED, _scoring(m, "method=bicubic", scales=False), "", record)
+def _published(m: Measurement, published: Published) -> Source:
+    """How published weights are converted and scored again."""
     convert = f"python src/convert.py input={published.file.format(m.scale)} output=weights.safetensors"
     score = _scoring(m, "checkpoint=weights.safetensors", scales="{}" in published.file)
-    return Source(REMEASURED, f"{convert} && {score}", m.weights or "", record)
+    return Source(REMEASURED, f"{convert} && {score}", m.weights or "", sha256(Path(m.source)))
 
 
 # ---------------------------------------------------------------- the paper's numbers, one by one
@@ -211,17 +194,12 @@ def ledger(found: Found) -> Iterator[Entry]:
             for metric in metrics:
                 what = f"{row['dataset']} ×{row['scale']}, {row['method']}, {metric.upper()}"
                 yield _scored(f"Table {name[-1]}", what, row[metric], row, metric, found)
-    for name, place in (
-        ("table4", "Table 4"),
-        ("fig1", "Fig. 1"),
-        ("fig6", "Fig. 6"),
-        ("fig8", "Fig. 8"),
-        ("fig9", "Fig. 9"),
-    ):
+    for name in ("table4", "fig1", "fig6", "fig8", "fig9"):
+        place = f"{'Table' if name == 'table4' else 'Fig.'} {name[-1]}"
         for row in paper_numbers(name):
             network = network_of(row)
-            what = f"{row['dataset']} ×{row['scale']}, {network}"
-            yield _scored(place, f"{what}, PSNR", row["psnr"], row | {"method": network}, "psnr", found)
+            what = f"{row['dataset']} ×{row['scale']}, {network}, PSNR"
+            yield _scored(place, what, row["psnr"], row | {"method": network}, "psnr", found)
             yield from _counted_of(place, network, row)
     for row in paper_numbers("text"):
         yield _of_text(row, found)
@@ -263,9 +241,6 @@ def _count(place: str, what: str, printed: str, ours: Any, note: str = "") -> En
 @cache
 def built_here(network: str) -> tuple[int, int, int] | None:
     """Layers, weights and receptive field's side of a network of the paper; None if it is no member here."""
-    from drrn.layers import conv_weights
-    from drrn.networks import NETWORKS, on_paper
-
     drrn, vdsr = re.fullmatch(r"DRRN(_NS)?(_C)?_B(\d+)U(\d+)", network), re.fullmatch(r"VDSR_d(\d+)", network)
     name = "drrn" if drrn else "vdsr_wide" if vdsr else network.lower()
     if not (drrn or vdsr or name in NETWORKS or name == "vdsr"):
@@ -283,72 +258,68 @@ def _of_text(row: dict[str, str], found: Found) -> Entry:
     """A number of the text: a margin between two methods, or what is counted or set here."""
     kind, *names = row["key"].split(" ")
     entry = Entry("Text", f"{row['where']}: {row['what']}", row["value"], note=row["note"])
-    ours: Any = None
     if kind == "margin":
-        place = (names[0], int(names[1]))
-        both = [found.get((method, *place)) for method in names[2:]]
+        both = [found.get((method, names[0], int(names[1]))) for method in names[2:]]
         if not all(both):
             return entry
         gain = both[0][0]["psnr"] - both[1][0]["psnr"]
         difference = signed(round(gain, 2) - float(row["value"]), 2)
         return entry._replace(ours=f"{gain:.2f}", difference=difference, source=_joined([its[1] for its in both]))
-    if kind in ("depth", "field"):
-        built = built_here(names[0])
-        ours = built and built[0 if kind == "depth" else 2]
-    elif kind == "images":
-        ours = sum(registered_sets()[name] for name in names)
-    elif kind == "recursions":
-        ours = preset("drcn")["T"]
-    elif kind == "augmented":
-        from drrn.patches import Recipe
-
-        ours = Recipe(()).orientations - 1
-    elif kind == "setting":
-        group, _, key = names[0].partition(".")
-        ours = OmegaConf.load(Path(CONF) / group / f"{SETTINGS[group]}.yaml")[key]
-    if ours is None:
+    if kind not in COUNTS:
         return entry._replace(paper=f"{row['value']} {row['unit']}")
-    return _count("Text", entry.what, row["value"], f"{ours:g}", row["note"])
+    return _count("Text", entry.what, row["value"], f"{COUNTS[kind](*names):g}", row["note"])
 
 
-SETTINGS = {"data": "train291", "model": "drrn", "optim": "paper"}  # the files of conf/ with the paper's settings
+def _setting(key: str) -> float:
+    """What the files of conf/ with the paper's settings say."""
+    group, _, name = key.partition(".")
+    files = {"data": "train291", "model": "drrn", "optim": "paper"}
+    return OmegaConf.load(Path(CONF) / group / f"{files[group]}.yaml")[name]
+
+
+COUNTS: dict[str, Callable[..., float]] = {  # kinds of the text's numbers that are counted here
+    "depth": lambda network: built_here(network)[0],
+    "field": lambda network: built_here(network)[2],
+    "images": lambda *sets: sum(registered_sets()[name] for name in sets),
+    "recursions": lambda network: preset(network.lower())["T"],
+    "augmented": lambda: Recipe(()).orientations - 1,
+    "setting": _setting,
+}
 
 
 # ---------------------------------------------------------------- the page
 
 
-def _digests(several: str) -> str:
-    return " ".join(digest[:12] for digest in several.split())
+ABOUT = [
+    "Every number that the paper prints, and ours.",
+    "quoted: as the paper prints it, nothing of ours beside it. re-measured: bicubic and published weights, with "
+    "this package's protocol. trained here: by this package. counted: of its networks, sets and settings.",
+    "Urban100: four of its images were at hand, so it is quoted. Set14's image files differ a little from those "
+    "that the paper's columns were made of: differences there carry about ±0.03 dB.",
+]
 
 
-def _tables(entries: list[Entry]) -> tuple[list[Table], list[str]]:
-    """A table a place with the numbers of its sources, and the sources; lines that sum it up."""
+def _tables(entries: list[Entry]) -> list[Table]:
+    """How many numbers have which state; a table a place, with the numbers of its sources; the sources."""
     sources = list(dict.fromkeys(entry.source for entry in entries if entry.source.command))
     number = {source: str(index) for index, source in enumerate(sources, 1)}
-    places = list(dict.fromkeys(entry.place for entry in entries))
-    tables = []
-    for place in places:
-        rows = [
-            [e.what, e.paper, e.ours, e.difference, e.source.state, number.get(e.source, ""), e.note]
-            for e in entries
-            if e.place == place
-        ]
-        tables.append(Table(place, ["number", "paper", "ours", "difference", "state", "source", "note"], rows))
-    rows = [[number[s], s.state, f"`{s.command}`", *map(_digests, (s.weights, s.record))] for s in sources]
-    columns = ["source", "state", "command", "weights", "record"]
-    notes = ["The first 12 of the 64 digits of SHA-256: of the weights, and of the run record or the file of scores."]
-    tables.append(Table("Sources", columns, rows, notes))
+    places: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        places[entry.place].append(entry)
+    counts = []
+    for place, those in [*places.items(), ("all", entries)]:
+        printed = [e for e in those if e.paper != MISSING]
+        states = Counter(e.source.state for e in printed)
+        same = sum(e.difference != MISSING and not float(e.difference.replace("−", "-")) for e in printed)
+        counts.append([place, *map(str, [len(printed), *(states[state] for state in STATES), same])])
+    tables = [Table("Numbers by their state", ["where", "numbers", *STATES, "same in all digits"], counts)]
+    columns = ["number", "paper", "ours", "difference", "state", "source", "note"]
+    for place, those in places.items():
+        rows = [[*e[1:5], e.source.state, number.get(e.source, ""), e.note] for e in those]
+        tables.append(Table(place, columns, rows))
     rows = []
-    for place in [*places, "all"]:
-        chosen = [e for e in entries if e.paper != MISSING and place in (e.place, "all")]
-        states = Counter(e.source.state for e in chosen)
-        same = sum(e.difference != MISSING and not float(e.difference.replace("−", "-")) for e in chosen)
-        rows.append([place, *map(str, [len(chosen), *(states[state] for state in STATES), same])])
-    tables.insert(0, Table("Numbers by their state", ["where", "numbers", *STATES, "same in all digits"], rows))
-    return tables, [
-        "Every number that the paper prints, and ours.",
-        "quoted: as the paper prints it, nothing of ours beside it. re-measured: bicubic and published weights, with "
-        "this package's protocol. trained here: by this package. counted: of its networks, sets and settings.",
-        "Urban100: four of its images were at hand, so it is quoted. Set14's image files differ a little from those "
-        "that the paper's columns were made of: differences there carry about ±0.03 dB.",
-    ]
+    for source in sources:
+        digests = (" ".join(its[:12] for its in several.split()) for several in (source.weights, source.record))
+        rows.append([number[source], source.state, f"`{source.command}`", *digests])
+    notes = ["The first 12 of the 64 digits of SHA-256: of the weights, and of the run record or the file of scores."]
+    return [*tables, Table("Sources", ["source", "state", "command", "weights", "record"], rows, notes)]

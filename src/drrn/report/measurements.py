@@ -10,7 +10,7 @@ from typing import Any
 
 from drrn.errors import UserError
 from drrn.metrics import METRICS
-from drrn.protocol import means
+from drrn.protocol import describe, means
 from drrn.report.records import read_scores
 from drrn.sets import registered_sets
 
@@ -36,14 +36,14 @@ class Measurement:
 
 def from_record(record: dict[str, Any]) -> list[Measurement]:
     """Measurements of one finished run, bicubic's included."""
+    name, experiment = record["structure"]["name"], record.get("experiment", record["path"])
+    common = (record["protocol"], record["path"])
     result = []
     for row in record.get("means", ()):
         place = (row["set"], row["scale"], row["images"])
-        steps = record["budget"]["steps"]
         ours = {k: row[k] for k in METRICS if k in row}
         bicubic = {k: row[f"bicubic_{k}"] for k in METRICS if f"bicubic_{k}" in row}
-        common = (record["protocol"], record["path"])
-        name, experiment = record["structure"]["name"], record.get("experiment", record["path"])
+        steps = record["budget"]["steps"]
         result.append(Measurement(name, record["seed"], steps, *place, ours, *common, experiment=experiment))
         result.append(Measurement("Bicubic", None, None, *place, bicubic, *common))
     return result
@@ -77,13 +77,9 @@ def one_protocol(measurements: list[Measurement]) -> dict[str, Any]:
     first = measurements[0]
     for other in measurements[1:]:
         if other.protocol != first.protocol:
-            ours, theirs = (
-                ", ".join(f"{k} = {m.protocol[k]}" for k in m.protocol if m.protocol[k] != n.protocol.get(k))
-                for m, n in ((first, other), (other, first))
-            )
             raise UserError(
-                f"{first.source} was measured with {ours or 'the protocol'} and {other.source} with "
-                f"{theirs or 'the protocol'}: their numbers do not compare. Report each in a command of its own."
+                f"{first.source} was measured by {describe(first.protocol)}, {other.source} by "
+                f"{describe(other.protocol)}: their numbers do not compare. Report each in a command of its own."
             )
     return first.protocol
 
@@ -109,13 +105,6 @@ def by_method(measurements: list[Measurement]) -> dict[tuple[str, str], dict[tup
 def set_size(set_name: str, counted: int) -> int:
     """How many images a set has: as the registry lists them, or as many as were counted of a folder."""
     return registered_sets().get(set_name, counted)
-
-
-def part_of_set(cell: list[Measurement], set_name: str) -> str:
-    """What to say of means over a part of a set, which do not compare with means over the whole; else ""."""
-    counted = sorted({m.images for m in cell})
-    whole = set_size(set_name, counted[-1])
-    return "" if counted == [whole] else f" ({', '.join(map(str, counted))} of {whole} images)"
 
 
 def over_seeds(values: list[float], metric: str) -> str:

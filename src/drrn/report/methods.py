@@ -12,17 +12,13 @@ from matplotlib.lines import Line2D
 
 from drrn.paper import paper_numbers
 from drrn.report.canvas import COLOURS, GREY, canvas, in_psnr, limits, name_points
-from drrn.report.groups import PLACE, Point, RunGroup
+from drrn.report.groups import PLACE, Place, Point, RunGroup
 from drrn.report.studies import STUDIES
 
 OURS = "#0072B2"
 BELOW = 7.0  # dB below the paper's lowest: a point of ours that is lower is named, not drawn
 OTHERS = {"shallow": "#7b5ea7", "deep": "#009E73"}  # Fig. 9's groups; the very deep ones are grey
-
-
-def count(printed: str) -> int:
-    """297K → 297,000."""
-    return round(float(printed.removesuffix("K")) * 1000)
+Named = list[tuple[float, float, str, str]]  # what `name_points` names
 
 
 def depth_marker(depth: float) -> str:
@@ -34,23 +30,24 @@ def fig1(group: RunGroup, stacked: bool) -> Figure:
     """PSNR against weights (log) and against depth: the paper's methods and ours on the same axes."""
     shapes = [("^", "fewer than 5 layers"), ("*", "8 to 29 layers"), ("o", "30 layers and more")]
     others = [("s", GREY, "other methods, as the paper cites them"), *((m, "#444444", text) for m, text in shapes)]
-    figure, axes = canvas(f"{STUDIES['fig1'].title} ({group.where()})", group, 2, stacked, 4.0, whose(group, others))
+    title = f"{STUDIES['fig1'].title} ({group.where()})"
+    figure, (by_weights, by_depth) = canvas(title, group, 2, stacked, 4.0, whose(group, others))
     rows = paper_numbers("fig1")
-    unit = next(count(row["weights_printed"]) for row in rows if row["weights_printed"])
+    thousands = next(row["weights_printed"] for row in rows if row["weights_printed"]).removesuffix("K")
 
-    def weights(row: dict[str, str]) -> int | None:
-        printed, times = row["weights_printed"], row["times_drrn_weights"]
-        return count(printed) if printed else unit * int(times) if times else None
+    def weights(row: dict[str, str]) -> float | None:
+        times = row["times_drrn_weights"]  # of other networks the paper prints this alone
+        return 1000 * float(thousands) * int(times) if times else None
 
     named = {
-        axes[0]: _methods(axes[0], rows, weights, group, lambda point: point.weights, PLACE),
-        axes[1]: _methods(axes[1], rows, _depth, group, lambda point: point.depth, PLACE),
+        by_weights: _methods(by_weights, rows, weights, group, lambda point: point.weights, PLACE),
+        by_depth: _methods(by_depth, rows, _depth, group, lambda point: point.depth, PLACE),
     }
-    low, high = limits([math.log10(x) for x, *_ in named[axes[0]]], 0.14)
-    axes[0].set(xscale="log", xlim=(10**low, 10**high), xlabel="k, convolution weights")
-    axes[0].set_title("PSNR by weights", size=9)
-    axes[1].set(xlim=(0, max(x for x, *_ in named[axes[1]]) * 1.12), xlabel="depth d")
-    axes[1].set_title("PSNR by depth", size=9)
+    low, high = limits([math.log10(x) for x, *_ in named[by_weights]], 0.14)
+    by_weights.set(xscale="log", xlim=(10**low, 10**high), xlabel="k, convolution weights")
+    by_weights.set_title("PSNR by weights", size=9)
+    by_depth.set(xlim=(0, max(x for x, *_ in named[by_depth]) * 1.12), xlabel="depth d")
+    by_depth.set_title("PSNR by depth", size=9)
     name_points(figure, named)
     return figure
 
@@ -82,12 +79,12 @@ def _depth(row: dict[str, str]) -> int | None:
 def _methods(
     axis: Axes,
     rows: list[dict[str, str]],
-    x_of: Callable[[dict[str, str]], int | None],
+    x_of: Callable[[dict[str, str]], float | None],
     group: RunGroup,
     own_x: Callable[[Point], int],
-    place: tuple[str, int],
-) -> list[tuple[float, float, str, str]]:
-    """The paper's methods and ours on one axis; what is to be named on it (`name_points`)."""
+    place: Place,
+) -> Named:
+    """The paper's methods and ours on one axis; what is to be named on it."""
     named, absent, elsewhere = [], [], set()
     for row in rows:
         x, printed = x_of(row), row["psnr"] or row.get("psnr_elsewhere")
@@ -103,9 +100,10 @@ def _methods(
     measured = [(point, psnr) for point in group.points if (psnr := point.mean(place)) is not None]
     floor = min((y for _, y, *_ in named), default=0.0) - BELOW
     low = [f"{point.short} {psnr:.2f} dB" for point, psnr in measured if psnr < floor]
-    for point, psnr in ((point, psnr) for point, psnr in measured if psnr >= floor):
-        _mark(axis, own_x(point), psnr, depth_marker(point.depth), OURS, ours=point)
-        named.append((own_x(point), psnr, point.short if point.planned else "", OURS))
+    for point, psnr in measured:
+        if psnr >= floor:
+            _mark(axis, own_x(point), psnr, depth_marker(point.depth), OURS, ours=point)
+            named.append((own_x(point), psnr, point.short if point.planned else "", OURS))
     axis.set_ylim(*limits([y for _, y, *_ in named], 0.2))
     in_psnr(axis)
     notes = [f"only in the paper's picture: {', '.join(absent)}"] if absent else []
@@ -125,16 +123,16 @@ def _mark(axis: Axes, x: float, y: float, marker: str, colour: str, ours: Point 
 
 def whose(group: RunGroup, others: list[tuple[str, str, str]]) -> list[Line2D]:
     """A legend: whose points, and other (marker, colour, text)."""
-    entry = {"linestyle": "none", "markersize": 6}
-    ours = entry | {"color": OURS, "markerfacecolor": "white"}
+
+    def entry(marker: str, colour: str, label: str, **more: object) -> Line2D:
+        style = {"linestyle": "none", "markersize": 6, "marker": marker, "color": colour, "label": label}
+        return Line2D([], [], **style | more)
+
     handles = [
-        Line2D([], [], marker="s", color=COLOURS["DRRN"], label="the paper's DRRN", **entry),
-        Line2D([], [], marker="s", label=f"ours: {group.short()}", **ours),
+        entry("s", COLOURS["DRRN"], "the paper's DRRN"),
+        entry("s", OURS, f"ours: {group.short()}", markerfacecolor="white"),
     ]
     if any(point.values() and not point.planned for point in group.points):
-        handles.append(
-            Line2D([], [], marker="s", label="ours, structures beside B1U9 and B1U25", **ours | {"markersize": 4})
-        )
-    return handles + [
-        Line2D([], [], marker=marker, color=colour, label=text, **entry) for marker, colour, text in others
-    ]
+        beside = "ours, structures beside B1U9 and B1U25"
+        handles.append(entry("s", OURS, beside, markerfacecolor="white", markersize=4))
+    return handles + [entry(*other) for other in others]

@@ -1,47 +1,25 @@
-"""Networks beside each other, no figure of runs: Table 1, Fig. 2, and the table of every network that is a member."""
+"""Networks beside each other, no figure of runs: Table 1, and the table of every network that is a member."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+import torch
+
+from drrn.fast.memory import tensors_counted
+from drrn.inference import super_resolve
 from drrn.networks import build, count
 from drrn.paper import printed
 from drrn.report.groups import PLACE, RunGroup, in_paper
-from drrn.report.ledger import Found
+from drrn.report.ledger import Found, everything
 from drrn.report.measurements import MISSING
-from drrn.report.studies import preset
+from drrn.report.studies import preset, run_groups
 from drrn.report.tables import Table
 
 SIDE = 288  # pixels of the result that time and memory are of, both ways
-
-
-class Strategy(NamedTuple):
-    """A row of Table 1."""
-
-    preset: str  # in conf/model; all four have 20 layers
-    method: str  # as Table 2 calls it
-    strategy: str
-    formula: str
-
-
-TABLE1 = {
-    "ResNet": Strategy("resnet", "", "local residuals in a chain", "y = f_Rec(U_U(U_{U-1}(…(U_1(f_1(x))))))"),
-    "VDSR": Strategy("vdsr_plain", "VDSR", "global residual", "y = f_Rec(f_{d-1}(f_{d-2}(…(f_1(x))))) + x"),
-    "DRCN": Strategy(
-        "drcn",
-        "DRCN",
-        "global residual, recursion of one layer, ensemble",
-        "y = Σ_t w_t · (f_Rec(f_2^(t)(f_1(x))) + x)",
-    ),
-    "DRRN": Strategy(
-        "drrn",
-        "DRRN_B1U9",
-        "multi-path local residuals, global residual, recursion of units",
-        "y = f_Rec(R_B(R_{B-1}(…(R_1(x))))) + x",
-    ),
-}
 # Every network as its paper has it: name → conf/model and changes, the paper's name of it.
 MEMBERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "SRCNN 9-1-5": ("srcnn", {}, "SRCNN"),
@@ -55,6 +33,15 @@ MEMBERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "DRRN_B1U9": ("drrn", {}, "DRRN_B1U9"),
     "DRRN_B1U25": ("drrn", {"U": 25}, "DRRN_B1U25"),
 }
+# Table 1: conf/model, all of 20 layers; the name in Table 2; strategies; the formula.
+TABLE1 = {
+    "ResNet": ("resnet", "", "local residuals in a chain", "y = f_Rec(U_U(U_{U-1}(…(U_1(f_1(x))))))"),
+    "VDSR": ("vdsr_plain", "VDSR", "global residual", "y = f_Rec(f_{d-1}(f_{d-2}(…(f_1(x))))) + x"),
+    "DRCN": ("drcn", "DRCN", "global residual, recursion of one layer, ensemble",
+             "y = Σ_t w_t · (f_Rec(f_2^(t)(f_1(x))) + x)"),
+    "DRRN": ("drrn", "DRRN_B1U9", "multi-path local residuals, global residual, recursion of units",
+             "y = f_Rec(R_B(R_{B-1}(…(R_1(x))))) + x"),
+}  # fmt: skip
 
 
 def counted(model: dict[str, Any]) -> tuple[str, str, str]:
@@ -72,23 +59,21 @@ def quoted(method: str, place: tuple[str, int], metrics: tuple[str, ...] = ("psn
 def table1(found: Found, groups: list[RunGroup]) -> Table:
     """Table 1: what each network does, what it costs, what it reaches on Set5 ×3.
 
-    Args:
-        found: of `ledger.measured`: published weights, and trainings of the paper's size.
-        groups: of Fig. 1, a column each: networks of any width under one recipe.
+    Run groups of Fig. 1, networks of any width under one recipe, have a column each.
     """
     columns = ["method", "strategies", "formula", "depth", "weights", "multiply-adds a pixel", "paper", "ours"]
     columns += [f"ours: {group.short()}" for group in groups]
     rows = []
-    for name, its in TABLE1.items():
-        model = preset(its.preset)
-        measured = found.get((its.method, *PLACE))
+    for name, (file, method, strategies, formula) in TABLE1.items():
+        model = preset(file)
+        measured = found.get((method, *PLACE))
         ours = f"{measured[0]['psnr']:.2f}" if measured else MISSING
-        row = [name, its.strategy, its.formula, *counted(model), quoted(its.method, PLACE), ours]
+        row = [name, strategies, formula, *counted(model), quoted(method, PLACE), ours]
         rows.append([*row, *(_trained(group, model) for group in groups)])
     notes = ["PSNR in dB on Set5 ×3. A multiply-add is two operations; weights of convolutions, shared ones once."]
     notes += ["Ours: published weights measured here, or trained here at the paper's size."]
     notes += [line for group in groups for line in group.origin()]
-    return Table("Table 1: strategies, and what they cost and reach", columns, rows, notes, keys=1)
+    return Table("Table 1: strategies, and what they cost and reach", columns, rows, notes)
 
 
 def _trained(group: RunGroup, model: dict[str, Any]) -> str:
@@ -107,10 +92,8 @@ def networks_table(found: Found) -> Table:
         model = preset(file, **changes)
         cells = []
         for place in places:
-            values = found.get((method, *place), ({}, None, ""))[0]
-            ours = " / ".join(
-                f"{values[key]:.{digits}f}" for key, digits in (("psnr", 2), ("ssim", 4)) if key in values
-            )
+            values = found[method, *place][0] if (method, *place) in found else {}
+            ours = " / ".join(f"{values[k]:.{digits}f}" for k, digits in (("psnr", 2), ("ssim", 4)) if k in values)
             theirs = quoted(method, place, ("psnr", "ssim"))
             cells.append(ours or (theirs if theirs == MISSING else f"{theirs} *"))
         milliseconds, size, device = cost(model)
@@ -125,12 +108,6 @@ def networks_table(found: Found) -> Table:
 
 def cost(model: dict[str, Any]) -> tuple[float, int, str]:
     """Enlarging to 288²: milliseconds, bytes of tensors alive at once, and of what the time is."""
-    import numpy as np
-    import torch
-
-    from drrn.fast.memory import tensors_counted
-    from drrn.inference import super_resolve
-
     gpu = torch.cuda.is_available()
     network = build(model).eval().to("cuda" if gpu else "cpu")
     side = SIDE // getattr(network, "scale", 1)
@@ -154,9 +131,6 @@ def cost(model: dict[str, Any]) -> tuple[float, int, str]:
 
 def tables_of(study: str, scores: list[str], records: list[dict[str, Any]]) -> Table:
     """`study=table1` or `study=networks`."""
-    from drrn.report.ledger import everything
-    from drrn.report.studies import run_groups
-
     found = everything([Path(path) for path in scores], records)
     if study == "networks":
         return networks_table(found)

@@ -64,23 +64,15 @@ def png(path: Path) -> str:
 
 
 def write_page(page: Path, title: str, sections: list[Section], command: str) -> None:
-    """Write the page.
-
-    Args:
-        page: its file.
-        title: its heading.
-        sections: in order; one without parts is listed as not run yet.
-        command: what made it.
-    """
+    """Write a page, made by a command, of sections in order; one without parts is listed as not run yet."""
 
     def link(path: Path) -> str:
         """The address of a file: relative, and quoted, so that no name is taken for a scheme or a query."""
         return quote(os.fsencode(Path(os.path.relpath(path, page.parent)).as_posix()))
 
-    templates = Environment(
-        loader=PackageLoader("drrn.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    loader = PackageLoader("drrn.report", ".")
+    template = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
+        "page.html"
     )
-    text = templates.get_template("page.html").render(
-        title=title, sections=sections, command=command, link=link, here=page.parent
-    )
+    text = template.render(title=title, sections=sections, command=command, link=link, here=page.parent)
     write_whole(page, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -85,20 +85,19 @@ def _checked_record(path: Path) -> dict[str, Any]:
     try:
         record = checked(read_record(path), RECORD)
         _check_whole(record)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a run record that can be reported: {error}") from error
     return record
 
 
 def _check_whole(record: dict[str, Any]) -> None:
     """Refuse what contradicts itself, and a DRRN with an argument that is not known here: it is another network."""
-    model = record["config"]["model"]
-    if model.get("network", "drrn") == "drrn":
-        known = ModelConfig.__dataclass_fields__
-        if unknown := sorted(set(model) - {"network", *known}):
-            raise ValueError(f"it has model.{unknown[0]}, which this version does not know: update it")
-        if absent := [key for key, its in known.items() if its.default is MISSING and key not in model]:
-            raise ValueError(f"it has no model.{absent[0]}")
+    model, known = record["config"]["model"], ModelConfig.__dataclass_fields__
+    drrn = model.get("network", "drrn") == "drrn"
+    if drrn and (unknown := sorted(set(model) - {"network", *known})):
+        raise ValueError(f"it has model.{unknown[0]}, which this version does not know: update it")
+    if drrn and (absent := [key for key, its in known.items() if its.default is MISSING and key not in model]):
+        raise ValueError(f"it has no model.{absent[0]}")
     if record["status"] == "finished" and not {"budget", "means"} <= record.keys():
         raise ValueError("it is finished and has no scores")
     if record.get("means") and "budget" not in record:
@@ -106,7 +105,7 @@ def _check_whole(record: dict[str, Any]) -> None:
     try:
         run_group(record["config"], ())
         recipe(record["config"])
-        if model.get("network", "drrn") != "drrn":  # earlier records have longer names of the same networks
+        if not drrn:  # earlier records have longer names of the same networks
             record["structure"]["name"] = printable(structure_name(model))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"its configuration is damaged ({error!r})") from error
@@ -114,7 +113,8 @@ def _check_whole(record: dict[str, Any]) -> None:
 
 def recipe(config: dict[str, Any]) -> str:
     """How a run was trained, in a line: "Adam 0.002, cosine, no clipping, bf16-mixed"."""
-    optim, trainer = config["optim"], config["trainer"]
+    optim, precision, residual = config["optim"], config["trainer"]["precision"], config["optim"]["residual_scale"]
+    start = config["init_from"] or (config["ckpt_path"] if config["ckpt_path"] != "last" else None)
     solver = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}.get(optim["algorithm"], optim["algorithm"])
     epochs, steps = optim["halve_every_epochs"], optim["halve_every_steps"]
     often = f"{epochs:g} epochs" if epochs else f"{steps} steps"
@@ -124,21 +124,14 @@ def recipe(config: dict[str, Any]) -> str:
     words = [
         classes.get("optimiser", solver) + f" {optim['lr']:g}",
         classes.get("scheduler", schedule.get(optim["schedule"], optim["schedule"])),
+        optim.get("warmup_steps") and f"warm-up of {optim['warmup_steps']:,} steps",
         "no clipping" if optim["clip"] == "none" else f"clipping by {optim['clip']}, θ = {optim['theta']:g}",
+        optim.get("loss") not in (None, "euclidean") and f"loss {optim['loss']}",
+        residual != 1 and (f"residual ×{residual:g}" if residual else "starting at bicubic"),
+        precision != "32-true" and precision,
+        start and f"from {Path(start).name}",
     ]
-    if optim.get("warmup_steps"):
-        words.insert(2, f"warm-up of {optim['warmup_steps']:,} steps")
-    if optim.get("loss") not in (None, "euclidean"):
-        words.append(f"loss {optim['loss']}")
-    if optim["residual_scale"] != 1:
-        words.append(
-            "starting at bicubic" if not optim["residual_scale"] else f"residual ×{optim['residual_scale']:g}"
-        )
-    if trainer["precision"] != "32-true":
-        words.append(trainer["precision"])
-    if config["init_from"] or config["ckpt_path"] not in (None, "last"):
-        words.append(f"from {Path(config['init_from'] or config['ckpt_path']).name}")
-    return ", ".join(words)
+    return ", ".join(filter(None, words))
 
 
 def read_scores(path: Path) -> dict[str, Any]:
@@ -163,12 +156,10 @@ def checked(content: Any, kinds: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: something is of another kind than asked, a metric is no number, or a number is not finite.
+        RecursionError: it is nested too deeply.
     """
-    try:
-        content = _tidy(content)
-        _check(content, kinds, "it")
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    content = _tidy(content)
+    _check(content, kinds, "it")
     return content
 
 
@@ -189,21 +180,16 @@ def _tidy(value: Any, name: str = "") -> Any:
 
 
 def _check(value: Any, kind: Any, where: str) -> None:
+    allowed = type(kind) if isinstance(kind, dict | list) else (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or isinstance(value, bool):  # no key here is a truth value
+        raise ValueError(f"{where} is {str(value)[:40]!r}, of another type than this project writes")
+    if isinstance(kind, list):
+        for item in value:
+            _check(item, kind[0], f"an item of {where}")
     if isinstance(kind, dict):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is no mapping")
         for key, inner in kind.items():
             name = key.removesuffix("?")
             if name in value:
                 _check(value[name], inner, f"{where}.{name}" if where != "it" else f"its {name}")
             elif name == key:
                 raise ValueError(f"{where} has no {name}")
-    elif isinstance(kind, list):
-        if not isinstance(value, list):
-            raise ValueError(f"{where} is no list")
-        for item in value:
-            _check(item, kind[0], f"an item of {where}")
-    else:
-        allowed = (int, float) if kind is float else kind
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{where} is {str(value)[:40]!r}, of another type than this project writes")

@@ -29,7 +29,7 @@ class ReportConfig:
     checkpoint: list[str] = key(
         "networks of the comparison, files or names of shipped weights; else those of the runs"
     )
-    others: Any = key("images of other programs beside them: {SelfEx: FOLDER}")
+    others: dict[str, Any] | None = key("images of other programs beside them: {SelfEx: FOLDER}")
     root: str = key("where the sets are, or are downloaded to")
     ledger: bool = key("every number of the paper, and ours: ledger.csv, .md, .html", default=False)
 
@@ -42,23 +42,21 @@ def check(cfg: DictConfig) -> ReportConfig:
     """
     config = typed(ReportConfig, cfg)
     config.study = paths("study", config.study)
-    needed = bool(set(config.study) - set(NETWORKS)) or (bool(config.study) and Path("runs").is_dir())
-    config.runs = paths("runs", config.runs) or ["runs"] * needed
+    of_runs = bool(set(config.study) - set(NETWORKS))
+    config.runs = paths("runs", config.runs) or ["runs"] * (of_runs or bool(config.study and Path("runs").is_dir()))
     if config.box is not None and len(config.box) != 4:
         raise UserError(f"box = {config.box}: four whole numbers, left, top, width, height")
     if not (config.runs or config.study or config.scores or config.compare or config.ledger):
         raise UserError(
             "nothing to report: give runs=FOLDER, scores=[FILE], study=NAME, compare=IMAGE or ledger=true"
         )
-    if config.scores and set(config.study) - set(NETWORKS):
+    if config.scores and of_runs:
         raise UserError("scores and study: studies are drawn from run records; report files of scores without study")
     for path in config.scores:
         if not Path(path).is_file():
             raise UserError(f"scores: {path} does not exist")
     config.checkpoint = [str(weights_file(path)) for path in config.checkpoint]
-    config.others = {} if config.others is None else config.others
-    if not isinstance(config.others, dict):
-        raise UserError(f"others = {config.others}: must be {{NAME: FOLDER}}, such as others='{{SelfEx: images}}'")
+    config.others = config.others or {}
     for name, folder in config.others.items():
         if not isinstance(folder, str) or not Path(folder).is_dir():
             raise UserError(f"others.{name} = {folder}: no such folder")
@@ -67,11 +65,7 @@ def check(cfg: DictConfig) -> ReportConfig:
 
 
 def report(config: ReportConfig, command: str) -> None:
-    """Write everything that the given records and files allow.
-
-    Args:
-        config: of `check`.
-        command: what pages say that they were made by.
+    """Write everything that the given records and files allow; `command` is what pages say that they were made by.
 
     Raises:
         UserError: an unknown study, no run that belongs to any, or files that cannot be read.
@@ -82,12 +76,11 @@ def report(config: ReportConfig, command: str) -> None:
         if study not in STUDIES and study not in NETWORKS:
             raise UserError(f"study = {study!r}: allowed are {', '.join([*STUDIES, *NETWORKS])}, or a list of them")
     from drrn.report.contents import write_report  # with Matplotlib, which a refusal need not wait for
+    from drrn.report.ledger import write_ledger
     from drrn.report.records import read_runs
 
     records = read_runs(config.runs) if config.runs else []
-    if not config.ledger:
+    if config.ledger:
+        write_ledger([Path(path) for path in config.scores], records, Path(config.output), command)
+    else:
         write_report(config, records, command)
-        return
-    from drrn.report.ledger import write_ledger
-
-    write_ledger([Path(path) for path in config.scores], records, Path(config.output), command)

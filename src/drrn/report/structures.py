@@ -18,6 +18,8 @@ from matplotlib.patches import Circle, Patch, Rectangle
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from drrn.networks import build
+
 # The panels of the paper's Fig. 2, six convolutions on the longest path of each.
 PANELS: dict[str, dict[str, Any]] = {
     "(a) ResNet": {"network": "resnet", "U": 2, "features": 2},
@@ -44,7 +46,6 @@ class Node:
 
     @property
     def place(self) -> tuple[float, float]:
-        """Where it is drawn."""
         return 1.3 * self.column, -float(self.rank)
 
 
@@ -63,7 +64,7 @@ class Recorder(TorchFunctionMode):
         sources = [self.made_by[id(tensor)] for tensor in given if id(tensor) in self.made_by]
         if not isinstance(result, Tensor) or not sources:
             return result
-        name = getattr(function, "__name__", "")
+        name, node = getattr(function, "__name__", ""), sources[0]  # of an activation, a norm, a multiple: the same
         if name in CONVOLUTIONS:
             node = Node("conv", sources[:1], id(args[1]))
         elif name in SUMS and len(sources) > 1:
@@ -71,9 +72,6 @@ class Recorder(TorchFunctionMode):
         elif name in ("cat", "stack"):  # what DRCN returns in training: each part is supervised
             for source in sources:
                 source.supervised = True
-            node = sources[0]
-        else:
-            node = sources[0]  # an activation, a norm, a multiple: the arrow goes through it
         if node not in self.nodes:
             self.nodes.append(node)
         self.made_by[id(result)] = node
@@ -99,21 +97,20 @@ def graph(network: nn.Module) -> list[Node]:
 
 def fig2(stacked: bool = False) -> Figure:
     """The four structures that the paper sets beside each other; two by two on a narrow screen."""
-    from drrn.networks import build
-
     figure = Figure(figsize=(4.3, 10.4) if stacked else (9.6, 5.4), dpi=160)
     FigureCanvasAgg(figure)
     graphs = {name: graph(build(structure)) for name, structure in PANELS.items()}
+    deepest = max(node.rank for nodes in graphs.values() for node in nodes)
     widths = [right - left for left, right in map(extent, graphs.values())]
-    shape = (2, 2, {}) if stacked else (1, 4, {"width_ratios": widths})
-    axes = figure.subplots(*shape[:2], gridspec_kw=shape[2]).flat
+    axes = figure.subplots(2, 2) if stacked else figure.subplots(1, 4, width_ratios=widths)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.07, wspace=0.02, hspace=0.08)
-    for axis, (name, nodes) in zip(axes, graphs.items(), strict=True):
-        draw(axis, name, nodes, max(node.rank for those in graphs.values() for node in those))
-    words = (
-        "one colour: one weight, used again · blue: supervised · ⊕: sum · left out: activations, BatchNorm, DRCN's w"
-    )
-    figure.text(0.5, 0.02, words.replace(" · ⊕", "\n⊕") if stacked else words, ha="center", size=7.5, color="#333333")
+    for axis, (name, nodes) in zip(axes.flat, graphs.items(), strict=True):
+        draw(axis, name, nodes, deepest)
+    words = [
+        "one colour: one weight, used again · blue: supervised",
+        "⊕: sum · left out: activations, BatchNorm, DRCN's w",
+    ]
+    figure.text(0.5, 0.02, ("\n" if stacked else " · ").join(words), ha="center", size=7.5, color="#333333")
     return figure
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,9 +81,7 @@ def _preset(name: str) -> DictConfig:
 def run_groups(study: str, records: list[dict[str, Any]]) -> list[RunGroup]:
     """The runs of a study, one `RunGroup` for each recipe; the longest first.
 
-    Args:
-        study: a key of STUDIES.
-        records: `drrn.report.records.read_runs`.
+    What differs from a longer group in nothing but its few steps is in its `tries`.
 
     Raises:
         UserError: runs of one recipe were trained on different images or measured by different protocols, or a run is
@@ -102,20 +99,8 @@ def run_groups(study: str, records: list[dict[str, Any]]) -> list[RunGroup]:
         if any(point.runs and (point.planned or not plan) for point in group.points):
             _comparable(group.finished)
             groups.append(group)
-    groups.sort(key=lambda group: (-max(group.steps), group.digest))
-    return _without_tries(groups, varied)
-
-
-def _place(runs: list[dict[str, Any]]) -> Place:
-    """Where most of the runs were measured, Set5 ×3 before others and ×3 before other scales."""
-    rows = [(row["set"], row["scale"]) for run in runs for row in run.get("means") or ()]
-    return max(rows, key=lambda place: (place == PLACE, rows.count(place), place[1] == PLACE[1]), default=PLACE)
-
-
-def _without_tries(groups: list[RunGroup], varied: Sequence[str] | None) -> list[RunGroup]:
-    """The groups, longest first; what differs from a longer one in nothing but its few steps is in its `tries`."""
     kept: dict[str, RunGroup] = {}
-    for group in groups:
+    for group in sorted(groups, key=lambda group: (-max(group.steps), group.digest)):
         config = copy.deepcopy(group.runs[0]["config"])
         config["trainer"] |= dict.fromkeys(("max_steps", "val_check_interval", "limit_val_batches"))
         longer = kept.setdefault(run_group(config, varied), group)
@@ -126,29 +111,31 @@ def _without_tries(groups: list[RunGroup], varied: Sequence[str] | None) -> list
     return list(kept.values())
 
 
+def _place(runs: list[dict[str, Any]]) -> Place:
+    """Where most of the runs were measured, Set5 ×3 before others and ×3 before other scales."""
+    rows = [(row["set"], row["scale"]) for run in runs for row in run.get("means") or ()]
+    return max(rows, key=lambda place: (place == PLACE, rows.count(place), place[1] == PLACE[1]), default=PLACE)
+
+
 def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]], place: Place) -> list[Point]:
     """The study's points, run or not, and what else it shows of the runs of one recipe."""
-    trained = [structure(record["config"]["model"]) for record in records]
-    of = {record["structure"]["name"]: model for record, model in zip(records, trained, strict=True)}
-    counts = {record["structure"]["name"]: record["structure"] for record in records}
+    trained: dict[str, Point] = {}
+    for record in records:
+        name, depth, weights = (record["structure"][key] for key in ("name", "depth", "conv_weights"))
+        trained[name] = Point(name, structure(record["config"]["model"]), depth, weights, place)
     # The plan says B, U and the variant; width, norm and the like are the recipe's, where it has one of each.
-    drrns = [model for model in trained if model["network"] == "drrn"]
-    shared = {key: drrns[0][key] for key in STRUCTURE if len({model[key] for model in drrns}) == 1}
+    drrns = [point.model for point in trained.values() if point.model["network"] == "drrn"]
+    own = [key for key in STRUCTURE if key not in ABLATION and len({model[key] for model in drrns}) == 1]
     points: dict[str, Point] = {}
     for model in plan:
-        alike = [name for name, other in of.items() if _same_point(model, other)]  # of several widths in Fig. 1
-        for name in alike:
-            points[name] = Point(name, of[name], True, counts[name]["depth"], counts[name]["conv_weights"])
+        alike = [point for point in trained.values() if _same_point(model, point.model)]  # several widths in Fig. 1
         if not alike:
-            own = {key: value for key, value in shared.items() if key not in ABLATION}
-            model = model | own if model["network"] == "drrn" else model
-            name, *count = _described(tuple(model.items()))
-            points[name] = Point(name, model, True, *count)
-    for name, model in of.items():
-        if name not in points and wanted(study, model):
-            points[name] = Point(name, model, False, counts[name]["depth"], counts[name]["conv_weights"])
-    for point in points.values():
-        point.place = place
+            model = model | {key: drrns[0][key] for key in own if model["network"] == "drrn"}
+            alike = [Point(*_described(tuple(model.items())), place)]
+        for point in alike:
+            point.planned = True
+            points[point.name] = point
+    points |= {name: point for name, point in trained.items() if name not in points and wanted(study, point.model)}
     for record in records:
         if record["structure"]["name"] in points:
             points[record["structure"]["name"]].add(record)
@@ -162,13 +149,14 @@ def _same_point(planned: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 @cache
-def _described(items: tuple[tuple[str, Any], ...]) -> tuple[str, int, int]:
-    """Name, depth and convolution weights of a network that nobody has trained."""
+def _described(items: tuple[tuple[str, Any], ...]) -> tuple[str, dict[str, Any], int, int]:
+    """Name, structure, depth and convolution weights of a network that nobody has trained."""
     from drrn.layers import conv_weights
     from drrn.networks import on_paper
 
-    network = on_paper(dict(items))
-    return structure_name(dict(items)), network.depth, conv_weights(network)
+    model = dict(items)
+    network = on_paper(model)
+    return structure_name(model), model, network.depth, conv_weights(network)
 
 
 def wanted(study: str, model: dict[str, Any]) -> bool:
@@ -202,7 +190,7 @@ def points_table(group: RunGroup) -> Table:
     for point in group.points:
         values = point.values()
         cells = [_run_cell(point, seed, values) for seed in seeds]
-        mean = [over_seeds([values[seed] for seed in sorted(values)], "psnr")] * several
+        mean = [over_seeds(list(values.values()), "psnr")] * several
         theirs = [paper.get(in_paper(point.model), {}).get("psnr", MISSING)] * bool(paper)
         rows.append([point.name, str(point.depth), f"{point.weights:,}", *cells, *mean, *theirs])
     notes = [*group.origin(), *(["± is the sample standard deviation over the seeds."] if several else [])]

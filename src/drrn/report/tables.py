@@ -17,7 +17,7 @@ from drrn.errors import UserError
 from drrn.metrics import METRICS
 from drrn.paper import paper_numbers
 from drrn.protocol import departures, describe
-from drrn.report.measurements import MISSING, Measurement, by_method, one_protocol, over_seeds, part_of_set, signed
+from drrn.report.measurements import MISSING, Measurement, by_method, one_protocol, over_seeds, set_size, signed
 
 # Structures that the paper calls otherwise; the second is Kim's own VDSR, whose numbers Table 2 cites.
 IN_PAPER = {"VDSR_d20_64f": "VDSR", "VDSR_d20_64f_noBN_noinputReLU": "VDSR"}
@@ -120,12 +120,7 @@ def benchmark_table(measurements: list[Measurement], metrics: Sequence[str], nam
     """Means of every method by set and scale; beside Table 2 or Table 3, the paper's numbers and the difference.
 
     Every cell of the paper for the methods that we have measured is there; one that we have not measured, or
-    the paper does not have, is shown as missing.
-
-    Args:
-        measurements: at least one.
-        metrics: names of METRICS, in the order of a cell.
-        name: "table2" (PSNR and SSIM), "table3" (IFC) or None, where the paper has no such table.
+    the paper does not have, is shown as missing. `name` is "table2", "table3", or None for metrics of no table.
     """
     protocol = one_protocol(measurements)
     groups, rows = by_method(measurements), paper_numbers(name) if name and _as_the_paper(protocol) else []
@@ -145,7 +140,7 @@ def benchmark_table(measurements: list[Measurement], metrics: Sequence[str], nam
             cell = _cell(cells.get(place, []), place[0], metrics, paper.get((method, *place)))
             row += cell if quoted else cell[1:2]
     title = f"Table {name[-1]}: " * known + " / ".join(k.upper() for k in metrics) if name else _titles(metrics)
-    return Table(title, columns, rows, [f"Measured by {describe(protocol)}.", *_seed_note(groups)], 2, blocks)
+    return Table(title, columns, rows, _notes(protocol, groups), 2, blocks)
 
 
 def _as_the_paper(protocol: dict[str, Any]) -> bool:
@@ -162,8 +157,10 @@ def _cell(
     if not all(ours.values()):
         return [paper, MISSING, MISSING]
     shown = " / ".join(over_seeds(ours[k], k) for k in metrics)
-    if part := part_of_set(measured, set_name):
-        return [paper, shown + part, MISSING]
+    counted = sorted({m.images for m in measured})
+    whole = set_size(set_name, counted[-1])
+    if counted != [whole]:  # a mean over a part of a set does not compare with one over the whole
+        return [paper, f"{shown} ({', '.join(map(str, counted))} of {whole} images)", MISSING]
     differences = [
         signed(statistics.fmean(ours[k]) - float(printed[k]), METRICS[k].digits) for k in metrics if printed
     ]
@@ -174,9 +171,10 @@ def _titles(metrics: Sequence[str]) -> str:
     return " / ".join("PSNR (dB)" if k == "psnr" else k.upper() for k in metrics)
 
 
-def _seed_note(groups: dict) -> list[str]:
-    most = max((len(ms) for cells in groups.values() for ms in cells.values()), default=1)
-    return [f"± is the sample standard deviation over up to {most} seeds."] if most > 1 else []
+def _notes(protocol: dict[str, Any], groups: dict) -> list[str]:
+    most = max(len(ms) for cells in groups.values() for ms in cells.values())
+    spread = [f"± is the sample standard deviation over up to {most} seeds."] if most > 1 else []
+    return [f"Measured by {describe(protocol)}.", *spread]
 
 
 def ablation_table(measurements: list[Measurement]) -> Table:
@@ -187,22 +185,18 @@ def ablation_table(measurements: list[Measurement]) -> Table:
     protocol = one_protocol(measurements)
     groups = by_method(measurements)
     paper = {r["method"]: r for r in paper_numbers("table4")}
-    tick = {"true": "✓", "false": "×"}
     rows = []
     for variant in VARIANTS:
         row = paper[variant]
         prefix = "VDSR_d28" if variant == "VDSR" else f"{variant}_B3U4"
-        switches = [tick[row[k]] for k in SWITCHES]
+        switches = ["✓" if row[k] == "true" else "×" for k in SWITCHES]
         ours = [(m, h, c) for (m, h), c in groups.items() if m == prefix or m.startswith(f"{prefix}_")]
-        if not ours:
-            rows.append([variant, *switches, row["psnr"], MISSING, MISSING])
-        for method, heading, cells in ours:
-            measured = [m for m in cells.get(("Set5", 3), []) if "psnr" in m.values]
-            cell = _cell(measured, "Set5", ("psnr",), row if method == prefix and _as_the_paper(protocol) else None)
+        for method, heading, cells in ours or [(prefix, variant, {})]:
+            printed = row if method == prefix and _as_the_paper(protocol) else None
+            cell = _cell(cells.get(("Set5", 3), []), "Set5", ("psnr",), printed)
             rows.append([heading, *switches, row["psnr"], *cell[1:]])
     columns = ["method", "local residual", "recursive", "multi-path", "paper", "ours", "difference"]
-    notes = [f"Measured by {describe(protocol)}.", *_seed_note(groups)]
-    return Table("Table 4: components at B3U4 (PSNR, Set5 ×3)", columns, rows, notes)
+    return Table("Table 4: components at B3U4 (PSNR, Set5 ×3)", columns, rows, _notes(protocol, groups))
 
 
 def runs_table(records: list[dict[str, Any]]) -> Table:
@@ -215,31 +209,21 @@ def runs_table(records: list[dict[str, Any]]) -> Table:
         raise UserError("none of the runs has finished: there are no scores to show")
     places = list(dict.fromkeys((row["set"], row["scale"]) for r in finished for row in r["means"]))
     metrics = [k for k in METRICS if any(k in row for r in finished for row in r["means"])]
-    columns = ["run", "depth", "weights", "steps", *(f"{s} ×{k}" for s, k in places)]
+    names = [record["name"] for record in finished]
+    lines: list[list[Any]] = []  # name, depth, weights, steps, scores by place
+    bicubic: dict[str, dict[tuple[str, int], str]] = {}  # by what a protocol does otherwise than the paper's
 
     def cell(row: dict[str, Any], prefix: str = "") -> str:
         return " / ".join(over_seeds([row[prefix + k]] if prefix + k in row else [], k) for k in metrics)
 
-    names = [record["name"] for record in finished]
-    rows: list[list[str]] = []
-    bicubic: dict[str, dict[tuple[str, int], str]] = {}  # by what a protocol does otherwise than the paper's
     for record in finished:
         name = record["name"] if names.count(record["name"]) == 1 else Path(record["path"]).parent.name
-        scores = {(row["set"], row["scale"]): row for row in record["means"]}
         structure, other = record["structure"], departures(record["protocol"])
-        said = ["stopped"] * (record.get("status") == "stopped") + [other] * bool(other)
-        rows.append(
-            [
-                name + (f" ({', '.join(said)})" if said else ""),
-                str(structure["depth"]),
-                f"{structure['conv_weights']:,}",
-                f"{record['budget']['steps']:,}",
-                *(cell(scores[p]) if p in scores else MISSING for p in places),
-            ]
-        )
+        said = ", ".join(["stopped"] * (record.get("status") == "stopped") + [other] * bool(other))
+        counts = [structure["depth"], f"{structure['conv_weights']:,}", f"{record['budget']['steps']:,}"]
+        scores = {(row["set"], row["scale"]): row for row in record["means"]}
+        lines.append([f"{name} ({said})" if said else name, *counts, {p: cell(row) for p, row in scores.items()}])
         bicubic.setdefault(other, {}).update({p: cell(row, "bicubic_") for p, row in scores.items()})
-    above = [
-        ["bicubic" + (f" ({other})" if other else ""), "", "0", "", *(cells.get(p, MISSING) for p in places)]
-        for other, cells in bicubic.items()
-    ]
-    return Table(_titles(metrics), columns, above + rows)
+    above = [[f"bicubic ({other})" if other else "bicubic", "", "0", "", cells] for other, cells in bicubic.items()]
+    rows = [[*map(str, words), *(cells.get(p, MISSING) for p in places)] for *words, cells in above + lines]
+    return Table(_titles(metrics), ["run", "depth", "weights", "steps", *(f"{s} ×{k}" for s, k in places)], rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,6 @@ from drrn.errors import UserError
 MORE = 0.2  # seconds: a timed step is made longer (a larger batch, a larger image) until it takes so many
 PATIENCE = 4.0  # seconds: no further step is timed then
 TIMED = 5  # steps timed at a point; the fastest counts, the others were disturbed
-
-
-# ---------------------------------------------------------------------- counted
 
 
 def operations(config: Config) -> float:
@@ -58,9 +57,6 @@ def count_bytes(config: Config) -> int:
         module.loss(prediction, truth).backward()
     weights = sum(p.numel() for p in module.network.parameters()) * 4
     return alive.peak + weights * (1 if config.optim.algorithm == "sgd" else 2)  # momentum, Adam's second moment
-
-
-# ---------------------------------------------------------------------- measured
 
 
 @dataclass
@@ -152,12 +148,11 @@ def evaluation_speed(network: Any, config: Config, device: Any) -> float:
         while best < MORE and side < 512:
             side *= 2
             x = torch.rand(1, 1, side, side, device=device)
-            times = []
+            marks = [now(device)]
             for _ in range(3):
-                start = now(device)
                 y = network(x)
-                times.append(now(device) - start)
-            best = min(times)
+                marks.append(now(device))
+            best = min(end - start for start, end in pairwise(marks))
     return count(config.model).output * y.numel() / best
 
 
@@ -175,21 +170,14 @@ def evaluation_pixels(config: Config, first: int) -> int:
 
     A set that is not here yet counts 0: nothing is downloaded for a plan.
     """
-    from PIL import Image
-
+    from drrn.images import image_size
     from drrn.sets import image_files, is_absent
 
-    data, trainer = config.data, config.trainer
+    data, trainer, root = config.data, config.trainer, Path(config.data.root)
 
     def pixels(sets: list[str]) -> int:
-        total = 0
-        for name in sets:
-            if is_absent(name, Path(data.root)):
-                continue
-            for file in image_files(name, Path(data.root), complete=False):
-                with Image.open(file) as image:
-                    total += image.width * image.height
-        return total
+        there = [name for name in sets if not is_absent(name, root)]
+        return sum(prod(image_size(file)) for name in there for file in image_files(name, root, complete=False))
 
     validations = trainer.max_steps // trainer.val_check_interval - first // trainer.val_check_interval
     return pixels(data.val) * validations * len(data.val_scales) + pixels(data.test_sets) * len(data.scales)

@@ -98,8 +98,8 @@ class OwnPart:
 
     def _idle(self) -> None:
         """Wait for a job: a signal would break that."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         OwnPart.busy = False
 
     def take(self) -> None:
@@ -109,11 +109,9 @@ class OwnPart:
         (self.folder / str(os.getpid())).touch()  # for `tell`
         threading.Thread(target=self._end_with_sweep, daemon=True).start()
         for number in itertools.cycle(range(self.n)):
-            try:
+            with suppress(Timeout):
                 OwnPart.lock = FileLock(self.folder / f"{number}.lock").acquire(timeout=0.05).lock
                 break
-            except Timeout:
-                continue
         # loky leaves its own way to start processes as the default, which the processes of a run do not know.
         multiprocessing.set_start_method(None, force=True)
         every, gpus = allowed_cores(), visible_gpus()
@@ -151,9 +149,9 @@ def _exit(number: int, frame: Any) -> None:
 
 
 class Told:
-    """The first signal that a sweep got; 0 for none."""
+    """What a sweep was told."""
 
-    number = 0
+    number = 0  # its first signal; 0 for none
 
 
 @contextmanager
@@ -165,24 +163,22 @@ def stoppable(task: Any) -> Iterator[Told]:
             until they have kept their steps. A second signal is passed on too, which ends them at once; a third
             one ends the sweep without them. Any other task, in this process, handles both signals for itself.
     """
+    told, again = Told(), iter(("ends them at once", "kills them"))
     parts = task if isinstance(task, OwnPart) else None
-    told, times = Told(), itertools.count(1)
     folder = parts and parts.folder  # before the processes are given the task
 
     def tell(number: int, frame: Any) -> None:
         told.number = told.number or number
-        if (time_ := next(times)) > 2:
+        if (what := next(again, None)) is None:
             raise KeyboardInterrupt
         parts.tell(number)
-        again = "ends them at once" if time_ == 1 else "kills them"
         with suppress(OSError):  # no print: it may be what was interrupted
-            os.write(2, f"\nwaiting for the runs to keep their steps; Ctrl-C again {again}\n".encode())
+            os.write(2, f"\nwaiting for the runs to keep their steps; Ctrl-C again {what}\n".encode())
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, tell if parts else _exit)
-        if parts:
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, tell)
+    handlers = {signal.SIGTERM: tell, signal.SIGINT: tell} if parts else {signal.SIGTERM: _exit}
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield told
     finally:
@@ -194,8 +190,7 @@ def stoppable(task: Any) -> Iterator[Told]:
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES says, or the numbers of all GPUs; nothing is started on them."""
-    said = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if said is not None:
+    if (said := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in said.split(",") if gpu not in ("", "-1")]
     import torch
 

@@ -17,20 +17,14 @@ from drrn.sweep.plan import Job, console, new_table
 
 
 def by_signal(record: dict[str, Any]) -> bool:
-    """Whether a record says that a signal ended its run. Records of before `ended_by` are "stopped" either by a
-    signal, which they have as their error, or by the end of `trainer.max_time`."""
+    """Whether a record says that a signal ended its run; those of before `ended_by` have it as their error."""
     if (ended_by := record.get("ended_by")) is not None:
         return ended_by.partition(" ")[0] == "signal"
     return record.get("status") == "stopped" and "error" in record
 
 
 def outcome(job: Job) -> tuple[str, str]:
-    """What became of a job.
-
-    Returns:
-        ("done" | "skipped" | "resumed" | "retried" | "stopped" | "interrupted" | "failed" | "elsewhere" |
-        "not started", the reason where there is one).
-    """
+    """What became of a job, a word, and the reason where there is one."""
     record, touched, raised = job.record, job.written() != job.stamp, job.raised
     if job.before == "finished":
         return "skipped", "was finished"
@@ -58,8 +52,7 @@ def in_a_line(error: BaseException) -> str:
 
 
 def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
-    """The closing table: every job, what became of it and why, its PSNR and what that is above bicubic, best first;
-    and the command that draws it."""
+    """The closing table, the best PSNR first, and the command that draws it."""
     means = [scores_of(job.config) for job, _, _ in rows]
     known = [mean for mean in means if mean]
     heading = f"PSNR\n{known[0]['set']} ×{known[0]['scale']}" if known else "PSNR"
@@ -70,13 +63,10 @@ def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
     table.add_column("", overflow="fold")
     best_first = sorted(zip(rows, means, strict=True), key=lambda pair: -pair[1].get("psnr", float("-inf")))
     for (job, word, reason), mean in best_first:
-        scores = ("", "")
-        if mean:
-            scores = (f"{mean['psnr']:.2f}", f"{mean['psnr'] - mean['bicubic_psnr']:+.2f}")
+        scores = (f"{mean['psnr']:.2f}", f"{mean['psnr'] - mean['bicubic_psnr']:+.2f}") if mean else ("", "")
         table.add_row(Text(job.name), *scores, word, Text(reason))  # Text: brackets in it are no markup
     console().print(table)
-    words = [word for _, word, _ in rows]
-    good = sum(words.count(word) for word in ("done", "skipped", "resumed", "retried"))
+    good = sum(word in ("done", "skipped", "resumed", "retried") for _, word, _ in rows)
     print(f"{good} of {len(rows)} runs done, under {folder}")
     if known:
         print(f"Drawn by: python src/report.py {what_draws(rows[0][0])}")
@@ -93,8 +83,7 @@ def what_draws(job: Job) -> str:
 
 
 def scores_of(config: Config) -> dict[str, Any]:
-    """The mean scores of a finished run on its first set at the first scale of its validations; {} if there are
-    none."""
+    """The means of a finished run on its first set at the first scale of its validations; {} if there are none."""
     path, data = finished_record(run_dir(config)), config.data
     for row in read_record(path).get("means", []) if path else []:
         if row["set"] == Path(data.test_sets[0]).name and row["scale"] == (data.val_scales or data.scales)[0]:

@@ -28,31 +28,20 @@ SHARE = 100  # a sweep of fewer steps than this many times the timed ones is not
 
 @dataclass(eq=False)
 class Job:
-    """One run of a sweep: what it was before the sweep, what it costs, what the launcher brought back.
-
-    Attributes:
-        overrides: what the command line would say for it alone.
-        before: "new", "finished", "resume" or "failed".
-        first: the step from which it resumes.
-        seconds, bytes: None where they could not be estimated.
-        differs: what tells it from jobs of the same structure and seed.
-        stamp: when its record was last written before the sweep, in nanoseconds; 0 if there was none.
-        raised: what the launcher brought back from it.
-    """
+    """One run of a sweep: what it was before the sweep, what it costs, what the launcher brought back."""
 
     config: Config
-    overrides: list[str] = field(default_factory=list)
-    before: str = "new"
-    first: int = 0
-    seconds: float | None = None
-    bytes: int | None = None
-    differs: str = ""
-    stamp: int = 0
-    raised: BaseException | None = None
+    overrides: list[str] = field(default_factory=list)  # what the command line would say for it alone
+    before: str = "new"  # or "finished", "resume", "failed"
+    first: int = 0  # the step from which it resumes
+    seconds: float | None = None  # None where it could not be estimated
+    bytes: int | None = None  # as `seconds`
+    differs: str = ""  # what tells it from jobs of the same structure and seed
+    stamp: int = 0  # when its record was last written before the sweep, in nanoseconds; 0 if there was none
+    raised: BaseException | None = None  # what the launcher brought back from it
 
     @property
     def folder(self) -> Path:
-        """The run's."""
         return run_dir(self.config)
 
     @property
@@ -78,10 +67,8 @@ class Job:
 
     def written(self) -> int:
         """When its record was last written, in nanoseconds; 0 if there is none."""
-        try:
-            return (self.folder / FILE).stat().st_mtime_ns
-        except OSError:
-            return 0
+        file = self.folder / FILE
+        return file.stat().st_mtime_ns if file.is_file() else 0
 
 
 def look(config: Config, overrides: Sequence[str] = ()) -> Job:
@@ -106,9 +93,6 @@ def name_differences(jobs: Sequence[Job]) -> None:
             job.differs = " ".join(o for o in job.overrides if not all(o in other for other in alike))
 
 
-# ---------------------------------------------------------------------- the plan
-
-
 @dataclass
 class Plan:
     """The jobs of a sweep, how many are worked on at a time, and why there are no estimates."""
@@ -121,28 +105,24 @@ class Plan:
     def seconds(self) -> float | None:
         """Until the last job is done; None if it is not known."""
         seconds = [job.seconds for job in self.jobs]
-        if None in seconds:
-            return None
-        return max(sum(seconds) / self.workers, *seconds, 0)
+        return None if None in seconds else max(sum(seconds) / self.workers, *seconds, 0)
 
 
 def make_plan(jobs: list[Job], workers: int = 1, threads: int | None = None, always: bool = False) -> Plan:
-    """Estimate what jobs cost.
+    """Fill in the `seconds` and `bytes` of jobs, of which so many are worked on at a time with so many threads each.
 
-    Args:
-        jobs: as `look` found them; their `seconds` and `bytes` are filled in.
-        workers: jobs at a time.
-        threads: CPU threads that each of them has; None for all.
-        always: estimate time and memory even if that takes longer than a small share of the sweep.
+    `always`: even if that takes longer than a small share of the sweep.
     """
     work = [job for job in jobs if job.before != "finished"]
     for job in jobs:
         if job.before == "finished":
             job.seconds, job.bytes = 0.0, 0
+    if not work:
+        return Plan(jobs, workers, "")
     if any(job.config.trainer.max_epochs is not None for job in work):
         note = "trainer.max_epochs: the steps are known when the patches are there, so no time is estimated"
     elif not always and sum(job.steps for job in work) < SHARE * (TIMED + 3):
-        return Plan(jobs, workers, "too short to be worth estimating; plan=only does it" if work else "")
+        return Plan(jobs, workers, "too short to be worth estimating; plan=only does it")
     else:
         note = estimate(work, threads)
     counted: dict[str, int] = {}
@@ -160,31 +140,25 @@ def estimate(work: list[Job], threads: int | None) -> str:
     Returns:
         Why there are none; "" where there are.
     """
+    import numpy as np
+
     from drrn.networks import count
 
-    if not work:
-        return ""
-    ends = sorted((operations(job.config), i) for i, job in enumerate(work))
-    (cheap, i), (dear, k) = ends[0], ends[-1]
+    work = sorted(work, key=lambda job: operations(job.config))
+    each = [operations(job.config) for job in work]
     try:
-        at_dear = measure(work[k].config, threads)
-        at_cheap = measure(work[i].config, threads) if cheap < dear else at_dear
+        dear = measure(work[-1].config, threads)
+        cheap = measure(work[0].config, threads) if each[0] < each[-1] else dear
     except UserError as error:
         return f"not timed on this machine: {error}"
-    slope = (at_dear.step - at_cheap.step) / (dear - cheap) if dear > cheap else 0.0
-    for job in work:
-        step = at_cheap.step + slope * (operations(job.config) - cheap)
-        work_of_evaluation = count(job.config.model).output * evaluation_pixels(job.config, job.first)
-        job.seconds = job.steps * step + work_of_evaluation / at_dear.evaluation
+    steps = np.interp(each, [each[0], each[-1]], [cheap.step, dear.step])
+    for job, step in zip(work, steps, strict=True):
+        of_evaluation = count(job.config.model).output * evaluation_pixels(job.config, job.first)
+        job.seconds = float(job.steps * step + of_evaluation / dear.evaluation)
     return ""
 
 
-STATES = {
-    "new": "new",
-    "finished": "finished: skipped",
-    "resume": "to be resumed",
-    "failed": "failed before: again",
-}
+STATES = {"new": "new", "finished": "finished: skipped", "resume": "to be resumed", "failed": "failed before: again"}
 
 
 def print_plan(plan: Plan) -> None:
@@ -240,9 +214,9 @@ def console() -> Console:
 
 def scaled(number: float) -> str:
     """1.5e12 → "1.50 T"."""
-    for limit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= limit:
-            return f"{number / limit:.2f} {letter}"
+    for power, letter in zip((18, 15, 12, 9, 6), "EPTGM", strict=True):
+        if number >= 10**power:
+            return f"{number / 10**power:.2f} {letter}"
     return f"{number:.0f}"
 
 
@@ -253,6 +227,6 @@ def span_of_time(seconds: float | None) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes < 2880 else f"{minutes / 1440:.1f} days"
+    if minutes >= 2880:
+        return f"{minutes / 1440:.1f} days"
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"

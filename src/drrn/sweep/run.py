@@ -22,7 +22,7 @@ from drrn.sweep.plan import Job, look, make_plan, name_differences, print_plan
 def run_sweep(
     asked: Sequence[tuple[Config, list[str]]], launcher: Launcher, hydra: DictConfig, n: int
 ) -> list[JobReturn]:
-    """Print the plan, run every job once, say what became of each.
+    """Print the plan, run every job once, n at a time, say what became of each.
 
     Args:
         asked: each job's checked configuration and its overrides. The same run twice is one job.
@@ -34,15 +34,15 @@ def run_sweep(
         UserError: jobs failed (all the others have run).
         SystemExit: the sweep was stopped; what became of its jobs has been printed.
     """
-    unique: dict[Path, tuple[Config, list[str]]] = {}
-    for config, overrides in asked:
-        unique.setdefault(run_dir(config), (config, overrides))
-    configs = [config for config, _ in asked]
-    if len({config.plan for config in configs}) > 1:
+    plan, *others = {config.plan for config, _ in asked}
+    if others:
         raise UserError("plan is one for the whole sweep: give it once")
-    jobs = [look(config, overrides) for config, overrides in unique.values()]
+    unique: dict[Path, Job] = {}
+    for config, overrides in asked:
+        unique.setdefault(run_dir(config), look(config, overrides))
+    jobs = list(unique.values())
     name_differences(jobs)
-    plan, first = configs[0].plan, first_process()  # of several that torchrun or Slurm started: the one that speaks
+    first = first_process()  # of several that torchrun or Slurm started: the one that speaks
     if plan != "none" and first:
         print_plan(make_plan(jobs, n, threads(n), always=plan == "only"))
     if plan == "only":
@@ -75,24 +75,23 @@ def launch(jobs: Sequence[Job], launcher: Launcher, batch: int | None) -> list[J
     launched again, as long as something has begun.
     """
     results: list[JobReturn] = []
-    batch = batch or len(jobs)
-    for start in range(0, len(jobs), batch):
-        left = list(jobs[start : start + batch])
-        while left:
-            before = [job.written() for job in left]
-            try:
-                returned = launcher.launch([job.overrides for job in left], initial_job_idx=jobs.index(left[0]))
-            except Exception as error:  # the launcher's own
-                begun = [job for job, then in zip(left, before, strict=True) if job.written() != then]
-                for job in begun or left:
-                    job.raised = error
-                if any(by_signal(job.record) for job in begun):
-                    raise KeyboardInterrupt from error
-                left = [job for job in left if job not in begun] if begun else []
-                continue
-            for job, result in zip(left, returned, strict=True):
-                if result.status != JobStatus.COMPLETED:
-                    job.raised = result._return_value
-            results += returned
-            left = []
+    waiting = list(jobs)
+    while waiting:
+        left = waiting[:batch]
+        before = [job.written() for job in left]
+        try:
+            returned = launcher.launch([job.overrides for job in left], initial_job_idx=jobs.index(left[0]))
+        except Exception as error:  # the launcher's own
+            begun = [job for job, then in zip(left, before, strict=True) if job.written() != then]
+            for job in begun or left:
+                job.raised = error
+            if any(by_signal(job.record) for job in begun):
+                raise KeyboardInterrupt from error
+            waiting = [job for job in waiting if job not in (begun or left)]
+            continue
+        for job, result in zip(left, returned, strict=True):
+            if result.status != JobStatus.COMPLETED:
+                job.raised = result._return_value
+        results += returned
+        waiting = waiting[len(left) :]
     return results

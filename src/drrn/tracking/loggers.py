@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from lightning.pytorch.loggers.logger import Logger
 from drrn.config import Config
 from drrn.identity import run_name
 from drrn.targets import make, resolve
-from drrn.tracking.results import ValidationPictures, pictures, test_means
+from drrn.tracking.results import ValidationPictures, pictures, score_table, test_means
 from drrn.tracking.rows import FILE, Rows
 from drrn.tracking.wandb_run import WandB
 
@@ -38,8 +38,8 @@ class Tracking:
     Args:
         config: the checked configuration.
         folder: the run's; loggers that take a `save_dir` get it where none is given.
-        record: the run record; `tracking` is kept here: of W&B its kind, mode and folder, of every logger its
-            `problem`, None or what went wrong first. Of several, the second and later ones are in `also`.
+        record: the run record; `tracking` is kept here: each logger's kind and `problem`, None or what went wrong
+            first, of W&B its mode and folder too. Of several, the second and later ones are in `also`.
         first: whether this is the process that writes; the others log nothing.
 
     Raises:
@@ -48,9 +48,10 @@ class Tracking:
 
     def __init__(self, config: Config, folder: Path, record: dict[str, Any], first: bool = True) -> None:
         self.config, self.folder, self.record, self.first = config, folder, record, first
-        before = {state["kind"]: state.get("run") for state in states(record.get("tracking"))}
+        before = record.get("tracking") or {}
+        ids = {state.get("kind"): state.get("run") for state in (before, *before.get("also", []))}
         self.made: list[Other | WandB] = [
-            Other(name, node, config, folder, before.get(name)) for name, node in config.logger_extra.items() if first
+            Other(name, node, config, folder, ids.get(name)) for name, node in config.logger_extra.items() if first
         ]
 
     def start(self, module: SuperResolution) -> list[Logger]:
@@ -90,13 +91,6 @@ class Tracking:
         return bool(self.made)
 
 
-def states(tracking: Any) -> Iterator[dict[str, Any]]:
-    """The state of each logger, as a record has them."""
-    if isinstance(tracking, dict):
-        yield tracking
-        yield from tracking.get("also", [])
-
-
 class Other:
     """A logger that is named by `_target_`.
 
@@ -104,8 +98,7 @@ class Other:
     `patches_seen` as columns; the others' only axis is patches seen, so that runs of different batches compare.
 
     Args:
-        name: of its node in the configuration.
-        node: `{_target_: …, argument: value}`.
+        name, node: of the configuration: `logger.NAME={_target_: …, argument: value}`.
         run: what the logger itself called this run at an earlier start; None: nothing.
 
     Raises:
@@ -140,35 +133,30 @@ class Other:
     def start(self, record: dict[str, Any], rows: Rows) -> None:
         """Wrap the logger, and give it the configuration once."""
         self.record, self.rows = record, rows
-
-        def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
-            if row := rows.new(metrics, rows.step):
-                self._log(row, rows.step, rows.place(rows.step))
-
         for method in self.WRAPPED:
             setattr(self.logger, method, lambda *a, method=method, **k: self.call(method, *a, **k))
-        self.logger.log_metrics = log_metrics
+        self.logger.log_metrics = lambda metrics, step=None: self._log(rows.new(metrics, rows.step), rows.step)
         self.logger.log_hyperparams = lambda *_, **__: None  # Lightning would give it the module's
         self.call("log_hyperparams", record["config"])
         if self.keeps_id:
             self.call(lambda: self.state.update(run=self.logger.version))
 
-    def _log(self, row: dict[str, float], steps: int, where: dict[str, float]) -> None:
-        if isinstance(self.logger, CSVLogger):
+    def _log(self, row: dict[str, float], steps: int) -> None:
+        where = self.rows.place(steps)
+        if row and isinstance(self.logger, CSVLogger):
             self.call("log_metrics", {**row, **where}, steps)
-        else:
+        elif row:
             self.call("log_metrics", row, int(where["patches_seen"]))
 
     def results(self, drawn: dict[str, np.ndarray]) -> None:
         """Scores as metrics; their table and pictures where the logger can show them."""
         steps, patches = self.record["budget"]["steps"], self.record["budget"]["patches"]
-        self._log(test_means(self.record), steps, {"patches_seen": patches})
-        self.call(self._table, self.record["scores"], patches)
+        self._log(test_means(self.record), steps)
+        self.call(self._table, patches)
         self.show(drawn)
         self.call("save")
 
     def finish(self, failed: bool) -> None:
-        """End it."""
         self.call("finalize", "failed" if failed else "success")
 
     def show(self, drawn: dict[str, np.ndarray]) -> None:
@@ -183,14 +171,13 @@ class Other:
             elif hasattr(experiment, "log_image"):  # MLflow
                 experiment.log_image(self.logger.run_id, pixels, f"{key}.png")
 
-    def _table(self, scores: list[dict[str, Any]], patches: int) -> None:
+    def _table(self, patches: int) -> None:
         experiment = getattr(self.logger, "experiment", None)
-        columns = list(dict.fromkeys(key for row in scores for key in row))
-        rows = [[row.get(key, "") for key in columns] for row in scores]
+        columns, rows = score_table(self.record)
         if hasattr(experiment, "add_text"):  # TensorBoard
             lines = [columns, ["---"] * len(columns), *rows]
-            text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-            experiment.add_text("scores", text, patches)
+            cells = ["| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines]
+            experiment.add_text("scores", "\n".join(cells), patches)
         elif hasattr(experiment, "log_table"):  # MLflow
             table = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
             experiment.log_table(self.logger.run_id, table, "scores.json")

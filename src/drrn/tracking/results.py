@@ -29,6 +29,12 @@ def test_means(record: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def score_table(record: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the scores of a record's images; None where a row lacks a column."""
+    columns = list(dict.fromkeys(key for row in record["scores"] for key in row))
+    return columns, [[row.get(key) for key in columns] for row in record["scores"]]
+
+
 def pictures(module: SuperResolution, stage: str) -> dict[str, np.ndarray]:
     """`pictures/Set5_x3/baby` → [H, W, 4] uint8, ground truth, bicubic and this network side by side.
 
@@ -42,15 +48,15 @@ def pictures(module: SuperResolution, stage: str) -> dict[str, np.ndarray]:
     from drrn.pictures import crops, draw_crops
 
     data = module.trainer.datamodule
-    first, scales = data.evaluation_tasks(stage)[0].set_name, sorted({t.scale for t in data.evaluation_tasks(stage)})
+    tasks = data.evaluation_tasks(stage)
+    first, scales = tasks[0].set_name, sorted({task.scale for task in tasks})
     scale, name = scales[len(scales) // 2], structure_name(module.hparams["model"])
+    run = {name: lambda x: super_resolve(module.network, x)}
     low = [name] if module.network.input == "low" else []
     drawn = {}
     try:
         for path in data.sets[stage][first][:PICTURES]:
-            run = {name: lambda x: super_resolve(module.network, x)}
-            figure = draw_crops(crops(path, scale, run, low=low, degradation=data.data.degradation))
-            canvas = FigureCanvasAgg(figure)
+            canvas = FigureCanvasAgg(draw_crops(crops(path, scale, run, low=low, degradation=data.data.degradation)))
             canvas.draw()
             drawn[f"pictures/{first}_x{scale}/{path.stem}"] = np.asarray(canvas.buffer_rgba())
     except Exception as error:  # no reason to lose the scores
@@ -68,6 +74,5 @@ class ValidationPictures(Callback):
         self.every, self.show = every, show
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: SuperResolution) -> None:
-        """Draw and show."""
         if trainer.is_global_zero and trainer.global_step % self.every == 0:
             self.show(pictures(pl_module, "validate"))

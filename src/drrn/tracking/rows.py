@@ -27,7 +27,7 @@ class Rows(Logger):
 
     Args:
         path: of the file; its rows are those of the earlier starts. None: nothing is read or written.
-        module: the module in training, which knows the steps.
+        module: in training, it knows the steps.
         batch_size: pairs of a step.
     """
 
@@ -38,13 +38,12 @@ class Rows(Logger):
         self.path, self.module, self.batch_size = path, module, batch_size
         self.earlier: list[tuple[int, dict[str, float]]] = []
         self.last: dict[str, int] = {}  # metric → the highest step that an earlier start logged it at
-        if path is None:
-            return
-        self.save_dir = str(path.parent)
-        try:
-            self._read()
-        except OSError as error:
-            self._give_up(error)
+        if path is not None:
+            self.save_dir = str(path.parent)
+            try:
+                self._read()
+            except OSError as error:
+                self._give_up(error)
 
     @property
     def step(self) -> int:
@@ -85,7 +84,6 @@ class Rows(Logger):
         """They are in the record."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """A line."""
         if self.path is None or not (row := self.new(metrics, self.step)):
             return
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from drrn.config import Config
 from drrn.identity import run_name, structure_name
-from drrn.tracking.results import test_means
+from drrn.tracking.results import score_table, test_means
 from drrn.tracking.rows import Rows
 from drrn.tracking.wandb_files import ended, history, mend, runs
 
@@ -33,8 +34,7 @@ class WandB(Logger):
     Args:
         config: the checked configuration.
         folder: the run's folder; W&B's files go to `wandb/` below it.
-        record: the run record. Its `wandb_id` says which W&B run to resume; `tracking` is kept here:
-            kind, mode, folder, and `problem`, None or what went wrong first.
+        record: the run record. Its `wandb_id` says which W&B run to resume.
         rows: what earlier starts have logged, and where the training is.
     """
 
@@ -49,8 +49,6 @@ class WandB(Logger):
         self.state = {"kind": "wandb", "mode": config.logger.mode, "folder": None, "problem": None}
         self._attempt("start", self._start)
 
-    # ------------------------------------------------------------------ what Lightning calls
-
     def log_hyperparams(self, *arguments: Any, **more: Any) -> None:
         """The W&B run was started with the whole configuration."""
 
@@ -62,8 +60,6 @@ class WandB(Logger):
         new = {key: value for key, value in row.items() if self.logged.get(key, -1) < step}
         if new and self._attempt("log", lambda: self.run.log({**new, **self.rows.place(step)}, step=step)):
             self.logged |= dict.fromkeys(new, step)
-
-    # ------------------------------------------------------------------ from start to finish
 
     def _attempt(self, what: str, call: Callable[[], Any]) -> bool:
         """Call W&B; at the first failure say so, and from then on only try to end the W&B run."""
@@ -91,29 +87,25 @@ class WandB(Logger):
                 self.logged |= {key: max(step, self.logged.get(key, -1)) for key in row}
             mend(path)
         arguments = self._about()
-
-        def init(mode: str) -> Any:
-            settings = wandb.Settings(
-                silent=True,
-                console="off",  # train.log has what was said; captured output would pass through W&B's service
-                finish_timeout=FINISH_SECONDS,
-                finish_timeout_raises=True,
-            )
-            return wandb.init(**arguments, mode=mode, settings=settings)
-
+        arguments["settings"] = wandb.Settings(
+            silent=True,
+            console="off",  # train.log has what was said; captured output would pass through W&B's service
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
+        )
         if mode == "online":
             try:
                 _end_service()  # its settings may be those of an earlier run
                 wandb.setup(wandb.Settings(mode="online", silent=True))
                 if not wandb.login(prompt=False, verify=False):  # `init` would ask at a terminal, and wait
                     raise RuntimeError("no account is configured (`wandb login`)")
-                self.run = init(mode)
+                self.run = wandb.init(**arguments, mode=mode)
             except Exception as error:
                 mode = self.state["mode"] = "offline"
                 log.warning("logger.mode=online does not work: %s. Tracked offline; upload it later.", error)
                 _end_service()
         if self.run is None:
-            self.run = init(mode)
+            self.run = wandb.init(**arguments, mode=mode)
         if mode != "disabled":
             record["wandb_id"] = self.run.id  # under a W&B agent, the agent's
             self.state["folder"] = f"wandb/{Path(self.run.dir).parent.name}"
@@ -131,6 +123,7 @@ class WandB(Logger):
         sizes = [] if isinstance(model, dict) else [f"B{model.B}", f"U{model.U}"]
         tags = [structure_name(model), *sizes, f"d{structure['depth']}", *config.logger.tags]
         tags += os.environ.get("WANDB_TAGS", "").split(",")
+        about = ("structure", "experiment", "patches", "protocol", "versions", "machine", "git")
         return {
             "project": config.logger.project,
             "name": os.environ.get("WANDB_NAME") or run_name(config),
@@ -146,23 +139,14 @@ class WandB(Logger):
                 **record["config"],
                 "d": structure["depth"],
                 "k": structure["conv_weights"],
-                **{
-                    key: record.get(key)
-                    for key in ("structure", "experiment", "patches", "protocol", "versions", "machine", "git")
-                },
+                **{key: record.get(key) for key in about},
                 "budget": {"steps": steps, "patches": steps * config.data.batch_size},
             },
         }
 
     def show(self, drawn: Mapping[str, np.ndarray]) -> None:
         """Pictures of a validation, in the row of its step."""
-
-        def log_images() -> None:
-            import wandb
-
-            self.run.log({key: wandb.Image(pixels) for key, pixels in drawn.items()}, step=self.rows.step)
-
-        self._attempt("pictures", log_images)
+        self._attempt("pictures", lambda: self.run.log(_images(drawn), step=self.rows.step))
 
     def results(self, drawn: Mapping[str, np.ndarray]) -> None:
         """What a finished evaluation leaves. The scores come first: the rest may fail where they do not."""
@@ -182,15 +166,13 @@ class WandB(Logger):
         """Into the same row: the table of all images' scores, and pictures."""
         import wandb
 
-        columns = list(dict.fromkeys(key for row in self.record["scores"] for key in row))
-        rows = [[row.get(key) for key in columns] for row in self.record["scores"]]
+        columns, rows = score_table(self.record)
         table = wandb.Table(columns=columns, data=rows)
-        pictures = {key: wandb.Image(pixels) for key, pixels in drawn.items()}
         before = os.environ.get("WANDB_DATA_DIR")
         # W&B uploads the table later from a copy there: in the run's folder, not in somebody's home.
         os.environ.setdefault("WANDB_DATA_DIR", str(self.folder.resolve() / "wandb"))
         try:
-            self.run.log({"scores": table, **pictures})
+            self.run.log({"scores": table, **_images(drawn)})
         finally:
             if before is None:
                 del os.environ["WANDB_DATA_DIR"]
@@ -200,13 +182,10 @@ class WandB(Logger):
         import wandb
 
         steps = self.record["budget"]["steps"]
-        files = {
-            "weights": self.folder / "weights.safetensors",
-            "checkpoint": self.folder / "checkpoints" / f"step{steps:08d}.ckpt",
-        }
+        about = {"structure": self.record["structure"], "steps": steps, "means": self.record["means"]}
+        files = {"weights": "weights.safetensors", "checkpoint": f"checkpoints/step{steps:08d}.ckpt"}
         for kind in ARTIFACTS[self.config.logger.artifacts]:
-            path = files[kind]
-            about = {"structure": self.record["structure"], "steps": steps, "means": self.record["means"]}
+            path = self.folder / files[kind]
             artifact = wandb.Artifact(f"{self.folder.name}-{kind}", "model", metadata=about)
             artifact.add_file(str(path), policy="immutable")  # uploaded from where it is, not from a copy
             self.run.log_artifact(artifact, aliases=[self.record["status"], f"step{steps}"])
@@ -225,11 +204,15 @@ class WandB(Logger):
                 log.warning("Upload what W&B does not have: wandb sync %s", path.parent)
 
 
+def _images(drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    import wandb
+
+    return {key: wandb.Image(pixels) for key, pixels in drawn.items()}
+
+
 def _end_service() -> None:
     """End W&B's service process: a run's last rows are on the disk, and the next run starts its own."""
-    import contextlib
-
-    with contextlib.suppress(Exception):  # the import too: a signal may have ended the first one half-way
+    with suppress(Exception):  # the import too: a signal may have ended the first one half-way
         import wandb
 
         wandb.teardown()
