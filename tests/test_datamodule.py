@@ -13,13 +13,13 @@ import skimage.data
 import torch
 from PIL import Image
 
-from drrn.datamodule import EvaluationImages, SuperResolutionData, Task
+from drrn.datamodule import SuperResolutionData, Task
 from drrn.errors import UserError
 from drrn.identity import run_dir
 from drrn.images import orientations, read_luminance
 from drrn.matlab import imresize
 from drrn.patches import Patches, ShuffledBatches
-from drrn.protocol import prepare
+from drrn.protocol import prepare, score
 from drrn.sets import check_size
 
 
@@ -160,8 +160,7 @@ def test_a_batch_larger_than_the_data_is_refused(configure: Callable, inline_poo
 def test_tasks_are_sets_times_scales(configure: Callable, tiny_images: Path, inline_pool: None) -> None:
     data = prepared(configure("data.scales=[2,3,4]", "data.val_scales=[3]", f"data.val=[{tiny_images},demo_test]"))
     sets = ("tiny", "demo_test")
-    for stage in ("fit", "validate"):
-        assert data.evaluation_tasks(stage) == [(name, 3) for name in sets]
+    assert data.evaluation_tasks("validate") == [(name, 3) for name in sets]
     assert data.evaluation_tasks("test") == [(name, scale) for name in sets for scale in (2, 3, 4)]
     assert [str(task) for task in data.evaluation_tasks("test")[:2]] == ["tiny_x2", "tiny_x3"]
     assert str(Task("demo_test", 4)) == "demo_test_x4"
@@ -226,33 +225,20 @@ def test_each_image_is_measured_by_one_process(
         for rank in range(world):
             loaders = getattr(prepared(config, rank=rank, world=world), f"{stage}_dataloader")()
             assert len(loaders) == len(scales)
-            names += [name for *_, name in loaders[-1]]
+            names += [file.name for file in loaders[-1] if file is not None]
         assert sorted(names) == sorted(path.name for path in folder.iterdir())
-
-
-@pytest.mark.parametrize("scale", [2, 3, 4])
-def test_an_evaluation_image_is_the_protocols(scale: int, tiny_images: Path) -> None:
-    files = sorted(tiny_images.iterdir())
-    for (x, truth, name), path in zip(EvaluationImages(files, scale), files, strict=False):
-        expected_x, expected = prepare(read_luminance(path), scale)
-        assert name == path.name
-        assert x.shape == truth.shape == (1, 1, *expected.shape)
-        np.testing.assert_array_equal(x[0, 0].numpy(), expected_x.astype(np.float32))
-        np.testing.assert_array_equal(truth[0, 0].numpy(), expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_an_image_too_small_to_score_is_refused(scale: int, tmp_path: Path) -> None:
     """Refused before any training exactly when the protocol cannot score it."""
-    from drrn.protocol import score
-
     outcomes = set()
     for side in range(2 * scale + 8, 3 * scale + 12):
         path = tmp_path / f"{side}.png"
         Image.fromarray(skimage.data.camera()[100 : 100 + side, 200:260]).save(path)
-        x, truth, _ = EvaluationImages([path], scale)[0]
+        x, truth = prepare(read_luminance(path), scale)
         try:
-            score(x[0, 0].numpy(), truth[0, 0].numpy(), scale)
+            score(x, truth, scale)
         except ValueError:
             with pytest.raises(UserError, match=f"too small to be scored at ×{scale}") as refusal:
                 check_size(path, scale)

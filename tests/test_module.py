@@ -34,7 +34,7 @@ from drrn.metrics import ifc
 from drrn.module import Diverged, SuperResolution
 from drrn.optimisers import learning_rate_factor
 from drrn.patches import LOW, STEP, Patches
-from drrn.protocol import prepare, score, score_pixels
+from drrn.protocol import Protocol, prepare, score, score_pixels
 from drrn.runs.checkpoints import Checkpoints, newest_checkpoint
 from drrn.runs.lightning import WholeSteps
 
@@ -619,18 +619,20 @@ def test_a_sets_score_is_the_plain_mean_of_its_images(evaluated: tuple) -> None:
     assert set(validated) == {"validate/tiny_x3/psnr", "validate/tiny_x3/ssim"}
 
 
-def test_the_end_scores_other_sets_by_other_metrics(configure: Callable, tmp_path: Path) -> None:
-    """`data.test` and `data.test_metrics`: IFC, of a photograph that is not among those of the validations."""
+def test_the_end_scores_other_sets_by_other_metrics(configure: Callable, tmp_path: Path, inline_pool: None) -> None:
+    """`data.test` and `data.test_metrics`: IFC, of a noisy photograph that is not among those of the validations."""
     (tmp_path / "cat").mkdir()
     Image.fromarray(skimage.data.chelsea()[60:150, 100:190]).save(tmp_path / "cat/eye.png")
-    config = configure(f"data.test=[{tmp_path}/cat]", "data.test_metrics=[ifc,psnr_rgb]", "data.scales=[3]")
+    config = configure(f"data.test=[{tmp_path}/cat]", "data.test_metrics=[ifc,psnr_rgb]", "data.scales=[3]",
+                       "data.degradation=DN")  # fmt: skip
     scored = SuperResolution(asdict(config.model), asdict(config.optim))
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     (logged,) = trainer.test(scored, datamodule=SuperResolutionData(config), verbose=False)
     (row,) = scored.scores
-    x, truth = prepare(read_luminance(tmp_path / "cat/eye.png"), 3)
-    assert row["bicubic_ifc"] == pytest.approx(ifc(eight_bit(truth, 3), eight_bit(x, 3)), rel=1e-6)
     pixels = read_pixels(tmp_path / "cat/eye.png")
-    assert row["bicubic_psnr_rgb"] == pytest.approx(score_pixels(x, pixels, 3, ("psnr_rgb",))["psnr_rgb"], abs=1e-4)
+    x, truth = prepare(pixels, 3, degradation="DN")
+    assert row["bicubic_ifc"] == pytest.approx(ifc(eight_bit(truth, 3), eight_bit(x, 3)), rel=1e-6)
+    direct = score_pixels(x, pixels, 3, ("psnr_rgb",), Protocol(degradation="DN"))
+    assert row["bicubic_psnr_rgb"] == pytest.approx(direct["psnr_rgb"], abs=1e-4)
     assert logged["test/cat_x3/ifc"] == pytest.approx(row["ifc"], rel=1e-5)
     assert {"psnr", "ssim", "bicubic_psnr", "bicubic_ssim"} < row.keys()

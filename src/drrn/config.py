@@ -73,11 +73,7 @@ class DataConfig:
     test_metrics: list[str] | None = key("at its end, beside psnr and ssim: [ifc]", default=None)
 
     def share(self, micro: int, processes: int = 1) -> int:
-        """Pairs of one process's micro-batch.
-
-        Raises:
-            UserError: they do not divide the batch.
-        """
+        """Pairs of one process's micro-batch; a UserError where they do not divide the batch."""
         if self.batch_size % (micro * processes):
             shares = f"{micro} micro-batches × {processes} processes"
             raise UserError(
@@ -283,8 +279,7 @@ def check(cfg: DictConfig) -> Config:
     """A composed training configuration as typed dataclasses; `runs.request` resolves what names other files.
 
     Raises:
-        UserError: unknown key, wrong type, value out of range, or keys that contradict each other; the text
-            names the key, its value and what is allowed.
+        UserError: unknown key, wrong type, value out of range, or keys that contradict each other.
     """
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
@@ -343,29 +338,17 @@ def _old_names(cfg: DictConfig) -> None:
 
 
 def check_sets(name: str, sets: Sequence[str]) -> None:
-    """Names of image sets.
-
-    Args:
-        name: the key that names them.
-        sets: known sets, or folders.
-
-    Raises:
-        UserError: none, two of one name, or neither a known set nor a folder.
-    """
+    """Refuse image sets, named by the key `name`: none, two of one name, what is neither a known set nor a folder."""
     if not sets:
         raise UserError(f"{name} is empty: name at least one image set")
     if len({Path(one).name for one in sets}) < len(sets):
         raise UserError(f"{name} = {sets}: two sets of one name; scores name a set by it alone")
     for one in sets:
-        if os.sep in one and not is_set(one):
-            raise UserError(f"{name}: the folder {one!r} does not exist")
         if one != printable(one):
             raise UserError(f"{name}: {one}: a name with bytes that are not UTF-8 or control codes; rename it")
         if not is_set(one):
-            raise UserError(
-                f"{name}: no set and no folder named {one!r}: give a folder of images, or one of "
-                f"{', '.join(known_sets())}"
-            )
+            wrong = f"the folder {one!r} does not exist" if os.sep in one else f"no set and no folder named {one!r}"
+            raise UserError(f"{name}: {wrong}: give a folder of images, or one of {', '.join(known_sets())}")
 
 
 def _check_devices(devices: Any) -> None:

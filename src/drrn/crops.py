@@ -37,8 +37,7 @@ AROUND = 5  # low-resolution pixels that a crop is degraded with on each side
 def prepare_images(data: DataConfig) -> Path:
     """The file of the images to crop, decoded: what `data.train` names is fetched, the file built if need be.
 
-    Raises:
-        UserError: as `patch_build.prepare_patches`.
+    Errors as of `patch_build.prepare_patches`.
     """
     files = [file for set_name in data.train for file in image_files(set_name, Path(data.root))]
     of_rgb = DEGRADATIONS[data.degradation].of_rgb
@@ -66,15 +65,12 @@ def prepare_images(data: DataConfig) -> Path:
 class Crops(StoredFile):
     """Crops of the images in a file, a whole batch in one call.
 
-    Images that hold no crop at the largest scale are left out.
+    Images that hold no crop at the largest scale are left out; none that does is a UserError.
 
     Args:
         path: what `prepare_images` returned.
         data: of the configuration.
         input: what the network takes, "interpolated" or "low".
-
-    Raises:
-        UserError: no image is large enough.
     """
 
     def __init__(self, path: Path, data: DataConfig, input: str) -> None:
@@ -86,7 +82,7 @@ class Crops(StoredFile):
         self.shapes = [(key, *shape[:2]) for key, shape in shapes.items() if min(shape[:2]) >= least]
         if not self.shapes:
             raise UserError(f"no image of {', '.join(data.train)} has sides of {least} pixels (data.patch_size)")
-        self.process, self.file = 0, None
+        self.process = 0
 
     def __len__(self) -> int:
         """Crops of an epoch."""
@@ -97,7 +93,7 @@ class Crops(StoredFile):
 
         For a network that takes the low resolution, data is [n, p / s, p / s].
         """
-        if self.process != os.getpid():  # a handle does not survive a fork
+        if self.file is None or self.process != os.getpid():  # a handle does not survive a fork
             self.process, self.file = os.getpid(), h5py.File(self.path, "r")
         pairs = [self._crop(*draw) for draw in draws.tolist()]
         x, y = (np.stack(part) for part in zip(*pairs, strict=True))
@@ -120,9 +116,6 @@ class Crops(StoredFile):
         top, left = corner
         x = x[top // shrunk : (top + p) // shrunk, left // shrunk : (left + p) // shrunk]
         return quantise(x), np.rint(255 * truth[top : top + p, left : left + p]).astype(np.uint8)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "process": 0, "file": None}
 
 
 class Draws(ShuffledBatches):

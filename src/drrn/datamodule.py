@@ -5,22 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from drrn.config import Config, DataConfig
 from drrn.crops import Crops, Draws, prepare_images
-from drrn.degradations import BI
-from drrn.images import read_pixels
 from drrn.metrics import in_training
 from drrn.networks import input_of
 from drrn.pairs import Pairs, low_pairs, pair_loader, turned
 from drrn.patch_build import prepare_patches
 from drrn.patches import LOW, STEP, Patches, Recipe, ShuffledBatches, whole_batches
-from drrn.protocol import prepare
 from drrn.sets import evaluation_sets
 
 
@@ -32,32 +27,6 @@ class Task(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.set_name}_x{self.scale}"
-
-
-class EvaluationImages:
-    """One set at one scale: item i is (x, truth, file name), [1, 1, H, W] float32 each, by the protocol.
-
-    Args:
-        files: of the set.
-        scale: s.
-        input: what the network takes, "interpolated" or "low".
-        degradation: of DEGRADATIONS.
-    """
-
-    def __init__(self, files: list[Path], scale: int, input: str = "interpolated", degradation: str = BI) -> None:
-        self.files = files or [None]  # no image: one empty item, nameless
-        self.scale, self.input, self.degradation = scale, input, degradation
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
-        path = self.files[index]
-        if path is None:
-            return torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0), ""
-        pair = prepare(read_pixels(path), self.scale, self.input, self.degradation, path)
-        x, truth = (torch.from_numpy(z.astype(np.float32))[None, None] for z in pair)
-        return x, truth, path.name
 
 
 def prepare_pairs(data: DataConfig, input: str = "interpolated") -> Patches | Crops:
@@ -73,9 +42,6 @@ class SuperResolutionData(LightningDataModule):
 
     To Lightning the whole run is one epoch: `ShuffledBatches` counts the data's own epochs, so that a run can
     stop and be resumed at any step. `prepare_data` may be called in every process: they wait for one another.
-
-    Args:
-        config: a checked configuration; `data`, `seed`, `trainer` and the network's input are used.
     """
 
     def __init__(self, config: Config) -> None:
@@ -95,30 +61,19 @@ class SuperResolutionData(LightningDataModule):
             self.max_steps = max(1, round(self.max_epochs * self.steps_per_epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep; Lightning calls this for every checkpoint, which must not rest on other patches.
-
-        Raises:
-            UserError: the file of the pairs was changed since the run began.
-        """
+        """Nothing to keep; Lightning calls this for every checkpoint, which must not rest on other patches."""
         self.pairs.check_unchanged()
         return {}
 
     def evaluation_tasks(self, stage: str) -> list[Task]:
         """Sets × scales: `data.val` and `val_scales` while training, `data.test` and every trained scale after."""
         scales = self.data.scales if stage == "test" else self.data.val_scales
-        return [Task(label, scale) for label in self._sets(stage) for scale in scales]
+        return [Task(label, scale) for label in self.sets[stage] for scale in scales]
 
     def evaluation_metrics(self, stage: str) -> tuple[str, ...]:
         """What is measured: at the end `data.test_metrics` too."""
         more = (self.data.test_metrics or ()) if stage == "test" else ()
         return tuple(dict.fromkeys([*in_training(), *more]))
-
-    def _sets(self, stage: str) -> dict[str, list[Path]]:
-        return self.sets["test" if stage == "test" else "validate"]
-
-    def file(self, stage: str, task: Task, name: str) -> Path:
-        """Of an image that is measured on."""
-        return next(file for file in self._sets(stage)[task.set_name] if file.name == name)
 
     def train_dataloader(self) -> DataLoader:
         """Batches of stored integers; the hooks below make them floats on the device."""
@@ -138,15 +93,13 @@ class SuperResolutionData(LightningDataModule):
         return pair_loader(self.pairs, batches, self.data.num_workers, pin_memory=gpu)
 
     def _evaluation_dataloaders(self, stage: str) -> list[DataLoader]:
-        loaders = []
-        for task in self.evaluation_tasks(stage):
-            files = self._sets(stage)[task.set_name]
-            # Each process takes every world-size-th image: nothing is padded, nothing counted twice. One that
-            # has none left gets an empty item: it takes part in the evaluation, which the others wait for.
-            mine = files[self.trainer.global_rank :: self.trainer.world_size]
-            images = EvaluationImages(mine, task.scale, self.input, self.data.degradation)
-            loaders.append(DataLoader(images, batch_size=None, shuffle=False))
-        return loaders
+        """Image files. Each process takes every world-size-th: nothing is padded, nothing counted twice.
+
+        One that has none left gets None: it takes part in the evaluation, which the others wait for.
+        """
+        first, step = self.trainer.global_rank, self.trainer.world_size
+        shares = (self.sets[stage][task.set_name][first::step] for task in self.evaluation_tasks(stage))
+        return [DataLoader(share or [None], batch_size=None, shuffle=False) for share in shares]
 
     def val_dataloader(self) -> list[DataLoader]:
         """A loader for each set and scale, in the order of `evaluation_tasks`."""

@@ -91,11 +91,7 @@ DEGRADATIONS: dict[str, Degradation] = {
 
 
 def check_scales(name: str, scales: Iterable[int], degradation: str) -> None:
-    """Refuse scales that a degradation is not defined for; `name` is their key.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Refuse scales that a degradation is not defined for; `name` is their key."""
     defined = DEGRADATIONS[degradation].scales
     if defined is not None and not set(scales) <= set(defined):
         listed = ", ".join(f"×{scale}" for scale in defined)

@@ -20,10 +20,8 @@ from drrn.errors import InUse, UserError
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` write to a temporary name beside `path`, flush it to the disk, then rename.
 
-    Whatever happens, power failures included, `path` is the old file or the new one.
-
-    Raises:
-        UserError: it cannot be written.
+    Whatever happens, power failures included, `path` is the old file or the new one. What cannot be written is a
+    UserError.
     """
     where = f"{os.getpid()}-{threading.get_native_id()}"
     partial = path.parent / f".{path.name[-40:]}.{where}.partial"  # short: names end at 255 bytes
@@ -49,9 +47,6 @@ def check_output(name: str, path: Path, folder: bool = False) -> None:
         name: the key that gives it, for the message.
         path: of the file, or of the folder, that will be written; folders above it need not exist.
         folder: whether it is a folder.
-
-    Raises:
-        UserError: it is a folder for a file or a file for a folder, its name is too long, or its place is read-only.
     """
     if "\0" in str(path) or (not folder and path.name in ("", "..")):
         raise UserError(f"{name} = {str(path)!r}: name a file")
@@ -75,17 +70,10 @@ def check_output(name: str, path: Path, folder: bool = False) -> None:
 
 
 def check_regular(path: Path, at_most: int) -> int:
-    """Refuse what would be read for ever or fill the memory: pipes, devices, folders, huge files.
+    """The size in bytes of a file that is about to be read; links are followed.
 
-    Args:
-        path: of a file that is about to be read; links are followed.
-        at_most: bytes.
-
-    Returns:
-        Its size in bytes.
-
-    Raises:
-        UserError: it is missing, no regular file, or larger.
+    What is missing, would be read for ever or fill the memory (pipes, devices, folders, files of more than `at_most`
+    bytes) is a UserError.
     """
     try:
         found = path.stat()
@@ -120,12 +108,7 @@ def write_json(path: Path, content: Any) -> None:
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file; the kernel lets go of it when the process ends, however it ends. The file stays.
 
-    Args:
-        path: of the lock file.
-        what: what another process does that holds it, for the message.
-
-    Raises:
-        InUse: another process holds it.
+    Where another process holds it that is `InUse`; `what` says what that process does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)

@@ -32,13 +32,7 @@ def command() -> str:
 
 
 def show(about: str, schema: type, arguments: Sequence[str]) -> None:
-    """Print the help of the command that runs.
-
-    Args:
-        about: its docstring: a sentence, and examples.
-        schema: its keys with their meanings.
-        arguments: of the command line; what they override is shown as they set it.
-    """
+    """Print the help of the command that runs: `about`, its docstring, and its keys as `arguments` set them."""
     name = command()
     cfg = composed(CONFIGS.get(name, name), [a for a in arguments if not a.startswith("-")])
     lines = [about.strip(), ""]
@@ -108,13 +102,13 @@ def beside(chosen: Mapping[str, Any]) -> dict[str, str]:
 
 def meanings(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every key of a schema with its meaning and what is allowed."""
-    for name, kind in get_type_hints(schema).items():
-        (one,) = (field for field in fields(schema) if field.name == name)
-        if is_dataclass(kind):
-            yield from meanings(kind, f"{prefix}{name}.")
+    kinds = get_type_hints(schema)
+    for its in fields(schema):
+        if is_dataclass(kinds[its.name]):
+            yield from meanings(kinds[its.name], f"{prefix}{its.name}.")
         else:
-            allowed = ", ".join(one.metadata.get("choices", ()))
-            yield f"{prefix}{name}", ": ".join(filter(None, (one.metadata.get("meaning"), allowed)))
+            allowed = ", ".join(its.metadata.get("choices", ()))
+            yield f"{prefix}{its.name}", ": ".join(filter(None, (its.metadata.get("meaning"), allowed)))
 
 
 def closest(word: str, words: Iterable[str]) -> str:

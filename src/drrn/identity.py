@@ -40,15 +40,14 @@ def structure_name(model: ModelConfig | Mapping[str, Any]) -> str:
     else:
         ns, c = "" if model.weight_sharing else "_NS", "" if model.multi_path else "_C"
         name = f"DRRN{ns}{c}_B{model.B}U{model.U}"
-    if model.features != 128:
-        name += f"_{model.features}f"
-    if model.norm == "none":
-        name += "_noBN"
-    if model.rectified_identity:
-        name += "_rectified"
-    if not model.input_relu:
-        name += "_noinputReLU"
-    return name if model.bias else f"{name}_nobias"
+    departures = {
+        f"{model.features}f": model.features != 128,
+        "noBN": model.norm == "none",
+        "rectified": model.rectified_identity,
+        "noinputReLU": not model.input_relu,
+        "nobias": not model.bias,
+    }
+    return "_".join([name, *(word for word, departs in departures.items() if departs)])
 
 
 def _name_of_another(model: Mapping[str, Any]) -> str:
@@ -165,8 +164,7 @@ def run_group(config: dict[str, Any], varied: Sequence[str] | None) -> str:
         varied: the keys of `model` that are the study's own: B and U for Fig. 6; None: the whole network.
     """
     kept = {key: value for key, value in _identity(config).items() if key != "seed"}
-    model = {} if varied is None else kept["model"]
-    kept["model"] = {key: value for key, value in model.items() if key not in varied}
+    kept["model"] = {} if varied is None else {k: v for k, v in kept["model"].items() if k not in varied}
     return _digest(kept)
 
 

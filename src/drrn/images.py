@@ -57,16 +57,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------- reading
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image of a set with its size, kind and checksums checked, its pixels not decoded yet.
-
-    Raises:
-        UserError: the file is missing, no image or damaged; or it is not 8-bit grey or RGB; or it is too large.
-    """
+    """An image of a set with its size, kind and checksums checked, its pixels not decoded yet."""
     from PIL import Image
 
     try:
@@ -102,28 +95,21 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image; nothing is decoded.
-
-    Raises:
-        UserError: as `read_pixels`, but for damage that only decoding shows.
-    """
+    """(height, width) of an image; errors as of `read_pixels`, but for damage that only decoding shows."""
     with _opened(path) as image:
         return image.height, image.width
 
 
 def read_luminance(path: Path) -> NDArray[np.uint8]:
-    """Y of an image as the protocol takes it [H, W].
-
-    Colour goes through MATLAB's `rgb2ycbcr` on uint8 (Y in 16…235); a one-channel image is used as it is.
-
-    Raises:
-        UserError: as `read_pixels`.
-    """
+    """Y of an image file [H, W]; errors as of `read_pixels`."""
     return luminance(read_pixels(path))
 
 
 def luminance(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Y of an 8-bit image [H, W] or [H, W, 3] → [H, W]."""
+    """Y of an 8-bit image [H, W] or [H, W, 3] → [H, W], as the protocol takes it.
+
+    Colour goes through MATLAB's `rgb2ycbcr` on uint8 (Y in 16…235); a one-channel image is used as it is.
+    """
     return pixels if pixels.ndim == 2 else rgb2y(pixels)
 
 
@@ -134,9 +120,6 @@ def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArra
     Exact: pixels are moved, never interpolated.
     """
     return [np.fliplr(np.rot90(image, o % 4)) if o >= 4 else np.rot90(image, o) for o in which]
-
-
-# ---------------------------------------------------------------------- what Pillow does not check
 
 
 def check_whole(path: Path, image: Image.Image) -> None:

@@ -284,11 +284,7 @@ def in_training() -> tuple[str, ...]:
 
 
 def check_names(key: str, names: list[str]) -> None:
-    """Metrics that a configuration names.
-
-    Raises:
-        UserError: none, one twice, or one that is not there.
-    """
+    """Refuse metrics, named by `key`: none, one twice, or one that is not there."""
     for name in names:
         if name not in METRICS:
             raise UserError(f"{key}: {name!r} is not one of {', '.join(METRICS)}")

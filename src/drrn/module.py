@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ from drrn.losses import loss_of
 from drrn.matlab import imresize
 from drrn.networks import build
 from drrn.optimisers import configured, takes_found_inf
-from drrn.protocol import Protocol, over_colour, score, score_pixels
+from drrn.protocol import Protocol, prepare, score_pixels
 
 
 class Diverged(UserError):
@@ -39,16 +41,6 @@ class SuperResolution(LightningModule):
         max_steps: optimiser steps of the whole run.
 
     All are plain scalars and dicts, so checkpoints load with `weights_only=True`.
-
-    Attributes:
-        compiled: train through `torch.compile`; "auto" on a GPU that it is worth it on.
-        checkpointing: compute the blocks' feature maps twice instead of keeping them.
-        validated_in: precision of validations, `super_resolve`'s argument; the test is float32.
-        averaged_before: batches whose BatchNorm statistics the weights came with (fine-tuning).
-        about: what its checkpoints and weights say of it.
-        scores: rows of the evaluation that ran last, an image each.
-        validation: rows of all validations, with their step: the learning curve.
-        validated: the step of the last one.
     """
 
     def __init__(
@@ -62,14 +54,14 @@ class SuperResolution(LightningModule):
             with torch.no_grad():  # `optim.residual_scale` 0 starts at bicubic itself; 1 is the paper's start
                 self.network.conv_rec.weight.mul_(self.optim.residual_scale)
         self.loss = loss_of(self.network, self.optim.loss)
-        self.compiled: bool | str = False
-        self.checkpointing = False
-        self.validated_in = "float32"
-        self.averaged_before = 0
-        self.about: dict[str, Any] = {}
-        self.scores: list[dict[str, Any]] = []
-        self.validation: list[dict[str, Any]] = []
-        self.validated: int | None = None
+        self.compiled: bool | str = False  # `speed.compile`
+        self.checkpointing = False  # `speed.checkpointing`
+        self.validated_in = "float32"  # precision of validations; the test is float32
+        self.averaged_before = 0  # batches whose BatchNorm statistics the weights came with (fine-tuning)
+        self.about: dict[str, Any] = {}  # what its checkpoints and weights say of it
+        self.scores: list[dict[str, Any]] = []  # rows of the evaluation that ran last, an image each
+        self.validation: list[dict[str, Any]] = []  # rows of all validations, with their step: the learning curve
+        self.validated: int | None = None  # the step of the last one
         self.rows: list[tuple[int, int, dict[str, Any]]] = []  # this process's, in an evaluation: (task, image, row)
         self.seconds_before = 0.0  # of training, in earlier starts
         self.since: float | None = None
@@ -117,10 +109,7 @@ class SuperResolution(LightningModule):
         accumulated and unscaled gradients of every optimiser step, whatever the Trainer's own clip value.
 
         Nothing here waits for the device but a step that is logged. A loss or gradient that is not finite is
-        noted there, and from that step on neither the weights nor BatchNorm's averages move.
-
-        Raises:
-            Diverged: a step was not finite.
+        noted there (`Diverged`), and from that step on neither the weights nor BatchNorm's averages move.
         """
         gamma = optimizer.param_groups[0]["lr"]
         bound = self.optim.theta / gamma if gamma > 0 else math.inf
@@ -160,11 +149,7 @@ class SuperResolution(LightningModule):
         return [(1 - decay) / (1 - decay**n) for n in range(last - batches + 1, last + 1)]
 
     def refuse_divergence(self) -> None:
-        """Wait for the device and look whether all steps were finite.
-
-        Raises:
-            Diverged: one was not; the text names the first.
-        """
+        """Wait for the device and look whether all steps were finite; `Diverged` names the first that was not."""
         if self.latch is None or (bad := self.latch.read()) is None:
             return
         step, loss, norm, gamma = bad
@@ -226,26 +211,22 @@ class SuperResolution(LightningModule):
 
     # ------------------------------------------------------------------ evaluation (drrn.protocol)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor, str], batch_idx: int, dataloader_idx: int, stage: str) -> None:
-        x, truth, image = batch  # [1, 1, H, W] each, or x the low-resolution image
-        if not image:
+    def _evaluate(self, file: Path | None, batch_idx: int, dataloader_idx: int, stage: str) -> None:
+        if file is None:
             return
         data = self.trainer.datamodule
         task, metrics = data.evaluation_tasks(stage)[dataloader_idx], data.evaluation_metrics(stage)
-        given, truth = (plane[0, 0].float().cpu().numpy() for plane in (x, truth))
-        precision = self.validated_in if stage == "validate" else "float32"
-        with torch.autocast(x.device.type, enabled=False):  # in strips, as src/evaluate.py scores
-            prediction = super_resolve(self.network, given, precision=precision)
-        pixels = read_pixels(data.file(stage, task, image)) if over_colour(metrics) else None
+        pixels, protocol = read_pixels(file), Protocol(degradation=data.data.degradation)
 
         def scored(y: NDArray) -> dict[str, float]:
-            if pixels is None:
-                return score(y, truth, task.scale, metrics)
-            protocol = Protocol(degradation=data.data.degradation)
-            return score_pixels(y, pixels, task.scale, metrics, protocol, file=data.file(stage, task, image))
+            return score_pixels(y, pixels, task.scale, metrics, protocol, file=file)
 
-        values = scored(prediction)
-        row = {"set": task.set_name, "scale": task.scale, "image": image, **values}
+        given, _ = prepare(pixels, task.scale, self.network.input, protocol.degradation, file)
+        given = given.astype(np.float32)
+        precision = self.validated_in if stage == "validate" else "float32"
+        with torch.autocast(self.device.type, enabled=False):  # in strips, as src/evaluate.py scores
+            prediction = super_resolve(self.network, given, precision=precision)
+        row = {"set": task.set_name, "scale": task.scale, "image": file.name, **scored(prediction)}
         if stage == "test":
             interpolated = imresize(given, task.scale) if self.network.input == "low" else given
             row |= {f"bicubic_{name}": value for name, value in scored(interpolated).items()}

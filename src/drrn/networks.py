@@ -85,7 +85,7 @@ def arguments_of(model: Any) -> tuple[str, dict[str, Any]]:
     """The name of a structure's network, and its arguments.
 
     Raises:
-        UserError: no such network, or arguments that it does not take or lacks; the text names `model.…`.
+        UserError: no such network, or arguments that it does not take or lacks.
     """
     arguments = structure(model)
     name = arguments.pop("network", DEFAULT)
@@ -112,11 +112,7 @@ def schema(name: str) -> type:
 
 
 def build(model: Any) -> Any:
-    """A network from its structure: `network`, its name, and its constructor's arguments.
-
-    Raises:
-        UserError: as `arguments_of`, or a value that it does not take.
-    """
+    """A network from its structure; errors as of `arguments_of`, and for a value that it does not take."""
     name, arguments = arguments_of(model)
     try:
         return NETWORKS[name](**arguments)

@@ -1,6 +1,6 @@
 """Optimisers and schedules by name (`optim.algorithm`, `optim.schedule`), or of another library by `_target_`.
 
-One of ours is a function here and a line in its dict. `optim.optimiser={_target_: torch.optim.RMSprop, alpha: 0.9}`
+One of ours is a line in its table. `optim.optimiser={_target_: torch.optim.RMSprop, alpha: 0.9}`
 and `optim.scheduler={_target_: torch.optim.lr_scheduler.OneCycleLR, …}` take any class of PyTorch's kinds instead.
 """
 
@@ -20,67 +20,31 @@ if TYPE_CHECKING:  # a name is checked before torch is imported
 
     from drrn.config import OptimConfig
 
-Groups = list[dict[str, Any]]
 SECOND = 0.999  # Adam's second β; the first is optim.momentum
 
-
-def sgd(groups: Groups, optim: OptimConfig, fused: bool) -> Optimizer:
-    """Sec. 4.2: momentum, weight decay on everything.
-
-    PyTorch keeps v ← μv + g and takes γv; Caffe has γ in v: they differ only in the steps after a change of γ.
-    """
-    from torch.optim import SGD
-
-    return SGD(groups, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused)
-
-
-def adam(groups: Groups, optim: OptimConfig, fused: bool) -> Optimizer:
-    """Kingma and Ba 2015; `optim.weight_decay` is added to the gradient."""
-    from torch.optim import Adam
-
-    return Adam(groups, optim.lr, (optim.momentum, SECOND), weight_decay=optim.weight_decay, fused=fused)
-
-
-def adamw(groups: Groups, optim: OptimConfig, fused: bool) -> Optimizer:
-    """Loshchilov and Hutter 2019: the weights themselves decay, by γ · `optim.weight_decay` a step."""
-    from torch.optim import AdamW
-
-    return AdamW(groups, optim.lr, (optim.momentum, SECOND), weight_decay=optim.weight_decay, fused=fused)
-
-
-OPTIMISERS: dict[str, Callable[[Groups, OptimConfig, bool], Optimizer]] = {"sgd": sgd, "adam": adam, "adamw": adamw}
-
-
-def halve(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
-    """Halved every so many epochs or steps (Sec. 4.2)."""
-    return 0.5 ** (step // _every(optim, steps_per_epoch))
-
-
-def cosine(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
-    """Half a cosine from 1 down to 0 over the run (Loshchilov and Hutter 2017)."""
-    return 0.5 * (1 + math.cos(math.pi * min(step / max_steps, 1)))
-
-
-def tenth(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
-    """A tenth where `halve` has a half, as VDSR is trained (Sec. 4.1 of Kim et al. 2016)."""
-    return 0.1 ** (step // _every(optim, steps_per_epoch))
-
-
-SCHEDULES: dict[str, Callable[[OptimConfig, int, int, int], float]] = {
-    "halve": halve,
-    "cosine": cosine,
-    "step": tenth,
+# Name → the class in torch.optim, and its arguments beside γ and the weight decay, which is on everything (Sec. 4.2).
+# PyTorch's SGD keeps v ← μv + g and takes γv; Caffe has γ in v: they differ only in the steps after a change of γ.
+# Adam (Kingma and Ba 2015) adds the decay to the gradient; with AdamW (Loshchilov and Hutter 2019) the weights
+# themselves decay, by γ · weight_decay a step.
+OPTIMISERS: dict[str, tuple[str, Callable[[OptimConfig], dict[str, Any]]]] = {
+    "sgd": ("SGD", lambda optim: {"momentum": optim.momentum}),
+    "adam": ("Adam", lambda optim: {"betas": (optim.momentum, SECOND)}),
+    "adamw": ("AdamW", lambda optim: {"betas": (optim.momentum, SECOND)}),
 }
 
-
-def _every(optim: OptimConfig, steps_per_epoch: int) -> int:
-    return optim.halve_every_steps or max(1, round((optim.halve_every_epochs or 1) * steps_per_epoch))
+# Name → γ / optim.lr from how often `optim.halve_every_…` is over, and from the part of the run that is (0…1).
+SCHEDULES: dict[str, Callable[[int, float], float]] = {
+    "halve": lambda times, part: 0.5**times,  # Sec. 4.2
+    "cosine": lambda times, part: 0.5 * (1 + math.cos(math.pi * part)),  # Loshchilov and Hutter 2017
+    "step": lambda times, part: 0.1**times,  # as VDSR is trained (Sec. 4.1 of Kim et al. 2016)
+}
 
 
 def learning_rate_factor(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
     """γ / optim.lr after `step` optimiser steps; it rises along a line over the first `optim.warmup_steps`."""
+    every = optim.halve_every_steps or max(1, round((optim.halve_every_epochs or 1) * steps_per_epoch))
     warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
-    return warm * SCHEDULES[optim.schedule](optim, step, steps_per_epoch, max_steps)
+    return warm * SCHEDULES[optim.schedule](step // every, min(step / max_steps, 1))
 
 
 def configured(
@@ -97,6 +61,7 @@ def configured(
         UserError: what `optim.optimiser` or `optim.scheduler` names is none, does not take its arguments, or
             follows a measure.
     """
+    import torch
     from torch import nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
@@ -106,13 +71,15 @@ def configured(
     rates |= {m.bias: optim.bias_lr_mult for m in convolutions if m.bias is not None}
     if optim.last_lr_mult != 1:
         rates |= dict.fromkeys(convolutions[-1].parameters(), optim.last_lr_mult)
-    groups: Groups = [{"params": [p for p, rate in rates.items() if rate == 1]}]
+    groups: list[dict[str, Any]] = [{"params": [p for p, rate in rates.items() if rate == 1]}]
     for mult in sorted(set(rates.values()) - {1.0}):
         groups.append({"params": [p for p, rate in rates.items() if rate == mult], "lr": optim.lr * mult})
     if optim.optimiser is not None:
         optimizer = make("optim.optimiser", optim.optimiser, Optimizer, groups, lr=optim.lr)
     else:
-        optimizer = OPTIMISERS[optim.algorithm](groups, optim, fused)
+        name, own = OPTIMISERS[optim.algorithm]
+        decay = optim.weight_decay
+        optimizer = getattr(torch.optim, name)(groups, optim.lr, weight_decay=decay, fused=fused, **own(optim))
     if optim.scheduler is not None:
         schedule = make("optim.scheduler", optim.scheduler, LRScheduler, optimizer)
         if isinstance(schedule, ReduceLROnPlateau):

@@ -69,27 +69,18 @@ def pair_count(height: int, width: int, recipe: Recipe) -> int:
     return sum(version.down * version.across for version in versions(height, width, recipe))
 
 
-def kept(height: int, width: int, recipe: Recipe) -> tuple[dict[tuple[int, int, int, int, int], int], int]:
-    """How a build keeps the pixels of an image: first Y, then what is made of each rectangle, 16 bits a pixel.
-
-    Returns:
-        `Version.rectangle` → where its degraded pixels begin; and where they all end (bytes, even).
-    """
-    places, end = {}, height * width + height * width % 2
-    for version in versions(height, width, recipe):
-        if version.rectangle not in places:
-            places[version.rectangle] = end
-            end += 2 * version.height * version.width
-    return places, end
+def rectangles(height: int, width: int, recipe: Recipe) -> list[tuple[int, int, int, int, int]]:
+    """What is degraded of an image [height, width], each `Version.rectangle` once."""
+    return list(dict.fromkeys(version.rectangle for version in versions(height, width, recipe)))
 
 
 class Source(NamedTuple):
-    """An image file, and where a build keeps its pixels."""
+    """An image, and the file in which a build keeps its pixels: its rectangles, 16 bits a pixel, then its Y."""
 
     path: Path
     height: int
     width: int
-    at: int  # bytes
+    pixels: Path
 
 
 def quantise(x: NDArray[np.float64]) -> NDArray[np.uint16]:
@@ -106,23 +97,21 @@ def quantise(x: NDArray[np.float64]) -> NDArray[np.uint16]:
     return levels.astype(np.uint16)  # towards zero
 
 
-def _degrade_image(source: Source, recipe: Recipe, pixels: Path) -> None:
-    """Y of one image and its degraded rectangles, into their place (runs in a worker process)."""
+def _degrade_image(source: Source, recipe: Recipe) -> None:
+    """Write the pixels of one image (runs in a worker process)."""
     image = read_pixels(source.path)
     y = np.ascontiguousarray(luminance(image))
     if y.shape != (source.height, source.width):
         raise UserError(f"{source.path} changed while its patches were cut: run the same command again")
     given = image if DEGRADATIONS[recipe.degradation].of_rgb or recipe.degradation == READY else y
-    with pixels.open("r+b") as file:
-        file.seek(source.at)
-        file.write(y)
-        for (scale, top, left, h, w), at in kept(*y.shape, recipe)[0].items():
-            file.seek(source.at + at)
+    with source.pixels.open("wb") as file:
+        for scale, top, left, h, w in rectangles(*y.shape, recipe):
             if recipe.degradation == READY and y.shape != (h, w):
                 raise UserError(f"{source.path}: of ready pairs the sides must be multiples of data.scales")
             part = given[top : top + h, left : left + w]
             x, _ = prepare(part, scale, degradation=recipe.degradation, file=source.path)
             file.write(quantise(x))
+        file.write(y)
 
 
 class Cutter:
@@ -131,19 +120,21 @@ class Cutter:
     Pairs are numbered as they come: images, orientations, scales, windows row by row.
     """
 
-    def __init__(self, sources: tuple[Source, ...], recipe: Recipe, pixels: Path) -> None:
-        memory = np.memmap(pixels, np.uint8, "r").view(np.ndarray)  # a memmap's own slices are slow
+    def __init__(self, sources: tuple[Source, ...], recipe: Recipe) -> None:
         p = recipe.patch_size
         self.windows: list[tuple[NDArray[np.uint16], NDArray[np.uint8]]] = []  # [down, across, p, p] of a version
-        for source in sources:
-            y = memory[source.at : source.at + source.height * source.width].reshape(source.height, source.width)
-            places, _ = kept(*y.shape, recipe)
-            for version in versions(source.height, source.width, recipe):
+        for _, height, width, pixels in sources:
+            memory = np.memmap(pixels, np.uint8, "r").view(np.ndarray)  # a memmap's own slices are slow
+            degraded, at = {}, 0
+            for rectangle in rectangles(height, width, recipe):
+                *_, h, w = rectangle
+                degraded[rectangle] = memory[at : at + 2 * h * w].view("<u2").reshape(h, w)
+                at += 2 * h * w
+            y = memory[at:].reshape(height, width)
+            for version in versions(height, width, recipe):
                 _, top, left, h, w = version.rectangle
-                at = source.at + places[version.rectangle]
-                data = memory[at : at + 2 * h * w].view("<u2").reshape(h, w)
                 label = y[top : top + h, left : left + w]
-                pair = (orientations(z, [version.orientation])[0] for z in (data, label))
+                pair = (orientations(z, [version.orientation])[0] for z in (degraded[version.rectangle], label))
                 views = (np.lib.stride_tricks.sliding_window_view(z, (p, p)) for z in pair)
                 self.windows.append(tuple(z[:: recipe.stride, :: recipe.stride] for z in views))
         grids = np.array([data.shape[:2] for data, _ in self.windows])
@@ -166,7 +157,7 @@ _cutter = lru_cache(maxsize=1)(Cutter)
 
 
 def _fill(
-    first: int, numbers: NDArray[np.int64], build: tuple[tuple[Source, ...], Recipe, Path], path: Path, at: list[int]
+    first: int, numbers: NDArray[np.int64], build: tuple[tuple[Source, ...], Recipe], path: Path, at: list[int]
 ) -> None:
     """Cut the pairs of the rows first, first + 1, … and write them (runs in a worker process).
 
@@ -184,12 +175,8 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
     Args:
         name: first part of the file's name, for people ("train291").
         recipe: what to build.
-        root: data root, where the image sets are.
-        folder: where patch files are kept.
+        root, folder: where the image sets are, and where patch files are kept.
         workers: building processes.
-
-    Returns:
-        Path of the HDF5 file.
 
     Raises:
         UserError: a source is missing, unreadable or changes meanwhile, no image is as large as a patch, the disk
@@ -209,32 +196,28 @@ def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: Attributes, 
     """Write a patch file; the pixels that it is cut from stand beside it."""
     from rich.progress import track
 
-    sources, total, end = [], 0, 0
-    for file in files:
-        height, width = image_size(file)
-        sources.append(Source(file, height, width, end))
-        total += pair_count(height, width, recipe)
-        end += kept(height, width, recipe)[1]
+    sources = tuple(Source(file, *image_size(file), partial.with_name(str(k))) for k, file in enumerate(files))
+    total = sum(pair_count(height, width, recipe) for _, height, width, _ in sources)
     if total == 0:
         raise UserError(
             f"no image of {', '.join(recipe.sets)} is as large as a patch of {recipe.patch_size} pixels "
             "(data.patch_size)"
         )
-    at = _allocate(partial, total, recipe.patch_size, attrs, beside=end)
-    pixels = partial.with_name("pixels")
-    pixels.touch()
-    os.truncate(pixels, end)
+    pixels = sum(
+        height * width + sum(2 * h * w for *_, h, w in rectangles(height, width, recipe))
+        for _, height, width, _ in sources
+    )
+    at = _allocate(partial, total, recipe.patch_size, attrs, beside=pixels)
     numbers = np.empty(total, np.int64)  # of the pair in every row
     numbers[np.random.default_rng(0).permutation(total)] = np.arange(total)  # the same file every time
-    build = tuple(sources), recipe, pixels
     context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started its threads
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         try:
-            jobs = [pool.submit(_degrade_image, source, recipe, pixels) for source in sources]
+            jobs = [pool.submit(_degrade_image, source, recipe) for source in sources]
             for job in track(jobs, description=f"Degrading {len(files)} images"):
                 job.result()
             jobs = [
-                pool.submit(_fill, first, numbers[first : first + ROWS], build, partial, at)
+                pool.submit(_fill, first, numbers[first : first + ROWS], (sources, recipe), partial, at)
                 for first in range(0, total, ROWS)
             ]
             with partial.open("rb") as file:
@@ -247,13 +230,9 @@ def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: Attributes, 
 
 
 def _allocate(path: Path, total: int, p: int, attrs: Attributes, beside: int) -> list[int]:
-    """Create the file with both datasets at their full size.
+    """Create the file with both datasets at their full size; where the two begin, in bytes.
 
-    Returns:
-        Where the two begin, in bytes.
-
-    Raises:
-        OSError: the disk has no room for it and for `beside` bytes more.
+    Where the disk has no room for it and for `beside` bytes more that is an OSError.
     """
     size = total * p * p
     check_room(path.parent, 3 * size + beside)

@@ -86,11 +86,7 @@ def attributes(recipe: Recipe, files: list[Path]) -> Attributes:
 
 
 def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
-    """Pairs in a patch file, after making sure that it is whole and what `attrs` says.
-
-    Raises:
-        UserError: as `trusted`.
-    """
+    """Pairs in a patch file, after making sure that it is whole and what `attrs` says; errors as of `trusted`."""
     with trusted(path, attrs) as file:
         data, label = file["data"], file["label"]
         p = json.loads(file.attrs["recipe"])["patch_size"]
@@ -112,8 +108,7 @@ class Patches(StoredFile):
     as they are stored, with their orientations; `pairs.turned` turns them, on the device.
 
     The datasets are contiguous, so h5py is asked once where they start and rows are read with preadv: ten
-    times as fast as slicing through HDF5, and it needs no handle that would not survive a fork. Every reading
-    process opens the file for itself on first use.
+    times as fast as slicing through HDF5, and it needs no handle that would not survive a fork.
 
     Args:
         path: a file that `prepare_patches` returned or `check_patch_file` passed.
@@ -126,7 +121,6 @@ class Patches(StoredFile):
         with h5py.File(path, "r") as file:
             self.stored, self.size, _ = file["data"].shape
             self.data_at, self.label_at = (file[key].id.get_offset() for key in ("data", "label"))
-        self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
         return self.stored * self.turns
@@ -136,26 +130,19 @@ class Patches(StoredFile):
 
         With online augmentation their orientations [len(indices)], int64, are the third.
         """
-        if self._file is None:
-            self._file = self.path.open("rb", buffering=0)
+        if self.file is None:
+            self.file = self.path.open("rb", buffering=0)
         x = np.empty((len(indices), self.size, self.size), np.dtype("<u2"))
         y = np.empty((len(indices), self.size, self.size), np.uint8)
         turn, row = np.divmod(np.asarray(indices, dtype=np.int64), self.stored)
         for a, b in runs(row + turn * (self.stored + 1)):
-            _read(self._file, x[a:b], self.data_at + int(row[a]) * x[0].nbytes)
-            _read(self._file, y[a:b], self.label_at + int(row[a]) * y[0].nbytes)
+            _read(self.file, x[a:b], self.data_at + int(row[a]) * x[0].nbytes)
+            _read(self.file, y[a:b], self.label_at + int(row[a]) * y[0].nbytes)
         return (x, y) if self.turns == 1 else (x, y, turn)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_file": None}
 
 
 def whole_batches(pairs: int, batch_size: int) -> int:
-    """Optimiser steps of an epoch.
-
-    Raises:
-        UserError: the batch is larger than the data.
-    """
+    """Optimiser steps of an epoch; a UserError for a batch that is larger than the data."""
     if batch_size > pairs:
         raise UserError(f"data.batch_size = {batch_size} is more than the {pairs} pairs there are")
     return pairs // batch_size
@@ -175,16 +162,11 @@ class ShuffledBatches:
 
     Args:
         length: pairs in all.
-        batch_size: pairs of an optimiser step, over all processes and micro-batches (`DataConfig.share` says
-            whether they divide it).
-        seed: the run's seed.
-        steps: optimiser steps of the whole run; None for one epoch.
-        start: optimiser steps already taken.
+        batch_size: pairs of an optimiser step, over all processes and micro-batches.
+        seed: the run's.
+        steps, start: optimiser steps of the whole run (None: of one epoch), and those already taken.
         micro: micro-batches in a step (gradient accumulation).
         rank, world: this process's share of every micro-batch.
-
-    Raises:
-        UserError: as `whole_batches`.
     """
 
     length: int

@@ -6,6 +6,7 @@ Every entry point has a dataclass whose fields are made by `key`; `typed` turns 
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import field, fields, is_dataclass
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -17,6 +18,7 @@ from drrn.errors import UserError
 
 T = TypeVar("T")
 LARGEST = 2**32  # of whole numbers: beyond it nothing here has a meaning
+ORDER = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
 def key(meaning: str, default: Any = MISSING, **limits: Any) -> Any:
@@ -34,8 +36,7 @@ def key(meaning: str, default: Any = MISSING, **limits: Any) -> Any:
 def typed(schema: type[T], cfg: DictConfig) -> T:
     """A composed configuration as an instance of the dataclass `schema`, each value within its key's limits.
 
-    Raises:
-        UserError: an unknown key, a value of the wrong type or out of range, by the key's name.
+    An unknown key, a wrong type and a value out of range are a UserError by the key's name.
     """
     try:
         _check_kinds(schema, cfg)
@@ -87,18 +88,12 @@ def _check_limits(config: Any, group: str = "") -> None:
             raise UserError(f"{where} = {value!r}: allowed are {', '.join(limits['choices'])}")
         if limits.get("distinct") and (not value or len(set(value)) < len(value)):
             raise UserError(f"{where} = {value}: one or more different values")
-        for item in value if isinstance(value, list) else [value]:
-            for limit, words, good in (
-                ("at_least", "at least", float.__ge__),
-                ("above", "above", float.__gt__),
-                ("below", "below", float.__lt__),
-            ):
-                if limit not in limits:
-                    continue
+        for limit in (limit for limit in ORDER if limit in limits):
+            for item in value if isinstance(value, list) else [value]:
                 if item == math.inf:
                     raise UserError(f"{where} = {value}: must be a finite number")
-                if not good(float(item), float(limits[limit])):
-                    raise UserError(f"{where} = {value}: must be {words} {limits[limit]}")
+                if not ORDER[limit](item, limits[limit]):
+                    raise UserError(f"{where} = {value}: must be {limit.replace('_', ' ')} {limits[limit]}")
 
 
 def plain(value: Any) -> Any:
@@ -107,11 +102,7 @@ def plain(value: Any) -> Any:
 
 
 def paths(name: str, value: Any) -> list[str]:
-    """A key that takes one path, a list of them or null, as a list.
-
-    Raises:
-        UserError: it is something else.
-    """
+    """A key that takes one path, a list of them or null, as a list; a UserError for something else."""
     listed = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in listed):
         raise UserError(f"{name} = {value}: must be a path, or a list of paths")

@@ -12,8 +12,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -22,14 +22,14 @@ from drrn.errors import UserError, printable
 from drrn.home import DATA
 
 if TYPE_CHECKING:
-    from pooch import Pooch
-
     from drrn.config import DataConfig
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Listed = Mapping[str, tuple[str, str]]  # "Set5/baby.bmp" → its digest "sha256:…", its URL
 
 REGISTRY = DATA / "registry.txt"
+LINE = re.compile(r"((\S+)/\S+)\s+(sha256:\w+)\s+(\S+)")
 
 # Photographs only (no text pages, drawings, microscopy), and no scene on both sides of the split. Brick, grass and
 # gravel are photographs too, but such textures teach a small network little about the held-out ones.
@@ -43,15 +43,25 @@ TIMEOUT = 20  # seconds without a byte after which a download is tried again
 # ---------------------------------------------------------------------- the registry
 
 
+@cache
+def _registry(path: Path) -> Mapping[str, Listed]:
+    """The sets of a registry, in its order; its lines are `name sha256:digest URL`."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: it lists what to download; restore it from the repository")
+    sets: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        if (found := LINE.fullmatch(line.strip())) is None:
+            raise UserError(f"{path}: the line {line!r} is not `name sha256:digest URL`")
+        name, folder, digest, url = found.groups()
+        sets[folder][name] = digest, url
+    return dict(sets)
+
+
 def registered_sets() -> dict[str, int]:
     """The sets of the registry and how many images each has, in the order in which they stand there."""
-    return dict(Counter(name.rpartition("/")[0] for name in _listed(REGISTRY)))
-
-
-@cache
-def _listed(registry: Path) -> tuple[str, ...]:
-    lines = registry.read_text().splitlines() if registry.is_file() else []
-    return tuple(line.split()[0] for line in lines if line.strip() and line[0] != "#")
+    return {name: len(listed) for name, listed in _registry(REGISTRY).items()}
 
 
 def known_sets() -> list[str]:
@@ -74,59 +84,25 @@ def part_of(name: str) -> tuple[str, range | None]:
 
 
 def _members(name: str, files: list[T]) -> list[T]:
-    """Of the images of a whole set, by name, those of `name`.
-
-    Raises:
-        UserError: it is a part that the set does not have.
-    """
+    """Of the images of a whole set, by name, those of `name`; a UserError for a part that the set does not have."""
     whole, part = part_of(name)
     if part is None:
         return files
     if not part or part.stop > len(files):
         raise UserError(f"{name}: {whole} has the images 1-{len(files)}, a part of it is {whole}@FIRST-LAST of these")
-    return [files[index] for index in part]
+    return files[part.start : part.stop]
 
 
 def is_absent(name: str, root: Path) -> bool:
     """Whether a set, or a part of one, would have to be downloaded: none of its registered files is there."""
-    whole, _ = part_of(name)
-    if whole not in registered_sets():
-        return False
-    listed = _members(name, sorted(line for line in _listed(REGISTRY) if line.rpartition("/")[0] == whole))
-    return not any((root / line).is_file() for line in listed)
-
-
-def _registry(root: Path, path: Path) -> Pooch:
-    """The registered files: `.registry` "Set5/baby.bmp" → "sha256:…", `.urls` the same name → URL.
-
-    Raises:
-        UserError: the registry is absent, or a line of it is not `name sha256:digest URL`.
-    """
-    import pooch
-
-    if not path.is_file():
-        raise UserError(f"{path} is missing: it lists what to download; restore it from the repository")
-    pooch.get_logger().setLevel(logging.WARNING)
-    fetcher = pooch.create(path=root, base_url="", registry=None, retry_if_failed=2)
-    try:
-        fetcher.load_registry(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error}") from error
-    for name, digest in fetcher.registry.items():
-        if not digest.startswith("sha256:") or name not in fetcher.urls:
-            raise UserError(f"{path}: the line of {name} is not `name sha256:digest URL`")
-    return fetcher
+    listed = _registry(REGISTRY).get(part_of(name)[0])
+    return listed is not None and not any((root / file).is_file() for file in _members(name, sorted(listed)))
 
 
 def fetch(set_name: str, root: Path, registry: Path | None = None, complete: bool = True) -> list[Path]:
-    """The registered files of a set under `root`, each verified by its SHA-256.
-
-    Present files are left alone; absent ones are downloaded by pooch, which writes to a temporary name,
-    verifies, and renames.
+    """The registered files of a set, or of a part of one, under the data root, each verified by its SHA-256.
 
     Args:
-        set_name: "Set5", "BSD200@181-200", …
-        root: the data root.
         registry: the list of files; None is the project's.
         complete: False downloads only when no file of the set is there, and otherwise takes those that are.
 
@@ -135,23 +111,21 @@ def fetch(set_name: str, root: Path, registry: Path | None = None, complete: boo
     """
     from drrn.images import sha256
 
-    fetcher = _registry(root, registry or REGISTRY)
-    whole, _ = part_of(set_name)
-    names = _members(set_name, sorted(name for name in fetcher.registry if name.rpartition("/")[0] == whole))
+    listed = _registry(registry or REGISTRY).get(part_of(set_name)[0], {})
+    names = _members(set_name, sorted(listed))
     present = [name for name in names if (root / name).is_file()]
     for name in present:
-        if (found := f"sha256:{sha256(root / name)}") != fetcher.registry[name]:
+        if (found := f"sha256:{sha256(root / name)}") != listed[name][0]:
             raise UserError(
-                f"{root / name} is not the file that the registry lists ({fetcher.registry[name]}): it is {found}. "
+                f"{root / name} is not the file that the registry lists ({listed[name][0]}): it is {found}. "
                 "Delete it to have it fetched again, or point data.root (DRRN_DATA) elsewhere."
             )
-    missing = [name for name in names if name not in present]
-    if missing and present and not complete:
+    if present and len(present) < len(names) and not complete:
         there = f"only {len(present)} of the {len(names)} images of {set_name} are under {root}"
         _warn(f"{there}: a mean over them is not the set's")
         return [root / name for name in present]
-    if missing:
-        _download(missing, fetcher, root)
+    if missing := {name: listed[name] for name in names if name not in present}:
+        _download(missing, root)
     return [root / name for name in names]
 
 
@@ -160,17 +134,22 @@ def _warn(text: str) -> None:
     log.warning("%s", text)
 
 
-def _download(missing: list[str], fetcher: Pooch, root: Path) -> None:
+def _download(missing: Listed, root: Path) -> None:
+    """Pooch writes to a temporary name, verifies, renames."""
     import pooch
     from rich.progress import track
 
-    for name in track(missing, description=f"Fetching {missing[0].rpartition('/')[0]} ({len(missing)} files)"):
+    pooch.get_logger().setLevel(logging.WARNING)
+    digests, urls = ({name: entry[k] for name, entry in missing.items()} for k in (0, 1))
+    fetcher = pooch.create(path=root, base_url="", registry=digests, urls=urls, retry_if_failed=2)
+    folder = next(iter(missing)).rpartition("/")[0]
+    for name, (digest, url) in track(missing.items(), description=f"Fetching {folder} ({len(missing)} files)"):
         try:
             fetcher.fetch(name, downloader=pooch.HTTPDownloader(timeout=TIMEOUT))
         except Exception as error:  # pooch raises its own, requests' and OS errors alike
             raise UserError(
-                f"{name} could not be fetched from {fetcher.urls[name]}: {error}. Try again, or put the file at "
-                f"{root / name} yourself (expected {fetcher.registry[name]})."
+                f"{name} could not be fetched from {url}: {error}. Try again, or put the file at "
+                f"{root / name} yourself (expected {digest})."
             ) from error
 
 
@@ -183,8 +162,7 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
     Args:
         set_name: a known set, the path of a folder of images, or a part of either.
         root: the data root, under which the known sets are folders.
-        complete: fetch what is absent; False takes the files of a known set that are there (Urban100 is
-            often incomplete) and fetches only when there is none.
+        complete: as of `fetch` (Urban100 is often incomplete).
 
     Raises:
         UserError: the folder does not exist or holds no image, something in it looks like an image and is none, a
@@ -203,7 +181,6 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
         return files
     folder = Path(set_name)
     if not folder.is_dir():
-        _registry(root, REGISTRY)  # that it is there
         raise UserError(
             f"no set and no folder named {set_name!r}: give a folder of images, or one of {', '.join(known_sets())}"
         )
@@ -216,22 +193,14 @@ def is_ready(folder: Path) -> bool:
 
 
 def ready_low(truth: Path, scale: int) -> Path:
-    """The low resolution of FOLDER/HR/baby.png: FOLDER/LR/baby_x3.png, or as `counterpart` says.
-
-    Raises:
-        UserError: there is none, there are several, or the image is of no such folder.
-    """
+    """The low resolution of FOLDER/HR/baby.png: FOLDER/LR/baby_x3.png, or as `counterpart` says."""
     if truth.parent.name != "HR" or not is_ready(truth.parent.parent):
         raise UserError(f"{truth}: of ready pairs a set is a folder that holds HR and LR")
     return counterpart(truth.parent.with_name("LR"), ".", truth, scale, only_scale=True)
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """The image files of a folder, by name: all of what looks like an image, or a refusal.
-
-    Raises:
-        UserError: there is none, one cannot be read or has a name that no record can hold.
-    """
+    """The image files of a folder, by name: all of what looks like an image, or a UserError."""
     from drrn.images import FORMATS
 
     files = []
@@ -256,9 +225,7 @@ def folder_images(folder: Path) -> list[Path]:
 def find_images(folder: Path, deep: bool = False) -> Iterator[tuple[Path, str | None]]:
     """All in a folder that looks like an image by its suffix, by name; hidden files do not.
 
-    Args:
-        folder: a folder.
-        deep: look into its folders too, but for hidden ones and links.
+    With `deep` in its folders too, but for hidden ones and links.
 
     Yields:
         (path, None) for a file, (path, what is wrong with it) for what cannot be read: a link to nothing or to
@@ -270,13 +237,12 @@ def find_images(folder: Path, deep: bool = False) -> Iterator[tuple[Path, str | 
         if path.name.startswith("."):
             continue
         suffix = path.suffix.lower()
-        if suffix in FORMATS and not path.is_file() and not (deep and path.is_dir()):
-            is_link = path.is_symlink() and not path.exists()
-            yield path, "is a link to nothing" if is_link else "is not a file"
+        if suffix in FORMATS and path.is_file():
+            yield path, None
+        elif suffix in FORMATS and not (deep and path.is_dir()):
+            yield path, "is not a file" if path.exists() else "is a link to nothing"
         elif suffix in OTHER_FORMATS and not path.is_dir():
             yield path, f"is not read: sets are of {', '.join(FORMATS)}"
-        elif suffix in FORMATS and path.is_file():
-            yield path, None
         if deep and path.is_dir() and not path.is_symlink():
             yield from find_images(path, deep)
 
@@ -296,9 +262,7 @@ def set_label(set_name: str, files: list[Path]) -> str:
         return folder.name or str(folder)
     from drrn.images import sha256
 
-    listed = {
-        digest for name, digest in _registry(folder, REGISTRY).registry.items() if name.startswith(f"{folder.name}/")
-    }
+    listed = {digest for digest, _ in _registry(REGISTRY).get(folder.name, {}).values()}
     same = {f"sha256:{sha256(path)}" for path in files} <= listed
     return folder.name if same else f"{folder.parent.name}/{folder.name}"
 
@@ -337,11 +301,9 @@ def _evaluation_sets(data: DataConfig, key: str, complete: bool) -> dict[str, li
 
 
 def check_size(file: Path, scale: int, metrics: Iterable[str] = ("ssim",), key: str = "data.val") -> None:
-    """Make sure, before hours of training, that an image of a set that `key` names can be scored at a scale.
+    """Refuse, before hours of training, an image of a set that `key` names and that cannot be scored at a scale.
 
-    Raises:
-        UserError: it cannot be read; or, cropped to the scale and shaved by it on every side, it is smaller than
-            a metric takes.
+    Cropped to the scale and shaved by it on every side, it is smaller than a metric takes.
     """
     from drrn.images import image_size
     from drrn.metrics import METRICS
@@ -358,10 +320,8 @@ def check_size(file: Path, scale: int, metrics: Iterable[str] = ("ssim",), key: 
 def counterpart(folder: Path, label: str, image: Path, scale: int, only_scale: bool) -> Path:
     """What another program made of an image: `baby_x3.png`, or `baby.png` where it is clear which scale that is.
 
-    It lies in the folder itself or below it in `Set5/`, `x3/`, `Set5/x3/` or `x3/Set5/`.
-
-    Raises:
-        UserError: there is none, or there are several.
+    It lies in the folder itself or below it in `Set5/`, `x3/`, `Set5/x3/` or `x3/Set5/`. None, or several, is a
+    UserError.
     """
     marked = re.compile(rf"({re.escape(image.stem)}|{re.escape(image.name)})[_-]?x{scale}(?!\d).*", re.IGNORECASE)
     for place in (f"{label}/x{scale}", f"x{scale}/{label}", label, f"x{scale}", "."):

@@ -9,8 +9,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import h5py
 from filelock import FileLock, Timeout
@@ -38,12 +39,8 @@ def built_once(folder: Path, name: str, images: list[Path], attrs: Attributes, b
 
     Args:
         folder, name: where the file is kept, and the first part of its name.
-        images: what it is built from.
-        attrs: what it says of itself.
+        images, attrs: what it is built from, and what it says of itself.
         build: is given the temporary path.
-
-    Returns:
-        Its path.
 
     Raises:
         UserError: a process of the build was killed, the images changed meanwhile, or the file cannot be written.
@@ -53,7 +50,7 @@ def built_once(folder: Path, name: str, images: list[Path], attrs: Attributes, b
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")  # the system frees it when its holder dies, however that happens
+        lock = _lock(path)  # the system frees it when its holder dies, however that happens
         try:
             held = lock.acquire(timeout=1)
         except Timeout:
@@ -62,7 +59,7 @@ def built_once(folder: Path, name: str, images: list[Path], attrs: Attributes, b
         with held:
             if path.is_file():
                 return path
-            _remove_partials(path)
+            _remove_partials(folder)
             log.info("building %s from %d images", path, len(images))
             if others := ", ".join(sorted(other.name for other in folder.glob(f"{name}-*.h5"))):
                 log.info("beside it are %s, of other recipes, images or versions", others)
@@ -87,25 +84,21 @@ def built_once(folder: Path, name: str, images: list[Path], attrs: Attributes, b
         ) from error
 
 
-def _remove_partials(path: Path) -> None:
-    """Delete what killed builds have left beside a file whose lock this process holds: up to 5.7 GB each.
+def _lock(path: Path) -> FileLock:
+    """That of a file which is built here: one object a process, which may take it again."""
+    return FileLock(f"{path}.lock", is_singleton=True)
 
-    Whoever builds holds the lock of its own file.
-    """
-    for partial in path.parent.glob(f"*-{'[0-9a-f]' * 10}.*.partial"):  # other programs may have theirs here
-        name = partial.name.split(".")[:-2]  # name-digest.pid.partial
-        lock = FileLock(path.with_name(f"{'.'.join(name)}.h5.lock"))
-        try:
-            if Path(lock.lock_file) != Path(f"{path}.lock"):
-                lock.acquire(timeout=0)
-        except Timeout:
-            continue  # it is being built
-        log.info("removing %s, left by a build that was killed", partial)
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)  # what another machine has open stays, and harms nobody
-        else:
-            partial.unlink(missing_ok=True)  # earlier versions'
-        lock.release()
+
+def _remove_partials(folder: Path) -> None:
+    """Delete what killed builds have left: up to 5.7 GB each. Whoever builds holds the lock of its own file."""
+    for partial in folder.glob(f"*-{'[0-9a-f]' * 10}.*.partial"):  # other programs may have theirs here
+        name, *_ = partial.name.rsplit(".", 2)  # name-digest.pid.partial
+        with suppress(Timeout), _lock(folder / f"{name}.h5").acquire(timeout=0):  # else it is being built
+            log.info("removing %s, left by a build that was killed", partial)
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)  # what another machine has open stays, and harms nobody
+            else:
+                partial.unlink(missing_ok=True)  # earlier versions'
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -119,8 +112,8 @@ def check_room(folder: Path, needed: int) -> None:
 def trusted(path: Path, attrs: Attributes) -> Iterator[h5py.File]:
     """A stored file, open, after making sure that it says `attrs` of itself.
 
-    Raises:
-        UserError: truncated, damaged, of another format, recipe or source; or whoever looks into it finds it wrong.
+    A UserError where it is truncated, damaged, of another format, recipe or source, or whoever looks into it finds
+    it wrong.
     """
     advice = f"Delete {path} to have it built again."
     try:
@@ -142,6 +135,10 @@ class StoredFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.seen = path, self._state(path)
+        self.file: Any = None  # opened by each process that reads, on first use
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "file": None}
 
     @staticmethod
     def _state(path: Path) -> tuple[int, int, int]:
@@ -149,13 +146,10 @@ class StoredFile:
         return about.st_ino, about.st_size, about.st_mtime_ns
 
     def check_unchanged(self) -> None:
-        """Make sure that nobody has written to the file, or put another in its place, since it was opened first.
+        """Refuse a file that somebody has written to, or put another in the place of, since it was opened first.
 
         Its inode, size and time of the last change are compared: a new file of that name and any plain write show,
         a write that sets the time back does not. A file that was deleted is still whole for who has it open.
-
-        Raises:
-            UserError: it is not what it was.
         """
         if self.path.exists() and self._state(self.path) != self.seen:
             raise UserError(

@@ -16,11 +16,7 @@ TRUSTED = ("lightning.", "torch.")  # packages whose classes are taken from a re
 
 
 def check_node(name: str, node: Any) -> str:
-    """The `_target_` of a node; nothing is looked up.
-
-    Raises:
-        UserError: it names no class.
-    """
+    """The `_target_` of a node, a UserError where it names no class; nothing is looked up."""
     path = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(path, str) or not path.rpartition(".")[0]:
         raise UserError(f"{name} = {node}: must name a class and its arguments, {{_target_: package.Class, …}}")
@@ -55,8 +51,7 @@ def resolve(name: str, node: Any, kind: type) -> tuple[type, dict[str, Any]]:
 def make(name: str, node: Any, kind: type, *first: Any, **more: Any) -> Any:
     """An object of a node; `first` come before its arguments, `more` are taken where it gives none.
 
-    Raises:
-        UserError: as `resolve`, or the class does not take the arguments.
+    Errors as of `resolve`, and a UserError where the class does not take the arguments.
     """
     found, arguments = resolve(name, node, kind)
     try:
@@ -78,11 +73,7 @@ def targets(node: Any) -> Iterator[Any]:
 
 
 def check_trusted(name: str, recorded: Any) -> None:
-    """What a record names: a record is a file of somebody's, and importing a module runs it.
-
-    Raises:
-        UserError: a class that is neither Lightning's nor torch's.
-    """
+    """Refuse what a record names but Lightning's and torch's: it is a file of somebody's, and an import runs code."""
     for path in targets(recorded):
         if not isinstance(path, str) or not path.startswith(TRUSTED):
             raise UserError(

@@ -27,15 +27,9 @@ REFUSED = {
 
 
 def make_callbacks(config: Config, folder: Path) -> list[Callback]:
-    """The callbacks that `config.callbacks` names.
+    """The callbacks that `config.callbacks` names; one that would break what a run promises is a UserError.
 
-    Args:
-        config: a checked configuration.
-        folder: of the run. A ModelCheckpoint without a `dirpath` writes to `folder/NAME`.
-
-    Raises:
-        UserError: no class of that name, no Callback, arguments that it does not take, or one that would break what
-            a run promises.
+    A ModelCheckpoint without a `dirpath` writes to NAME in the run's folder.
     """
     made: list[Callback] = []
     for name, node in config.callbacks.items():
@@ -59,15 +53,9 @@ def make_callbacks(config: Config, folder: Path) -> list[Callback]:
 
 
 def refuse_unknown_monitors(names: Iterable[str], made: Sequence[Callback], data: SuperResolutionData) -> None:
-    """Before the first step, what Lightning says at the first validation; not beside callbacks that may log more.
+    """Refuse callbacks that watch what no run logs, before the first step; Lightning would at the first validation.
 
-    Args:
-        names: of `made`, as in the configuration.
-        made: the run's callbacks.
-        data: what is validated.
-
-    Raises:
-        UserError: a callback watches what no run logs.
+    Not beside callbacks that may log more. `names` are those of `made` in the configuration.
     """
     if not all(type(callback).__module__.startswith(("lightning.", "drrn.")) for callback in made):
         return

@@ -39,11 +39,6 @@ class Checkpoints(WholeSteps):
     signal asks the run to stop, and at the end. It is written when its step is over with all that belongs to
     it (logged, validated), that is as the next one starts; one from before a validation knows that the
     validation is still to come. An older file is deleted only once the newer one is safe on the disk.
-
-    Args:
-        folder: of the checkpoints.
-        every: steps.
-        stop: the signals that end the run.
     """
 
     def __init__(self, folder: Path, every: int, stop: StopSignals | None = None) -> None:
@@ -151,12 +146,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         missing = [key for key in NEEDED if key not in content]
     except Damaged:
         raise
-    except (OSError, MemoryError) as error:
-        # Places that a torn directory of the zip points to are an EINVAL.
-        if isinstance(error, OSError) and error.errno in (None, errno.EINVAL):
-            raise Damaged(f"{type(error).__name__}: {error}") from error
-        raise UserError(f"{path} could not be read: {error!r}. Nothing was changed; try again") from error
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+        # Places that a torn directory of the zip points to are an OSError without a number, or an EINVAL.
+        elsewhere = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if elsewhere or isinstance(error, MemoryError):
+            raise UserError(f"{path} could not be read: {error!r}. Nothing was changed; try again") from error
         raise Damaged(f"{type(error).__name__}: {error}".split("\n")[0]) from error
     if missing:
         raise Damaged(f"it holds no {', '.join(missing)}: no checkpoint of a training")
@@ -166,10 +160,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step that a run can be resumed from; None if there is none.
 
-    A newer one that is damaged (power failed, the disk filled) is named in a warning, renamed and passed over.
-
-    Raises:
-        UserError: one could not be looked at.
+    A newer one that is damaged (power failed, the disk filled) is named in a warning, renamed and passed over; one
+    that could not be looked at is a UserError.
     """
     kept = sorted(folder.glob("step*.ckpt"), reverse=True)
     for path in kept:
@@ -185,11 +177,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def check_resumable(path: Path, hyper_parameters: dict[str, Any], max_steps: int) -> None:
-    """Whether a training of `hyper_parameters` and length can be resumed from a file that somebody names.
-
-    Raises:
-        UserError: it is damaged, of another network or solver, or beyond the end.
-    """
+    """Refuse to resume a training from a file that is damaged, of another network or solver, or beyond its end."""
     try:
         content = read_checkpoint(path)
     except Damaged as reason:

@@ -46,14 +46,19 @@ SETTLED = {
 }
 # `trainer.*` that are ours.
 OURS = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32")
+QUIET = (  # warnings that nobody can act on
+    ".*LeafSpec.*deprecated",
+    ".*does not have many workers",
+    ".*`weights_only` was not set",
+    ".*your dataloader is not resumable",  # ShuffledBatches starts at the step
+    ".*smaller than the logging interval",  # fit says it in a line
+    ".*sync_dist=True",  # every process has the rows of all
+    "Checkpoint directory .* exists and is not empty",  # it is this run's own
+)
 
 
 def trainer_arguments(config: Config) -> dict[str, Any]:
-    """`trainer.*` as Lightning's Trainer takes it.
-
-    Raises:
-        UserError: an argument that Lightning does not have, or that is settled here.
-    """
+    """`trainer.*` as Lightning's Trainer takes it; what it does not have or is settled here is a UserError."""
     extra = config.trainer_extra or {}
     known = inspect.signature(Trainer).parameters
     for name in extra:
@@ -82,28 +87,13 @@ def quiet_lightning() -> Iterator[None]:
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR if rank_zero_only.rank else logging.WARNING)
-    _quiet_warnings()
+    for text in QUIET if rank_zero_only.rank == 0 else ("",):  # of the others, every warning
+        warnings.filterwarnings("ignore", text)
     try:
         yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def _quiet_warnings() -> None:
-    if rank_zero_only.rank:
-        warnings.simplefilter("ignore")
-        return
-    for text in (
-        ".*LeafSpec.*deprecated",
-        ".*does not have many workers",
-        ".*`weights_only` was not set",
-        ".*your dataloader is not resumable",  # ShuffledBatches starts at the step
-        ".*smaller than the logging interval",  # fit says it in a line
-        ".*sync_dist=True",  # every process has the rows of all
-        "Checkpoint directory .* exists and is not empty",  # it is this run's own
-    ):
-        warnings.filterwarnings("ignore", text)
 
 
 class TerminalProgress(RichProgressBar):
@@ -133,11 +123,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         self.keep_timer = keep_timer
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` under `path`.
-
-        Raises:
-            UserError: it cannot be written, or a callback's state is nothing that may be read again.
-        """
+        """Write it; where a callback's state is nothing that may be read again that is a UserError."""
         for name, state in checkpoint.get("callbacks", {}).items():
             if (kind := _not_plain(state)) is not None:
                 raise UserError(

@@ -53,11 +53,7 @@ class Run:
 
 @contextmanager
 def tried(config: Config) -> Iterator[Config]:
-    """What `trainer.fast_dev_run=n` asks for: n steps, n images a set, no logger, and no run folder is left.
-
-    Raises:
-        UserError: it is neither a truth value nor a number of steps.
-    """
+    """What `trainer.fast_dev_run=n` asks for: n steps, n images a set, no logger, and no run folder is left."""
     extra = dict(config.trainer_extra or {})
     steps = extra.pop("fast_dev_run", False)
     if not isinstance(steps, int) or steps < 0:
@@ -83,13 +79,8 @@ def tried(config: Config) -> Iterator[Config]:
 def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | None]:
     """A run's folder, lock, log, record and signals for as long as it lasts; None if there is nothing to do here.
 
-    Args:
-        config: checked.
-        train: what processes that are started here do.
-
-    Raises:
-        UserError: something that can be known before the work: a place that cannot be written, arguments that
-            Lightning does not take, another process that trains this run.
+    Processes that are started here do `train`. What can be known before the work is refused: a place that cannot be
+    written, arguments that Lightning does not take, another process that trains this run.
     """
     folder = run_dir(config)
     earlier, finished = own_record(folder), done_before(config)
@@ -165,11 +156,7 @@ def _again(config: Config, finished: Path) -> str:
 
 
 def _prepare_torch(config: Config, watch: Watch, earlier: dict[str, Any]) -> str | None:
-    """TF32 and threads.
-
-    Returns:
-        What to say of the threads; None where several processes share the machine: who starts them decides.
-    """
+    """Set TF32 and threads; what to say of these, None where several processes share the machine."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = config.trainer.tf32  # PyTorch's own default is True

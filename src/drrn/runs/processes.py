@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy
@@ -47,15 +47,16 @@ class Processes:
             processes need.
 
     Raises:
-        UserError: an argument that the Trainer does not take, processes that do not fit `trainer.devices` and
-            `trainer.num_nodes`, a batch that they cannot share evenly.
+        UserError: an argument that the Trainer does not take, processes that do not fit what was asked for, a batch
+            that they cannot share evenly.
     """
 
     def __init__(self, config: Config, arguments: dict[str, Any]) -> None:
         asked = config.trainer
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         try:
-            self.outside = _started_outside()
+            kinds = (TorchElasticEnvironment, SLURMEnvironment)
+            self.outside = next((kind() for kind in kinds if kind.detect()), None)
             trainer = Trainer(**{**arguments, **quiet})
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             raise UserError(f"trainer.*: Lightning's Trainer does not take this: {error}") from error
@@ -88,8 +89,6 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the process that writes."""
         return rank_zero_only.rank == 0
-
-    # ------------------------------------------------------------------ started here
 
     def start(self, train: Callable[[Config], None], config: Config, record: Path) -> None:
         """Run `train(config)` in all processes of the run, by torchrun's own agent, and wait for them.
@@ -135,8 +134,6 @@ class Processes:
                     raise RuntimeError(note_failure(record, ending)) from None
         except SignalException as stop:
             raise Stopped(signal.Signals(stop.sigval)) from None
-
-    # ------------------------------------------------------------------ in every process of several
 
     def join(self) -> None:
         """Meet the other processes. From here on all but the first say nothing but errors."""
@@ -204,13 +201,6 @@ def _in_a_process(train: Callable[[Config], None], config: Config, refusal: Path
         sys.exit(2)
 
 
-def _started_outside() -> ClusterEnvironment | None:
-    for kind in (TorchElasticEnvironment, SLURMEnvironment):
-        if kind.detect():
-            return kind()
-    return None
-
-
 def failure(record: Path) -> str | None:
     """Why a run failed, as its record says; None if it does not."""
     held = read_record(record) if record.is_file() else {}
@@ -218,11 +208,7 @@ def failure(record: Path) -> str | None:
 
 
 def note_failure(record: Path, error: str, ended_by: str = "error") -> str:
-    """Make sure that a run's record says that it failed, and why: what failed first counts.
-
-    Returns:
-        The error that the record names.
-    """
+    """Make sure that a run's record says that it failed, and why: what failed first counts, and is returned."""
     before = failure(record)
     if before is None and record.is_file():  # not on another machine, nor before there was one
         write_json(record, {**read_record(record), "status": "failed", "ended_by": ended_by, "error": error})

@@ -23,11 +23,7 @@ LARGEST = 1 << 28  # bytes of a record; one of 100,000 rows has 20 MB
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A run record.
-
-    Raises:
-        UserError: it is missing, not JSON, or of a format that this version does not read.
-    """
+    """A run record; one that is missing, not JSON, or of a format that this version does not read is a UserError."""
     try:
         check_regular(path, LARGEST)
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -39,11 +35,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def own_record(folder: Path) -> dict[str, Any]:
-    """What an earlier start of a run left in its folder; {} if there is nothing.
-
-    Raises:
-        UserError: it cannot be read, or is no record of a run.
-    """
+    """What an earlier start of a run left in its folder; {} if there is nothing."""
     if not os.path.lexists(folder / FILE):
         return {}
     record = read_record(folder / FILE)
@@ -61,9 +53,6 @@ def finished_record(folder: Path) -> Path | None:
     """The record of a run that is finished, here or in another study's folder; None if it is not.
 
     Fig. 8's DRRN_B3U4 is Fig. 6's and Table 4's too: folders are named by what a run is, so it has one name.
-
-    Raises:
-        UserError: a record cannot be read.
     """
     own, others = folder / FILE, sorted(folder.parents[1].glob(f"*/{folder.name}/{FILE}"))
     paths = [*([own] if own.is_file() else []), *others]
@@ -76,11 +65,7 @@ def run_record(config: Config, network: Any) -> dict[str, Any]:
     `status` is "running", "finished", "stopped" or "failed". `ended_by` says what ended it before its last step:
     "signal SIGTERM" (or another), "timer" (`trainer.max_time`), "callback" (early stopping), "user error", "error";
     else null. Programs decide on these two; `error` is text for people. Records of earlier versions have no
-    `ended_by`.
-
-    Args:
-        config: the whole checked configuration.
-        network: built from `config.model`; its contents do not matter.
+    `ended_by`. Of the network, `config.model` built, the contents do not matter.
     """
     from drrn.layers import conv_weights
     from drrn.protocol import Protocol  # here, since a refusal needs no NumPy

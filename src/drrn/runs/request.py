@@ -23,27 +23,22 @@ OF_OUR_SOLVERS = ("optim.algorithm", "optim.momentum", "optim.weight_decay")
 
 
 def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that is trained.
+    """The configuration that is trained; what is wrong with it, a record or a network is a UserError.
 
     Args:
         cfg: as Hydra composed it.
         overrides: what the command line says. With `init_from` the network is the file's, unless `model` or a
             key of it is among them; with `from_record` they are what differs from the record.
-
-    Raises:
-        UserError: as `config.check`, a record that cannot be trained again, a network of another name than those of
-            NETWORKS, or arguments that its constructor does not take.
     """
     if cfg.get("from_record") is not None:
         cfg = _recorded(cfg, overrides)
     config = check(cfg)
-    given = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    given = _keys(overrides)
     ignored = [key for key in OF_OUR_SOLVERS if key in given]
     if config.optim.optimiser is not None and ignored:
         raise UserError(f"{ignored[0]} and optim.optimiser: give what another solver takes beside its _target_")
-    asked = [o.lstrip("+~") for o in overrides]
-    asked = [o for o in asked if o.startswith("model") and not o.startswith("model.checkpointing")]
-    if config.init_from is not None and not asked:
+    network = [key for key in given if key.startswith("model") and key != "model.checkpointing"]
+    if config.init_from is not None and not network:
         from drrn.weights.ours import load_network
 
         config.model = model_of(load_network(Path(config.init_from))[1]["model"])
@@ -52,12 +47,12 @@ def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _check_network(config: Config) -> None:
-    """Hold a network that is not DRRN against its constructor, and its scale against those of the data.
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {override.lstrip("+~").partition("=")[0] for override in overrides}
 
-    Raises:
-        UserError: no such network, it does not take this, or the data has other scales than a network of one scale.
-    """
+
+def _check_network(config: Config) -> None:
+    """Hold a network that is not DRRN against its constructor, and its scale against those of the data."""
     from drrn.networks import arguments_of, on_paper, schema
 
     name, _ = arguments_of(config.model)
@@ -91,7 +86,7 @@ def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         raise UserError(f"from_record: {error}") from error
     if not isinstance(recorded, dict) or not isinstance(recorded.get("trainer"), dict):
         raise UserError(f"from_record = {str(path)!r}: the record has no configuration")
-    asked = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    asked = _keys(overrides)
     check_trusted("from_record", {key: value for key, value in recorded.items() if key not in asked})
     recorded["trainer"] |= recorded.pop("trainer_extra", None) or {}
     if recorded.get("ckpt_path") is None:

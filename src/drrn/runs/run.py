@@ -39,15 +39,8 @@ def train(config: Config) -> None:
         score(run, data, module, trainer)
 
 
-# ---------------------------------------------------------------------- 2. prepare data
-
-
 def prepare_data(run: Run) -> SuperResolutionData:
-    """Images → patches, fetched and built where they are missing.
-
-    Raises:
-        UserError: images that cannot be used, or that are not those that the run was begun with.
-    """
+    """Images → patches, fetched and built where they are missing; those that the run was begun with."""
     from lightning.pytorch import seed_everything
 
     from drrn.datamodule import SuperResolutionData
@@ -64,9 +57,6 @@ def prepare_data(run: Run) -> SuperResolutionData:
             "Put back what was, or start afresh with ckpt_path=null."
         )
     return data
-
-
-# ---------------------------------------------------------------------- 3. build module
 
 
 def build_module(run: Run, data: SuperResolutionData) -> SuperResolution:
@@ -94,14 +84,10 @@ def build_module(run: Run, data: SuperResolutionData) -> SuperResolution:
     return module
 
 
-# ---------------------------------------------------------------------- 4. fit
-
-
 def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer:
     """Optimiser steps up to the end of the run, from where an earlier start left it.
 
-    Returns:
-        The Trainer; `module` has the weights of the last checkpoint.
+    `module` has the weights of the last checkpoint then.
     """
     from drrn.fast.memory import freed_memory_kept
     from drrn.fast.training import memory_errors
@@ -203,9 +189,6 @@ def _take_last(run: Run, data: SuperResolutionData, module: SuperResolution, tra
         content["validated"] = step
         if run.processes.first:
             write_whole(last, lambda partial: torch.save(content, partial))
-
-
-# ---------------------------------------------------------------------- 5. score
 
 
 def score(run: Run, data: SuperResolutionData, module: SuperResolution, trainer: Trainer) -> None:

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -89,11 +90,7 @@ class StopSignals:
             self.asked = self.asked or signal.Signals(number)
 
     def check(self) -> None:
-        """A safe point.
-
-        Raises:
-            Stopped: a signal has come.
-        """
+        """A safe point: `Stopped` if a signal has come."""
         if self.asked is not None:
             self.acted = True
             raise Stopped(self.asked)
@@ -101,16 +98,15 @@ class StopSignals:
     def wait(self, work: Callable[[], T]) -> T:
         """Do long work that has no safe points of its own (downloads, building patches) in a thread.
 
-        Raises:
-            Stopped: a signal has come. The processes that did the work are ended; the thread ends with this process.
+        When a signal comes the processes that do the work are ended, and the thread ends with this process.
         """
-        done: list[tuple[bool, Any]] = []
+        done: Future[T] = Future()
 
         def run() -> None:
             try:
-                done.append((True, work()))
+                done.set_result(work())
             except BaseException as error:
-                done.append((False, error))
+                done.set_exception(error)
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
@@ -121,10 +117,7 @@ class StopSignals:
                     child.terminate()
                 thread.join(2.0)  # for its cleaning up
                 self.check()
-        good, result = done[0]
-        if not good:
-            raise result
-        return result
+        return done.result()
 
     def _watch(self, reader: int) -> None:
         when: float | None = None  # of the first signal
