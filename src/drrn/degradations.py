@@ -41,9 +41,8 @@ def blurred(planes: NDArray[np.floating], scale: int) -> NDArray[np.float64]:
 
     stack = torch.from_numpy(np.atleast_3d(planes).transpose(2, 0, 1).astype(np.float64))[None]
     soft = gaussian_blur2d(stack, (BLUR, BLUR), (SIGMA, SIGMA), border_type="replicate")[0].numpy()
-    return np.ascontiguousarray(soft.transpose(1, 2, 0)[scale // 2 :: scale, scale // 2 :: scale]).reshape(
-        planes.shape[0] // scale, planes.shape[1] // scale, *planes.shape[2:]
-    )
+    small = np.ascontiguousarray(soft.transpose(1, 2, 0)[scale // 2 :: scale, scale // 2 :: scale])
+    return small if planes.ndim == 3 else small[..., 0]
 
 
 def noisy(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from drrn.config import DEFAULT, Config, ModelConfig
-from drrn.degradations import BI
+from omegaconf import MISSING
+
+from drrn.config import DEFAULT, Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from drrn.paper import depth
 
 SHORT = {"features": "{}f", "scale": "x{}"}  # arguments of networks, in their names
@@ -79,19 +79,11 @@ WATCHING = {
         "RichModelSummary", "ThroughputMonitor", "Timer",
     )
 }  # fmt: skip
-LATER = (
-    ("model", "network", "drrn"),
-    ("model", "rectified_identity", False),
-    ("model", "input_relu", True),
-    ("data", "degradation", BI),
-    ("data", "crops", 0),
-    ("trainer", "tf32", False),
-    ("optim", "loss", None),
-    ("optim", "last_lr_mult", 1.0),
-    ("optim", "warmup_steps", 0),
-    ("optim", "optimiser", None),
-    ("optim", "scheduler", None),
-)
+GROUPS = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "trainer": TrainerConfig}
+# Keys that came later, which are those with a default in the schema, and `network`: they count only where they are
+# used, so that earlier runs keep their folders.
+LATER = {name: {its.name: its.default for its in fields(group)} for name, group in GROUPS.items()}
+LATER["model"]["network"] = DEFAULT
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -102,20 +94,16 @@ def identity(config: Config) -> dict[str, Any]:
 def _identity(whole: dict[str, Any], as_written: bool = False) -> dict[str, Any]:
     """`identity` of a configuration as a record keeps it; `as_written`: callbacks by the names they are given, which
     was what digests were made of before both names of a class counted as one."""
-    kept = {key: copy.copy(whole[key]) for key in ("model", "data", "optim", "trainer", "trainer_extra", "seed")}
-    for group, keys in NOT_IDENTITY.items():
-        for key in keys:
-            kept[group].pop(key, None)
+    kept: dict[str, Any] = {"trainer_extra": whole["trainer_extra"], "seed": whole["seed"]}
+    for group, defaults in LATER.items():
+        items = (item for item in whole[group].items() if item[0] not in NOT_IDENTITY.get(group, ()))
+        kept[group] = {key: value for key, value in items if defaults.get(key, MISSING) != value}
     devices, nodes = whole["trainer"]["devices"], whole["trainer"]["num_nodes"]
     devices = str(len(devices) if isinstance(devices, list) else devices)
     shared_out = (devices, nodes) != ("1", 1) and not whole["trainer"]["sync_batchnorm"]
     if shared_out and _normalises(whole["model"]):  # each process by its share of a batch
         kept["processes"] = [devices, nodes]
     kept["trainer"]["max_time"] = None  # a run that was stopped by it is resumed in the same folder
-    # Keys that came later count only where they are used, so that earlier runs keep their folders.
-    for group, key, default in LATER:
-        if kept[group].get(key, default) == default:
-            kept[group].pop(key, None)
     if "crops" in kept["data"]:
         kept["data"].pop("stride", None)  # of stored patches
     # Callbacks that change weights or length; one that is not known here may.

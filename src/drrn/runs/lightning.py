@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from drrn.disk import write_whole
 from drrn.errors import UserError
 from drrn.runs.processes import broadcast
 from drrn.targets import resolve
+
+log = logging.getLogger(__name__)
 
 # Arguments of the Trainer that a run settles by itself → the key to use instead.
 SETTLED = {
@@ -111,6 +114,37 @@ class TerminalProgress(RichProgressBar):
         return self.shown
 
 
+class PlainProgress(Callback):
+    """A line every `trainer.log_every_n_steps` optimiser steps, for logs and terminals that cannot redraw."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.started, self.first = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Step, loss, γ, the share of gradients clipped, speed and the time that remains."""
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        if step % every or (batch_idx + 1) % trainer.accumulate_grad_batches or not trainer.is_global_zero:
+            return
+        metrics = trainer.callback_metrics
+        rate = (step - self.first) / (time.monotonic() - self.started)
+        left = (trainer.max_steps - step) / rate
+        log.info(
+            "step %d/%d  loss %.4f  γ %.3g  |g| %.3g  clipped %.3f  %.1f steps/s  %d:%02d left",
+            step, trainer.max_steps, metrics["train/loss"], metrics["train/gamma"], metrics["train/gradient_norm"],
+            metrics["train/clipped"], rate, left // 60, left % 60,
+        )  # fmt: skip
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The sets' means."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        shown = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("validate/") and k.count("/") == 2}
+        log.info("step %d  %s", trainer.global_step, "  ".join(f"{k[9:]} {v:.4f}" for k, v in shown.items()))
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Lightning writes its checkpoints with this, whole and flushed to the disk or not at all, and reads them.
 
@@ -142,10 +176,9 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def _not_plain(value: Any) -> str | None:
-    if isinstance(value, dict):
-        return next((k for item in (*value, *value.values()) if (k := _not_plain(item)) is not None), None)
-    if isinstance(value, list | tuple):
-        return next((k for item in value if (k := _not_plain(item)) is not None), None)
+    if isinstance(value, dict | list | tuple):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return next(filter(None, map(_not_plain, items)), None)
     plain = value is None or type(value) in (bool, int, float, str, torch.Tensor, torch.nn.Parameter)
     return None if plain else type(value).__name__
 

@@ -148,10 +148,9 @@ def _trainer(run: Run, data: SuperResolutionData, module: SuperResolution) -> Tr
     from lightning.pytorch import Trainer
 
     from drrn.runs.checkpoints import Checkpoints
-    from drrn.runs.lightning import TerminalProgress
-    from drrn.runs.progress import PlainProgress
+    from drrn.runs.lightning import PlainProgress, TerminalProgress
 
-    config = run.config
+    config, terminal = run.config, sys.stderr.isatty()
     return Trainer(
         **run.processes.arguments,
         max_steps=data.max_steps,
@@ -160,10 +159,10 @@ def _trainer(run: Run, data: SuperResolutionData, module: SuperResolution) -> Tr
         callbacks=[
             *run.tracking.callbacks(),
             *run.callbacks,
-            TerminalProgress() if sys.stderr.isatty() else PlainProgress(config.trainer.log_every_n_steps),
+            TerminalProgress() if terminal else PlainProgress(),
             Checkpoints(run.checkpoints, config.trainer.checkpoint_every, run.stop),
         ],
-        enable_progress_bar=sys.stderr.isatty(),
+        enable_progress_bar=terminal,
     )
 
 
