@@ -30,7 +30,7 @@ def test_a_class_is_resolved_and_called_with_its_arguments() -> None:
         ({"_target_": "os"}, "must name a class"),
         ({"_target_": "no.such.Class"}, "there is no such class"),
         ({"_target_": "lightning.pytorch.callbacks.Nothing"}, "there is no such class"),
-        ({"_target_": "..Class"}, "there is no such class"),
+        ({"_target_": "..Class"}, "must name a class"),
         ({"_target_": "os.system", "command": "touch executed"}, "is no lightning"),
         ({"_target_": "torch.optim.SGD"}, "is no lightning"),
         (

@@ -241,7 +241,7 @@ class Config:
     study: str = key("folder and W&B group that runs share")
     output: str = key("a run is written to output/study/<structure>_s<seed>-<digest>")
     ckpt_path: str | None = key("last: resume this run; or a checkpoint; null: afresh")
-    init_from: str | None = key("fine-tuning: weights to start from; the network is theirs", default=None)
+    init_from: str | None = key("fine-tuning: weights, a file or a shipped name; the network is theirs", default=None)
     plan: str = key("of a sweep, before it; only: nothing more", default="print", choices=("print", "only", "none"))
     from_record: str | None = key("a record.json, trained again; keys beside it win", default=None)
     callbacks: dict[str, Any] | None = key("callbacks=[ema,timer], +callbacks.mine={_target_: …}", default=None)
@@ -256,9 +256,8 @@ class Config:
             raise UserError(
                 "speed.compile = True and trainer.sync_batchnorm = True: what is compiled sees its own process only"
             )
-        for name, what in (("ckpt_path", "a checkpoint, `last`"), ("init_from", "weights.safetensors, a .ckpt")):
-            if (file := getattr(self, name)) not in (None, "last") and not Path(file).is_file():
-                raise UserError(f"{name} = {file!r}: no such file; give {what} or null")
+        if self.ckpt_path not in (None, "last") and not Path(self.ckpt_path).is_file():
+            raise UserError(f"ckpt_path = {self.ckpt_path!r}: no such file; give a checkpoint, `last` or null")
         if Path(self.study).is_absolute() or ".." in Path(self.study).parts:
             raise UserError(f"study = {self.study!r}: a name, or several with {os.sep} between them, below output")
         below = [(key, part) for key in ("output", "study") for part in Path(getattr(self, key)).parts]

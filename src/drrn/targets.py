@@ -7,6 +7,9 @@ of the right kind before anything is called, and arguments are plain values: not
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,10 +19,13 @@ TRUSTED = ("lightning.", "torch.")  # packages whose classes are taken from a re
 
 
 def check_node(name: str, node: Any) -> str:
-    """The `_target_` of a node, a UserError where it names no class; nothing is looked up."""
+    """The `_target_` of a node, a UserError where it names no class of an installed package; nothing is imported."""
     path = node.get("_target_") if isinstance(node, Mapping) else None
-    if not isinstance(path, str) or not path.rpartition(".")[0]:
+    package, *rest = path.split(".") if isinstance(path, str) else [""]
+    if not rest or not all(map(str.isidentifier, (package, *rest))):
         raise UserError(f"{name} = {node}: must name a class and its arguments, {{_target_: package.Class, …}}")
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
+        raise UserError(f"{name}._target_ = {path!r}: there is no such class (no package {package!r} is installed)")
     return path
 
 
@@ -46,6 +52,21 @@ def resolve(name: str, node: Any, kind: type) -> tuple[type, dict[str, Any]]:
     if nested := list(targets(arguments)):
         raise UserError(f"{name}: _target_ = {nested[0]!r} among the arguments of another; give plain values")
     return found, arguments
+
+
+def check_class(name: str, node: Any, kind: type, *first: Any, **more: Any) -> None:
+    """`make` without calling the class: whether it is there, of its kind, and takes arguments of these names.
+
+    Raises:
+        UserError: as `make`.
+    """
+    found, arguments = resolve(name, node, kind)
+    try:
+        inspect.signature(found).bind(*first, **{**more, **arguments})
+    except TypeError as error:
+        raise UserError(f"{name}: {node['_target_']} does not take these arguments: {error}") from error
+    except ValueError:  # a class without a signature
+        return
 
 
 def make(name: str, node: Any, kind: type, *first: Any, **more: Any) -> Any:

@@ -40,6 +40,18 @@ def test_hidden_files_are_no_members_and_what_cannot_be_read_is_named(tmp_path, 
     assert "._a" not in said.err
 
 
+def test_a_file_that_is_not_there_and_a_format_that_is_none_are_refused_before_the_work(tmp_path):
+    """With others that are there, a missing file is said and the others are done."""
+    source, gone = save(tmp_path / "a.png", PIXELS), tmp_path / "gone.jpg"
+    with pytest.raises(UserError, match=r"gone\.jpg: no such file"):
+        run(input=gone, scale=2)
+    with pytest.raises(UserError, match=r"big\.xyz: a file's name ends in \.png, .*, a folder's in /"):
+        run(input=source, output=f"{tmp_path}/big.xyz", **BICUBIC)
+    assert images_in(tmp_path) == ["a.png"]
+    assert run(input=[str(gone), str(source)], output=f"{tmp_path}/big.xyz/", **BICUBIC) == 1
+    assert images_in(tmp_path / "big.xyz") == ["a.png"]
+
+
 def test_formats_that_are_only_read_become_png(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()

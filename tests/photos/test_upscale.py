@@ -661,7 +661,7 @@ def test_two_inputs_never_become_one_output(rgb, tmp_path):
         ({"scale": "two"}, "scale"),
         ({"method": "lanczos"}, "method = 'lanczos'"),
         ({"checkpoint": "w.safetensors"}, "checkpoint: method=bicubic"),
-        ({"method": "network", "checkpoint": "NO_SUCH"}, "checkpoint NO_SUCH does not exist"),
+        ({"method": "network", "checkpoint": "NO_SUCH"}, "checkpoint = 'NO_SUCH': no such file"),
         ({"tile": 0}, "tile = 0"),
         ({"tile": 1.5}, "tile"),
         ({"quality": 101}, "quality = 101"),

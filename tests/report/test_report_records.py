@@ -62,6 +62,20 @@ def test_a_damaged_record_is_named_and_left_out(place, value, make, tmp_path, ca
         read_runs([str(tmp_path / "runs")])
 
 
+def test_runs_that_were_refused_are_counted_and_left_out(make, tmp_path, capsys) -> None:
+    """Those that diverged or met a full disk on their way are drawn as failed."""
+    failed = {"status": "failed", "ended_by": "user error", "error": "UserError: no such loss"}
+    for seed, record in enumerate((make(), make(**failed), make(**failed), make(**failed))):
+        if 0 < seed < 3:
+            record = {key: value for key, value in record.items() if key not in ("budget", "means", "scores")}
+        write_json(tmp_path / "runs" / str(seed) / "record.json", record)
+    assert [Path(record["path"]).parent.name for record in read_runs([str(tmp_path / "runs")])] == ["0", "3"]
+    said = "left out: refused before the first step, 2 of the runs: UserError: no such loss\n"
+    assert capsys.readouterr().err == said
+    with pytest.raises(UserError, match="none of the 1"):
+        read_runs([str(tmp_path / "runs" / "1")])
+
+
 def test_an_image_without_an_error_is_a_measurement_like_any_other(make, tmp_path) -> None:
     """Its PSNR is infinite: the record is read, tables print it, and it has no place on an axis."""
     model = ("model.B=3", "model.U=4")

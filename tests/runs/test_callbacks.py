@@ -217,7 +217,7 @@ def test_what_changes_weights_or_length_is_part_of_what_a_run_is(configure: Call
     assert run_dir(configure(watching)).name == run  # the class counts, whichever of its names is given
     different = [run_dir(configure(*more)).name for more in (
         ("callbacks=ema",), ("callbacks=ema", "callbacks.ema.decay=0.9"), ("callbacks=early_stopping",),
-        ("+callbacks.mine={_target_:somebodys.Callback}",), ("callbacks=[ema,early_stopping]",),
+        ("+callbacks.mine={_target_:rich.Callback}",), ("callbacks=[ema,early_stopping]",),
     )]  # fmt: skip
     assert len({run, *different}) == 6
     assert run_dir(configure("callbacks=[early_stopping,ema]")).name == different[-1]

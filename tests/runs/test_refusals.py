@@ -45,6 +45,11 @@ LONG = "x" * 300
         (["from_record=/dev/zero"], "no regular file"),
         (["ckpt_path=pipe"], "ckpt_path = 'pipe'"),
         (["init_from=/dev/zero"], "init_from = '/dev/zero'"),
+        (["optim.loss={_target_:HuberLoss}"], "must name a class"),
+        (["optim.loss={_target_:nobodys.Loss}"], "no package 'nobodys' is installed"),
+        (["optim.loss={_target_:torch.nn.NoSuchLoss}"], "there is no such class"),
+        (["+optim.optimiser={_target_:torch.optim.RAdam,speed:3}"], "RAdam does not take these arguments"),
+        (["+optim.scheduler={_target_:torch.optim.lr_scheduler.StepLR}"], "'step_size'"),
     ],
 )
 def test_a_refusal_in_a_line_before_any_work(

@@ -75,8 +75,8 @@ def plan(options: Options) -> list[Job]:
     """Which file becomes which, in the order of the inputs, each input once.
 
     Raises:
-        UserError: a folder without images, one file for several, two inputs for one output, an output that is an
-            input or that could not be written.
+        UserError: no input that exists, a folder without images, one file for several, two inputs for one output, an
+            output that is an input, is of no format or could not be written.
     """
     from drrn.images import FORMATS
 
@@ -101,10 +101,15 @@ def plan(options: Options) -> list[Job]:
     else:
         if output is not None and os.path.lexists(output) and not is_folder(output):
             raise UserError(f"output = {output}: neither a folder nor a name that ends in {', '.join(FORMATS)}")
+        meant = output is not None and output.suffix[1:2].isalpha() and not options.output.endswith(os.sep)
+        if meant and len(sources) == 1 and not is_folder(sources[0]) and not is_folder(output):
+            raise UserError(f"output = {output}: a file's name ends in {', '.join(FORMATS)}, a folder's in {os.sep}")
         folders = [job.target.parent for job in found.values() if not job.wrong]
         for folder in dict.fromkeys([output, *folders] if output else folders):
             check_output("output", folder, folder=True)
     check_targets([job for job in found.values() if not job.wrong], set(found))
+    if not any(map(os.path.lexists, sources)):  # where some do, those are enlarged
+        raise UserError(f"input = {', '.join(map(str, sources))}: no such file or folder")
     return list(found.values())
 
 

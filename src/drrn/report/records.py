@@ -57,12 +57,13 @@ SCORES = {"protocol": PROTOCOL, "methods": [METHOD], "scores": [{**PLACE, "weigh
 def read_runs(places: list[str]) -> list[dict[str, Any]]:
     """The run records in folders, by path, or in the files named; each gains `path`.
 
-    What is damaged below a folder is named on standard error and left out.
+    What is damaged below a folder is named on standard error and left out, and so is a run that was refused before
+    its first step.
 
     Raises:
         UserError: a file that is named itself is damaged, a folder holds no record, or none is left.
     """
-    records, left_out = [], 0
+    records, refused, left_out = [], [], 0
     for place in map(Path, places):
         held = (Path(folder) / FILE for folder, *names in os.walk(place) if any(FILE in some for some in names))
         paths = sorted(held) if place.is_dir() else [place] if os.path.lexists(place) else []
@@ -70,15 +71,26 @@ def read_runs(places: list[str]) -> list[dict[str, Any]]:
             raise UserError(f"no run record ({FILE}) below {place}: train something first, or name another folder")
         for path in paths:
             try:
-                records.append({**_checked_record(path), "path": str(path)})
+                record = {**_checked_record(path), "path": str(path)}
+                (refused if _was_refused(record) else records).append(record)
             except UserError as error:
                 if path == place:
                     raise
                 print(f"left out: {error}", file=sys.stderr)
                 left_out += 1
+    if refused:
+        reasons = "; ".join(dict.fromkeys(str(record.get("error")) for record in refused))
+        print(f"left out: refused before the first step, {len(refused)} of the runs: {reasons}", file=sys.stderr)
     if not records:
-        raise UserError(f"none of the {left_out} run records can be reported: see above what each of them lacks")
+        raise UserError(
+            f"none of the {left_out + len(refused)} run records can be reported: see above what each of them lacks"
+        )
     return records
+
+
+def _was_refused(record: dict[str, Any]) -> bool:
+    """Whether a run ended by an error of the user's before its first step: nothing of it was trained."""
+    return record["status"] == "failed" and record.get("ended_by") == "user error" and "budget" not in record
 
 
 def _checked_record(path: Path) -> dict[str, Any]:

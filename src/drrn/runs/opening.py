@@ -13,13 +13,15 @@ from shutil import which
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from drrn.config import Config
+from drrn.config import Config, OptimConfig
 from drrn.disk import check_output, locked
 from drrn.errors import UserError
 from drrn.fast.threads import Watch
 from drrn.identity import run_dir, run_name
 from drrn.launch import launched
 from drrn.runs.record import FILE, done_before, own_record
+from drrn.targets import check_class
+from drrn.weights.shipped import weights_file
 
 if TYPE_CHECKING:  # torch and Lightning are imported when there is something to train
     from lightning.pytorch import Callback
@@ -109,10 +111,13 @@ def _opened(
     from drrn.weights.ours import initial_state
 
     folder = run_dir(config)
-    initial = initial_state(Path(config.init_from), config.model) if config.init_from is not None else None
+    initial = None
+    if config.init_from is not None:
+        initial = initial_state(weights_file(config.init_from, key="init_from"), config.model)
     said = _prepare_torch(config, watch, earlier)
     processes = Processes(config, trainer_arguments(config))
     callbacks = make_callbacks(config, folder)
+    _check_classes(config.optim)
     if processes.to_be_started:
         processes.start(train, config, folder / FILE)
         yield None
@@ -146,6 +151,20 @@ def _opened(
                 set_aside(folder)
         with recorded(folder / FILE, record, stop, tracking):
             yield Run(config, folder, record, earlier, processes, stop, callbacks, tracking, initial)
+
+
+def _check_classes(optim: OptimConfig) -> None:
+    """Hold what `optim` names by `_target_` against its class, before the run has a folder."""
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    if isinstance(optim.loss, dict):
+        check_class("optim.loss", optim.loss, nn.Module)
+    if optim.optimiser is not None:
+        check_class("optim.optimiser", optim.optimiser, Optimizer, [], lr=optim.lr)
+    if optim.scheduler is not None:
+        check_class("optim.scheduler", optim.scheduler, LRScheduler, None)
 
 
 def _again(config: Config, finished: Path) -> str:

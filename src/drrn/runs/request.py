@@ -18,6 +18,7 @@ from drrn.errors import UserError
 from drrn.identity import model_of
 from drrn.schema import typed
 from drrn.targets import check_trusted
+from drrn.weights.shipped import weights_file
 
 OF_OUR_SOLVERS = ("optim.algorithm", "optim.momentum", "optim.weight_decay")
 
@@ -38,10 +39,12 @@ def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     if config.optim.optimiser is not None and ignored:
         raise UserError(f"{ignored[0]} and optim.optimiser: give what another solver takes beside its _target_")
     network = [key for key in given if key.startswith("model") and key != "model.checkpointing"]
-    if config.init_from is not None and not network:
-        from drrn.weights.ours import load_network
+    if config.init_from is not None:
+        weights = weights_file(config.init_from, key="init_from")
+        if not network:
+            from drrn.weights.ours import load_network
 
-        config.model = model_of(load_network(Path(config.init_from))[1]["model"])
+            config.model = model_of(load_network(weights)[1]["model"])
     if isinstance(config.model, dict):
         _check_network(config)
     return config

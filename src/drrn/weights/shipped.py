@@ -34,8 +34,13 @@ def shipped(scale: float = 3) -> dict[str, Path]:
     return {path.stem: path for path in sorted(files, key=lambda path: psnr(path, scale), reverse=True)}
 
 
-def weights_file(checkpoint: str | Path | None, scale: float = 3) -> Path:
+def weights_file(checkpoint: str | Path | None, scale: float = 3, key: str = "checkpoint") -> Path:
     """The file that a checkpoint means: a path, the name of shipped weights, or None for the best of them at a scale.
+
+    Args:
+        checkpoint: what the configuration has at `key`.
+        scale: what is to be enlarged by.
+        key: its name, for messages.
 
     Raises:
         UserError: there is neither such a file nor such a name.
@@ -50,7 +55,7 @@ def weights_file(checkpoint: str | Path | None, scale: float = 3) -> Path:
     names = f", or one of {', '.join(known)}" if known else " (this version ships none)"
     if checkpoint is None:
         raise UserError("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic" + names)
-    raise UserError(f"checkpoint {checkpoint} does not exist: give weights.safetensors or a .ckpt{names}")
+    raise UserError(f"{key} = {str(checkpoint)!r}: no such file; give weights.safetensors or a .ckpt{names}")
 
 
 def load(checkpoint: str | Path | None = None, scale: float = 3) -> nn.Module:
