@@ -212,7 +212,8 @@ def test_runs_are_shown_by_their_own_degradation(
 
     monkeypatch.setattr(comparison, "crops", looked)
     monkeypatch.setattr(comparison, "draw_crops", lambda *_, **__: None)
-    monkeypatch.setattr(comparison, "save", lambda *_: [])
+    monkeypatch.setattr(comparison, "save", lambda *_: [tmp_path])
+    monkeypatch.setattr(comparison, "png", str)
     runs = {}
     for name in ("BI", "BD", "ready"):
         (tmp_path / name).mkdir()
@@ -230,7 +231,7 @@ def test_runs_are_shown_by_their_own_degradation(
         ("BD", [tmp_path / "BI/weights.safetensors"]),
     ):
         config.checkpoint = list(map(str, checkpoint))
-        comparison.compare(config, [runs[name] for name in order.split()], tmp_path)
+        comparison.compare(config, [runs[name] for name in order.split()])
     assert shown == [
         (["of BD"], "BD", "chelsea ×3, BD"),
         (["of BI"], "BI", "chelsea ×3"),

@@ -14,6 +14,7 @@ from drrn.images import read_luminance
 from drrn.inference import super_resolve
 from drrn.pictures import Box, crops, draw_crops, save
 from drrn.protocol import modcrop
+from drrn.report.page import Picture, png
 from drrn.sets import counterpart, image_files, is_ready
 from drrn.weights.ours import load_network
 
@@ -28,7 +29,7 @@ FIG7 = {
 }
 
 
-def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, prefix: str = "") -> list[Path]:
+def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "") -> list[Picture]:
     """Crops side by side: of the image asked for, or of the last one that the runs were tested on.
 
     Runs of a network that enlarges by another scale are left out, and so are those of another degradation than the
@@ -36,7 +37,7 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     no pair, where the runs are of ready pairs.
 
     Returns:
-        The files written; none if no run has got as far as its pictures.
+        The picture, written to `config.output`; none if no run has got as far.
 
     Raises:
         UserError: an image or the weights of a run are not there, the box is not inside the image, a checkpoint
@@ -75,11 +76,13 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], output: Path, p
     except ValueError as error:  # an image smaller than the scale or the metrics' windows
         raise UserError(f"{path} at ×{scale}: {error}") from error
     alike = any(other.stem == path.stem and other != path for other in path.parent.iterdir())
-    stem = output / f"{prefix}{path.name if alike else path.stem}_x{scale}"  # a.png is not a.jpg
+    name = f"{path.name if alike else path.stem}_x{scale}"  # a.png is not a.jpg
+    stem = Path(config.output) / f"{prefix}{name}"
     written = save(draw_crops(shown), stem)
     written += save(draw_crops(shown, stacked=True), stem.with_name(f"{stem.name}_narrow"), [".png"])
     print(f"written: {printable(', '.join(map(str, written)))}")
-    return written
+    title = f"{name}: crops, PSNR and SSIM under each"
+    return [Picture(title, title, png(written[0]), png(written[-1]), [path.name for path in written])]
 
 
 def _degradation(record: dict[str, Any]) -> str:

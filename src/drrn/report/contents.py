@@ -16,9 +16,10 @@ from drrn.report.comparison import compare
 from drrn.report.differences import differences_table
 from drrn.report.figures import draw
 from drrn.report.groups import RunGroup
+from drrn.report.ledger import everything
 from drrn.report.measurements import Measurement, from_record, from_scores
-from drrn.report.networks import tables_of
-from drrn.report.page import Part, Picture, Section, png, svg, write_page
+from drrn.report.networks import networks_table, table1
+from drrn.report.page import Part, Picture, Section, svg, write_page
 from drrn.report.structures import fig2
 from drrn.report.studies import STUDIES, points_table, run_groups
 from drrn.report.tables import Table, ablation_table, benchmark_table, runs_table, write_table
@@ -48,7 +49,7 @@ def write_report(config: ReportConfig, records: list[dict[str, Any]], command: s
                 sections.append(Section("runs", "What ran", [Part("Not drawn", [], [str(error)])]))
         if records or config.compare:
             try:
-                if pictures := comparison(config, records):
+                if pictures := compare(config, records):
                     sections.append(Section("pictures", "Pictures", [Part("Crops side by side", [], pictures)]))
             except UserError as error:  # the rest is worth its page
                 refused = error
@@ -91,7 +92,8 @@ def networks_section(study: str, config: ReportConfig, records: list[dict[str, A
         said = "ResNet and VDSR with six convolutions of their own, DRCN and DRRN with some that are used again."
         block = Picture(title, f"{title}. {said}", svg(figure), svg(fig2(stacked=True)), files)
     else:
-        block = tables_of(study, config.scores, records)
+        found = everything([Path(path) for path in config.scores], records)
+        block = networks_table(found) if study == "networks" else table1(found, run_groups("fig1", records))
         write_table(block, stem)
     return Section(study, title, [Part("", blocks=[block])])
 
@@ -143,7 +145,7 @@ def study_part(config: ReportConfig, group: RunGroup, command: str) -> Part:
         deepest = max((run["structure"]["depth"] for run in group.finished), default=0)
         shown = [run for run in group.finished if run["structure"]["depth"] == deepest]
         try:  # a picture holds no more than five
-            blocks += comparison(config, shown[:5], f"{group.stem}-")
+            blocks += compare(config, shown[:5], f"{group.stem}-")
         except UserError as error:
             blocks.append(f"No pictures: {error}")
     return Part(f"{group.short()} (run group {group.digest})", origin, blocks)
@@ -163,17 +165,3 @@ def _figures(group: RunGroup, output: Path) -> list[Picture]:
             narrow = svg(draw(shown, stacked=True))
             pictures.append(Picture(name, f"{name}. {said}", svg(figure), narrow, files))
     return pictures
-
-
-def comparison(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "") -> list[Picture]:
-    """Crops by the networks of runs, or by `config.checkpoint`; none if no run has got as far.
-
-    Raises:
-        UserError: as `drrn.report.comparison.compare`.
-    """
-    written = compare(config, records, Path(config.output), prefix)
-    if not written:
-        return []
-    name = f"{written[0].stem.removeprefix(prefix)}: crops, PSNR and SSIM under each"
-    wide, _, narrow, *_ = written
-    return [Picture(name, name, png(wide), png(narrow), [path.name for path in written])]

@@ -45,9 +45,6 @@ def _beside_the_paper(group: RunGroup, stacked: bool, height: float = 3.6) -> tu
     return figure, paper, ours
 
 
-# ---------------------------------------------------------------- Fig. 6
-
-
 def fig6(group: RunGroup, stacked: bool) -> Figure:
     """The B–U plane, points coloured by PSNR, contours of the depth d = (1 + 2U)·B + 1 at 10, 20, 30 and 50."""
     figure, paper, ours = _beside_the_paper(group, stacked)
@@ -107,9 +104,6 @@ def _coloured(axis: Axes, points: list[tuple[int, int, float]]) -> None:
                       zorder=2.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3})  # fmt: skip
 
 
-# ---------------------------------------------------------------- Fig. 8 and Table 4
-
-
 def fig8(group: RunGroup, stacked: bool) -> Figure:
     """PSNR by depth, a line a variant through the means over seeds, each seed a small point."""
     figure, paper, ours = _beside_the_paper(group, stacked)
@@ -167,9 +161,6 @@ def table4(group: RunGroup, stacked: bool) -> Figure:
     paper.text(0, 1.02, "local residual · recursive · multi-path", transform=paper.transAxes, ha="right", size=6.5,
                color=GREY)  # fmt: skip
     return figure
-
-
-# ---------------------------------------------------------------- own points, and learning curves
 
 
 def own(group: RunGroup, stacked: bool) -> Figure:

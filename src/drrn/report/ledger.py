@@ -98,8 +98,6 @@ def everything(scores: list[Path], records: list[dict[str, Any]]) -> Found:
     return measured([*sorted(SCORES.glob("*.json")), *files, *scores], read_runs(runs) + records if runs else records)
 
 
-# ---------------------------------------------------------------- what was measured here
-
 Found = dict[tuple[str, str, int], tuple[dict[str, float], Source, str]]  # (method, set, scale) → means, source, note
 
 
@@ -182,9 +180,6 @@ def _published(m: Measurement, published: Published) -> Source:
     convert = f"python src/convert.py input={published.file.format(m.scale)} output=weights.safetensors"
     score = _scoring(m, "checkpoint=weights.safetensors", scales="{}" in published.file)
     return Source(REMEASURED, f"{convert} && {score}", m.weights or "", sha256(Path(m.source)))
-
-
-# ---------------------------------------------------------------- the paper's numbers, one by one
 
 
 def ledger(found: Found) -> Iterator[Entry]:
@@ -285,9 +280,6 @@ COUNTS: dict[str, Callable[..., float]] = {  # kinds of the text's numbers that 
     "augmented": lambda: Recipe(()).orientations - 1,
     "setting": _setting,
 }
-
-
-# ---------------------------------------------------------------- the page
 
 
 ABOUT = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from drrn.inference import super_resolve
 from drrn.networks import build, count
 from drrn.paper import printed
 from drrn.report.groups import PLACE, RunGroup, in_paper
-from drrn.report.ledger import Found, everything
+from drrn.report.ledger import Found
 from drrn.report.measurements import MISSING
-from drrn.report.studies import preset, run_groups
+from drrn.report.studies import preset
 from drrn.report.tables import Table
 
 SIDE = 288  # pixels of the result that time and memory are of, both ways
@@ -61,6 +60,7 @@ def table1(found: Found, groups: list[RunGroup]) -> Table:
 
     Run groups of Fig. 1, networks of any width under one recipe, have a column each.
     """
+    groups = [group for group in groups if group.finished]
     columns = ["method", "strategies", "formula", "depth", "weights", "multiply-adds a pixel", "paper", "ours"]
     columns += [f"ours: {group.short()}" for group in groups]
     rows = []
@@ -127,11 +127,3 @@ def cost(model: dict[str, Any]) -> tuple[float, int, str]:
     finally:
         torch.set_num_threads(threads)
     return 1000 * min(times), alive.peak, torch.cuda.get_device_name() if gpu else "one thread's time on a CPU"
-
-
-def tables_of(study: str, scores: list[str], records: list[dict[str, Any]]) -> Table:
-    """`study=table1` or `study=networks`."""
-    found = everything([Path(path) for path in scores], records)
-    if study == "networks":
-        return networks_table(found)
-    return table1(found, [group for group in run_groups("fig1", records) if group.finished])

@@ -148,32 +148,27 @@ def _exit(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
-class Told:
-    """What a sweep was told."""
-
-    number = 0  # its first signal; 0 for none
-
-
 @contextmanager
-def stoppable(task: Any) -> Iterator[Told]:
-    """SIGTERM ends the sweep as Ctrl-C does, with its table.
+def stoppable(task: Any) -> Iterator[list[int]]:
+    """SIGTERM ends the sweep as Ctrl-C does, with its table. Yields the signals that come.
 
     Args:
         task: what the launcher calls. An `OwnPart` passes the signal on to joblib's processes, and the sweep waits
             until they have kept their steps. A second signal is passed on too, which ends them at once; a third
             one ends the sweep without them. Any other task, in this process, handles both signals for itself.
     """
-    told, again = Told(), iter(("ends them at once", "kills them"))
+    told: list[int] = []
     parts = task if isinstance(task, OwnPart) else None
     folder = parts and parts.folder  # before the processes are given the task
 
     def tell(number: int, frame: Any) -> None:
-        told.number = told.number or number
-        if (what := next(again, None)) is None:
+        told.append(number)
+        if len(told) > 2:
             raise KeyboardInterrupt
         parts.tell(number)
+        again = "ends them at once" if len(told) == 1 else "kills them"
         with suppress(OSError):  # no print: it may be what was interrupted
-            os.write(2, f"\nwaiting for the runs to keep their steps; Ctrl-C again {what}\n".encode())
+            os.write(2, f"\nwaiting for the runs to keep their steps; Ctrl-C again {again}\n".encode())
 
     handlers = {signal.SIGTERM: tell, signal.SIGINT: tell} if parts else {signal.SIGTERM: _exit}
     if threading.current_thread() is not threading.main_thread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,14 +56,14 @@ def run_sweep(
         with stoppable(getattr(launcher, "task_function", None)) as told:
             results = launch(jobs, launcher, hydra.hydra.sweeper.max_batch_size)
     except KeyboardInterrupt as error:
-        raise SystemExit(128 + (told.number or 2)) from error  # as a shell has it; no traceback
+        raise SystemExit(128 + next(iter(told), signal.SIGINT)) from error  # as a shell has it; no traceback
     finally:
         rows += [(job, *outcome(job)) for job in jobs]
         if first:
             print_outcomes(rows, folder)
     words = [word for _, word, _ in rows]
-    if "interrupted" in words or told.number:  # by a signal to a job in another process
-        raise SystemExit(128 + (told.number or 2))
+    if "interrupted" in words or told:  # by a signal to a job in another process
+        raise SystemExit(128 + next(iter(told), signal.SIGINT))
     if failed := words.count("failed"):
         raise UserError(f"{failed} of {len(rows)} runs failed; the same command tries them again")
     return results
