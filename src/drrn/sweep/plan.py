@@ -72,11 +72,11 @@ class Job:
 
 
 def look(config: Config, overrides: Sequence[str] = ()) -> Job:
-    """A job as its records and checkpoints say it is now; nothing is estimated yet."""
+    """A job as its records and checkpoints say it is now; what is left to do is not estimated yet."""
     job = Job(config, list(overrides))
     job.stamp = job.written()
     if done_before(job.config) is not None:
-        job.before = "finished"
+        job.before, job.seconds, job.bytes = "finished", 0.0, 0
     elif (record := job.record) and config.ckpt_path is not None:  # null starts afresh
         checkpoints = sorted(job.folder.glob("checkpoints/step*.ckpt"))
         job.first = int(checkpoints[-1].stem.removeprefix("step")) if checkpoints else 0
@@ -114,9 +114,6 @@ def make_plan(jobs: list[Job], workers: int = 1, threads: int | None = None, alw
     `always`: even if that takes longer than a small share of the sweep.
     """
     work = [job for job in jobs if job.before != "finished"]
-    for job in jobs:
-        if job.before == "finished":
-            job.seconds, job.bytes = 0.0, 0
     if not work:
         return Plan(jobs, workers, "")
     if any(job.config.trainer.max_epochs is not None for job in work):
@@ -185,10 +182,8 @@ def print_plan(plan: Plan) -> None:
     print(f"{len(plan.jobs)} runs: {', '.join(parts)}. {plan.workers} at a time.{work}")
     if plan.seconds is not None:
         most = sorted((job.bytes or 0 for job in plan.jobs), reverse=True)[: plan.workers]
-        print(
-            f"In all about {span_of_time(plan.seconds)}, and {sum(most) / 1e9:.2f} GB at a time, on machines like "
-            "this one."
-        )
+        memory = f"{sum(most) / 1e9:.2f} GB at a time"
+        print(f"In all about {span_of_time(plan.seconds)}, and {memory}, on machines like this one.")
     if plan.note:
         print(f"Time and memory: {plan.note.rstrip('.!')}.")
     print(
