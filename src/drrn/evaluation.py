@@ -5,6 +5,7 @@ The file of scores is `drrn.scores`; what a score is, `drrn.protocol`.
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,9 +192,8 @@ def network_in(path: Path) -> Method:
 
     network, about = load_network(path)
     structure, digest = structure_name(about["model"]), sha256(path)
-    name, experiment = about.get("origin") or path.stem, about.get("experiment") or digest[:8]
-    training = about.get("seed"), about.get("steps"), experiment
-    scale = getattr(network, "scale", None)
+    name, scale = about.get("origin") or path.stem, getattr(network, "scale", None)
+    training = about.get("seed"), about.get("steps"), about.get("experiment") or digest[:8]
     return Method(name, structure, digest, *training, path, input=network.input, scale=scale)
 
 
@@ -242,7 +242,7 @@ def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterato
         return
     from drrn.workers import end_with_parent
 
-    with ProcessPoolExecutor(config.workers, get_context("spawn"), end_with_parent) as pool:
+    with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         futures = {pool.submit(score_image, job, *settings): job for job in jobs}
         try:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
@@ -253,9 +253,6 @@ def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterato
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-_networks: dict[Path, Any] = {}  # a worker process loads each network once
 
 
 def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int = 1) -> dict[str, Any]:
@@ -295,15 +292,10 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int 
 
 
 def made_by_another(job: Job, truth: Any, over: Sequence[str] = ()) -> Any:
-    """Another program's picture in 8 bits, cropped to the scale as the truth [H, W] or [H, W, 3] is if it is not.
+    """Another program's picture in 8 bits, cropped to the scale as `truth` [H, W] or [H, W, 3] is.
 
     Programs save grey results as RGB. Of a grey truth one of three equal channels is taken, since the Y of RGB is in
-    16…235 and that of a grey image in 0…255.
-
-    Args:
-        job: of the picture.
-        truth: cropped.
-        over: the metrics that take its colours.
+    16…235 and that of a grey image in 0…255. `over` are the metrics that take its colours.
 
     Raises:
         UserError: it has another size, or other channels.
@@ -332,21 +324,24 @@ def run_network(checkpoint: Path, x: Any, threads: int, precision: str) -> Any:
     Raises:
         UserError: the device has no such precision.
     """
-    import multiprocessing
+    from drrn.inference import super_resolve
 
+    return super_resolve(_loaded(checkpoint, threads), x, precision=precision)
+
+
+@cache
+def _loaded(checkpoint: Path, threads: int) -> Any:
+    """The network in a file, once in each process, on the process's device."""
     import torch
 
-    from drrn.inference import super_resolve
     from drrn.weights.ours import load_network
 
-    if checkpoint not in _networks:
-        network, _ = load_network(checkpoint)
-        if torch.cuda.is_available():
-            worker = (*multiprocessing.current_process()._identity, 1)[0]  # 1, 2, … in a pool
-            network.to(f"cuda:{(worker - 1) % torch.cuda.device_count()}")
-        torch.set_num_threads(threads)
-        _networks[checkpoint] = network
-    return super_resolve(_networks[checkpoint], x, precision=precision)
+    torch.set_num_threads(threads)
+    network, _ = load_network(checkpoint)
+    if torch.cuda.is_available():
+        worker = (*multiprocessing.current_process()._identity, 1)[0]  # 1, 2, … in a pool
+        network.to(f"cuda:{(worker - 1) % torch.cuda.device_count()}")
+    return network
 
 
 def check_bicubic(root: Path) -> None:

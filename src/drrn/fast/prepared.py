@@ -63,34 +63,27 @@ def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
     """
     tensors = [*network.parameters(), *network.buffers()]
     fold, first = FOLDINGS.get(type(network)), next(iter(tensors), torch.empty(0))
+    state = [None if t.is_inference() else (id(t), t.data_ptr(), t._version) for t in tensors]
+    known = _kept.get(network, {}).get(precision)
+    if known is not None and known[0] == state and None not in state:
+        return known[1]
     dtype = torch.promote_types(first.dtype, torch.float32)  # bfloat16 would round the image
     if fold is None:
         wide = network if dtype == first.dtype else copy.deepcopy(network).to(dtype)
-        return _prepared(wide, partial(_whole, wide, precision), first, dtype, dtype.itemsize)
-    state = [None if t.is_inference() else (id(t), t.data_ptr(), t._version) for t in tensors]
-    known = _kept.setdefault(network, {})
-    if precision not in known or known[precision][0] != state or None in state:
-        size = 2 if precision == "bf16" else dtype.itemsize
-        known[precision] = state, _prepared(network, fold(network, precision), first, dtype, size, streams=True)
-    return known[precision][1]
+        open, itemsize = partial(_whole, wide, precision), dtype.itemsize
+    else:
+        open, itemsize = fold(network, precision), 2 if precision == "bf16" else dtype.itemsize
+    features = max((layer.out_channels for layer in network.modules() if hasattr(layer, "out_channels")), default=1)
+    radius, scale = network.receptive_radius, getattr(network, "scale", 1)
+    ready = Prepared(open, fold is not None, first.device, dtype, itemsize, features, radius, scale)
+    if fold is not None:  # what runs as it is would keep the network alive
+        _kept.setdefault(network, {})[precision] = state, ready
+    return ready
 
 
 def forget(network: nn.Module) -> None:
     """Prepare the network afresh the next time."""
     _kept.pop(network, None)
-
-
-def _prepared(
-    network: nn.Module,
-    open: Callable[[int], Opened],
-    first: Tensor,
-    dtype: torch.dtype,
-    itemsize: int,
-    streams: bool = False,
-) -> Prepared:
-    features = max((layer.out_channels for layer in network.modules() if hasattr(layer, "out_channels")), default=1)
-    scale = getattr(network, "scale", 1)
-    return Prepared(open, streams, first.device, dtype, itemsize, features, network.receptive_radius, scale)
 
 
 def _whole(network: nn.Module, precision: str, height: int) -> Opened:

@@ -64,10 +64,8 @@ def strips(ready: Prepared, shape: tuple[int, int], room: int) -> list[tuple[int
     """
     height, width = shape
     rows, on_cpu = most_rows(ready, width, room), ready.device.type == "cpu"
-    if not ready.streams:
-        return [(0, height)]
     small = height * _row_bytes(ready, width) <= WHOLE_BYTES
-    if at_once(ready, shape, room) and (small or not on_cpu or rows < STRIP_ROWS):
+    if not ready.streams or (at_once(ready, shape, room) and (small or not on_cpu or rows < STRIP_ROWS)):
         return [(0, height)]
     if on_cpu:
         rows = min(rows, STRIP_BYTES // _row_bytes(ready, width))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,19 +81,13 @@ def busy_seconds(cores: list[int]) -> float:
 
 def own_seconds() -> float:
     """Seconds of processor time of this process and the children it has waited for."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return sum(os.times()[:4])
 
 
 def quota(group: Path = Path("/sys/fs/cgroup")) -> float | None:
     """Cores' worth of time that this process's control group may use; None for no limit, or none that is known."""
-    try:
-        limit, period = (group / "cpu.max").read_text().split()  # version 2; "max 100000" is no limit
-        return float(limit) / float(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        limit, period = (int((group / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        return limit / period if limit > 0 else None  # version 1
-    except (OSError, ValueError):
-        return None
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
+        with suppress(OSError, ValueError):  # "max 100000" is no limit, nor is -1
+            limit, period = map(float, " ".join((group / name).read_text() for name in files).split())
+            return limit / period if limit > 0 else None
+    return None

@@ -41,9 +41,8 @@ class InTraining:
 
     Args:
         network: on its device, in its memory layout.
-        compiled: through `torch.compile`; the first call takes the compiler's time, once for each shape.
-        checkpointing: the `residual(H, u)` of the network's blocks keeps H alone for its gradient and is computed
-            again when that is due.
+        compiled: through `torch.compile`, once for each shape.
+        checkpointing: the `residual(H, u)` of its blocks keeps H alone and is computed again for the gradient.
 
     Raises:
         UserError: `checkpointing` for a network without such blocks.

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
+from scipy.ndimage import distance_transform_edt
 
 from drrn.matlab import resize_matrix, rgb2ycbcr, ycbcr2rgb
-from drrn.photos.alpha import fill_hidden, opacity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,14 +56,14 @@ def enlarge(
         pixels = fill_hidden(pixels)
     planes = _Planes(pixels, size, weighted=clear and network is None)
 
-    def own_luminance(first: int, last: int) -> NDArray[np.float32]:
-        """Rows of the image's own Y."""
-        return planes.own(slice(0, 1), first, last)[..., 0].astype(np.float32)
-
     def luminance(first: int, last: int) -> NDArray[np.float32]:
         """Rows of the interpolated Y."""
         parts = [planes.interpolated(slice(0, 1), a, b)[..., 0] for a, b in _chunks(first, last, size[1])]
         return np.concatenate(parts).astype(np.float32)
+
+    def own_luminance(first: int, last: int) -> NDArray[np.float32]:
+        """Rows of the image's own Y."""
+        return planes.own(slice(0, 1), first, last)[..., 0].astype(np.float32)
 
     if network is None:
         strips: Iterator[NDArray[np.float32]] = (luminance(a, b) for a, b in _chunks(0, size[0], size[1]))
@@ -86,16 +85,36 @@ def enlarge(
         top += len(y)
 
 
+def fill_hidden(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Give pixels of alpha 0 the colour of the nearest visible one, since networks look at neighbours.
+
+    (A network is not linear, so its result cannot be divided by an enlarged alpha.)
+
+    Args:
+        pixels: [H, W, C], alpha last; left as they are.
+
+    Returns:
+        The same where nothing or everything is hidden; otherwise a copy.
+    """
+    hidden = pixels[..., -1] <= 0
+    if not hidden.any() or hidden.all():
+        return pixels
+    nearest = distance_transform_edt(hidden, return_distances=False, return_indices=True)  # [2, H, W]
+    filled = pixels.copy()
+    filled[hidden, :-1] = pixels[(*nearest[:, hidden], slice(-1))]
+    return filled
+
+
 class _Planes:
     """An image's Y, Cb, Cr (or grey) and alpha, interpolated some rows at a time; `weighted`: colours by alpha."""
 
     def __init__(self, pixels: NDArray[Any], size: tuple[int, int], weighted: bool) -> None:
         self.pixels, self.weighted, self.colour = pixels, weighted, pixels.shape[2] >= 3
-        self.weights = tuple(resize_matrix(n, new / n, new) for n, new in zip(pixels.shape, size, strict=False))
+        self.weights = [resize_matrix(n, new / n, new) for n, new in zip(pixels.shape, size, strict=False)]
+        self.top = 1.0 if pixels.dtype.kind == "f" else float(np.iinfo(pixels.dtype).max)  # of an opacity
+        self.low, self.high = 0.0, self.top
         if pixels.dtype.kind == "f":
-            self.low, self.high = min(0.0, float(pixels.min())), max(1.0, float(pixels.max()))
-        else:
-            self.low, self.high = 0.0, float(np.iinfo(pixels.dtype).max)
+            self.low, self.high = min(self.low, float(pixels.min())), max(self.high, float(pixels.max()))
 
     def _unit(self, part: NDArray[Any]) -> NDArray[np.float64]:
         return (part - np.float64(self.low)) / (self.high - self.low)
@@ -107,55 +126,40 @@ class _Planes:
 
     def interpolated(self, which: slice, first: int, last: int) -> NDArray[np.float64]:
         """Rows first…last of the result of some planes [h, W', C], 0…1."""
-
-        def planes(a: int, b: int) -> NDArray[np.float64]:
-            return self.own(which, a, b)
-
-        def opaque(a: int, b: int) -> NDArray[np.float64]:
-            return opacity(self.pixels[a:b, :, -1:])
-
-        plain = _resized(planes, self.weights, first, last)
+        a, b = self._needed(first, last)
+        own = self.own(which, a, b)
+        plain = self._resized(own, first, last)
         if not self.weighted:
             return plain
-        seen = _resized(opaque, self.weights, first, last)
-        sums = _resized(lambda a, b: planes(a, b) * opaque(a, b), self.weights, first, last)
+        opaque = np.maximum(self.pixels[a:b, :, -1:], 0) / np.float64(self.top)
+        sums, seen = self._resized(own * opaque, first, last), self._resized(opaque, first, last)
         return np.divide(sums, seen, out=plain, where=seen > INVISIBLE)
 
     def alpha(self, first: int, last: int) -> NDArray[np.float64]:
-        """Rows of alpha [h, W', 1], 0…1."""
-        return _resized(lambda a, b: self._unit(self.pixels[a:b, :, -1:]), self.weights, first, last)
+        """Rows first…last of the result's alpha [h, W', 1], 0…1."""
+        a, b = self._needed(first, last)
+        return self._resized(self._unit(self.pixels[a:b, :, -1:]), first, last)
 
     def stored(self, result: NDArray[np.float64]) -> NDArray[Any]:
         """0…1 → the image's own range and type, clipped, rounded half up."""
         result = np.clip(result, 0, 1) * (self.high - self.low) + self.low
         return (np.floor(result + 0.5) if self.pixels.dtype.kind == "u" else result).astype(self.pixels.dtype)
 
+    def _needed(self, first: int, last: int) -> tuple[int, int]:
+        """The rows of the image, (first, end), that rows first…last of the result are made of."""
+        indices = self.weights[0][first:last].indices
+        return int(indices.min()), int(indices.max()) + 1
+
+    def _resized(self, part: NDArray[np.float64], first: int, last: int) -> NDArray[np.float64]:
+        """Rows first…last of what `imresize` would make of the image, of those `_needed` [h, W, C] → [h', W', C]."""
+        a, b = self._needed(first, last)
+        lines = self.weights[0][first:last, a:b] @ part.reshape(b - a, -1)  # [h', W·C]
+        lines = lines.reshape(last - first, *part.shape[1:]).swapaxes(0, 1)  # [W, h', C]
+        result = self.weights[1] @ np.ascontiguousarray(lines).reshape(len(lines), -1)
+        return result.reshape(-1, last - first, part.shape[2]).swapaxes(0, 1)
+
 
 def _chunks(first: int, last: int, width: int) -> Iterator[tuple[int, int]]:
     """Rows first…last in parts of about `CHUNK` pixels."""
     step = max(1, CHUNK // width)
     return ((a, min(a + step, last)) for a in range(first, last, step))
-
-
-def _resized(
-    source: Callable[[int, int], NDArray[np.float64]],
-    weights: tuple[sparse.csr_array, sparse.csr_array],
-    first: int,
-    last: int,
-) -> NDArray[np.float64]:
-    """Rows first…last of what `imresize` would make of the whole image.
-
-    Args:
-        source: rows (a, b) of the image [b − a, W, C].
-        weights: `resize_matrix` of rows and columns.
-
-    Returns:
-        [last − first, W', C].
-    """
-    vertical, horizontal = weights[0][first:last], weights[1]
-    a, b = int(vertical.indices.min()), int(vertical.indices.max()) + 1
-    part = source(a, b)
-    lines = vertical[:, a:b] @ part.reshape(b - a, -1)  # [rows, W·C]
-    lines = lines.reshape(last - first, *part.shape[1:]).swapaxes(0, 1)  # [W, rows, C]
-    result = horizontal @ np.ascontiguousarray(lines).reshape(len(lines), -1)
-    return result.reshape(-1, last - first, part.shape[2]).swapaxes(0, 1)

@@ -15,6 +15,8 @@ from drrn.errors import UserError
 from drrn.schema import key
 from drrn.weights.shipped import weights_file
 
+is_folder = os.path.isdir  # False for what no file system takes as a name, where Path.is_dir raises
+
 
 @dataclass
 class Options:
@@ -127,14 +129,6 @@ def jobs_of(source: Path, output: Path | None, one: bool, options: Options) -> I
     else:  # TIFF may hold what PNG cannot; to be saved without loss is what an enlarged JPEG deserves
         own = source.suffix if source.suffix.lower() in (".tif", ".tiff") else ".png"
         yield Job(source, beside.with_name(f"{beside.stem}_x{options.scale:g}{options.suffix or own}"))
-
-
-def is_folder(path: Path) -> bool:
-    """Whether it is one; False for what no file system takes as a name."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
 
 
 def members(folder: Path, output: Path) -> list[tuple[Path, Path, str | None]]:

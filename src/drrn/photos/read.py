@@ -103,7 +103,7 @@ def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Photo:
 
 
 def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
-    if width < 1 or height < 1:
+    if min(width, height) < 1:
         raise UserError(f"{path} has no pixels: {width}×{height}")
     if width * height > max_pixels:
         raise UserError(
@@ -136,12 +136,10 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
         info, notes = dict(image.info), ["of its more than 8 bits a channel 8 are read"] if shortened else []
         exif, orientation = exif_and_orientation(image, notes)
         try:
-            if getattr(image, "is_animated", False):
-                notes.append("only its first picture is read")
+            several = getattr(image, "is_animated", False)
         except Exception:  # a damaged second page does not matter
-            notes.append("only its first picture is read")
-        icc = info.get("icc_profile") or None
-        transparent = info.get("transparency")
+            several = True
+        icc, transparent = info.get("icc_profile") or None, info.get("transparency")
 
         deep = _sixteen_bits(path, image, raw, bits, white_is_zero)
         if deep is not None:
@@ -166,13 +164,9 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
     if transparent is not None and pixels.shape[2] in (1, 3):
         seen = (pixels != np.asarray(transparent, pixels.dtype)).any(axis=2, keepdims=True)
         pixels = np.concatenate([pixels, seen * pixels.dtype.type(np.iinfo(pixels.dtype).max)], axis=2)
-    if kind == "TIFF":  # Pillow has turned it
-        orientation = 1
-    dpi = resolution(info, exif)
-    dpi = dpi[::-1] if dpi and orientation >= 5 else dpi
-    chunks = png_chunks(path, notes) if kind == "PNG" else []
-    pixels = _upright(_finite(path, pixels), orientation)
-    return Photo(pixels, icc, exif, notes, dpi, upright_xmp(info.get("xmp")), chunks)
+    xmp, chunks = upright_xmp(info.get("xmp")), png_chunks(path, notes) if kind == "PNG" else []
+    photo = Photo(pixels, icc, exif, notes, resolution(info, exif), xmp, chunks)
+    return _finished(path, photo, 1 if kind == "TIFF" else orientation, several)  # Pillow has turned a TIFF
 
 
 def _sixteen_bits(
@@ -267,8 +261,7 @@ def _read_tifffile(path: Path, max_pixels: int) -> Photo:
                 f"{path}: a TIFF of {samples} samples of {dtype or 'an unknown type'} a pixel, photometric "
                 f"{page.photometric}, is not read; save it as grey or RGB with at most one plain alpha channel"
             )
-        pixels = page.asarray(maxworkers=1)
-        notes = ["only its first picture is read"] if len(file.pages) > 1 else []
+        pixels, several = page.asarray(maxworkers=1), len(file.pages) > 1
         icc, orientation = page.iccprofile, page.tags.valueof(274, default=1)
         dpi = resolution({"dpi": page.get_resolution("INCH")}, None) if page.resolutionunit in (2, 3) else None
         separate = page.planarconfig == 2 and samples > 1
@@ -277,26 +270,21 @@ def _read_tifffile(path: Path, max_pixels: int) -> Photo:
     pixels = np.moveaxis(pixels, 0, -1) if separate else pixels.reshape(*pixels.shape[:2], samples)
     if page.photometric == 0 and dtype.kind == "u":
         pixels[..., 0] = np.iinfo(dtype).max - pixels[..., 0]
-    orientation = int(orientation) if orientation in range(1, 9) else 1
-    dpi = dpi[::-1] if dpi and orientation >= 5 else dpi
-    return Photo(_upright(_finite(path, pixels), orientation), icc, None, notes, dpi)
+    return _finished(path, Photo(pixels, icc, dpi=dpi), orientation if orientation in range(1, 9) else 1, several)
 
 
-def _finite(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
-    """The pixels, if all are numbers."""
-    if pixels.dtype.kind == "f":
-        bad = pixels.size - np.count_nonzero(np.isfinite(pixels))
-        if bad:
-            raise UserError(f"{path}: {bad:,} of {pixels.size:,} values are NaN or infinite; replace them first")
-    return pixels
-
-
-def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Apply an EXIF orientation [H, W, C] → [H, W, C] or [W, H, C]."""
+def _finished(path: Path, photo: Photo, orientation: int, several: bool) -> Photo:
+    """The photo upright, by an EXIF orientation 1…8, if all its values are numbers; `several`: its file has more."""
+    pixels = photo.pixels
+    if pixels.dtype.kind == "f" and (bad := pixels.size - np.count_nonzero(np.isfinite(pixels))):
+        raise UserError(f"{path}: {bad:,} of {pixels.size:,} values are NaN or infinite; replace them first")
     if orientation >= 5:  # the stored rows are what is seen as columns
-        pixels = pixels.swapaxes(0, 1)
+        pixels, photo.dpi = pixels.swapaxes(0, 1), photo.dpi and photo.dpi[::-1]
     if orientation in (3, 4, 7, 8):  # bottom to top
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):  # right to left
         pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
+    photo.pixels = np.ascontiguousarray(pixels)
+    if several:
+        photo.notes.append("only its first picture is read")
+    return photo

@@ -52,7 +52,7 @@ def upscale(options: Options, jobs: list[Job]) -> int:
     except Stopped as stop:
         said = "stopped; nothing is left of the file in hand, the finished ones stay"
         print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
-        return 128 + stop.number
+        return 128 + stop.args[0]
     if results["skipped"] and len(jobs) > 1:
         print(f"{results['skipped']} of {len(jobs)} were there already: overwrite=true replaces them")
     if results["failed"] and len(jobs) > 1:
@@ -227,20 +227,12 @@ def choose_device(name: str) -> torch.device:
 
 
 class Stopped(BaseException):
-    """A signal ended the work. What was half written is cleaned up on the way out."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    """A signal, of this number, ended the work. What was half written is cleaned up on the way out."""
 
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP raise `Stopped` once; a second one ends the process at once.
-
-    A signal that the shell has had ignored (nohup) stays ignored. Between files and strips there is nothing to
-    keep, so nothing is noted for later.
-    """
+    """Ctrl-C, SIGTERM and SIGHUP raise `Stopped`, a second one ends the process; what nohup has ignored stays so."""
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {n: h for n in numbers if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
 

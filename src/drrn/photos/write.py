@@ -82,19 +82,14 @@ def write_photo(
         UserError: the file cannot be written (a full disk, no permission); nothing is left behind.
     """
     kind = FORMATS[path.suffix.lower()]
-    result, notes = _result(photo, kind, shape, dtype)
+    result, notes = _result(photo, kind, shape, dtype, quality)
     if dtype != photo.pixels.dtype:
         notes.append(f"{kind} holds 8 bits a channel: rounded from 16")
         strips = (((strip.astype(np.uint32) + 128) // 257).astype(np.uint8) for strip in strips)
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
-            if kind == "PNG":
-                _write_png(file, strips, result)
-            elif kind == "TIFF":
-                _write_tiff(file, strips, result)
-            else:
-                _write_pillow(file, strips, result, kind, quality)
+            {"PNG": _write_png, "TIFF": _write_tiff}.get(kind, _write_pillow)(file, strips, result)
 
     write_whole(path, write)
     return notes
@@ -103,8 +98,10 @@ def write_photo(
 class Result(NamedTuple):
     """A result without its pixels: their shape and type, and what goes beside them, as its format takes it."""
 
+    kind: str
     shape: tuple[int, int, int]
     dtype: np.dtype
+    quality: int
     icc: bytes | None
     exif: bytes | None
     xmp: bytes | None
@@ -112,7 +109,9 @@ class Result(NamedTuple):
     chunks: Chunks
 
 
-def _result(photo: Photo, kind: str, shape: tuple[int, int, int], dtype: np.dtype) -> tuple[Result, list[str]]:
+def _result(
+    photo: Photo, kind: str, shape: tuple[int, int, int], dtype: np.dtype, quality: int
+) -> tuple[Result, list[str]]:
     """What a format can hold of what a photograph says, and notes on the rest."""
     exif, exif_data, notes = photo.exif, None, []
     if kind == "WEBP" and photo.dpi:  # its one place for a resolution
@@ -132,10 +131,10 @@ def _result(photo: Photo, kind: str, shape: tuple[int, int, int], dtype: np.dtyp
         notes.append(f"{kind}: its XMP data do not fit: left out")
     if kind != "PNG":
         notes += lost_chunks(photo.chunks, kind)
-    return Result(shape, dtype, icc, exif_data, xmp, photo.dpi, photo.chunks if kind == "PNG" else []), notes
+    return Result(kind, shape, dtype, quality, icc, exif_data, xmp, photo.dpi, photo.chunks), notes
 
 
-def _write_pillow(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result, kind: str, quality: int) -> None:
+def _write_pillow(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result) -> None:
     """JPEG, WebP or BMP."""
     from PIL import Image
 
@@ -145,11 +144,10 @@ def _write_pillow(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result
         canvas.paste(Image.fromarray(strip[..., 0] if channels == 1 else strip), (0, top))
         top += len(strip)
     said = {"icc_profile": result.icc, "exif": result.exif, "xmp": result.xmp, "dpi": result.dpi}
-    options = {"quality": quality, **{name: value for name, value in said.items() if value is not None}}
-    if kind == "JPEG":
-        options["subsampling"] = 0
+    options = {name: value for name, value in said.items() if value is not None}
     # Without a descriptor Pillow writes through Python; by itself it overlooks a write that a full disk cut short.
-    canvas.save(SimpleNamespace(write=file.write, flush=file.flush), kind, **options)
+    bare = SimpleNamespace(write=file.write, flush=file.flush)
+    canvas.save(bare, result.kind, quality=result.quality, subsampling=0, **options)
 
 
 def _write_tiff(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result) -> None:

@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
-from torch import Tensor
+from torch import Tensor, nn
 
 from drrn.config import ModelConfig
 from drrn.errors import printable
@@ -78,8 +78,6 @@ def _text(value: bytes) -> str:
 
 
 class Layer(NamedTuple):
-    """A layer of a Caffe network, as much of it as matters here."""
-
     name: str
     type: str
     bottoms: list[str]
@@ -162,10 +160,9 @@ class Convolution(NamedTuple):
 def read_caffe(data: bytes, U: int | None, stem: str) -> Foreign:
     """A `.caffemodel` of the DRRN family.
 
-    Layers follow one another as Caffe runs them; of each convolution BatchNorm, Scale and ReLU stand before it.
-    Names say the structure: `conv{b}` and `conv{b}_{u}a`, `conv{b}_{u}b`, `conv_end` is a DRRN, anything else a
-    chain of convolutions (U = 0, VDSR). Caffe stores shared convolutions once for each layer that uses them;
-    if these copies differ, it is the network without weight sharing.
+    Layers follow one another as Caffe runs them. Names say the structure: `conv{b}` and `conv{b}_{u}a`,
+    `conv{b}_{u}b`, `conv_end` is a DRRN, anything else a chain of convolutions (U = 0, VDSR). Caffe stores shared
+    convolutions once for each layer that uses them; if these copies differ, it is the network without weight sharing.
     """
     name, layers = caffe_layers(data)
     convolutions = _convolutions(layers)
@@ -173,29 +170,26 @@ def read_caffe(data: bytes, U: int | None, stem: str) -> Foreign:
     if U is not None and found_U != U:
         raise ValueError(f"it has U = {found_U}, not {U}")
     notes = _differing_copies(convolutions)
-    shared = not notes
-    if all(not c.relu for c in convolutions):  # only layers with weights were kept in the file
+    shared, first_relu = not notes, convolutions[0].relu
+    if not any(c.relu for c in convolutions):  # only layers with weights were kept in the file
         first_relu = convolutions[0].norm is not None
         notes.append("the file lists no ReLU: one is taken to stand before every convolution")
-    else:
-        first_relu = convolutions[0].relu
-        bare = [c.name for c in convolutions[1:] if not c.relu]
-        if bare:
-            raise ValueError(f"there is no ReLU before {', '.join(bare[:3])}")
+    elif bare := [c.name for c in convolutions[1:] if not c.relu]:
+        raise ValueError(f"there is no ReLU before {', '.join(bare[:3])}")
     if not first_relu:
         notes.append(OVERSHOOT)
     chain = any(b.startswith("eltwise") for layer in layers if layer.type == "Eltwise" for b in layer.bottoms)
 
-    norms = {c.norm is not None for c in convolutions}
-    biases = {c.bias is not None for c in convolutions}
-    if len(norms) > 1 or len(biases) > 1:
+    kinds = {(c.norm is None, c.bias is None) for c in convolutions}
+    if len(kinds) > 1:
         raise ValueError("some of its convolutions have a BatchNorm or a bias and some have none")
+    [(no_norm, no_bias)] = kinds
     model = ModelConfig(
         B=B,
         U=found_U,
         features=len(convolutions[0].weight),
-        norm="batch" if norms.pop() else "none",
-        bias=biases.pop(),
+        norm="none" if no_norm else "batch",
+        bias=not no_bias,
         weight_sharing=shared,
         multi_path=not chain,
         input_relu=first_relu,
@@ -211,11 +205,7 @@ def read_caffe(data: bytes, U: int | None, stem: str) -> Foreign:
 
 
 def _structure(names: list[str]) -> tuple[int, int]:
-    """Convolutions by name, in order → (B, U).
-
-    Raises:
-        ValueError: a DRRN of which some are missing, or are in another order.
-    """
+    """Convolutions by name, in order → (B, U); refused: a DRRN of which some are missing, or are in another order."""
     units = [m for name in names if (m := re.fullmatch(UNIT, name))]
     if not units:
         return len(names) - 1, 0
@@ -232,9 +222,8 @@ def _differing_copies(convolutions: list[Convolution]) -> list[str]:
         if (m := re.fullmatch(UNIT, c.name)) is None:
             continue
         first = by_name[f"conv{m[1]}_1{m[3]}"]
-        for kind in ("weight", "bias"):
-            a, b = getattr(c, kind), getattr(first, kind)
-            if (a is None) != (b is None) or (a is not None and (a.shape != b.shape or not torch.equal(a, b))):
+        for kind, a, b in (("weight", c.weight, first.weight), ("bias", c.bias, first.bias)):
+            if a is not b and (a is None or b is None or not torch.equal(a, b)):
                 return [
                     f"the copies of shared convolutions are not the same (the {kind} of {c.name} differs from that "
                     f"of {first.name}): read as a network without weight sharing"
@@ -254,14 +243,8 @@ def _convolutions(layers: list[Layer]) -> list[Convolution]:
                 raise ValueError(f"BatchNorm {layer.name!r} needs mean, variance and a scale factor")
             # Running sums: the factor is what they have to be divided by, and 0 before the first step.
             factor = 1 / blobs[2].item() if blobs[2].item() else 0.0
-            mean, variance = (blob.flatten() * factor for blob in blobs[:2])
-            norm = {
-                "weight": torch.ones_like(mean),
-                "bias": torch.zeros_like(mean),
-                "running_mean": mean,
-                "running_var": variance,
-                "num_batches_tracked": torch.tensor(0),
-            }
+            norm = nn.BatchNorm2d(blobs[0].numel()).state_dict()
+            norm |= {"running_mean": blobs[0].flatten() * factor, "running_var": blobs[1].flatten() * factor}
         elif layer.type == "Scale":
             if norm is None or not 1 <= len(blobs) <= 2:
                 raise ValueError(f"Scale {layer.name!r} is not a BatchNorm's factor and shift")

@@ -84,13 +84,13 @@ def convert(config: ConvertConfig) -> None:
         return
     from drrn.weights import export, ours
 
-    writers = {
-        "drrn": ours.save_weights,
-        "lightning": ours.save_checkpoint,
-        "onnx": export.export_onnx,
-        "torch_export": export.export_program,
-    }
     output, model = Path(config.output), model_of(about["model"])
+    write = {
+        ".safetensors": ours.save_weights,
+        ".ckpt": ours.save_checkpoint,
+        ".onnx": export.export_onnx,
+        ".pt2": export.export_program,
+    }[output.suffix]
     facts = {key: value for key, value in about.items() if key not in ("format", "model", "digest")}
     if config.scale is not None:
         if getattr(network, "scale", config.scale) != config.scale:
@@ -98,7 +98,7 @@ def convert(config: ConvertConfig) -> None:
         if about.get("scales") and config.scale not in about["scales"]:
             print(f"note: it was trained for scales {about['scales']}: expect less of it")
         facts["scales"], network = [config.scale], export.Enlarger(network, config.scale)
-    difference = writers[WRITTEN[output.suffix]](output, network, model, facts)
+    difference = write(output, network, model, facts)
     said = f"from {form}" if difference is None else f"differs from ours by at most {difference:.1e}"
     print(f"{output}: {structure_name(model)}, {said}")
 

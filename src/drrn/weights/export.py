@@ -48,12 +48,8 @@ USE = {
 
 
 class Enlarger(nn.Module):
-    """A network with all that is around it: a low-resolution RGB image in, the enlarged one out, as `photos.enlarge`.
-
-    Args:
-        network: of luminance.
-        scale: a whole number.
-    """
+    """A network of luminance with all that is around it: a low-resolution RGB image in, the enlarged one out, as by
+    `photos.enlarge`; the scale is a whole number."""
 
     input = "rgb"
 
@@ -61,9 +57,7 @@ class Enlarger(nn.Module):
         super().__init__()
         self.network, self.scale = network, scale
         forth = YCBCR_FROM_RGB / 255_000
-        phases = resize_matrix(5, scale, 5 * scale)[
-            2 * scale : 3 * scale
-        ].toarray()  # [s, 5], of a pixel and 2 around
+        phases = resize_matrix(5, scale, 5 * scale).toarray()[2 * scale : 3 * scale]  # [s, 5]: a pixel and 2 around
         constants = {
             "forth": forth[..., None, None],
             "back": np.linalg.inv(forth)[..., None, None],
@@ -98,10 +92,8 @@ def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[st
     """Write a network as ONNX with a free number of images, height and width, shared weights once.
 
     Args:
-        path: to write.
         network: in evaluation mode, or an `Enlarger` of it.
-        model: its structure.
-        about: what else is known of it, for the metadata: `drrn` as JSON, `scales`, and how to use it (`USE`).
+        model, about: its structure and what else is known of it, for the metadata.
 
     Returns:
         The largest difference to our output under onnxruntime, at several sizes.

@@ -1,16 +1,6 @@
 """Weights that others trained, read without running anything that their files say.
 
-The forms, distinguished by what a file holds:
-
-    caffe        the authors' DRRN and VDSR (tyshiwo/DRRN_CVPR17), and huangzehao/caffe-vdsr
-    matlab       VDSR of its authors (J. Kim), a `.mat`
-    jt827859032  jt827859032/DRRN-pytorch: a pickled module, `input`, `conv1`, `conv2`, `output`
-    yjn870       yjn870/DRRN-pytorch: a state dict, `rbs.{b}.h0…`, `rbs.{b}.ru…`, `rec…`
-    twtygqyy     twtygqyy/pytorch-vdsr: a pickled module, `input`, `residual_layer.{i}.conv`, `output`
-    srcnn        SRCNN: a state dict, `conv1`, `conv2`, `conv3`
-    fsrcnn       FSRCNN: a state dict, `extraction`, `shrink`, `nonlinear_map`, `expand`, `deconv`
-
-All but the first two are pickles in one of torch's two containers (`drrn.weights.pickles`).
+Their form is recognised by content: "caffe", "matlab", or one of `PORTS`, a pickle in one of torch's two containers.
 """
 
 from __future__ import annotations
@@ -68,11 +58,9 @@ def read_foreign(path: Path, form: str, U: int | None = None, scales: list[int] 
     """Read a foreign file.
 
     Args:
-        path: the file.
-        form: one of `FORMS`.
-        U: residual units of a block, for the forms that share weights and so do not show it; if None it is
-            taken from a file name that says B1U25.
-        scales: of an FSRCNN, which does not show it; if None it is taken from a file name that says scale3.
+        path, form: the file and one of `FORMS`.
+        U: residual units of a block, which shared weights do not show; None: of a file name that says B1U25.
+        scales: of an FSRCNN, which does not show it; None: of a file name that says scale3.
 
     Raises:
         UserError: the file is damaged, hostile or not of this form, or U is not to be known.

@@ -125,21 +125,21 @@ def read_vdsr(data: bytes, U: int | None, stem: str) -> Foreign:
     if not isinstance(model, dict) or not all(isinstance(model.get(key), list) for key in ("weight", "bias")):
         some = ", ".join(repr(name[:40]) for name in list(found)[:4])
         raise ValueError(f"it holds {some or 'nothing'}, not a struct `model` with the cells `weight` and `bias`")
-    depth = len(model["weight"])
-    if depth < 2 or len(model["bias"]) != depth:
-        raise ValueError(f"it has {depth} weights and {len(model['bias'])} biases; a VDSR has two layers or more")
+    weights, biases = model["weight"], model["bias"]
+    if len(weights) < 2 or len(biases) != len(weights):
+        raise ValueError(f"it has {len(weights)} weights and {len(biases)} biases; a VDSR has two layers or more")
     state: dict[str, Tensor] = {}
-    for i, (_, conv, _) in enumerate(path_of_layers(depth - 1, 0, True)):
-        weight, bias = model["weight"][i], model["bias"][i]
+    names = (conv for _, conv, _ in path_of_layers(len(weights) - 1, 0, True))
+    for i, (conv, weight, bias) in enumerate(zip(names, weights, biases, strict=True), start=1):
         if not isinstance(weight, np.ndarray) or not isinstance(bias, np.ndarray):
-            raise ValueError(f"layer {i + 1} holds no arrays")
+            raise ValueError(f"layer {i} holds no arrays")
         filters = weight.reshape(*weight.shape, *[1] * (4 - weight.ndim))  # MATLAB drops last axes of 1
         if filters.ndim != 4 or filters.shape[:2] != (3, 3):
-            raise ValueError(f"layer {i + 1} has filters of {list(weight.shape)}; [3, 3, in, out] is needed")
+            raise ValueError(f"layer {i} has filters of {list(weight.shape)}; [3, 3, in, out] is needed")
         state[f"{conv}.weight"] = torch.from_numpy(np.array(filters.transpose(3, 2, 0, 1), np.float32, order="C"))
         state[f"{conv}.bias"] = torch.from_numpy(np.array(bias.ravel(), np.float32))
     structure = ModelConfig(
-        B=depth - 1, U=0, features=len(state["blocks.0.conv.weight"]), norm="none", bias=True,
+        B=len(weights) - 1, U=0, features=len(state["blocks.0.conv.weight"]), norm="none", bias=True,
         weight_sharing=True, multi_path=True, input_relu=False,
     )  # fmt: skip
     return Foreign("matlab", structure, state, "VDSR of its authors (MATLAB)", [2, 3, 4], [OVERSHOOT])

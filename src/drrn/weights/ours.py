@@ -31,13 +31,9 @@ FACTS = {"format": int, "model": dict, "digest": str, "origin": str, "scales": l
 
 
 def save_weights(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> None:
-    """Write a network as safetensors, whole or not at all.
+    """Write a network's parameters and BatchNorm statistics, shared ones once, as safetensors, whole or not at all.
 
-    Args:
-        path: to write.
-        network: whose parameters and BatchNorm statistics are stored, shared ones once.
-        model: its structure.
-        about: further facts: training scales, origin.
+    Its structure is `model`; `about` has some of `FACTS`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     facts = {"format": FORMAT, "model": structure(model), **about, "digest": digest(tensors)}
@@ -108,8 +104,6 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         UserError: the file is missing, damaged or not one of these.
     """
-    if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist")
     data = read_bytes(path)
     try:
         state, about = _read_safetensors(data) if container(data) == "safetensors" else _read_lightning(data)

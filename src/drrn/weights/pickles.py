@@ -72,12 +72,6 @@ class Module(NamedTuple):
     attributes: dict[str, Any]
 
 
-class Call(NamedTuple):
-    """What is done instead of a function that a pickle may call."""
-
-    instead: Callable[..., Any]
-
-
 STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -94,10 +88,6 @@ LAYERS = {"Conv2d", "ReLU", "BatchNorm2d", "Sequential", "ModuleList", "DataPara
 NETWORKS = {"DRRN", "RecursiveBlock", "ResidualUnit", "ConvLayer", "Net", "VDSR", "Conv_ReLU_Block"}
 
 
-def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    return {dict_key(key): value for key, value in pairs}
-
-
 def _stored(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
     """`torch._utils._rebuild_tensor`, and `_v2` with requires_grad, hooks and metadata after it."""
     base, storage = storage
@@ -106,8 +96,9 @@ def _stored(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Store
     return Stored(storage, base + count(offset), size, stride)
 
 
+# What a pickle may call, and what is called instead.
 CALLS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): lambda pairs=(): {dict_key(key): value for key, value in pairs},
     ("torch._utils", "_rebuild_tensor"): _stored,
     ("torch._utils", "_rebuild_tensor_v2"): _stored,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
@@ -169,7 +160,7 @@ class _Inert(pickle._Unpickler):
             ValueError: it is none that a file of these networks has.
         """
         if (module, name) in CALLS:
-            return Call(CALLS[module, name])
+            return CALLS[module, name]
         if module in ("torch", "torch.cuda") and name in STORAGES:
             return STORAGES[name]
         if module.startswith("torch.nn.") if name in LAYERS else name in NETWORKS and not module.startswith("torch"):
@@ -181,10 +172,10 @@ class _Inert(pickle._Unpickler):
         )
 
     def _call(self) -> None:
-        arguments = self.stack.pop()
-        if not isinstance(self.stack[-1], Call):
+        arguments, function = self.stack.pop(), self.stack[-1]
+        if function not in CALLS.values():
             raise TypeError("a call of what is no function")
-        self.stack[-1] = self.stack[-1].instead(*arguments)
+        self.stack[-1] = function(*arguments)
 
     def _new(self) -> None:
         if self.stack.pop() != () or self.stack[-1] is not Module:
@@ -233,7 +224,8 @@ def unpickle(file: io.BytesIO, persistent: Callable[[Any], Any] | None = None) -
         persistent: what a persistent id stands for.
 
     Returns:
-        None, bool, int, float, str, bytes, list, tuple, dict, `Stored`, `Module` or `Call`; sets as lists.
+        None, bool, int, float, str, bytes, list, tuple, dict, `Stored`, `Module`, or what stands for a name; sets as
+        lists.
 
     Raises:
         ValueError: damaged, or something else is in it, by name.

@@ -8,8 +8,7 @@ import tifffile
 from PIL import Image
 from test_upscale import run, save
 
-from drrn.photos.alpha import fill_hidden
-from drrn.photos.enlarge import enlarge
+from drrn.photos.enlarge import enlarge, fill_hidden
 from drrn.photos.read import read_photo
 from test_inference import lively
 
