@@ -59,8 +59,7 @@ def crops(
     image's Y by the protocol.
 
     Args:
-        path: an image of a benchmark set.
-        scale: the scale to degrade and super-resolve it by.
+        path, scale: an image of a benchmark set, and what to degrade and super-resolve it by.
         networks: name → function of the network's input [H, W] that returns its output.
         box: the region to enlarge; None takes the middle quarter of the image's sides.
         low: names of those whose input is the low-resolution image; the others' is the interpolated one.

@@ -19,11 +19,7 @@ class Scores:
 
     A score holds for the image and the weights of its digests alone, and a set's label (`row["set"]`) for the images
     of one folder: another folder of the same name gets a longer label, and scores of images that are no longer in
-    the folder leave the file.
-
-    Args:
-        path: of the file; it need not exist.
-        protocol: the protocol of what is to be added.
+    the folder leave the file. The file need not exist yet.
 
     Raises:
         UserError: not a file of scores, or scores of another protocol.
@@ -61,14 +57,9 @@ class Scores:
             )
 
     def add_set(self, name: str, members: dict[Path, str]) -> str:
-        """Settle what a set is called here.
+        """The label by which a set, a known one or a folder, is called here, from now on.
 
-        Args:
-            name: a known set, or a folder.
-            members: image file → SHA-256, in order.
-
-        Returns:
-            The label.
+        `members`, image file → SHA-256, are in the set's order.
         """
         images = {path.name: digest for path, digest in members.items()}
         contents = hashlib.sha256(json.dumps(sorted(images.items())).encode()).hexdigest()
@@ -102,12 +93,7 @@ class Scores:
         return row if row.get("image_sha256", digest) == digest else {}
 
     def write(self, facts: dict[str, Any], complete: bool = False) -> None:
-        """Write the file, whole or not at all.
-
-        Args:
-            facts: about this call.
-            complete: whether all that was asked is there, so that means say something.
-        """
+        """Write the file, whole or not at all, with facts about this call, and means where all asked is there."""
         from drrn.disk import write_json
         from drrn.protocol import means
 

@@ -34,14 +34,9 @@ def affine(norm: nn.Module) -> Affine:
 
 
 class Convolution:
-    """A 3×3 convolution, the affine map of a BatchNorm after it, a sum and a ReLU, as one step.
+    """A 3×3 convolution, the affine map `after` it of a BatchNorm, a sum and a ReLU, as one step.
 
-    Args:
-        conv: weights and bias; copied.
-        after: affine map of every output channel, folded into them.
-        dtype: in which it computes.
-        out: of its result; None: `dtype`. What comes in may have either.
-        layout: of weights and feature maps in memory.
+    It computes in `dtype` and gives `out` (None: the same); what comes in may have either.
     """
 
     def __init__(
@@ -107,13 +102,8 @@ class Folded:
 
     @torch.inference_mode()
     def __init__(self, network: DRRN, precision: str = "float32") -> None:
-        """Prepare it.
-
-        Args:
-            network: on any device.
-            precision: of `drrn.fast.precision`. In bf16 the first and the last convolution and the global residual
-                stay in float32: bfloat16 would round the image to steps of 1/256, and the network sharpens that.
-        """
+        """In bf16 the first and the last convolution and the global residual stay in float32: bfloat16 would round
+        the image to steps of 1/256, and the network sharpens that."""
         parameter = next(network.parameters())
         self.device, self.tf32 = parameter.device, precision == "tf32"
         self.wide = torch.promote_types(parameter.dtype, torch.float32)  # of what comes in and goes out

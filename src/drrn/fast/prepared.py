@@ -24,26 +24,16 @@ Opened = Callable[[Tensor], Tensor]  # the image's next rows [N, 1, h, W] → th
 
 @dataclass(frozen=True)
 class Prepared:
-    """What divides and runs an image needs of a network.
+    """What divides and runs an image needs of a network."""
 
-    Attributes:
-        open: called with an image's height, gives what its rows are put into.
-        streams: whether rows may come in portions; otherwise all come at once.
-        device, dtype: of the input.
-        itemsize: bytes of a value of a feature map.
-        features: channels of the widest feature map.
-        receptive_radius: pixels of the input to each side that one output pixel depends on.
-        scale: how much larger the result is than the input; 1 unless that is the low-resolution image.
-    """
-
-    open: Callable[[int], Opened]
-    streams: bool
-    device: torch.device
+    open: Callable[[int], Opened]  # called with an image's height, gives what its rows are put into
+    streams: bool  # whether rows may come in portions; otherwise all come at once
+    device: torch.device  # of the input, as the type
     dtype: torch.dtype
-    itemsize: int
-    features: int
-    receptive_radius: int
-    scale: int
+    itemsize: int  # bytes of a value of a feature map
+    features: int  # channels of the widest feature map
+    receptive_radius: int  # pixels of the input to each side that one output pixel depends on
+    scale: int  # how much larger the result is than the input; 1 unless that is the low-resolution image
 
 
 FOLDINGS: dict[type, Callable[..., Callable[[int], Opened]]] = {  # class → (network, precision) → `Prepared.open`
@@ -55,11 +45,8 @@ _kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list, Prepared]]] = WeakKeyD
 def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
     """The network ready to run. Folded once, and again when one of its tensors was changed, moved or replaced.
 
-    PyTorch counts the changes of a tensor, but not those through `Tensor.data`: `forget` after them.
-
-    Args:
-        network: in any mode; BatchNorm uses its running statistics.
-        precision: as `chosen` gives it.
+    PyTorch counts the changes of a tensor, but not those through `Tensor.data`: `forget` after them. BatchNorm uses
+    its running statistics whatever mode the network is in.
     """
     tensors = [*network.parameters(), *network.buffers()]
     fold, first = FOLDINGS.get(type(network)), next(iter(tensors), torch.empty(0))

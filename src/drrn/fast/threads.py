@@ -34,12 +34,7 @@ class Watch:
         self.since, self.busy, self.own = time.monotonic(), busy_seconds(self.cores), own_seconds()
 
     def choose(self, asked: int | None = None, before: int | None = None) -> Threads:
-        """The threads to compute with.
-
-        Args:
-            asked: the key `threads`; it is taken as it is.
-            before: of the run that is resumed, whose bits depend on it.
-        """
+        """The threads to compute with: as the key `threads` asks, else as `before` in the run that is resumed."""
         if asked is not None:
             return Threads(asked, "threads")
         if (said := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(said) > 0:
@@ -55,8 +50,7 @@ class Watch:
 def free_threads(cores: int, others: float, quota: float | None) -> Threads:
     """Threads for `cores` cores of which others keep `others` (0…cores) busy; one half busy counts as busy.
 
-    Args:
-        quota: cores' worth of time that the control group may use; None for no limit.
+    The control group may use `quota` cores' worth of time; None for no limit.
     """
     free = max(1, math.ceil(cores - others - 0.5))
     if quota is not None and math.floor(quota) < free:

@@ -27,10 +27,8 @@ def stored_dtype(path: Path, dtype: np.dtype, channels: int, size: tuple[int, in
     """The pixel type with which a format can hold a result; asked before hours are spent on computing it.
 
     Args:
-        path: of the result; its suffix names the format.
-        dtype: of the pixels, uint8, uint16 or float32.
-        channels: 1…4 as in `Photo`.
-        size: (H, W) of the result.
+        path: its suffix names the format.
+        dtype, channels, size: of the result, as in `Photo`; size is (H, W).
 
     Returns:
         `dtype`, or uint8 where a format has no 16 bits.
@@ -69,8 +67,7 @@ def write_photo(
 
     Args:
         path: its suffix names the format; its folder is made.
-        strips: [h, W, C] from the top.
-        shape: (H, W, C) of the whole.
+        strips, shape: [h, W, C] from the top; (H, W, C) of the whole.
         dtype: what `stored_dtype` said.
         photo: whose profile, resolution, EXIF data, XMP and chunks are kept where the format can hold them.
         quality: 1…100 of JPEG and WebP. JPEG keeps the colours' full resolution.

@@ -209,7 +209,6 @@ class _Inert(pickle._Unpickler):
         "SETITEM": lambda self: self._fill([self.stack.pop(), self.stack.pop()][::-1]),
         "SETITEMS": lambda self: self._fill(self.pop_mark()),
         "EMPTY_SET": pickle._Unpickler.load_empty_list,  # sets as lists: nothing is hashed
-        "FROZENSET": pickle._Unpickler.load_list,
         "ADDITEMS": pickle._Unpickler.load_appends,
     }
     dispatch = _Refusing({CODES[name]: pickle._Unpickler.dispatch[CODES[name]] for name in PLAIN.split()})
@@ -303,14 +302,12 @@ def _read_legacy(file: io.BytesIO, storages: dict[str, Storage]) -> Any:
     keys = unpickle(file)
     if not isinstance(keys, list):
         raise ValueError("no list of storages")
-    left = len(file.getbuffer()) - file.tell()
     for key in keys:
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or int.from_bytes(file.read(8), "little", signed=True) != storage.numel:
             raise ValueError("a storage that no tensor uses, or of another size than they say: truncated?")
         size = storage.numel * storage.dtype.itemsize
-        left -= 8 + size
-        if left < 0:
+        if size > len(file.getbuffer()) - file.tell():
             raise ValueError(f"a storage of {storage.numel:,} numbers where fewer are left: truncated")
         storage.read = partial(bytes, file.read(size))
     return root
@@ -337,12 +334,9 @@ def named_tensors(root: Any) -> dict[str, Stored]:
         for prefix, module in pending:  # grows as it goes
             if not isinstance(module, Module) or len(pending) > 10_000 or len(prefix) > 1000:
                 raise ValueError("modules that are not a network's")
-            for kind in ("_parameters", "_buffers"):
-                for name, value in dict(module.attributes.get(kind, {})).items():
-                    if value is not None:
-                        tensors[f"{prefix}{name}"] = value
-            for name, child in dict(module.attributes.get("_modules", {})).items():
-                pending.append((f"{prefix}{name}.", child))
+            held = {**module.attributes.get("_parameters", {}), **module.attributes.get("_buffers", {})}
+            tensors |= {f"{prefix}{name}": value for name, value in held.items() if value is not None}
+            pending += [(f"{prefix}{name}.", child) for name, child in module.attributes.get("_modules", {}).items()]
     if any(not isinstance(value, Stored) for value in tensors.values()):
         raise ValueError("neither a module nor a state dict")
     if all(name.startswith("module.") for name in tensors):

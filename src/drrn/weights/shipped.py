@@ -19,8 +19,7 @@ FOLDER = DATA / "weights"
 def shipped(scale: float = 3) -> dict[str, Path]:
     """Name → file of the weights that are shipped, the best on Set5 at a scale first by their records.
 
-    Args:
-        scale: what is to be enlarged by. Where no record has it, ×3 counts.
+    Where no record has the scale, ×3 counts.
     """
 
     def psnr(path: Path, scale: float) -> float:
@@ -59,11 +58,10 @@ def weights_file(checkpoint: str | Path | None, scale: float = 3, key: str = "ch
 
 
 def load(checkpoint: str | Path | None = None, scale: float = 3) -> nn.Module:
-    """A network in evaluation mode, float32, on the CPU: of a file, by the name of shipped weights, or the best.
+    """A network in evaluation mode, float32, on the CPU.
 
     Args:
-        checkpoint: a path, a name, or None for the best at `scale`.
-        scale: what is to be enlarged by.
+        checkpoint: a path, the name of shipped weights, or None for the best of them at `scale`.
 
     Raises:
         UserError: there is no such file, or it holds no weights of this package.
