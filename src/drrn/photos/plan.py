@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -61,8 +60,6 @@ def check(options: Options) -> None:
     for name in ("input", "scale"):
         if getattr(options, name) in (None, "", []):
             raise UserError(f"{name} is missing: python src/upscale.py input=photo.jpg scale=2")
-    if not math.isfinite(options.scale):
-        raise UserError(f"scale = {options.scale}: must be a finite number above 1")
     if options.method == "network":
         options.checkpoint = str(weights_file(options.checkpoint, options.scale))
     elif options.checkpoint:

@@ -157,7 +157,7 @@ class Convolution(NamedTuple):
     relu: bool
 
 
-def read_caffe(data: bytes, U: int | None, stem: str) -> Foreign:
+def read_caffe(data: bytes, U: int | None) -> Foreign:
     """A `.caffemodel` of the DRRN family.
 
     Layers follow one another as Caffe runs them. Names say the structure: `conv{b}` and `conv{b}_{u}a`,
@@ -201,7 +201,7 @@ def read_caffe(data: bytes, U: int | None, stem: str) -> Foreign:
             state[f"{conv}.bias"] = c.bias
         if c.norm is not None:
             state |= {f"{norm}.{key}": value for key, value in c.norm.items()}
-    return Foreign("caffe", model, state, f"{name or 'network'} (Caffe)", [2, 3, 4], notes)
+    return Foreign(model, state, f"{name or 'network'} (Caffe)", [2, 3, 4], notes)
 
 
 def _structure(names: list[str]) -> tuple[int, int]:

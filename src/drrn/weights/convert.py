@@ -31,7 +31,9 @@ class ConvertConfig:
     output: str | None = key(".safetensors, .ckpt (no optimiser), .onnx, .pt2")
     form: str | None = key("null: recognised by content", choices=tuple(dict.fromkeys((*READ, *WRITTEN.values()))))
     U: int | None = key("residual units, where neither file nor name says", at_least=0)
-    scales: list[int] | None = key("that the weights were trained for, where the file is silent", at_least=2)
+    scales: list[int] | None = key(
+        "that the weights were trained for, where the file is silent", at_least=2, distinct=True
+    )
     scale: int | None = key(
         "of .onnx and .pt2: RGB in, RGB enlarged by it out; null: only Y, as the network", at_least=2
     )
@@ -50,8 +52,6 @@ def check(cfg: DictConfig) -> ConvertConfig:
         raise UserError("input is missing: name the weight file to read")
     if not Path(config.input).is_file():
         raise UserError(f"input = {config.input!r}: no such file")
-    if config.scales == []:
-        raise UserError("scales = []: whole numbers of at least 2, or null")
     if config.output is None:
         if not config.info:
             raise UserError(f"output is missing: name the file to write ({', '.join(WRITTEN)}), or info=true")

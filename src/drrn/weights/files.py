@@ -20,7 +20,6 @@ OVERSHOOT = "no ReLU before the first convolution: negative overshoot of the bic
 class Foreign(NamedTuple):
     """What a foreign file holds, in our terms."""
 
-    form: str
     model: Structure
     state: dict[str, Tensor]  # the network's state dict, not yet checked against the structure
     origin: str

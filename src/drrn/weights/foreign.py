@@ -15,7 +15,7 @@ from drrn.weights.matlab_file import read_vdsr
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
 from drrn.weights.ports import PORTS, Said
 
-WHOLE = {"caffe": read_caffe, "matlab": read_vdsr}  # form → its reader of (bytes, U, the file's stem)
+WHOLE = {"caffe": read_caffe, "matlab": read_vdsr}  # form → its reader of (bytes, U)
 FORMS = (*WHOLE, *PORTS)
 
 
@@ -68,7 +68,7 @@ def read_foreign(path: Path, form: str, U: int | None = None, scales: list[int] 
     data = read_bytes(path)
     try:
         if form in WHOLE:
-            return WHOLE[form](data, U, path.stem)
+            return WHOLE[form](data, U)
         tensors = read_tensors(named_tensors(read_torch(data)))
         for name in tensors:
             if not re.fullmatch(PORTS[form].names, name):

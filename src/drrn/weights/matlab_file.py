@@ -112,7 +112,7 @@ def read_variables(data: bytes) -> dict[str, Any]:
         raise ValueError(f"a damaged MATLAB file ({error})") from error
 
 
-def read_vdsr(data: bytes, U: int | None, stem: str) -> Foreign:
+def read_vdsr(data: bytes, U: int | None) -> Foreign:
     """VDSR of its authors (J. Kim et al., CVPR 2016): struct `model` with the cells `weight` and `bias`.
 
     A layer's filters stand as [3, 3, in, out] and its biases as [out, 1]. MATLAB's convolution layers (MatConvNet)
@@ -142,4 +142,4 @@ def read_vdsr(data: bytes, U: int | None, stem: str) -> Foreign:
         B=len(weights) - 1, U=0, features=len(state["blocks.0.conv.weight"]), norm="none", bias=True,
         weight_sharing=True, multi_path=True, input_relu=False,
     )  # fmt: skip
-    return Foreign("matlab", structure, state, "VDSR of its authors (MATLAB)", [2, 3, 4], [OVERSHOOT])
+    return Foreign(structure, state, "VDSR of its authors (MATLAB)", [2, 3, 4], [OVERSHOOT])

@@ -68,7 +68,7 @@ def read_jt827859032(tensors: dict[str, Tensor], said: Said) -> Foreign:
     state = {f"{ours[name.removesuffix('.weight')]}.weight": tensor for name, tensor in tensors.items()}
     U = shared_units("jt827859032", 1, said.U, said.stem)
     model = plain(1, U, tensors["input.weight"], rectified_identity=True)
-    return Foreign("jt827859032", model, state, "jt827859032/DRRN-pytorch", [2, 3, 4], [RECTIFIED])
+    return Foreign(model, state, "jt827859032/DRRN-pytorch", [2, 3, 4], [RECTIFIED])
 
 
 def read_yjn870(tensors: dict[str, Tensor], said: Said) -> Foreign:
@@ -85,7 +85,7 @@ def read_yjn870(tensors: dict[str, Tensor], said: Said) -> Foreign:
             state[f"blocks.{int(b)}.{ours[rest]}.weight"] = tensor
     U = shared_units("yjn870", len(blocks), said.U, said.stem)
     model = plain(len(blocks), U, tensors["rbs.0.h0.module.1.weight"], rectified_identity=True)
-    return Foreign("yjn870", model, state, "yjn870/DRRN-pytorch", [], [RECTIFIED])
+    return Foreign(model, state, "yjn870/DRRN-pytorch", [], [RECTIFIED])
 
 
 def read_twtygqyy(tensors: dict[str, Tensor], said: Said) -> Foreign:
@@ -97,14 +97,14 @@ def read_twtygqyy(tensors: dict[str, Tensor], said: Said) -> Foreign:
     ours = [*(f"blocks.{b}.conv" for b in range(last + 1)), "conv_rec"]
     state = {f"{conv}.weight": tensors[f"{name}.weight"] for name, conv in zip(order, ours, strict=True)}
     model = plain(last + 1, 0, tensors["input.weight"], input_relu=False)
-    return Foreign("twtygqyy", model, state, "twtygqyy/pytorch-vdsr", [2, 3, 4], [OVERSHOOT])
+    return Foreign(model, state, "twtygqyy/pytorch-vdsr", [2, 3, 4], [OVERSHOOT])
 
 
 def read_srcnn(tensors: dict[str, Tensor], said: Said) -> Foreign:
     """SRCNN as PyTorch ports have it: `conv1`, `conv2`, `conv3`, zeros around the image."""
     first, middle = tensors["conv1.weight"], tensors["conv2.weight"]
     model = {"network": "srcnn", "middle": middle.shape[-1], "features": len(first)}
-    return Foreign("srcnn", model, tensors, "SRCNN (PyTorch)", said.its_scales(), [])
+    return Foreign(model, tensors, "SRCNN (PyTorch)", said.its_scales(), [])
 
 
 def read_fsrcnn(tensors: dict[str, Tensor], said: Said) -> Foreign:
@@ -123,7 +123,7 @@ def read_fsrcnn(tensors: dict[str, Tensor], said: Said) -> Foreign:
     mapping = sum(name.startswith("map.") and name.endswith(".bias") for name in state)
     d, s = len(state["extract.0.weight"]), len(state["shrink.0.weight"])
     model = {"network": "fsrcnn", "scale": scales[0], "features": d, "s": s, "m": mapping}
-    return Foreign("fsrcnn", model, state, "FSRCNN (PyTorch)", scales, [])
+    return Foreign(model, state, "FSRCNN (PyTorch)", scales, [])
 
 
 PORTS = {
