@@ -158,19 +158,18 @@ class Stream:
         padded = not (above and below)
         spoilt = (above, below) if padded else (0, 0)
         H = identity[first:end]
+        scale = norm[0] if norm and chain is None else None  # as the norm does that is folded into conv_b
 
-        def add(out: Tensor, scale: Tensor | None, relu: bool) -> None:
+        def add(out: Tensor) -> None:
             inner = out[:, :, spoilt[0] : spoilt[0] + end - first]
             if scale is None:
                 inner.copy_(H)
             else:
                 torch.mul(H, scale, out=inner)
-            conv_b(q, add=out, relu=relu, padded=padded)
+            conv_b(q, add=out, relu=chain is None, padded=padded)
 
-        if chain is None:  # the identity, scaled as the norm after it does
-            following.fill(H, lambda out: add(out, norm and norm[0], True), spoilt)
-        else:
-            chain.fill(H, lambda out: add(out, None, False), spoilt)
+        (following if chain is None else chain).fill(H, add, spoilt)
+        if chain is not None:
             del q
             H = chain[first:end]
             following.fill(H, lambda out: activate(H, norm, out))

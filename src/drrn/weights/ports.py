@@ -56,6 +56,13 @@ def shared_units(form: str, B: int, U: int | None, stem: str) -> int:
     return result
 
 
+def renamed(tensors: dict[str, Tensor], ours: dict[str, str]) -> dict[str, Tensor]:
+    """Tensors by our names: parts of their names → parts of ours, one after the other."""
+    for theirs, mine in ours.items():
+        tensors = {name.replace(theirs, mine): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def plain(B: int, U: int, first: Tensor, **switches: bool) -> ModelConfig:
     """The structure of a port's DRRN: neither BatchNorm nor bias. `first` is the first convolution's weight."""
     return ModelConfig(B, U, len(first), norm="none", bias=False, weight_sharing=True, multi_path=True, **switches)
@@ -63,28 +70,20 @@ def plain(B: int, U: int, first: Tensor, **switches: bool) -> ModelConfig:
 
 def read_jt827859032(tensors: dict[str, Tensor], said: Said) -> Foreign:
     """jt827859032/DRRN-pytorch: one block."""
-    ours = {"input": "blocks.0.conv", "conv1": "blocks.0.conv_a.0", "conv2": "blocks.0.conv_b.0"}
-    ours["output"] = "conv_rec"
-    state = {f"{ours[name.removesuffix('.weight')]}.weight": tensor for name, tensor in tensors.items()}
+    block = {"input": "blocks.0.conv", "conv1": "blocks.0.conv_a.0", "conv2": "blocks.0.conv_b.0"}
+    state = renamed(tensors, {**block, "output": "conv_rec"})
     U = shared_units("jt827859032", 1, said.U, said.stem)
-    model = plain(1, U, tensors["input.weight"], rectified_identity=True)
+    model = plain(1, U, state["blocks.0.conv.weight"], rectified_identity=True)
     return Foreign(model, state, "jt827859032/DRRN-pytorch", [2, 3, 4], [RECTIFIED])
 
 
 def read_yjn870(tensors: dict[str, Tensor], said: Said) -> Foreign:
     """yjn870/DRRN-pytorch: any B."""
-    ours = {"h0.module.1": "conv", "ru.module.0.module.1": "conv_a.0", "ru.module.1.module.1": "conv_b.0"}
-    state, blocks = {}, set()
-    for name, tensor in tensors.items():
-        layer = name.removesuffix(".weight")
-        if layer == "rec.module.1":
-            state["conv_rec.weight"] = tensor
-        else:
-            _, b, rest = layer.split(".", 2)
-            blocks.add(int(b))
-            state[f"blocks.{int(b)}.{ours[rest]}.weight"] = tensor
-    U = shared_units("yjn870", len(blocks), said.U, said.stem)
-    model = plain(len(blocks), U, tensors["rbs.0.h0.module.1.weight"], rectified_identity=True)
+    block = {"h0.module.1": "conv", "ru.module.0.module.1": "conv_a.0", "ru.module.1.module.1": "conv_b.0"}
+    state = renamed(tensors, {"rbs": "blocks", **block, "rec.module.1": "conv_rec"})
+    B = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    U = shared_units("yjn870", B, said.U, said.stem)
+    model = plain(B, U, state["blocks.0.conv.weight"], rectified_identity=True)
     return Foreign(model, state, "yjn870/DRRN-pytorch", [], [RECTIFIED])
 
 
@@ -109,13 +108,12 @@ def read_srcnn(tensors: dict[str, Tensor], said: Said) -> Foreign:
 
 def read_fsrcnn(tensors: dict[str, Tensor], said: Said) -> Foreign:
     """FSRCNN as PyTorch ports have it; a PReLU's one slope, where it has one for all channels, is each channel's."""
-    scales, state = said.its_scales(), {}
+    scales = said.its_scales()
     if len(scales) != 1:
         raise UserError(
             "the scale cannot be read from the weights of an FSRCNN: give scales=[3], or call the file …_scale3…"
         )
-    for name, tensor in tensors.items():
-        state[name.replace("extraction", "extract").replace("nonlinear_map", "map")] = tensor
+    state = renamed(tensors, {"extraction": "extract", "nonlinear_map": "map"})
     for part in [name.removesuffix(".bias") for name in state if name.endswith(".bias") and name != "deconv.bias"]:
         layer, place = part.split(".")
         slope = f"{layer}.{int(place) + 1}.weight"
