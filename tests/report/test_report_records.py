@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from drrn.disk import write_json
 from drrn.errors import UserError
 from drrn.report.measurements import from_record
-from drrn.report.records import read_runs, read_scores
+from drrn.report.records import read_runs, read_scores, recipe
 from drrn.report.studies import run_groups
 from drrn.report.tables import benchmark_table
 
@@ -31,6 +32,13 @@ def changed(record: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
     else:
         node[last] = value
     return record
+
+
+def test_a_recipe_names_what_departs_in_words(configure: Callable) -> None:
+    assert recipe(asdict(configure("experiment=espcn"))).split(", ") == [
+        "SGD 0.01", "a tenth every 100000 steps", "no clipping", "last layer ×0.1", "loss MSELoss",
+    ]  # fmt: skip
+    assert "last" not in recipe(asdict(configure("optim=release")))
 
 
 DAMAGE = [

@@ -131,14 +131,15 @@ def recipe(config: dict[str, Any]) -> str:
     epochs, steps = optim["halve_every_epochs"], optim["halve_every_steps"]
     often = f"{epochs:g} epochs" if epochs else f"{steps} steps"
     schedule = {"halve": f"halved every {often}", "step": f"a tenth every {often}"}
-    foreign = {key: optim[key] for key in ("optimiser", "scheduler") if optim.get(key)}
+    foreign = {key: optim[key] for key in ("optimiser", "scheduler", "loss") if isinstance(optim.get(key), dict)}
     classes = {key: node["_target_"].rpartition(".")[2] for key, node in foreign.items()}
     words = [
         classes.get("optimiser", solver) + f" {optim['lr']:g}",
         classes.get("scheduler", schedule.get(optim["schedule"], optim["schedule"])),
         optim.get("warmup_steps") and f"warm-up of {optim['warmup_steps']:,} steps",
         "no clipping" if optim["clip"] == "none" else f"clipping by {optim['clip']}, θ = {optim['theta']:g}",
-        optim.get("loss") not in (None, "euclidean") and f"loss {optim['loss']}",
+        optim.get("last_lr_mult", 1) != 1 and f"last layer ×{optim['last_lr_mult']:g}",
+        optim.get("loss") not in (None, "euclidean") and f"loss {classes.get('loss', optim['loss'])}",
         residual != 1 and (f"residual ×{residual:g}" if residual else "starting at bicubic"),
         precision != "32-true" and precision,
         start and f"from {Path(start).name}",
