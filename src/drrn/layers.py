@@ -26,11 +26,7 @@ def he_normal(conv: nn.Conv2d | nn.ConvTranspose2d) -> nn.Conv2d | nn.ConvTransp
 
 
 def within(least: int, most: int, **values: int) -> None:
-    """Refuse arguments of a network that are out of range.
-
-    Raises:
-        ValueError: a value is not least … most; the text names it.
-    """
+    """Refuse arguments of a network that are not least … most: a ValueError that names one."""
     for name, value in values.items():
         if not least <= value <= most:
             raise ValueError(f"{name} = {value}: must be {least} … {most}")

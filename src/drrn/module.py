@@ -211,10 +211,15 @@ class SuperResolution(LightningModule):
 
     # ------------------------------------------------------------------ evaluation (drrn.protocol)
 
-    def _evaluate(self, file: Path | None, batch_idx: int, dataloader_idx: int, stage: str) -> None:
+    @property
+    def _stage(self) -> str:
+        return "test" if self.trainer.testing else "validate"
+
+    def validation_step(self, file: Path | None, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The scores of one image with the protocol; at the end bicubic's too."""
         if file is None:
             return
-        data = self.trainer.datamodule
+        data, stage = self.trainer.datamodule, self._stage
         task, metrics = data.evaluation_tasks(stage)[dataloader_idx], data.evaluation_metrics(stage)
         pixels, protocol = read_pixels(file), Protocol(degradation=data.data.degradation)
 
@@ -238,18 +243,11 @@ class SuperResolution(LightningModule):
         forget(self.network)  # an average of weights is swapped in without PyTorch's notice (`Tensor.data`)
         self.tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
 
-    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The scores of one image with the protocol."""
-        self._evaluate(batch, batch_idx, dataloader_idx, "validate")
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same at the end, with bicubic's."""
-        self._evaluate(batch, batch_idx, dataloader_idx, "test")
-
-    def _finish(self, stage: str) -> None:
+    def _finish(self) -> None:
         """Every process gets all rows, in the order of the images, and logs the means of the sets."""
+        stage = self._stage
         torch.backends.cudnn.allow_tf32 = self.tf32
         parts = [self.rows]
         if self.trainer.world_size > 1:
@@ -263,16 +261,14 @@ class SuperResolution(LightningModule):
             overall = mean(row[name] for row in self.scores)
             self.log(f"{stage}/{name}", overall, logger=False)  # for callbacks to monitor
 
+    on_test_epoch_end = _finish
+
     def on_validation_epoch_end(self) -> None:
         """Onto the learning curve, image by image; the one that Lightning adds at `trainer.max_time` is not."""
-        self._finish("validate")
+        self._finish()
         self.validated = step = self.trainer.global_step
         if step * self.trainer.accumulate_grad_batches % self.trainer.val_check_interval == 0:
             self.validation += [{"step": step, **row} for row in self.scores]
-
-    def on_test_epoch_end(self) -> None:
-        """All images' rows, and the means."""
-        self._finish("test")
 
 
 def mean(values: Iterable[float]) -> float:

@@ -279,25 +279,20 @@ def evaluation_sets(data: DataConfig, complete: bool = False) -> dict[str, dict[
     Raises:
         UserError: an image cannot be read, or is too small to be scored at the largest scale.
     """
-    sets = {"validate": _evaluation_sets(data, "val", complete)}
-    sets["test"] = _evaluation_sets(data, "test", complete) if data.test else sets["validate"]
-    return sets
-
-
-def _evaluation_sets(data: DataConfig, key: str, complete: bool) -> dict[str, list[Path]]:
     from drrn.metrics import in_training
 
-    tested = key == "test" or not data.test
-    scales = [*(data.scales if tested else ()), *(data.val_scales if key == "val" else ())]
-    metrics = [*in_training(), *((data.test_metrics or ()) if tested else ())]
-    sets = {}
-    for name in getattr(data, key):
-        files = image_files(name, Path(data.root), complete)
-        for file in files:
-            check_size(file, max(scales), metrics, f"data.{key}")
-        if sets.setdefault(label := set_label(name, files), files) is not files:
-            raise UserError(f"data.{key}: {name} is {label}, which is there already")
-    return sets
+    sets: dict[str, dict[str, list[Path]]] = {"validate": {}, "test": {}}
+    for stage, key in (("validate", "val"), ("test", "test")):
+        tested = stage == "test" or not data.test
+        scales = [*(data.scales if tested else ()), *(data.val_scales if stage == "validate" else ())]
+        metrics = [*in_training(), *((data.test_metrics or ()) if tested else ())]
+        for name in getattr(data, key) or ():
+            files = image_files(name, Path(data.root), complete)
+            for file in files:
+                check_size(file, max(scales), metrics, f"data.{key}")
+            if sets[stage].setdefault(label := set_label(name, files), files) is not files:
+                raise UserError(f"data.{key}: {name} is {label}, which is there already")
+    return sets if data.test else {"validate": sets["validate"], "test": sets["validate"]}
 
 
 def check_size(file: Path, scale: int, metrics: Iterable[str] = ("ssim",), key: str = "data.val") -> None:
