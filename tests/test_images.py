@@ -310,6 +310,9 @@ def test_a_part_of_a_set_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
             image_files(f"{mine}@{wrong}", tmp_path)
     for name in (f"{mine}@2-3", "Set5@1-2", "demo_test@1-2"):
         check_sets("data.val", [name])
+    for name in ("Set5@4-6", "demo_test@3-2"):
+        with pytest.raises(UserError, match=r"has the images 1-[35]"):
+            check_sets("data.val", [name])
     for name in (f"{mine}@0-3", f"{mine}@a-b", "Set6@1-2", f"{mine}/no@1-2"):
         with pytest.raises(UserError, match=r"does not exist|no set and no folder"):
             check_sets("data.val", [name])

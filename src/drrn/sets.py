@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from drrn.config import DataConfig
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+S = TypeVar("S", bound=Sequence)
 Listed = Mapping[str, tuple[str, str]]  # "Set5/baby.bmp" → its digest "sha256:…", its URL
 
 REGISTRY = DATA / "registry.txt"
@@ -70,9 +70,12 @@ def known_sets() -> list[str]:
 
 
 def is_set(name: str) -> bool:
-    """Whether a name is a known set's, a folder's, or a part's of one."""
+    """Whether a name is a known set's, a folder's, or a part's of one; a UserError if a known set lacks the part."""
     whole, _ = part_of(name)
-    return whole in DEMO_SETS or Path(whole).is_dir() or whole in registered_sets()
+    known = registered_sets() | {demo: len(files) for demo, files in DEMO_SETS.items()}
+    if whole in known:
+        _members(name, range(known[whole]))
+    return whole in known or Path(whole).is_dir()
 
 
 def part_of(name: str) -> tuple[str, range | None]:
@@ -83,7 +86,7 @@ def part_of(name: str) -> tuple[str, range | None]:
     return found[1], range(int(found[2]) - 1, int(found[3]))
 
 
-def _members(name: str, files: list[T]) -> list[T]:
+def _members(name: str, files: S) -> S:
     """Of the images of a whole set, by name, those of `name`; a UserError for a part that the set does not have."""
     whole, part = part_of(name)
     if part is None:
