@@ -60,22 +60,15 @@ class Point:
     planned: bool = False  # a point of the study's own, not one that another study adds
     runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # seed → record; the finished one of two
 
-    @property
-    def variant(self) -> str:
-        return variant(self.model)
-
-    @property
-    def family(self) -> str:
-        """What it shares with networks of other B and U: DRRN_NS_16f."""
-        return re.sub(r"_(B\d+U\d+|d\d+)", "", self.name) if self.model["network"] == "drrn" else self.name
-
-    @property
-    def short(self) -> str:
-        """B3U4; VDSR d28; DRCN 16f."""
-        if self.model["network"] != "drrn":
-            width = f" {self.model['features']}f" if "features" in self.model else ""
-            return self.model["network"].upper() + width
-        return f"B{self.model['B']}U{self.model['U']}" if self.model["U"] else f"VDSR d{self.depth}"
+    def __post_init__(self) -> None:
+        model, network = self.model, self.model["network"]
+        self.variant = variant(model)
+        if network == "drrn":
+            self.family = re.sub(r"_(B\d+U\d+|d\d+)", "", self.name)  # of networks of other B and U too: DRRN_NS_16f
+            self.short = f"B{model['B']}U{model['U']}" if model["U"] else f"VDSR d{self.depth}"
+        else:
+            self.family = self.name
+            self.short = network.upper() + (f" {model['features']}f" if "features" in model else "")
 
     def add(self, record: dict[str, Any]) -> None:
         """Take a run; of two of one seed, the finished one.
@@ -131,44 +124,29 @@ class RunGroup:
     place: Place = PLACE
     tries: list[RunGroup] = field(default_factory=list)  # of this recipe, of so few steps that they are not drawn
 
-    @property
-    def stem(self) -> str:
-        """The name of its files: fig6-1a2b3c4d."""
-        return f"{self.study}-{self.digest}"
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted({seed for point in self.points for seed in point.runs})
-
-    @property
-    def runs(self) -> list[dict[str, Any]]:
-        return [run for point in self.points for run in point.runs.values()]
-
-    @property
-    def finished(self) -> list[dict[str, Any]]:
-        """The records that figures are drawn from."""
-        return [run for point in self.points for run in point.finished()]
-
-    @property
-    def steps(self) -> list[int]:
-        """How many steps its finished runs took, each number once; what was planned if none has finished."""
+    def __post_init__(self) -> None:
+        self.stem = f"{self.study}-{self.digest}"  # of its files
+        self.seeds = sorted({seed for point in self.points for seed in point.runs})
+        self.runs = [run for point in self.points for run in point.runs.values()]
+        self.finished = [run for point in self.points for run in point.finished()]  # what figures are drawn from
         planned = {run["config"]["trainer"]["max_steps"] for run in self.runs}
-        return sorted({run["budget"]["steps"] for run in self.finished} or planned)
+        self.steps = sorted({run["budget"]["steps"] for run in self.finished} or planned)  # each number once
+        self.states = {  # what became of the plan
+            (point.name, seed): point.status(seed) for point in self.points if point.planned for seed in self.seeds
+        }
 
     @property
     def missing(self) -> list[str]:
         """What the study lacks: "DRRN_B3U8_16f s2 (failed)"."""
         return [
-            f"{point.name} s{seed}" + (f" ({status})" if status != "missing" else "")
-            for point in self.points
-            if point.planned
-            for seed in self.seeds
-            if (status := point.status(seed)) != "finished"
+            f"{name} s{seed}" + (f" ({status})" if status != "missing" else "")
+            for (name, seed), status in self.states.items()
+            if status != "finished"
         ]
 
     def summary(self) -> str:
         """How much of the plan is there: "18 of 20 runs finished, 1 failed, 1 missing."."""
-        states = Counter(point.status(seed) for point in self.points if point.planned for seed in self.seeds)
+        states = Counter(self.states.values())
         if not states:
             return f"{len(self.finished)} finished runs."
         others = [f"{count} {status}" for status, count in sorted(states.items()) if status != "finished"]

@@ -116,10 +116,9 @@ def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
         if m.steps is not None and (method := _of_paper(m.method)):
             trained[method, *place].append(m)
         elif m.method == "Bicubic" and Path(m.source) in files:
-            source = Source(REMEASURED, _scoring(m, "method=bicubic", scales=False), "", sha256(Path(m.source)))
-            first["Bicubic", *place] = m.values, source, ""
+            first["Bicubic", *place] = m.values, _source(m), ""
         elif published and m.steps is None and Path(m.source) in files:
-            first[published.method, *place] = m.values, _published(m, published), published.note
+            first[published.method, *place] = m.values, _source(m, published), published.note
     return {place: _trained(those) for place, those in trained.items()} | first
 
 
@@ -127,11 +126,10 @@ def _trained(those: list[Measurement]) -> tuple[dict[str, float], Source, str]:
     """The mean over the seeds of the longest training."""
     longest = max(those, key=lambda m: m.steps)
     alike = list({m.seed: m for m in those if m.experiment == longest.experiment}.values())
-    means = {
-        k: statistics.fmean(m.values[k] for m in alike) for k in longest.values if all(k in m.values for m in alike)
-    }
+    metrics = [k for k in longest.values if all(k in m.values for m in alike)]
+    means = {k: statistics.fmean(m.values[k] for m in alike) for k in metrics}
     note = f"{longest.method}, {longest.steps:,} steps, seeds: {len(alike)}"
-    return means, _joined([_training(m) for m in alike]), note
+    return means, _joined([_source(m) for m in alike]), note
 
 
 def _joined(sources: list[Source]) -> Source:
@@ -141,16 +139,23 @@ def _joined(sources: list[Source]) -> Source:
     return Source(state, " && ".join(commands), " ".join(weights), " ".join(records))
 
 
-def _training(m: Measurement) -> Source:
-    """How a run is trained again, or weights that were trained here are scored again."""
+def _source(m: Measurement, published: Published | None = None) -> Source:
+    """How a run is trained again, or bicubic, published weights or those that were trained here are scored again."""
     path = Path(m.source)
+    state, record = TRAINED if m.steps is not None else REMEASURED, sha256(path)
+    if m.method == "Bicubic":
+        return Source(state, _scoring(m, "method=bicubic", scales=False), "", record)
+    if published:
+        convert = f"python src/convert.py input={published.file.format(m.scale)} output=weights.safetensors"
+        score = _scoring(m, "checkpoint=weights.safetensors", scales="{}" in published.file)
+        return Source(state, f"{convert} && {score}", m.weights or "", record)
     beside = path.with_name("weights.safetensors"), path.with_suffix(".safetensors")
     files = {sha256(file): file for file in beside if file.is_file()}
     if not m.weights:
         command = f"python src/train.py from_record={_short(path)} output=again"
-        return Source(TRAINED, command, next(iter(files), ""), sha256(path))
+        return Source(state, command, next(iter(files), ""), record)
     file = _short(files[m.weights]) if m.weights in files else "weights.safetensors"
-    return Source(TRAINED, _scoring(m, f"checkpoint={file}", scales=True), m.weights, sha256(path))
+    return Source(state, _scoring(m, f"checkpoint={file}", scales=True), m.weights, record)
 
 
 def _short(path: Path) -> str:
@@ -173,13 +178,6 @@ def _of_paper(name: str) -> str | None:
     name = {"VDSR_d20_64f": "VDSR"}.get(name, re.sub(r"_x\d$", "", name))
     whole = r"VDSR(_d\d+)?|DRRN(_NS)?(_C)?_B\d+U\d+|SRCNN|FSRCNN|ESPCN|DRCN|RED30"
     return name if re.fullmatch(whole, name) else None
-
-
-def _published(m: Measurement, published: Published) -> Source:
-    """How published weights are converted and scored again."""
-    convert = f"python src/convert.py input={published.file.format(m.scale)} output=weights.safetensors"
-    score = _scoring(m, "checkpoint=weights.safetensors", scales="{}" in published.file)
-    return Source(REMEASURED, f"{convert} && {score}", m.weights or "", sha256(Path(m.source)))
 
 
 def ledger(found: Found) -> Iterator[Entry]:

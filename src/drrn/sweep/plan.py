@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -40,9 +39,8 @@ class Job:
     stamp: int = 0  # when its record was last written before the sweep, in nanoseconds; 0 if there was none
     raised: BaseException | None = None  # what the launcher brought back from it
 
-    @property
-    def folder(self) -> Path:
-        return run_dir(self.config)
+    def __post_init__(self) -> None:
+        self.folder = run_dir(self.config)
 
     @property
     def name(self) -> str:
