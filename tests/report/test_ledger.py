@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -71,8 +72,6 @@ def test_bicubic_is_measured_again_by_other_means(entries: list, drrn_data: Path
 
 def test_published_weights_are_measured_again(entries: list, drrn_data: Path, tmp_path: Path, entry_point) -> None:
     """VDSR's own weights, converted, on the smallest image of Set5: the score in the committed file, to the digit."""
-    import json
-
     weights = Path(os.environ.get("DRRN_WEIGHTS", "nowhere")) / "VDSR_Official.mat"
     if not weights.is_file():
         pytest.skip("set DRRN_WEIGHTS to the folder with VDSR_Official.mat")
@@ -142,8 +141,6 @@ def test_a_training_enters_with_its_record(make: Callable, tmp_path: Path, entry
 
 def test_what_lies_beside_shipped_weights_is_taken(make: Callable, tmp_path: Path, monkeypatch) -> None:
     """A run record or a file of scores, whichever its weights came with; anything else says nothing."""
-    import json
-
     import drrn.weights.shipped
     from drrn.report.ledger import everything
 
@@ -176,3 +173,14 @@ def test_what_lies_beside_shipped_weights_is_taken(make: Callable, tmp_path: Pat
     assert (margin.ours, margin.source.state) == ("0.00", TRAINED)
     assert margin.source.command == f"{source.command} && {vdsr.command}"  # two measurements enter
     assert margin.source.record == f"{source.record} {vdsr.record}"
+
+
+def test_scores_of_fewer_metrics_take_no_number_away(tmp_path: Path) -> None:
+    scores = json.loads((SCORES / "bicubic.json").read_text())
+    scores["scores"] = [{k: v for k, v in row.items() if k != "ifc"} for row in scores["scores"]]
+    write_json(tmp_path / "mine.json", scores)
+    kept, found = (
+        measured([SCORES / "bicubic.json"], []),
+        measured([SCORES / "bicubic.json", tmp_path / "mine.json"], []),
+    )
+    assert kept["Bicubic", "Set5", 3][0]["ifc"] == found["Bicubic", "Set5", 3][0]["ifc"]

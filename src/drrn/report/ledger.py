@@ -115,10 +115,10 @@ def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
         published = next((its for name, its in PUBLISHED.items() if re.fullmatch(name, m.method)), None)
         if m.steps is not None and (method := _of_paper(m.method)):
             trained[method, *place].append(m)
-        elif m.method == "Bicubic" and Path(m.source) in files:
-            first["Bicubic", *place] = m.values, _source(m), ""
-        elif published and m.steps is None and Path(m.source) in files:
-            first[published.method, *place] = m.values, _source(m, published), published.note
+        elif Path(m.source) in files and (m.method == "Bicubic" or (published and m.steps is None)):
+            key = (published.method if published else "Bicubic", *place)
+            if key not in first or first[key][0].keys() <= m.values.keys():  # a file of fewer metrics takes none away
+                first[key] = m.values, _source(m, published), published.note if published else ""
     return {place: _trained(those) for place, those in trained.items()} | first
 
 
