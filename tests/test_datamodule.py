@@ -220,10 +220,12 @@ def test_each_image_is_measured_by_one_process(
     for k in range(3):
         shutil.copy(tiny_images / "camera.png", folder / f"more{k}.png")
     config = configure(f"data.val=[{folder}]", "data.scales=[2,3]", "data.val_scales=[2]")
-    for stage, scales in (("val", [2]), ("test", [2, 3])):
+    for testing, scales in ((False, [2]), (True, [2, 3])):
         names = []
         for rank in range(world):
-            loaders = getattr(prepared(config, rank=rank, world=world), f"{stage}_dataloader")()
+            data = prepared(config, rank=rank, world=world)
+            data.trainer.testing = testing
+            loaders = data.val_dataloader()
             assert len(loaders) == len(scales)
             names += [file.name for file in loaders[-1] if file is not None]
         assert sorted(names) == sorted(path.name for path in folder.iterdir())

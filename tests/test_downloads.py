@@ -63,9 +63,10 @@ class Server:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)  # its pauses between attempts
     monkeypatch.setattr(drrn.sets, "TIMEOUT", 0.3)
+    monkeypatch.setattr(drrn.sets, "REGISTRY", tmp_path / "registry.txt")
     server = Server()
     yield server
     server.over.set()
@@ -76,7 +77,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def fetched(server: Server, root: Path) -> list[Path]:
     registry = root.parent / "registry.txt"
     registry.write_text(f"Set5/a.png {DIGEST} {server.url}/a.png\n")
-    return fetch("Set5", root, registry)
+    return fetch("Set5", root)
 
 
 def everything_under(root: Path) -> list[Path]:

@@ -74,7 +74,7 @@ def png(image: NDArray[np.uint8], path: Path) -> bytes:
 
 
 @pytest.fixture
-def registry(server: Server, tmp_path: Path) -> Path:
+def registry(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Set5 of two photographs, T91 of one; all on the server."""
     lines = ["# a comment", ""]
     crops = {"Set5/a.png": (0, 0), "Set5/b.png": (40, 60), "T91/c.png": (80, 20)}
@@ -84,6 +84,7 @@ def registry(server: Server, tmp_path: Path) -> Path:
         lines.append(f"{name} {digest(content)} {server.url}/{name}")
     path = tmp_path / "registry.txt"
     path.write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(drrn.sets, "REGISTRY", path)
     return path
 
 
@@ -96,7 +97,7 @@ def everything_under(folder: Path) -> list[Path]:
 
 def test_absent_files_are_downloaded_and_verified(registry: Path, server: Server, tmp_path: Path) -> None:
     root = tmp_path / "data"
-    files = fetch("Set5", root, registry)
+    files = fetch("Set5", root)
     assert files == [root / "Set5/a.png", root / "Set5/b.png"]
     assert [path.read_bytes() for path in files] == [server.files["/Set5/a.png"], server.files["/Set5/b.png"]]
     assert sorted(server.asked) == ["/Set5/a.png", "/Set5/b.png"]
@@ -107,10 +108,10 @@ def test_what_is_present_is_not_downloaded(registry: Path, server: Server, tmp_p
     root = tmp_path / "data"
     (root / "Set5").mkdir(parents=True)
     (root / "Set5/a.png").write_bytes(server.files["/Set5/a.png"])
-    fetch("Set5", root, registry)
+    fetch("Set5", root)
     assert server.asked == ["/Set5/b.png"]
     server.asked.clear()
-    fetch("Set5", root, registry)
+    fetch("Set5", root)
     assert server.asked == []
 
 
@@ -119,7 +120,7 @@ def test_a_present_file_of_another_digest_is_refused_and_kept(registry: Path, se
     path.parent.mkdir(parents=True)
     path.write_bytes(b"another image")
     with pytest.raises(UserError, match="Delete it") as refusal:
-        fetch("Set5", tmp_path / "data", registry)
+        fetch("Set5", tmp_path / "data")
     assert str(path) in str(refusal.value)
     assert hashlib.sha256(b"another image").hexdigest() in str(refusal.value)
     assert path.read_bytes() == b"another image"
@@ -139,7 +140,7 @@ def test_a_failed_download_names_file_and_url_and_leaves_nothing(
         server.files["/Set5/b.png"] = served
     root = tmp_path / "data"
     with pytest.raises(UserError) as refusal:
-        fetch("Set5", root, registry)
+        fetch("Set5", root)
     text = str(refusal.value)
     assert "Set5/b.png" in text
     assert f"{server.url}/Set5/b.png" in text
@@ -150,16 +151,20 @@ def test_a_failed_download_names_file_and_url_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("line", ["Set5/a.png", "Set5/a.png md5:00 http://x/a", "Set5/a.png sha256:00 http://x/a b"])
-def test_a_registry_line_of_another_form_is_refused(line: str, tmp_path: Path) -> None:
+def test_a_registry_line_of_another_form_is_refused(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "registry.txt"
     path.write_text(f"# first\n{line}\n")
+    monkeypatch.setattr(drrn.sets, "REGISTRY", path)
     with pytest.raises(UserError, match=r"registry\.txt.*line"):
-        fetch("Set5", tmp_path, path)
+        fetch("Set5", tmp_path)
 
 
-def test_a_missing_registry_is_refused(tmp_path: Path) -> None:
+def test_a_missing_registry_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drrn.sets, "REGISTRY", tmp_path / "nowhere.txt")
     with pytest.raises(UserError, match=r"nowhere\.txt is missing"):
-        fetch("Set5", tmp_path, tmp_path / "nowhere.txt")
+        fetch("Set5", tmp_path)
 
 
 def test_the_registry_of_the_project() -> None:
@@ -189,10 +194,9 @@ def test_the_images_in_drrn_data_are_the_registered_ones(
 
 
 def test_of_a_set_that_is_partly_there_the_present_images_are_taken(
-    registry: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Path, server: Server, tmp_path: Path
 ) -> None:
     """Urban100 is often incomplete: measuring takes what there is, and fetches only when there is none."""
-    monkeypatch.setattr(drrn.sets, "REGISTRY", registry)
     root = tmp_path / "data"
     assert len(image_files("Set5", root, complete=False)) == 2
     (root / "Set5/b.png").unlink()
@@ -282,7 +286,6 @@ def test_images_of_a_folder_with_its_folders(tmp_path: Path) -> None:
 def test_a_set_is_called_by_what_it_holds(
     registry: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drrn.sets, "REGISTRY", registry)
     files = fetch("Set5", tmp_path / "data")
     assert set_label("Set5", files) == "Set5"
     assert set_label(str(tmp_path / "data/Set5"), files) == "Set5"
@@ -328,12 +331,9 @@ def test_a_part_of_a_set_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not is_absent("Some", tmp_path / "data")
 
 
-def test_a_new_set_is_lines_in_the_registry(
-    registry: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_set_is_lines_in_the_registry(registry: Path, server: Server, tmp_path: Path) -> None:
     server.files["/m.png"] = content = png(skimage.data.camera()[:20, :20], tmp_path / "m.png")
     registry.write_text(registry.read_text() + f"Manga109/m.png {digest(content)} {server.url}/m.png\n")
-    monkeypatch.setattr(drrn.sets, "REGISTRY", registry)
     check_sets("sets", ["Manga109", "Set5"])
     assert registered_sets() == {"Set5": 2, "T91": 1, "Manga109": 1}
     assert image_files("Manga109", tmp_path) == [tmp_path / "Manga109/m.png"]

@@ -92,22 +92,17 @@ class SuperResolutionData(LightningDataModule):
         gpu = torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda"
         return pair_loader(self.pairs, batches, self.data.num_workers, pin_memory=gpu)
 
-    def _evaluation_dataloaders(self, stage: str) -> list[DataLoader]:
-        """Image files. Each process takes every world-size-th: nothing is padded, nothing counted twice.
+    def val_dataloader(self) -> list[DataLoader]:
+        """The image files of each of `evaluation_tasks`. Each process takes every world-size-th: nothing is padded.
 
         One that has none left gets None: it takes part in the evaluation, which the others wait for.
         """
+        stage = "test" if self.trainer.testing else "validate"
         first, step = self.trainer.global_rank, self.trainer.world_size
         shares = (self.sets[stage][task.set_name][first::step] for task in self.evaluation_tasks(stage))
         return [DataLoader(share or [None], batch_size=None, shuffle=False) for share in shares]
 
-    def val_dataloader(self) -> list[DataLoader]:
-        """A loader for each set and scale, in the order of `evaluation_tasks`."""
-        return self._evaluation_dataloaders("validate")
-
-    def test_dataloader(self) -> list[DataLoader]:
-        """The same for the sets and scales of the end."""
-        return self._evaluation_dataloaders("test")
+    test_dataloader = val_dataloader
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Arrays → tensors; pinned batches are tensors already."""

@@ -102,19 +102,17 @@ def is_absent(name: str, root: Path) -> bool:
     return listed is not None and not any((root / file).is_file() for file in _members(name, sorted(listed)))
 
 
-def fetch(set_name: str, root: Path, registry: Path | None = None, complete: bool = True) -> list[Path]:
+def fetch(set_name: str, root: Path, complete: bool = True) -> list[Path]:
     """The registered files of a set, or of a part of one, under the data root, each verified by its SHA-256.
 
-    Args:
-        registry: the list of files; None is the project's.
-        complete: False downloads only when no file of the set is there, and otherwise takes those that are.
+    Unless `complete`, what is absent is downloaded only when no file of the set is there.
 
     Raises:
         UserError: a present file has another digest, or a download failed (naming the file and URL).
     """
     from drrn.images import sha256
 
-    listed = _registry(registry or REGISTRY).get(part_of(set_name)[0], {})
+    listed = _registry(REGISTRY).get(part_of(set_name)[0], {})
     names = _members(set_name, sorted(listed))
     present = [name for name in names if (root / name).is_file()]
     for name in present:
@@ -165,7 +163,7 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
     Args:
         set_name: a known set, the path of a folder of images, or a part of either.
         root: the data root, under which the known sets are folders.
-        complete: as of `fetch` (Urban100 is often incomplete).
+        complete: fetch what is absent; else only when no file is there (Urban100 is often incomplete).
 
     Raises:
         UserError: the folder does not exist or holds no image, something in it looks like an image and is none, a
