@@ -32,6 +32,7 @@ from drrn.inference import super_resolve, super_resolve_strips
 from drrn.matlab import to_uint8
 from drrn.model import DRRN
 from drrn.protocol import prepare, score
+from drrn.red30 import RED30
 from drrn.sets import image_files
 from drrn.srcnn import SRCNN
 from drrn.weights.foreign import read_foreign
@@ -432,8 +433,7 @@ def test_three_feature_maps_are_alive_at_the_peak(precision, size):
     code = f"""
 import torch
 from drrn.fast.folded import Folded
-from drrn.fast.stream import Stream
-from drrn.fast.strips import MAPS
+from drrn.fast.stream import MAPS, Stream
 from drrn.model import DRRN
 status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
 folded = Folded(DRRN(1, 2, features=32).eval(), "{precision}")
@@ -444,6 +444,26 @@ print((status("VmHWM") - before) / (1000 * 1000 * 32 * {size}), MAPS)
 """
     maps, said = map(float, said_by(code).split())
     assert 2 < maps < said + 0.3
+
+
+def test_as_many_feature_maps_are_in_memory_as_a_network_keeps_for_its_skips():
+    """RED30's are counted without computing; beside it the operating system's count, of maps beyond glibc's 32 MB."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the peak is read from Linux's /proc")
+    code = """
+import torch
+from drrn.fast.prepared import prepared
+from drrn.red30 import RED30
+status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
+ready = prepared(RED30(layers=7, features=16).train())
+ready.open(64)(torch.rand(1, 1, 64, 64))
+before = status("VmRSS")
+ready.open(730)(torch.rand(1, 1, 730, 730))
+print((status("VmHWM") - before) / (730 * 730 * 16 * 4), ready.maps)
+"""
+    maps, said = map(float, said_by(code).split())
+    assert said - 2 < maps < said + 0.3
+    assert [prepared(network).maps for network in (RED30().double(), SRCNN())] == [11, 3]
 
 
 @pytest.mark.parametrize(

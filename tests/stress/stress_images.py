@@ -280,7 +280,8 @@ def photograph(folder: Path) -> list[str]:
 
 def _peak(code: str, source: Path) -> int:
     """Peak resident memory, in bytes, of a Python process that runs some code; Linux only."""
-    code += '\nprint(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])'
+    told = 'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])'
+    code = f"import atexit; atexit.register(lambda: {told})\n{code}"  # a command ends its process by itself
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(source)},

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from drrn.fast.folded import Folded
+from drrn.fast.memory import tensors_counted
 from drrn.fast.precision import tf32
-from drrn.fast.stream import Stream
+from drrn.fast.stream import MAPS, Stream
 from drrn.model import DRRN
 
 Opened = Callable[[Tensor], Tensor]  # the image's next rows [N, 1, h, W] → the rows complete now [N, 1, h', W]
@@ -32,6 +34,7 @@ class Prepared:
     dtype: torch.dtype
     itemsize: int  # bytes of a value of a feature map
     features: int  # channels of the widest feature map
+    maps: int  # feature maps of so many channels that are in memory at once, at most
     receptive_radius: int  # pixels of the input to each side that one output pixel depends on
     scale: int  # how much larger the result is than the input; 1 unless that is the low-resolution image
 
@@ -40,6 +43,7 @@ FOLDINGS: dict[type, Callable[..., Callable[[int], Opened]]] = {  # class → (n
     DRRN: lambda network, precision: partial(Stream, Folded(network, precision))
 }
 _kept: WeakKeyDictionary[nn.Module, dict[str, tuple[list, Prepared]]] = WeakKeyDictionary()
+_counted: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # `Prepared.maps`
 
 
 def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
@@ -54,15 +58,16 @@ def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
     known = _kept.get(network, {}).get(precision)
     if known is not None and known[0] == state and None not in state:
         return known[1]
+    features = max((layer.out_channels for layer in network.modules() if hasattr(layer, "out_channels")), default=1)
+    maps = MAPS
     dtype = torch.promote_types(first.dtype, torch.float32)  # bfloat16 would round the image
     if fold is None:
         wide = network if dtype == first.dtype else copy.deepcopy(network).to(dtype)
-        open, itemsize = partial(_whole, wide, precision), dtype.itemsize
+        open, itemsize, maps = partial(_whole, wide, precision), dtype.itemsize, _maps(network, features)
     else:
         open, itemsize = fold(network, precision), 2 if precision == "bf16" else dtype.itemsize
-    features = max((layer.out_channels for layer in network.modules() if hasattr(layer, "out_channels")), default=1)
     radius, scale = network.receptive_radius, getattr(network, "scale", 1)
-    ready = Prepared(open, fold is not None, first.device, dtype, itemsize, features, radius, scale)
+    ready = Prepared(open, fold is not None, first.device, dtype, itemsize, features, maps, radius, scale)
     if fold is not None:  # what runs as it is would keep the network alive
         _kept.setdefault(network, {})[precision] = state, ready
     return ready
@@ -77,13 +82,32 @@ def _whole(network: nn.Module, precision: str, height: int) -> Opened:
     """A network as it is, in evaluation mode for as long as it runs."""
 
     def run(x: Tensor) -> Tensor:
-        in_training = [module for module in network.modules() if module.training]
-        network.eval()
-        try:
-            with torch.inference_mode(), tf32(precision == "tf32"):
-                return network(x)
-        finally:
-            for module in in_training:
-                module.training = True
+        with _evaluating(network), tf32(precision == "tf32"):
+            return network(x)
 
     return run
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    in_training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+def _maps(network: nn.Module, features: int) -> int:
+    """`Prepared.maps` of a network that runs as it is, counted on an image without contents; a layer of PyTorch's may
+    need one more, in another order of its values."""
+    if network not in _counted:
+        named = [*network.named_parameters(), *network.named_buffers()]
+        tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in named}
+        x = torch.empty(1, 1, 1024, 1024, device="meta")
+        with _evaluating(network), tensors_counted() as alive:
+            torch.func.functional_call(network, tensors, (x,))
+        _counted[network] = 1 + round(alive.peak / (x.nbytes * features))
+    return _counted[network]

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from drrn.fast.folded import Convolution, Folded, Unit, activate
 from drrn.fast.precision import tf32
 
+MAPS = 3  # feature maps alive at its peak: identity, the unit's middle and its output
+
 
 class Rows:
     """Those rows of a feature map that are needed again, while the map is made from top to bottom."""

@@ -10,9 +10,9 @@ import psutil
 import torch
 
 from drrn.fast.prepared import Prepared
+from drrn.fast.stream import MAPS
 
 ROOM = 1_000_000_000  # bytes that feature maps may take, when twice as many are free
-MAPS = 3  # feature maps alive at the peak of `Stream`: identity, the unit's middle and its output
 WHOLE_BYTES = 80_000_000  # of one map on a CPU: a smaller image goes at once, with `freed_memory_kept`
 STRIP_BYTES = 12_000_000  # of one map of a larger one: glibc keeps blocks below 32 MB by itself
 STRIP_ROWS = 24  # or about so many, where a map of them is larger; two of each unit's 48 are computed twice
@@ -32,7 +32,7 @@ def free_room(device: torch.device) -> int:
 
 def at_once(ready: Prepared, shape: tuple[int, int], room: int) -> bool:
     """Whether an image [H, W] needs no strips."""
-    return MAPS * shape[0] * _row_bytes(ready, shape[1]) <= room
+    return ready.maps * shape[0] * _row_bytes(ready, shape[1]) <= room
 
 
 def _row_bytes(ready: Prepared, width: int) -> int:
@@ -86,7 +86,7 @@ def tile_shape(ready: Prepared, shape: tuple[int, int], room: int) -> tuple[int,
     if ready.streams:
         side = room // (pixel * (MAPS * STRIP_ROWS + _kept_rows(ready))) - 2 * radius
     else:
-        side = math.isqrt(room // (pixel * MAPS)) - 2 * radius
+        side = math.isqrt(room // (pixel * ready.maps)) - 2 * radius
     least = max(TILE_PIXELS // width, 4 * radius)  # rows that the caller has in memory
     return _equal(height, max(min(side, least), 2 * radius)), _equal(width, max(side, 2 * radius))
 
