@@ -16,7 +16,7 @@ from drrn.disk import write_json
 from drrn.errors import UserError
 from drrn.paper import paper_numbers
 from drrn.report.figures import curve, draw
-from drrn.report.groups import PAPER_PATCHES, RunGroup
+from drrn.report.groups import PAPER_PATCHES, Point, RunGroup
 from drrn.report.measurements import MISSING
 from drrn.report.page import Part, Section, write_page
 from drrn.report.studies import planned, points_table, run_groups
@@ -83,6 +83,9 @@ def test_figures_1_and_9_compare_structures(make: Callable) -> None:
     ]
     (one,) = run_groups("fig9", runs)
     assert set(names(one)) == {"DRRN_B1U9_2f", "VDSR_d20_64f", "DRRN_B2U3_2f"}
+    assert {point.short for point in one.points if point.runs} == {"B1U9", "VDSR d20", "B2U3"}
+    other = Point("ResNet_16f", {"network": "resnet", "features": 16}, 20, 41_760, ("Set5", 3))
+    assert other.short == "ResNet 16f"
     assert len(run_groups("fig9", [*runs, make("model.B=1", "model.U=25", "optim.lr=0.05")])) == 2
 
 

@@ -68,7 +68,7 @@ class Point:
             self.short = f"B{model['B']}U{model['U']}" if model["U"] else f"VDSR d{self.depth}"
         else:
             self.family = self.name
-            self.short = network.upper() + (f" {model['features']}f" if "features" in model else "")
+            self.short = self.name.partition("_")[0] + (f" {model['features']}f" if "features" in model else "")
 
     def add(self, record: dict[str, Any]) -> None:
         """Take a run; of two of one seed, the finished one.
