@@ -385,7 +385,7 @@ def test_colour_is_y_by_the_network_and_the_rest_by_bicubic(scale, tile, rgb, al
     assert np.abs(y - ycbcr[..., 0]).max() > 0.1
     expected = ycbcr2rgb(np.dstack([y, ycbcr[..., 1:]]))
     expected = np.dstack([expected, np.clip(imresize(alpha / 255, size=size), 0, 1)])
-    result = np.concatenate(list(enlarge(np.dstack([rgb, alpha]), size, network, tile)))
+    result = np.concatenate(list(enlarge(np.dstack([rgb, alpha]), size, network, tile=tile)))
     assert result.dtype == np.uint8
     assert result.shape == expected.shape
     np.testing.assert_allclose(result, expected * 255, rtol=0, atol=0.5 + 0.005)
@@ -436,7 +436,7 @@ def test_floating_values_outside_0_to_1_come_back_in_their_own_range(rgb):
 @pytest.mark.parametrize("shape", [(1, 1, 3), (1, 50, 3), (50, 1, 1), (2, 1, 4), (1, 3, 2)])
 def test_single_pixels_and_lines(shape):
     pixels = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
-    result = np.concatenate(list(enlarge(pixels, (3 * shape[0], 3 * shape[1]), lively(B=1, U=2), 7)))
+    result = np.concatenate(list(enlarge(pixels, (3 * shape[0], 3 * shape[1]), lively(B=1, U=2), tile=7)))
     assert result.shape == (3 * shape[0], 3 * shape[1], shape[2])
 
 

@@ -181,12 +181,12 @@ def enlarge_file(source: Path, target: Path, tools: Tools) -> tuple[str, list[st
             said = time.monotonic()
             print(f"{printable(source)}: {done} of {total} parts", file=sys.stderr, flush=True)
 
+    how = {"tile": options.tile, "self_ensemble": options.self_ensemble, "room": room, "precision": precision}
+
     def computed() -> Iterator[NDArray[Any]]:
         """The result; what goes wrong in it is no failure of writing."""
         try:
-            yield from enlarge(
-                photo.pixels, size, network, options.tile, options.self_ensemble, progress, room, precision
-            )
+            yield from enlarge(photo.pixels, size, network, progress=progress, **how)
         except (MemoryError, RuntimeError) as error:
             reason = str(error).split("\n")[0] or "out of memory"
             raise UserError(f"{source}: {reason}; a tile, such as tile=200, takes less memory") from error
