@@ -242,7 +242,15 @@ def test_metadata_that_are_no_mapping_are_refused(text, tmp_path) -> None:
             load_network(path)
 
 
+DEEP: tuple = ()
+for _ in range(200):
+    DEEP = (DEEP, DEEP)  # a few bytes of a pickle; to be hashed, written or printed it takes for ever
+
+
 @pytest.mark.parametrize("change", [
+    lambda c: c["hyper_parameters"]["model"].update(network=DEEP),
+    lambda c: c["hyper_parameters"]["model"].update(B=DEEP),
+    lambda c: c.update(drrn={"source": {"file": DEEP}}), lambda c: c.update(drrn={"more": torch.zeros(1)}),
     lambda c: c.update(drrn=None), lambda c: c.update(drrn=[1]), lambda c: c.update(state_dict=None),
     lambda c: c.update(state_dict=[1]), lambda c: c.update(hyper_parameters=None),
     lambda c: c.update(hyper_parameters={"model": None}), lambda c: c.update(hyper_parameters={"model": [1]}),

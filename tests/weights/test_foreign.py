@@ -1041,6 +1041,8 @@ def test_many_views_of_one_storage_cannot_fill_memory(tmp_path) -> None:
     b"\x80\x02)" + b"q\x00h\x00\x86" * 200 + b")R.",  # the same, called
     b"\x80\x04)" + b"q\x00h\x00\x86" * 200 + b"h\x00\x93.",  # the same as a name
     b"\x80\x02)" + b"q\x00h\x00\x86" * 200 + b"Q.",  # the same as a persistent id
+    # the same as the name of a module's parameter, in a list that dict() would take
+    b"\x80\x02ctorch.nn.modules.conv\nConv2d\n)\x81}U\x0b_parameters]()" + b"q\x00h\x00\x86" * 200 + b"N\x86esb.",
     b"L" + b"9" * 1_000_000 + b"L\n.",
     b".", b"", b"0.", b"t.", b"e.", b"u.", b"h\x05.", b"R.", b"b.", b"\x81.", b"a.", b"s.", b"1.", b"2.", b"\x93.",
     b"(.", b"K", b"N", b"\xff\xff\xff.",

@@ -25,6 +25,7 @@ from drrn.weights.files import container, read_bytes
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
 
 FORMAT = 1
+MOST_FACTS = 10_000  # values in what a file says of itself
 # What a file may say of itself, and as what; another type is refused.
 FACTS = {"format": int, "model": dict, "digest": str, "origin": str, "scales": list, "source": dict, "notes": list,
          "seed": int, "steps": int, "experiment": str}  # fmt: skip
@@ -148,6 +149,13 @@ def checked_facts(about: Any) -> dict[str, Any]:
     """
     if not isinstance(about, dict):
         raise ValueError("what it says of itself is no dict")
+    pending = [about]
+    for value in pending:  # grows as it goes: in a pickle few bytes may stand for any number of values
+        if not isinstance(value, dict | list | tuple | str | int | float | None):
+            raise ValueError(f"what it says of itself holds a {type(value).__name__}")
+        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        if len(pending) > MOST_FACTS:
+            raise ValueError(f"what it says of itself has more than {MOST_FACTS:,} values")
     for key, kind in FACTS.items():
         value = about.get(key)
         if not isinstance(value, kind) and (value is not None or key == "model"):
