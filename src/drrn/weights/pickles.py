@@ -106,15 +106,15 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.nn.backends.thnn", "_get_thnn_function_backend"): lambda: None,  # Module._backend until torch 1.4
     ("torch", "Size"): tuple,
     ("torch", "device"): lambda *_: None,
-    ("__builtin__", "set"): list,
-    ("builtins", "set"): list,
+    ("__builtin__", "set"): lambda items=(): [dict_key(item) for item in items],
+    ("builtins", "set"): lambda items=(): [dict_key(item) for item in items],
 }
 
 
 def dict_key(key: Any) -> Any:
-    """A dict's key: text or a number (hashing nested tuples can be made to take forever)."""
+    """A dict's key or a set's member: text or a number (hashing nested tuples can be made to take forever)."""
     if not isinstance(key, str | int):
-        raise ValueError(f"a dict key that is a {type(key).__name__}")
+        raise ValueError(f"a dict key, or a member of a set, that is a {type(key).__name__}")
     return key
 
 
@@ -201,6 +201,10 @@ class _Inert(pickle._Unpickler):
         self.stack.append({})
         self._fill(items)
 
+    def _add(self) -> None:
+        members = self.pop_mark()
+        self.stack[-1].extend(map(dict_key, members))
+
     own = {  # noqa: RUF012 — as in its base
         "REDUCE": _call,
         "NEWOBJ": _new,
@@ -209,7 +213,7 @@ class _Inert(pickle._Unpickler):
         "SETITEM": lambda self: self._fill([self.stack.pop(), self.stack.pop()][::-1]),
         "SETITEMS": lambda self: self._fill(self.pop_mark()),
         "EMPTY_SET": pickle._Unpickler.load_empty_list,  # sets as lists: nothing is hashed
-        "ADDITEMS": pickle._Unpickler.load_appends,
+        "ADDITEMS": _add,
     }
     dispatch = _Refusing({CODES[name]: pickle._Unpickler.dispatch[CODES[name]] for name in PLAIN.split()})
     dispatch.update({CODES[name]: step for name, step in own.items()})
