@@ -23,13 +23,13 @@ CLAIMS = {
 RESAMPLES = 10_000
 
 
-def interval(differences: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """The percentile bootstrap's interval of the mean of paired differences [images].
+def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
+    """The percentile bootstrap's 95 % interval of the mean of paired differences [images].
 
     An image is drawn with its pair. The same differences give the same interval.
     """
     drawn = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
-    low, high = np.quantile(differences[drawn].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(differences[drawn].mean(1), [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -65,9 +65,9 @@ def planned(study: str) -> list[dict[str, Any]]:
     return models
 
 
-def preset(name: str, scale: int = PLACE[1], **changes: Any) -> dict[str, Any]:
-    """A network of the paper in full: conf/model/<name>.yaml, of one scale where it is of one, and changes to it."""
-    around = {"trainer": {"max_steps": 1}, "data": {"scales": [scale]}}  # what conf/model takes from elsewhere
+def preset(name: str, **changes: Any) -> dict[str, Any]:
+    """A network of the paper in full: conf/model/<name>.yaml, of ×3 where it is of one scale, and changes to it."""
+    around = {"trainer": {"max_steps": 1}, "data": {"scales": [PLACE[1]]}}  # what conf/model takes from elsewhere
     model = OmegaConf.to_container(OmegaConf.merge(around, _preset(name), changes), resolve=True)
     return structure({key: value for key, value in model.items() if key not in around})
 

@@ -72,11 +72,7 @@ class Tracking:
     def callbacks(self) -> list[Callback]:
         """What shows pictures while the run trains, if that was asked and a logger is there."""
         every = self.config.logger.pictures_every
-        return [ValidationPictures(every, self._show)] if every is not None and self.made else []
-
-    def _show(self, drawn: dict[str, np.ndarray]) -> None:
-        for one in self.made:
-            one.show(drawn)
+        return [ValidationPictures(every, self.made)] if every is not None and self.made else []
 
     def results(self, module: SuperResolution) -> None:
         """What a finished evaluation leaves: scores, their table, pictures."""

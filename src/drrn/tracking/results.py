@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,9 +69,11 @@ class ValidationPictures(Callback):
     It comes before callbacks that average weights: they take the average out at the end of the same hook.
     """
 
-    def __init__(self, every: int, show: Callable[[dict[str, np.ndarray]], None]) -> None:
-        self.every, self.show = every, show
+    def __init__(self, every: int, loggers: list[Any]) -> None:
+        self.every, self.loggers = every, loggers
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: SuperResolution) -> None:
         if trainer.is_global_zero and trainer.global_step % self.every == 0:
-            self.show(pictures(pl_module, "validate"))
+            drawn = pictures(pl_module, "validate")
+            for one in self.loggers:
+                one.show(drawn)
