@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from matplotlib.transforms import Bbox
 
 from drrn.report.groups import RunGroup
+from drrn.report.studies import STUDIES
 
 # Okabe and Ito's palette, for colour-blind eyes too; the paper's blue, green, cyan and red where it has them.
 COLOURS = {"VDSR": "#0072B2", "DRRN_NS": "#009E73", "DRRN_C": "#56B4E9", "DRRN_NS_C": "#CC79A7", "DRRN": "#D55E00"}
@@ -23,16 +24,17 @@ GREY = "#6b6b6b"
 
 
 def canvas(
-    title: str, group: RunGroup, panels: int, stacked: bool, height: float = 3.6, handles: list[Line2D] | None = None
+    group: RunGroup, panels: int, stacked: bool, height: float = 3.6, handles: Sequence[Line2D] = (), title: str = ""
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a title above its panels, and a legend and the run group's origin below them."""
+    """A figure with a title (the study's) above its panels, and a legend and the run group's origin below them."""
+    title = title or f"{STUDIES[group.study].title} ({group.where()})"
     columns = 1 if stacked or panels == 1 else 2
     rows = math.ceil(panels / columns)
     width = 4.3 if stacked else 8.6
     origin = "\n".join(line for text in group.origin() for line in textwrap.wrap(text, int(width * 15.5)))
     head = "\n".join(textwrap.wrap(title, int(width * 11)))
     top, bottom = 0.18 * (head.count("\n") + 1) + 0.12, 0.145 * (origin.count("\n") + 1) + 0.14  # inches
-    room = 0.15 * math.ceil(len(handles or ()) / columns) + 0.1 * bool(handles)  # of the legend
+    room = 0.15 * math.ceil(len(handles) / columns) + 0.1 * bool(handles)  # of the legend
     total = height * rows + top + room + bottom
     figure = Figure(figsize=(width, total), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)

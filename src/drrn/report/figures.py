@@ -22,7 +22,6 @@ from drrn.paper import paper_numbers
 from drrn.report.canvas import AT_THE_RIGHT, COLOURS, GREY, MARKERS, canvas, in_psnr, limits, name_points
 from drrn.report.groups import PLACE, Point, RunGroup
 from drrn.report.methods import fig1, fig9
-from drrn.report.studies import STUDIES
 from drrn.report.tables import SWITCHES, VARIANTS
 
 
@@ -39,7 +38,7 @@ def draw(group: RunGroup, stacked: bool = False) -> Figure | None:
 
 def _beside_the_paper(group: RunGroup, stacked: bool, height: float = 3.6) -> tuple[Figure, Axes, Axes]:
     """A figure with the paper's panel and ours."""
-    figure, (paper, ours) = canvas(f"{STUDIES[group.study].title} ({group.where()})", group, 2, stacked, height)
+    figure, (paper, ours) = canvas(group, 2, stacked, height)
     paper.set_title("the paper: 128 features", size=9)
     ours.set_title(textwrap.fill(f"ours: {group.short()}", 34), size=9)
     return figure, paper, ours
@@ -171,8 +170,7 @@ def own(group: RunGroup, stacked: bool) -> Figure:
             families[point.family].append(point)
     planes = {name: points for name, points in families.items()
               if all(len({point.model.get(key) for point in points}) > 1 for key in "BU")}  # fmt: skip
-    title = f"{STUDIES[group.study].title} ({group.where()})"
-    figure, (first, *rest) = canvas(title, group, 1 + len(planes), stacked)
+    figure, (first, *rest) = canvas(group, 1 + len(planes), stacked)
     colours = mpl.colormaps["tab10"].colors
     for index, (name, points) in enumerate(sorted(families.items())):
         style = {"color": COLOURS.get(name, colours[index % 10]), "marker": MARKERS.get(name, "o"), "markersize": 6}
@@ -213,7 +211,7 @@ def curves(group: RunGroup, stacked: bool) -> Figure | None:
     shown = list(dict.fromkeys(point.variant for point, *_ in lines))
     shown.sort(key=[*VARIANTS, *shown].index)
     title = f"Learning curves ({group.where()}), ours: {group.short()}"
-    figure, axes = canvas(title, group, len(shown), stacked, height=3.4)
+    figure, axes = canvas(group, len(shown), stacked, 3.4, title=title)
     depths = [point.depth for point, *_ in lines]
     norm = mpl.colors.Normalize(min(depths), max(max(depths), min(depths) + 1))
     colour_of = mpl.colormaps["viridis"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,18 +29,11 @@ def fig1(group: RunGroup, stacked: bool) -> Figure:
     """PSNR against weights (log) and against depth: the paper's methods and ours on the same axes."""
     shapes = [("^", "fewer than 5 layers"), ("*", "8 to 29 layers"), ("o", "30 layers and more")]
     others = [("s", GREY, "other methods, as the paper cites them"), *((m, "#444444", text) for m, text in shapes)]
-    title = f"{STUDIES['fig1'].title} ({group.where()})"
-    figure, (by_weights, by_depth) = canvas(title, group, 2, stacked, 4.0, whose(group, others))
+    figure, (by_weights, by_depth) = canvas(group, 2, stacked, 4.0, whose(group, others))
     rows = paper_numbers("fig1")
-    thousands = next(row["weights_printed"] for row in rows if row["weights_printed"]).removesuffix("K")
-
-    def weights(row: dict[str, str]) -> float | None:
-        times = row["times_drrn_weights"]  # of other networks the paper prints this alone
-        return 1000 * float(thousands) * int(times) if times else None
-
     named = {
-        by_weights: _methods(by_weights, rows, weights, group, lambda point: point.weights, PLACE),
-        by_depth: _methods(by_depth, rows, _depth, group, lambda point: point.depth, PLACE),
+        by_weights: _methods(by_weights, rows, "weights", group, PLACE),
+        by_depth: _methods(by_depth, rows, "depth", group, PLACE),
     }
     low, high = limits([math.log10(x) for x, *_ in named[by_weights]], 0.14)
     by_weights.set(xscale="log", xlim=(10**low, 10**high), xlabel="k, convolution weights")
@@ -59,11 +51,11 @@ def fig9(group: RunGroup, stacked: bool) -> Figure:
         ("^", OTHERS["deep"], "deep networks"),
         ("P", OTHERS["shallow"], "shallow methods"),
     ]
-    figure, axes = canvas(STUDIES["fig9"].title, group, 2, stacked, 4.0, whose(group, others))
+    figure, axes = canvas(group, 2, stacked, 4.0, whose(group, others), STUDIES["fig9"].title)
     named = {}
     for axis, set_name in zip(axes, ("Set5", "Set14"), strict=True):
         rows = [row for row in paper_numbers("fig9") if row["dataset"] == set_name]
-        named[axis] = _methods(axis, rows, _depth, group, lambda point: point.depth, (set_name, 3))
+        named[axis] = _methods(axis, rows, "depth", group, (set_name, 3))
         axis.axvspan(-10, -1, color="#f2f2f2", zorder=0)
         axis.set(xlim=(-10, 60), xlabel="layers (none: no network)")
         axis.set_xticks([-5, 3, 10, 20, 30, 40, 52], ["none", "3", "10", "20", "30", "40", "52"])
@@ -72,22 +64,18 @@ def fig9(group: RunGroup, stacked: bool) -> Figure:
     return figure
 
 
-def _depth(row: dict[str, str]) -> int | None:
+def _x(row: dict[str, str], what: str) -> int | None:
+    """Depth, −5 without a network; or weights, of which the paper prints how many times DRRN's 297K they are."""
+    if what == "weights":
+        return 297_000 * int(row["times_drrn_weights"]) if row["times_drrn_weights"] else None
     return -5 if row.get("group") == "shallow" else int(row["depth"]) if row["depth"] else None
 
 
-def _methods(
-    axis: Axes,
-    rows: list[dict[str, str]],
-    x_of: Callable[[dict[str, str]], float | None],
-    group: RunGroup,
-    own_x: Callable[[Point], int],
-    place: Place,
-) -> Named:
-    """The paper's methods and ours on one axis; what is to be named on it."""
+def _methods(axis: Axes, rows: list[dict[str, str]], what: str, group: RunGroup, place: Place) -> Named:
+    """The paper's methods and ours by "weights" or "depth"; what is to be named on the axis."""
     named, absent, elsewhere = [], [], set()
     for row in rows:
-        x, printed = x_of(row), row["psnr"] or row.get("psnr_elsewhere")
+        x, printed = _x(row, what), row["psnr"] or row.get("psnr_elsewhere")
         if x is None or not printed:
             absent.append(row["method"])
             continue
@@ -102,8 +90,8 @@ def _methods(
     low = [f"{point.short} {psnr:.2f} dB" for point, psnr in measured if psnr < floor]
     for point, psnr in measured:
         if psnr >= floor:
-            _mark(axis, own_x(point), psnr, depth_marker(point.depth), OURS, ours=point)
-            named.append((own_x(point), psnr, point.short if point.planned else "", OURS))
+            _mark(axis, getattr(point, what), psnr, depth_marker(point.depth), OURS, ours=point)
+            named.append((getattr(point, what), psnr, point.short if point.planned else "", OURS))
     axis.set_ylim(*limits([y for _, y, *_ in named], 0.2))
     in_psnr(axis)
     notes = [f"only in the paper's picture: {', '.join(absent)}"] if absent else []
