@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from drrn.config import Config, DataConfig
+from drrn.errors import counted
 from drrn.home import CONF
 from drrn.launch import launch, refusing
 from drrn.runs.request import request
@@ -36,10 +37,10 @@ def prepare(data: DataConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     sets = evaluation_sets(data, complete=True)
     pairs = prepare_pairs(data)
-    what = f"{len(pairs):,} crops an epoch" if data.crops else f"{pairs.stored:,} pairs"
+    what = f"{len(pairs):,} crops an epoch" if data.crops else counted(pairs.stored, "pair")
     print(f"{pairs.path}: {what}, {pairs.path.stat().st_size / 1e9:.2f} GB")
     for label, files in (sets["validate"] | sets["test"]).items():
-        print(f"{label}: {len(files)} images")
+        print(f"{label}: {counted(len(files), 'image')}")
 
 
 if __name__ == "__main__":

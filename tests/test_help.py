@@ -23,6 +23,7 @@ def test_help_opens_with_a_sentence_and_two_examples(name: str, entry_point: Cal
     assert silent <= {"trainer.compile", "trainer.cuda_graph"}  # earlier names
     assert ("Groups" in out) == (name in ("train", "prepare"))
     assert "hydra." not in keys
+    assert name != "prepare" or all(line.startswith("  data.") for line in lines)
 
 
 def test_help_shows_what_overrides_make_of_it(entry_point: Callable) -> None:

@@ -23,7 +23,7 @@ from rich.progress import track
 
 from drrn.config import DataConfig
 from drrn.degradations import DEGRADATIONS
-from drrn.errors import UserError
+from drrn.errors import UserError, counted
 from drrn.images import image_size, luminance, read_pixels
 from drrn.patch_build import quantise
 from drrn.patches import ShuffledBatches
@@ -51,7 +51,8 @@ def prepare_images(data: DataConfig) -> Path:
         check_room(partial.parent, sum(math.prod(image_size(file)) for file in files) * (3 if of_rgb else 1))
         with h5py.File(partial, "w", libver="latest") as file, ThreadPoolExecutor(max(1, data.num_workers)) as pool:
             file.attrs.update({key: np.bytes_(value) for key, value in attrs.items()})
-            images = track(pool.map(read, files), description=f"Decoding {len(files)} images", total=len(files))
+            what = f"Decoding {counted(len(files), 'image')}"
+            images = track(pool.map(read, files), description=what, total=len(files))
             for number, pixels in enumerate(images):
                 file[str(number)] = pixels
 

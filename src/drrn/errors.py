@@ -21,6 +21,11 @@ def printable(text: object) -> str:
     )
 
 
+def counted(number: float, noun: str, several: str | None = None) -> str:
+    """ "1 image", "2,000 images"; `several` of a noun that takes no -s."""
+    return f"{number:,} {noun if number == 1 else several or noun + 's'}"
+
+
 class UserError(Exception):
     """Something only the user can mend: a wrong value, a missing file, a full disk.
 

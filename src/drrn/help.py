@@ -42,6 +42,8 @@ def show(about: str, schema: type, arguments: Sequence[str]) -> None:
     lines.append("Keys (key=value; -m key=a,b for several):" if name == "train" else "Keys (key=value):")
     known = dict(meanings(schema)) | beside(cfg.hydra.runtime.choices)
     for key, value in flat(cfg):
+        if name == "prepare" and not key.startswith("data."):
+            continue  # it takes any key of a training, and needs these
         text = f"  {key}={shown(value)}"
         lines.append(f"{text:34}  # {known[key]}" if key in known else text)
     lines += ["", "Hydra's own options: --hydra-help. More: README.md, docs/, conf/."]

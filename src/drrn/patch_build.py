@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrn.degradations import DEGRADATIONS, READY
-from drrn.errors import UserError
+from drrn.errors import UserError, counted
 from drrn.images import image_size, luminance, orientations, read_pixels
 from drrn.patches import HIGH, LOW, STEP, Recipe, attributes, check_patch_file
 from drrn.protocol import prepare
@@ -214,7 +214,7 @@ def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: Attributes, 
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         try:
             jobs = [pool.submit(_degrade_image, source, recipe) for source in sources]
-            for job in track(jobs, description=f"Degrading {len(files)} images"):
+            for job in track(jobs, description=f"Degrading {counted(len(files), 'image')}"):
                 job.result()
             jobs = [
                 pool.submit(_fill, first, numbers[first : first + ROWS], (sources, recipe), partial, at)

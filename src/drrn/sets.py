@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from drrn.errors import UserError, printable
+from drrn.errors import UserError, counted, printable
 from drrn.home import DATA
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ def _download(missing: Listed, root: Path) -> None:
     digests, urls = ({name: entry[k] for name, entry in missing.items()} for k in (0, 1))
     fetcher = pooch.create(path=root, base_url="", registry=digests, urls=urls, retry_if_failed=2)
     folder = next(iter(missing)).rpartition("/")[0]
-    for name, (digest, url) in track(missing.items(), description=f"Fetching {folder} ({len(missing)} files)"):
+    what = f"Fetching {folder} ({counted(len(missing), 'file')})"
+    for name, (digest, url) in track(missing.items(), description=what):
         try:
             fetcher.fetch(name, downloader=pooch.HTTPDownloader(timeout=TIMEOUT))
         except Exception as error:  # pooch raises its own, requests' and OS errors alike

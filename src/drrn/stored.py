@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 from filelock import FileLock, Timeout
 
-from drrn.errors import UserError
+from drrn.errors import UserError, counted
 from drrn.images import sha256
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def built_once(folder: Path, name: str, images: list[Path], attrs: Attributes, b
             if path.is_file():
                 return path
             _remove_partials(folder)
-            log.info("building %s from %d images", path, len(images))
+            log.info("building %s from %s", path, counted(len(images), "image"))
             if others := ", ".join(sorted(other.name for other in folder.glob(f"{name}-*.h5"))):
                 log.info("beside it are %s, of other recipes, images or versions", others)
             partial = path.with_suffix(f".{os.getpid()}.partial") / path.name

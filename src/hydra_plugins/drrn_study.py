@@ -124,12 +124,12 @@ class SearchSweeper(StudySweeper):
         """As Optuna's, with the launcher of a study.
 
         Raises:
-            UserError: it is not installed, or it is given points or several directions.
+            UserError: it is not installed, or it is given points or another direction.
         """
         if self.points is not None:
             raise UserError("hydra.sweeper.points: a search chooses its points itself; leave out sweeps=")
-        if (direction := self.arguments["direction"]) not in ("maximize", "minimize"):
-            raise UserError(f"hydra.sweeper.direction = {direction}: maximize or minimize; a trial gives one number")
+        if (direction := self.arguments["direction"]) != "maximize":
+            raise UserError(f"hydra.sweeper.direction = {direction}: a trial gives its PSNR, so it is maximize")
         if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
             raise UserError("hydra/sweeper=search needs Optuna: pip install '.[optuna]'")
         from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper

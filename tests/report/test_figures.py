@@ -287,6 +287,8 @@ def test_a_grid_of_ones_own(make: Callable) -> None:
     assert list(plane.get_xticks()) == [1, 5]
     assert points_table(group).columns == ["structure", "depth", "weights", "seed 1"]
     assert draw(*run_groups("curves", runs)) is not None
+    (depth, *_) = draw(*run_groups("runs", runs[:1])).axes
+    assert all(tick == int(tick) for tick in depth.get_xticks())  # of one network too: there are no parts of a layer
 
 
 def test_a_try_of_a_few_steps_is_folded_away(make: Callable) -> None:

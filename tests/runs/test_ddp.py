@@ -318,7 +318,7 @@ def test_train_starts_the_processes_that_trainer_devices_names(
         )
     )  # fmt: skip
     assert code == 0, err
-    assert "1 of 1 runs done" in out
+    assert "1 of 1 run done" in out
     assert err.count("step 4/4") == err.count("finished:") == 1
     assert "Traceback" not in err
     assert "Initializing distributed" not in err

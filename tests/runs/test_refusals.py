@@ -134,4 +134,4 @@ def test_afresh_keeps_what_was_finished_under_another_name(
         "weights.safetensors", "weights.1.safetensors", "weights.2.safetensors",
     }  # fmt: skip
     assert len(list(tmp_path.rglob(FILE))) == 1  # a report counts the run once
-    assert caplog.text.count("no validation: the run has 1 steps, and trainer.val_check_interval = 2000") == 3
+    assert caplog.text.count("no validation: the run has 1 step, and trainer.val_check_interval = 2000") == 3

@@ -409,10 +409,8 @@ def test_a_search_is_resumed_trial_by_trial(entry_point: Callable, small: tuple[
         ("model.B=choice(1,0)", "model.B = 0: must be at least 1 (in the job "),
         ("debug=fdr", "trainer.fast_dev_run leaves no record"),
         ("plan=only", "plan = only: the trials"),
-        (
-            "hydra.sweeper.direction=[maximize,minimize]",
-            "hydra.sweeper.direction = ['maximize', 'minimize']: maximize or minimize",
-        ),
+        ("hydra.sweeper.direction=[maximize,minimize]", "hydra.sweeper.direction = ['maximize', 'minimize']"),
+        ("hydra.sweeper.direction=minimize", "hydra.sweeper.direction = minimize: a trial gives its PSNR"),
         ("sweeps=fig8", "hydra.sweeper.points: a search chooses its points itself"),
     ],
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drrn.errors import UserError
+from drrn.errors import UserError, counted
 from drrn.metrics import METRICS
 from drrn.paper import paper_numbers
 from drrn.pictures import save
@@ -108,7 +108,7 @@ def study_sections(studies: list[str], config: ReportConfig, records: list[dict[
     found = {study: run_groups(study, records) for study in studies}
     if studies and not any(found.values()):
         raise UserError(
-            f"none of the {len(records)} runs below {', '.join(map(str, config.runs))} belongs to "
+            f"none of the {counted(len(records), 'run')} below {', '.join(map(str, config.runs))} belongs to "
             f"{', '.join(found)}; to run it: {', '.join(commands.values())}"
         )
     return [
@@ -139,7 +139,7 @@ def study_part(config: ReportConfig, group: RunGroup, command: str) -> Part:
     if group.finished and STUDIES[group.study].sweep:
         blocks.append(runs_table(group.finished))
     if group.tries:
-        tries = ", ".join(f"{max(other.steps):,} steps (run group {other.digest})" for other in group.tries)
+        tries = ", ".join(f"{counted(max(other.steps), 'step')} (run group {other.digest})" for other in group.tries)
         blocks.append(f"Tries of this recipe, too short to be drawn: {tries}.")
     if group.study != "runs":
         deepest = max((run["structure"]["depth"] for run in group.finished), default=0)

@@ -181,7 +181,7 @@ def own(group: RunGroup, stacked: bool) -> Figure:
             _by_depth(first, line, 0, {**style, "label": None if number else name})
     values = [psnr for point in group.points for psnr in point.values().values()]
     first.set(xlabel="depth d", xmargin=0.12, ylim=limits(values))
-    first.xaxis.set_major_locator(MaxNLocator(integer=True))
+    first.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     in_psnr(first)
     first.legend(fontsize=7, frameon=False)
     for axis, (name, points) in zip(rest, planes.items(), strict=True):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from drrn.config import ModelConfig
-from drrn.errors import UserError
+from drrn.errors import UserError, counted
 from drrn.identity import model_of
 from drrn.paper import depth
 from drrn.protocol import describe
@@ -148,9 +148,9 @@ class RunGroup:
         """How much of the plan is there: "18 of 20 runs finished, 1 failed, 1 missing."."""
         states = Counter(self.states.values())
         if not states:
-            return f"{len(self.finished)} finished runs."
+            return f"{counted(len(self.finished), 'finished run')}."
         others = [f"{count} {status}" for status, count in sorted(states.items()) if status != "finished"]
-        return ", ".join([f"{states['finished']} of {sum(states.values())} runs finished", *others]) + "."
+        return ", ".join([f"{states['finished']} of {counted(sum(states.values()), 'run')} finished", *others]) + "."
 
     def where(self) -> str:
         """ "Set5 ×3"."""
@@ -183,7 +183,8 @@ class RunGroup:
         counts = [len(point.values()) for point in self.points if point.values()] or [0]
         uneven = f" ({min(counts)} to {max(counts)} a point)" if min(counts) < max(counts) else ""
         commits = {str((run.get("git") or {}).get("commit", "unknown"))[:7]: run.get("git") or {} for run in runs}
-        steps = f"{listed([f'{steps:,}' for steps in self.steps])} steps × {data['batch_size']} patches"
+        steps = listed([*(f"{steps:,}" for steps in self.steps[:-1]), counted(self.steps[-1], "step")])
+        steps += f" × {counted(data['batch_size'], 'patch', 'patches')}"
         length = [*self.widths(), *([f"norm {listed(norms)}"] if norms else []), steps]
         seed = "Seed" if len(seeds) == 1 else "Seeds" if self.study == "curves" else "Means over seeds"
         return [

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from drrn.disk import write_whole
+from drrn.errors import counted
 from drrn.home import CONF, DATA, HOME
 from drrn.images import sha256
 from drrn.layers import conv_weights
@@ -128,7 +129,7 @@ def _trained(those: list[Measurement]) -> tuple[dict[str, float], Source, str]:
     alike = list({m.seed: m for m in those if m.experiment == longest.experiment}.values())
     metrics = [k for k in longest.values if all(k in m.values for m in alike)]
     means = {k: statistics.fmean(m.values[k] for m in alike) for k in metrics}
-    note = f"{longest.method}, {longest.steps:,} steps, seeds: {len(alike)}"
+    note = f"{longest.method}, {counted(longest.steps, 'step')}, seeds: {len(alike)}"
     return means, _joined([_source(m) for m in alike]), note
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drrn.errors import UserError
+from drrn.errors import UserError, counted
 from drrn.metrics import METRICS
 from drrn.protocol import describe, means
 from drrn.report.records import read_scores
@@ -93,7 +93,7 @@ def by_method(measurements: list[Measurement]) -> dict[tuple[str, str], dict[tup
     keys = dict.fromkeys((m.method, m.steps, m.experiment) for m in measurements)
     groups: dict = defaultdict(lambda: defaultdict(list))
     for m in measurements:
-        heading = m.method if m.steps is None else f"{m.method}, {m.steps:,} steps"
+        heading = m.method if m.steps is None else f"{m.method}, {counted(m.steps, 'step')}"
         if sum(key[:2] == (m.method, m.steps) for key in keys) > 1:
             heading += f" [{m.experiment}]"
         cell = groups[m.method, heading][m.set_name, m.scale]

@@ -18,7 +18,7 @@ from omegaconf import MISSING
 
 from drrn.config import ModelConfig
 from drrn.disk import check_regular
-from drrn.errors import UserError, printable
+from drrn.errors import UserError, counted, printable
 from drrn.identity import run_group, structure_name
 from drrn.metrics import METRICS
 from drrn.runs.record import FILE, LARGEST, read_record
@@ -129,14 +129,14 @@ def recipe(config: dict[str, Any]) -> str:
     start = config["init_from"] or (config["ckpt_path"] if config["ckpt_path"] != "last" else None)
     solver = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}.get(optim["algorithm"], optim["algorithm"])
     epochs, steps = optim["halve_every_epochs"], optim["halve_every_steps"]
-    often = f"{epochs:g} epochs" if epochs else f"{steps} steps"
+    often = f"{epochs:g} epoch" + "s" * (epochs != 1) if epochs else f"{steps} step" + "s" * (steps != 1)
     schedule = {"halve": f"halved every {often}", "step": f"a tenth every {often}"}
     foreign = {key: optim[key] for key in ("optimiser", "scheduler", "loss") if isinstance(optim.get(key), dict)}
     classes = {key: node["_target_"].rpartition(".")[2] for key, node in foreign.items()}
     words = [
         classes.get("optimiser", solver) + f" {optim['lr']:g}",
         classes.get("scheduler", schedule.get(optim["schedule"], optim["schedule"])),
-        optim.get("warmup_steps") and f"warm-up of {optim['warmup_steps']:,} steps",
+        optim.get("warmup_steps") and f"warm-up of {counted(optim['warmup_steps'], 'step')}",
         "no clipping" if optim["clip"] == "none" else f"clipping by {optim['clip']}, θ = {optim['theta']:g}",
         optim.get("last_lr_mult", 1) != 1 and f"last layer ×{optim['last_lr_mult']:g}",
         optim.get("loss") not in (None, "euclidean") and f"loss {classes.get('loss', optim['loss'])}",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drrn.config import Config
-from drrn.errors import UserError
+from drrn.errors import UserError, counted
 from drrn.identity import run_name
 from drrn.runs.opening import Run, open_run, tried
 from drrn.runs.record import FILE
@@ -98,13 +98,14 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
     resume = _resume_from(run, data, module)
     structure = record["structure"]
     log.info(
-        "%s: depth %d, %s convolution weights; %d steps of %d pairs, %d steps an epoch; writing to %s",
-        structure["name"], structure["depth"], f"{structure['conv_weights']:,}", data.max_steps,
-        config.data.batch_size, data.steps_per_epoch, run.folder,
+        "%s: depth %d, %s; %s of %s, %s an epoch; writing to %s",
+        structure["name"], structure["depth"], counted(structure["conv_weights"], "convolution weight"),
+        counted(data.max_steps, "step"), counted(config.data.batch_size, "pair"),
+        counted(data.steps_per_epoch, "step"), run.folder,
     )  # fmt: skip
     for what, key in (("loss in the log", "log_every_n_steps"), ("validation", "val_check_interval")):
         if data.max_steps < (every := getattr(config.trainer, key)):
-            log.info("no %s: the run has %d steps, and trainer.%s = %d", what, data.max_steps, key, every)
+            log.info("no %s: the run has %s, and trainer.%s = %d", what, counted(data.max_steps, "step"), key, every)
     refuse_unknown_monitors(config.callbacks, run.callbacks, data)
     with lightnings_refusals():
         trainer = _trainer(run, data, module)
@@ -208,9 +209,9 @@ def score(run: Run, data: SuperResolutionData, module: SuperResolution, trainer:
     record["status"] = "stopped" if record["ended_by"] == "timer" else "finished"
     for row in record["means"]:
         log.info(
-            "%s ×%d: PSNR %.2f dB (bicubic %.2f), SSIM %.4f (bicubic %.4f), %d images",
+            "%s ×%d: PSNR %.2f dB (bicubic %.2f), SSIM %.4f (bicubic %.4f), %s",
             row["set"], row["scale"], row["psnr"], row["bicubic_psnr"], row["ssim"], row["bicubic_ssim"],
-            row["images"],
+            counted(row["images"], "image"),
         )  # fmt: skip
     run.tracking.results(module)
     log.info("%s: %s", record["status"], run.folder / FILE)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from drrn.config import Config
-from drrn.errors import InUse
+from drrn.errors import InUse, counted
 from drrn.identity import run_dir
 from drrn.runs.record import finished_record, read_record
 from drrn.sweep.machine import Ended, NotBegun
@@ -67,7 +67,7 @@ def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
         table.add_row(Text(job.name), *scores, word, Text(reason))  # Text: brackets in it are no markup
     console().print(table)
     good = sum(word in ("done", "skipped", "resumed", "retried") for _, word, _ in rows)
-    print(f"{good} of {len(rows)} runs done, under {folder}")
+    print(f"{good} of {counted(len(rows), 'run')} done, under {folder}")
     if known:
         print(f"Drawn by: python src/report.py {what_draws(rows[0][0])}")
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drrn.config import Config
-from drrn.errors import UserError
+from drrn.errors import UserError, counted
 from drrn.identity import run_dir, structure_name
 from drrn.runs.record import FILE, done_before, read_record
 from drrn.sweep.cost import TIMED, count_bytes, evaluation_pixels, measure, micro_batch, operations
@@ -177,7 +177,7 @@ def print_plan(plan: Plan) -> None:
     parts = [f"{states.count(state)} {text}" for state, text in STATES.items() if state in states]
     left = sum(job.steps * operations(job.config) for job in plan.jobs)
     work = f" {scaled(left)} operations in all." if left else ""
-    print(f"{len(plan.jobs)} runs: {', '.join(parts)}. {plan.workers} at a time.{work}")
+    print(f"{counted(len(plan.jobs), 'run')}: {', '.join(parts)}. {plan.workers} at a time.{work}")
     if plan.seconds is not None:
         most = sorted((job.bytes or 0 for job in plan.jobs), reverse=True)[: plan.workers]
         memory = f"{sum(most) / 1e9:.2f} GB at a time"

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from drrn.config import Config
 from drrn.disk import write_whole
-from drrn.errors import UserError
+from drrn.errors import UserError, counted
 from drrn.identity import run_dir
 from drrn.launch import first_process
 from drrn.sweep.machine import stoppable, threads
@@ -65,7 +65,7 @@ def run_sweep(
     if "interrupted" in words or told:  # by a signal to a job in another process
         raise SystemExit(128 + next(iter(told), signal.SIGINT))
     if failed := words.count("failed"):
-        raise UserError(f"{failed} of {len(rows)} runs failed; the same command tries them again")
+        raise UserError(f"{failed} of {counted(len(rows), 'run')} failed; the same command tries them again")
     return results
 
 
