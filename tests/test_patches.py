@@ -247,6 +247,20 @@ def test_other_window_sizes_and_images_that_are_too_small(tmp_path: Path, inline
     assert_same_pairs(path, expected)
 
 
+def test_a_build_of_many_images_opens_few_files(tmp_path: Path, inline_pool: None) -> None:
+    """A process may often open no more than 1024."""
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("open files are counted in Linux's /proc")
+    (tmp_path / "images").mkdir()
+    for k in range(40):
+        Image.fromarray(skimage.data.camera()[k : k + 21, :23]).save(tmp_path / f"images/{k}.png")
+    drrn.patch_build._cutter.cache_clear()  # it keeps the last build's pixels open
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    recipe = Recipe((str(tmp_path / "images"),), scales=(2,), patch_size=20, augment="online")
+    prepare_patches("many", recipe, ANYWHERE, tmp_path)
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + 20
+
+
 def test_builds_are_equal_whatever_the_number_of_processes(
     tiny_images: Path, tiny_patches: Path, tmp_path: Path, inline_pool: None
 ) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,12 +76,18 @@ def rectangles(height: int, width: int, recipe: Recipe) -> list[tuple[int, int, 
 
 
 class Source(NamedTuple):
-    """An image, and the file in which a build keeps its pixels: its rectangles, 16 bits a pixel, then its Y."""
+    """An image, and where its pixels begin in the file that a build keeps them in: its rectangles, then its Y."""
 
     path: Path
     height: int
     width: int
-    pixels: Path
+    at: int  # bytes, even
+
+
+def pixel_bytes(height: int, width: int, recipe: Recipe) -> int:
+    """Of what a build keeps of an image [height, width], 16 bits a pixel of rectangles and 8 of Y; an even number."""
+    size = sum(2 * h * w for *_, h, w in rectangles(height, width, recipe)) + height * width
+    return size + size % 2
 
 
 def quantise(x: NDArray[np.float64]) -> NDArray[np.uint16]:
@@ -97,14 +104,15 @@ def quantise(x: NDArray[np.float64]) -> NDArray[np.uint16]:
     return levels.astype(np.uint16)  # towards zero
 
 
-def _degrade_image(source: Source, recipe: Recipe) -> None:
-    """Write the pixels of one image (runs in a worker process)."""
+def _degrade_image(source: Source, recipe: Recipe, pixels: Path) -> None:
+    """Write the pixels of one image to their place (runs in a worker process)."""
     image = read_pixels(source.path)
     y = np.ascontiguousarray(luminance(image))
     if y.shape != (source.height, source.width):
         raise UserError(f"{source.path} changed while its patches were cut: run the same command again")
     given = image if DEGRADATIONS[recipe.degradation].of_rgb or recipe.degradation == READY else y
-    with source.pixels.open("wb") as file:
+    with pixels.open("r+b") as file:
+        file.seek(source.at)
         for scale, top, left, h, w in rectangles(*y.shape, recipe):
             if recipe.degradation == READY and y.shape != (h, w):
                 raise UserError(f"{source.path}: of ready pairs the sides must be multiples of data.scales")
@@ -117,20 +125,21 @@ def _degrade_image(source: Source, recipe: Recipe) -> None:
 class Cutter:
     """Cuts any pair of a build, by its number (each worker process has its own).
 
-    Pairs are numbered as they come: images, orientations, scales, windows row by row.
+    Pairs are numbered as they come: images, orientations, scales, windows row by row. The pixels of all images are
+    one file: a file that is mapped stays open, and a process may open no more than 1024 on many machines.
     """
 
-    def __init__(self, sources: tuple[Source, ...], recipe: Recipe) -> None:
+    def __init__(self, sources: tuple[Source, ...], recipe: Recipe, pixels: Path) -> None:
         p = recipe.patch_size
+        memory = np.memmap(pixels, np.uint8, "r").view(np.ndarray)  # a memmap's own slices are slow
         self.windows: list[tuple[NDArray[np.uint16], NDArray[np.uint8]]] = []  # [down, across, p, p] of a version
-        for _, height, width, pixels in sources:
-            memory = np.memmap(pixels, np.uint8, "r").view(np.ndarray)  # a memmap's own slices are slow
-            degraded, at = {}, 0
+        for _, height, width, at in sources:
+            degraded = {}
             for rectangle in rectangles(height, width, recipe):
                 *_, h, w = rectangle
                 degraded[rectangle] = memory[at : at + 2 * h * w].view("<u2").reshape(h, w)
                 at += 2 * h * w
-            y = memory[at:].reshape(height, width)
+            y = memory[at : at + height * width].reshape(height, width)
             for version in versions(height, width, recipe):
                 _, top, left, h, w = version.rectangle
                 label = y[top : top + h, left : left + w]
@@ -157,7 +166,7 @@ _cutter = lru_cache(maxsize=1)(Cutter)
 
 
 def _fill(
-    first: int, numbers: NDArray[np.int64], build: tuple[tuple[Source, ...], Recipe], path: Path, at: list[int]
+    first: int, numbers: NDArray[np.int64], build: tuple[tuple[Source, ...], Recipe, Path], path: Path, at: list[int]
 ) -> None:
     """Cut the pairs of the rows first, first + 1, … and write them (runs in a worker process).
 
@@ -196,28 +205,29 @@ def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: Attributes, 
     """Write a patch file; the pixels that it is cut from stand beside it."""
     from rich.progress import track
 
-    sources = tuple(Source(file, *image_size(file), partial.with_name(str(k))) for k, file in enumerate(files))
-    total = sum(pair_count(height, width, recipe) for _, height, width, _ in sources)
+    shapes = [image_size(file) for file in files]
+    *starts, end = accumulate((pixel_bytes(*shape, recipe) for shape in shapes), initial=0)
+    sources = tuple(Source(file, *shape, at) for file, shape, at in zip(files, shapes, starts, strict=True))
+    total = sum(pair_count(*shape, recipe) for shape in shapes)
     if total == 0:
         raise UserError(
             f"no image of {', '.join(recipe.sets)} is as large as a patch of {recipe.patch_size} pixels "
             "(data.patch_size)"
         )
-    pixels = sum(
-        height * width + sum(2 * h * w for *_, h, w in rectangles(height, width, recipe))
-        for _, height, width, _ in sources
-    )
-    at = _allocate(partial, total, recipe.patch_size, attrs, beside=pixels)
+    at = _allocate(partial, total, recipe.patch_size, attrs, beside=end)
+    pixels = partial.with_name("pixels")
+    pixels.touch()
+    os.truncate(pixels, end)
     numbers = np.empty(total, np.int64)  # of the pair in every row
     numbers[np.random.default_rng(0).permutation(total)] = np.arange(total)  # the same file every time
     context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started its threads
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         try:
-            jobs = [pool.submit(_degrade_image, source, recipe) for source in sources]
+            jobs = [pool.submit(_degrade_image, source, recipe, pixels) for source in sources]
             for job in track(jobs, description=f"Degrading {counted(len(files), 'image')}"):
                 job.result()
             jobs = [
-                pool.submit(_fill, first, numbers[first : first + ROWS], (sources, recipe), partial, at)
+                pool.submit(_fill, first, numbers[first : first + ROWS], (sources, recipe, pixels), partial, at)
                 for first in range(0, total, ROWS)
             ]
             with partial.open("rb") as file:
