@@ -16,6 +16,7 @@ from typing import Any
 from drrn.errors import UserError
 
 TRUSTED = ("lightning.", "torch.")  # packages whose classes are taken from a record too
+OF_OUR_SOLVERS = ("algorithm", "momentum", "weight_decay")  # keys of `optim` without a meaning for another's solver
 
 
 def check_node(name: str, node: Any) -> str:

@@ -49,10 +49,10 @@ def recorded(path: Path, record: dict[str, Any], stop: StopSignals, tracking: Tr
             stop.acted = True
             close(stopped.signal)
             step = record.get("budget", {}).get("steps", 0)
-            command = shlex.join(word for word in sys.argv if word != "ckpt_path=null")  # that starts afresh
-            log.warning(
-                "stopped by %s at step %d; the same command resumes from there: python %s", stopped, step, command
-            )
+            name, *words = sys.argv
+            name = name if name.startswith("drrn ") else f"python {shlex.quote(name)}"  # as it was typed
+            command = f"{name} {shlex.join(word for word in words if word != 'ckpt_path=null')}"  # that starts afresh
+            log.warning("stopped by %s at step %d; the same command resumes from there: %s", stopped, step, command)
             raise stopped from None
         by = "user error" if isinstance(error, UserError) else "error"
         record.update(status="failed", ended_by=by, error=f"{type(error).__name__}: {error}")

@@ -17,10 +17,8 @@ from drrn.degradations import BI
 from drrn.errors import UserError
 from drrn.identity import model_of
 from drrn.schema import typed
-from drrn.targets import check_trusted
+from drrn.targets import OF_OUR_SOLVERS, check_trusted
 from drrn.weights.shipped import weights_file
-
-OF_OUR_SOLVERS = ("optim.algorithm", "optim.momentum", "optim.weight_decay")
 
 
 def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
@@ -35,9 +33,9 @@ def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
         cfg = _recorded(cfg, overrides)
     config = check(cfg)
     given = _keys(overrides)
-    ignored = [key for key in OF_OUR_SOLVERS if key in given]
+    ignored = [key for key in OF_OUR_SOLVERS if f"optim.{key}" in given]
     if config.optim.optimiser is not None and ignored:
-        raise UserError(f"{ignored[0]} and optim.optimiser: give what another solver takes beside its _target_")
+        raise UserError(f"optim.{ignored[0]} and optim.optimiser: give what another solver takes beside its _target_")
     network = [key for key in given if key.startswith("model") and key != "model.checkpointing"]
     if config.init_from is not None:
         weights = weights_file(config.init_from, key="init_from")
