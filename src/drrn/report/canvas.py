@@ -14,8 +14,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from matplotlib.transforms import Bbox
 
+from drrn.report import STUDIES
 from drrn.report.groups import RunGroup
-from drrn.report.studies import STUDIES
 
 # Okabe and Ito's palette, for colour-blind eyes too; the paper's blue, green, cyan and red where it has them.
 COLOURS = {"VDSR": "#0072B2", "DRRN_NS": "#009E73", "DRRN_C": "#56B4E9", "DRRN_NS_C": "#CC79A7", "DRRN": "#D55E00"}

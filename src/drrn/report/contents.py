@@ -11,7 +11,7 @@ from drrn.metrics import METRICS
 from drrn.paper import paper_numbers
 from drrn.pictures import save
 from drrn.protocol import departures
-from drrn.report import NETWORKS
+from drrn.report import NETWORKS, STUDIES
 from drrn.report.comparison import compare
 from drrn.report.differences import differences_table
 from drrn.report.figures import draw
@@ -21,7 +21,7 @@ from drrn.report.measurements import Measurement, from_record, from_scores
 from drrn.report.networks import networks_table, table1
 from drrn.report.page import Part, Picture, Section, svg, write_page
 from drrn.report.structures import fig2
-from drrn.report.studies import STUDIES, points_table, run_groups
+from drrn.report.studies import points_table, run_groups
 from drrn.report.tables import Table, ablation_table, benchmark_table, runs_table, write_table
 
 if TYPE_CHECKING:

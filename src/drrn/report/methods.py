@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from drrn.paper import paper_numbers
+from drrn.report import STUDIES
 from drrn.report.canvas import COLOURS, GREY, canvas, in_psnr, limits, name_points
 from drrn.report.groups import PLACE, Place, Point, RunGroup
-from drrn.report.studies import STUDIES
 
 OURS = "#0072B2"
 BELOW = 7.0  # dB below the paper's lowest: a point of ours that is lower is named, not drawn

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from drrn.disk import check_output
 from drrn.errors import UserError
-from drrn.report import NETWORKS
+from drrn.report import NETWORKS, STUDIES
 from drrn.schema import key, paths, typed
 from drrn.weights.shipped import weights_file
 
@@ -42,6 +42,9 @@ def check(cfg: DictConfig) -> ReportConfig:
     """
     config = typed(ReportConfig, cfg)
     config.study = paths("study", config.study)
+    for study in config.study:
+        if study not in STUDIES and study not in NETWORKS:
+            raise UserError(f"study = {study!r}: allowed are {', '.join([*STUDIES, *NETWORKS])}, or a list of them")
     of_runs = bool(set(config.study) - set(NETWORKS))
     config.runs = paths("runs", config.runs) or ["runs"] * (of_runs or bool(config.study and Path("runs").is_dir()))
     if config.box is not None and len(config.box) != 4:
@@ -68,13 +71,8 @@ def report(config: ReportConfig, command: str) -> None:
     """Write everything that the given records and files allow; `command` is what pages say that they were made by.
 
     Raises:
-        UserError: an unknown study, no run that belongs to any, or files that cannot be read.
+        UserError: no run that belongs to a study, or files that cannot be read.
     """
-    from drrn.report.studies import STUDIES
-
-    for study in config.study:
-        if study not in STUDIES and study not in NETWORKS:
-            raise UserError(f"study = {study!r}: allowed are {', '.join([*STUDIES, *NETWORKS])}, or a list of them")
     from drrn.report.contents import write_report  # with Matplotlib, which a refusal need not wait for
     from drrn.report.ledger import write_ledger
     from drrn.report.records import read_runs

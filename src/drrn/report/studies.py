@@ -12,7 +12,7 @@ import os
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,29 +20,11 @@ from drrn.errors import UserError
 from drrn.home import CONF
 from drrn.identity import run_group, structure_name
 from drrn.paper import paper_numbers, printed
+from drrn.report import STUDIES
 from drrn.report.groups import ABLATION, PLACE, STRUCTURE, Place, Point, RunGroup, in_paper, structure, variant
 from drrn.report.measurements import MISSING, over_seeds
 from drrn.report.tables import Cell, Table
 
-
-class Study(NamedTuple):
-    """A figure or table of the paper."""
-
-    title: str
-    sweep: str | None  # the file of sweeps/ with its points; None: every run that there is
-    ablation: bool  # whether its points vary B, U and the switches alone; else all of the network
-    curves: bool  # whether its learning curves are drawn too
-
-
-STUDIES = {
-    "fig6": Study("Fig. 6: recursive blocks B and residual units U", "fig6", True, True),
-    "fig8": Study("Fig. 8: local residuals, weight sharing and multi-path by depth", "fig8", True, True),
-    "table4": Study("Table 4: the components turned on and off at B3U4", "table4", True, True),
-    "fig1": Study("Fig. 1: PSNR against weights and depth", "fig1", False, False),
-    "fig9": Study("Fig. 9: shallow, deep and very deep", "fig1", False, False),
-    "curves": Study("Learning curves", None, True, False),
-    "runs": Study("What ran: PSNR by depth, B and U", None, False, True),
-}
 TRY = 0.05  # of the longest run of a recipe: a shorter one is a try
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from drrn.config import Config
 from drrn.errors import InUse, counted
 from drrn.identity import run_dir
+from drrn.report import STUDIES
 from drrn.runs.record import finished_record, read_record
 from drrn.sweep.machine import Ended, NotBegun
 from drrn.sweep.plan import Job, console, new_table
@@ -74,8 +75,6 @@ def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
 
 def what_draws(job: Job) -> str:
     """What report.py is given for the runs of a job's sweep: the study of the paper, or the runs' folder."""
-    from drrn.report.studies import STUDIES
-
     study, output = job.config.study, job.config.output
     if study in STUDIES:
         return f"study={study}" + (f" runs={output}" if output != "runs" else "")
