@@ -39,7 +39,8 @@ stress: install  ## 2,000 damaged images, patch files with each bit of their hea
 	$(RUN) tests/stress/stress_images.py 2000
 	$(RUN) tests/stress/stress_input.py
 	$(RUN) tests/stress/stress_kill.py 20
-	DRRN_SLOW=1 $(RUN) -m pytest tests/runs/test_ddp.py tests/weights/test_foreign.py tests/tracking/test_tracking.py tests/test_bad_files.py
+	DRRN_SLOW=1 $(RUN) -m pytest tests/runs/test_ddp.py tests/weights/test_foreign.py tests/tracking/test_tracking.py tests/test_bad_files.py \
+		tests/weights/test_matlab_file.py tests/test_inference.py
 
 lint: install  ## ruff, and import-linter: arrows go one way (pyproject.toml)
 	$(VENV)/bin/ruff check .
