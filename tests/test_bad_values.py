@@ -73,6 +73,7 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "optim.momentum": [-0.1, 1],
         "optim.weight_decay": [-1],
         "optim.bias_lr_mult": [-1],
+        "optim.last_lr_mult": [-1],
         "optim.theta": [0, -1],
         "optim.clip": ["gently"],
         "optim.schedule": ["exponential"],
