@@ -63,7 +63,8 @@ def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
     dtype = torch.promote_types(first.dtype, torch.float32)  # bfloat16 would round the image
     if fold is None:
         wide = network if dtype == first.dtype else copy.deepcopy(network).to(dtype)
-        open, itemsize, maps = partial(_whole, wide, precision), dtype.itemsize, _maps(network, features)
+        open, itemsize = partial(_whole, wide, precision), dtype.itemsize
+        maps = _counted[network] = _counted.get(network) or _maps(wide, first.to(dtype), features)
     else:
         open, itemsize = fold(network, precision), 2 if precision == "bf16" else dtype.itemsize
     radius, scale = network.receptive_radius, getattr(network, "scale", 1)
@@ -100,14 +101,10 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _maps(network: nn.Module, features: int) -> int:
-    """`Prepared.maps` of a network that runs as it is, counted on an image without contents; a layer of PyTorch's may
-    need one more, in another order of its values."""
-    if network not in _counted:
-        named = [*network.named_parameters(), *network.named_buffers()]
-        tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in named}
-        x = torch.empty(1, 1, 1024, 1024, device="meta")
-        with _evaluating(network), tensors_counted() as alive:
-            torch.func.functional_call(network, tensors, (x,))
-        _counted[network] = 1 + round(alive.peak / (x.nbytes * features))
-    return _counted[network]
+def _maps(network: nn.Module, like: Tensor, features: int) -> int:
+    """`Prepared.maps` of a network that runs as it is, counted on a small image of the kind of `like`; a layer of
+    PyTorch's may need one more, in another order of its values."""
+    x = like.new_zeros(1, 1, 32, 32)
+    with _evaluating(network), tensors_counted() as alive:
+        network(x)
+    return 1 + round(alive.peak / (x.nbytes * features))
