@@ -55,8 +55,8 @@ def resolve(name: str, node: Any, kind: type) -> tuple[type, dict[str, Any]]:
     return found, arguments
 
 
-def check_class(name: str, node: Any, kind: type, *first: Any, **more: Any) -> None:
-    """`make` without calling the class: whether it is there, of its kind, and takes arguments of these names.
+def check_class(name: str, node: Any, kind: type, *first: Any, **more: Any) -> type:
+    """The class that `make` would call: it is there, of its kind, and takes arguments of these names.
 
     Raises:
         UserError: as `make`.
@@ -67,7 +67,8 @@ def check_class(name: str, node: Any, kind: type, *first: Any, **more: Any) -> N
     except TypeError as error:
         raise UserError(f"{name}: {node['_target_']} does not take these arguments: {error}") from error
     except ValueError:  # a class without a signature
-        return
+        pass
+    return found
 
 
 def make(name: str, node: Any, kind: type, *first: Any, **more: Any) -> Any:

@@ -50,6 +50,8 @@ LONG = "x" * 300
         (["optim.loss={_target_:torch.nn.NoSuchLoss}"], "there is no such class"),
         (["+optim.optimiser={_target_:torch.optim.RAdam,speed:3}"], "RAdam does not take these arguments"),
         (["+optim.scheduler={_target_:torch.optim.lr_scheduler.StepLR}"], "'step_size'"),
+        (["+optim.scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau}"], "follows a measure"),
+        (["trainer.accelerator=tpu"], "trainer.*: Lightning's Trainer does not take this: Requirement 'torch_xla"),
     ],
 )
 def test_a_refusal_in_a_line_before_any_work(
@@ -104,7 +106,7 @@ def test_what_would_be_read_for_ever_is_no_checkpoint(configure: Callable, tmp_p
     with pytest.raises(Damaged, match="unpacks to 1,200,000,000 bytes"):
         read_checkpoint(tmp_path / "large.ckpt")
     torch.save({"state_dict": {(1, 2): 3}}, tmp_path / "keys.ckpt")
-    with pytest.raises(Damaged, match="a dict key that is a tuple"):
+    with pytest.raises(Damaged, match="a dict key, or a member of a set, that is a tuple"):
         read_checkpoint(tmp_path / "keys.ckpt")
     (tmp_path / "text.ckpt").write_bytes(pickle.dumps("text"))
     with pytest.raises(Damaged):

@@ -19,6 +19,7 @@ from drrn.errors import UserError
 from drrn.fast.threads import Watch
 from drrn.identity import run_dir, run_name
 from drrn.launch import launched
+from drrn.optimisers import refuse_measured
 from drrn.runs.record import FILE, done_before, own_record
 from drrn.targets import check_class
 from drrn.weights.shipped import weights_file
@@ -164,7 +165,7 @@ def _check_classes(optim: OptimConfig) -> None:
     if optim.optimiser is not None:
         check_class("optim.optimiser", optim.optimiser, Optimizer, [], lr=optim.lr)
     if optim.scheduler is not None:
-        check_class("optim.scheduler", optim.scheduler, LRScheduler, None)
+        refuse_measured(check_class("optim.scheduler", optim.scheduler, LRScheduler, None))
 
 
 def _again(config: Config, finished: Path) -> str:

@@ -58,7 +58,7 @@ class Processes:
             kinds = (TorchElasticEnvironment, SLURMEnvironment)
             self.outside = next((kind() for kind in kinds if kind.detect()), None)
             trainer = Trainer(**{**arguments, **quiet})
-        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
             raise UserError(f"trainer.*: Lightning's Trainer does not take this: {error}") from error
         self.strategy, self.here = trainer.strategy, trainer.num_devices
         self.number = trainer.num_devices * trainer.num_nodes
