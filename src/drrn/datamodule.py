@@ -61,7 +61,7 @@ class SuperResolutionData(LightningDataModule):
             self.max_steps = max(1, round(self.max_epochs * self.steps_per_epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep; Lightning calls this for every checkpoint, which must not rest on other patches."""
+        """Nothing to keep. Lightning calls this for every checkpoint: a UserError if the pairs' file was changed."""
         self.pairs.check_unchanged()
         return {}
 

@@ -236,7 +236,7 @@ def pillow_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
 def opencv_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
     """`cv2.resize(…, INTER_CUBIC)` to (height, width): a = -0.75, never widened, the edge repeated, 8 bits.
 
-    PyTorch's bicubic is the same. OpenCV's is in fixed point, so one value in some thousands differs by one level.
+    PyTorch's bicubic is the same. OpenCV's is in fixed point, so up to one value in a hundred differs by one level.
     """
     import torch
     from torch.nn.functional import interpolate

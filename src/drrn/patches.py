@@ -161,7 +161,7 @@ class ShuffledBatches:
     resumed run is the batch that the interrupted one would have read next.
 
     Args:
-        length: pairs in all.
+        length: pairs in all; fewer than a batch are a UserError.
         batch_size: pairs of an optimiser step, over all processes and micro-batches.
         seed: the run's.
         steps, start: optimiser steps of the whole run (None: of one epoch), and those already taken.

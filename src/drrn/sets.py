@@ -195,7 +195,10 @@ def is_ready(folder: Path) -> bool:
 
 
 def ready_low(truth: Path, scale: int) -> Path:
-    """The low resolution of FOLDER/HR/baby.png: FOLDER/LR/baby_x3.png, or as `counterpart` says."""
+    """The low resolution of FOLDER/HR/baby.png: FOLDER/LR/baby_x3.png, or as `counterpart` says.
+
+    An image of no such folder is a UserError.
+    """
     if truth.parent.name != "HR" or not is_ready(truth.parent.parent):
         raise UserError(f"{truth}: of ready pairs a set is a folder that holds HR and LR")
     return counterpart(truth.parent.with_name("LR"), ".", truth, scale, only_scale=True)

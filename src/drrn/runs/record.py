@@ -35,7 +35,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def own_record(folder: Path) -> dict[str, Any]:
-    """What an earlier start of a run left in its folder; {} if there is nothing."""
+    """What an earlier start of a run left in its folder; {} if there is nothing; errors as of `read_record`."""
     if not os.path.lexists(folder / FILE):
         return {}
     record = read_record(folder / FILE)

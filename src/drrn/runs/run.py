@@ -40,7 +40,7 @@ def train(config: Config) -> None:
 
 
 def prepare_data(run: Run) -> SuperResolutionData:
-    """Images → patches, fetched and built where they are missing; those that the run was begun with."""
+    """Images → patches, fetched and built where they are missing; a UserError if the run was begun with others."""
     from lightning.pytorch import seed_everything
 
     from drrn.datamodule import SuperResolutionData

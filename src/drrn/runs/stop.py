@@ -98,7 +98,7 @@ class StopSignals:
     def wait(self, work: Callable[[], T]) -> T:
         """Do long work that has no safe points of its own (downloads, building patches) in a thread.
 
-        When a signal comes the processes that do the work are ended, and the thread ends with this process.
+        A signal raises `Stopped`: the processes that do the work are ended, and the thread ends with this process.
         """
         done: Future[T] = Future()
 
