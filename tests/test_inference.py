@@ -447,7 +447,7 @@ print((status("VmHWM") - before) / (1000 * 1000 * 32 * {size}), MAPS)
 
 
 def test_as_many_feature_maps_are_in_memory_as_a_network_keeps_for_its_skips():
-    """RED30's are counted without computing; beside it the operating system's count, of maps beyond glibc's 32 MB."""
+    """RED30's, counted, and beside it the operating system's count, of maps beyond glibc's 32 MB."""
     if not Path("/proc/self/status").is_file():
         pytest.skip("the peak is read from Linux's /proc")
     code = """
