@@ -1,6 +1,12 @@
-"""`drrn.launch`: whether this process is one of several that somebody else started."""
+"""`drrn.launch`: whether this process is one of several that somebody else started; places without rights."""
 
 from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,3 +35,33 @@ def test_srun_and_torchrun_start_several_and_salloc_does_not(
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     assert (launched(), first_process()) == (one_of_several, first)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("convert", ("input={}", "info=true")),
+        ("train", ("init_from={}",)),
+        ("train", ("output={}", "logger=none")),
+        ("train", ("-m", "output={}", "plan=only", "model.B=1,2")),
+    ],
+)
+def test_a_folder_without_rights_is_named_in_a_line(
+    name: str, arguments: tuple[str, ...], entry_point: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a folder may not be entered Python's own questions about what is in it raise."""
+    stat = os.stat
+
+    def refused(path: Any, *more: Any, **how: Any) -> os.stat_result:
+        if str(path).startswith(f"{tmp_path}/closed/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *more, **how)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "stat", refused)
+    code, out, err = entry_point(name, *(text.format(tmp_path / "closed/within") for text in arguments))
+    assert code == 2, err
+    assert f"{tmp_path}/closed/within" in err
+    assert "Permission denied" in err
+    assert "Traceback" not in out + err
+    assert err.count("\n") == 1

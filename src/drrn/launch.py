@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from omegaconf.errors import OmegaConfBaseException
 
-from drrn.errors import UserError
+from drrn.errors import UserError, printable
 
 
 def launched() -> bool:
@@ -42,13 +42,17 @@ def refusing() -> Iterator[None]:
         os.chdir(HydraConfig.get().runtime.cwd)
     try:
         yield
-    except UserError as error:
+    except (UserError, PermissionError) as error:
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         _refuse(error)
 
 
 def _refuse(reason: object) -> NoReturn:
+    if isinstance(reason, PermissionError):
+        if reason.filename is None:  # of no file of the user's
+            raise reason
+        reason = f"{printable(reason.filename)}: {reason.strerror}"
     print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     sys.exit(2)
 
@@ -89,5 +93,5 @@ def launch(main: Callable[[], Any]) -> None:
         _refuse(wrong)
     except HydraException as error:
         _refuse(explained(error, sys.argv[1:]))
-    except (UserError, OmegaConfBaseException) as error:
+    except (UserError, PermissionError, OmegaConfBaseException) as error:
         _refuse(error)
