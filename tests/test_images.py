@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -240,6 +241,20 @@ def test_a_folder_is_a_set(tmp_path: Path) -> None:
         "c.bmp",
         "link.png",
     ]
+
+
+def test_a_set_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    png(skimage.data.camera()[:20, :20], tmp_path / "a.png")
+    stat = os.stat
+
+    def refused(path: object, *more: object, **how: object) -> os.stat_result:
+        if str(path).startswith(f"{tmp_path}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *more, **how)
+
+    monkeypatch.setattr(os, "stat", refused)
+    with pytest.raises(UserError, match=rf"{tmp_path} cannot be listed: .*Permission denied"):
+        image_files(str(tmp_path), tmp_path / "data")
 
 
 @pytest.mark.parametrize("what", ["folder", "link to nothing", "loop", "pipe", "bytes", "escape"])

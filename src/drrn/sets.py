@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -191,7 +192,7 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
 
 def is_ready(folder: Path) -> bool:
     """Whether a folder holds ready pairs, HR and LR."""
-    return (folder / "HR").is_dir() and (folder / "LR").is_dir()
+    return all(os.path.isdir(folder / name) for name in ("HR", "LR"))  # noqa: PTH112 — Path's raises without rights
 
 
 def ready_low(truth: Path, scale: int) -> Path:
