@@ -32,11 +32,11 @@ OPTIMISERS: dict[str, tuple[str, Callable[[OptimConfig], dict[str, Any]]]] = {
     "adamw": ("AdamW", lambda optim: {"betas": (optim.momentum, SECOND)}),
 }
 
-# Name → γ / optim.lr from how often `optim.halve_every_…` is over, and from the part of the run that is (0…1).
-SCHEDULES: dict[str, Callable[[int, float], float]] = {
-    "halve": lambda times, part: 0.5**times,  # Sec. 4.2
-    "cosine": lambda times, part: 0.5 * (1 + math.cos(math.pi * part)),  # Loshchilov and Hutter 2017
-    "step": lambda times, part: 0.1**times,  # as VDSR is trained (Sec. 4.1 of Kim et al. 2016)
+# Name → γ / optim.lr from `optim`, how often its `halve_every_…` is over, and the part of the run that is (0…1).
+SCHEDULES: dict[str, Callable[[OptimConfig, int, float], float]] = {
+    "halve": lambda optim, times, part: 0.5**times,  # Sec. 4.2
+    "cosine": lambda optim, times, part: 0.5 * (1 + math.cos(math.pi * part)),  # Loshchilov and Hutter 2017
+    "step": lambda optim, times, part: 0.1**times,  # as VDSR is trained (Sec. 4.1 of Kim et al. 2016)
 }
 
 
@@ -44,7 +44,7 @@ def learning_rate_factor(optim: OptimConfig, step: int, steps_per_epoch: int, ma
     """γ / optim.lr after `step` optimiser steps; it rises along a line over the first `optim.warmup_steps`."""
     every = optim.halve_every_steps or max(1, round((optim.halve_every_epochs or 1) * steps_per_epoch))
     warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
-    return warm * SCHEDULES[optim.schedule](step // every, min(step / max_steps, 1))
+    return warm * SCHEDULES[optim.schedule](optim, step // every, min(step / max_steps, 1))
 
 
 def configured(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,14 @@ def result_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 def enlarge(
-    pixels: NDArray[Any], size: tuple[int, int], network: nn.Module | None, **how: Any
+    pixels: NDArray[Any],
+    size: tuple[int, int],
+    network: nn.Module | None,
+    tile: int | None = None,
+    self_ensemble: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    room: int | None = None,
+    precision: str = "float32",
 ) -> Iterator[NDArray[Any]]:
     """Super-resolve an image, colour as in the paper: Y by the network, Cb and Cr by bicubic.
 
@@ -38,7 +45,7 @@ def enlarge(
         pixels: [H, W, C], uint8, uint16 or float32 as in `Photo`.
         size: (H', W') of the result; of a network that takes the low-resolution image, `scale` times [H, W].
         network: None enlarges everything by bicubic.
-        how: tile, self_ensemble, progress, room, precision, as in `drrn.inference.super_resolve_strips`.
+        tile, self_ensemble, progress, room, precision: as in `drrn.inference.super_resolve_strips`.
 
     Yields:
         Strips [h, W', C] of the result from the top, of the same dtype, rounded half up and clipped to its range;
@@ -64,7 +71,7 @@ def enlarge(
         from drrn.inference import super_resolve_strips
 
         given = (own_luminance, pixels.shape[:2]) if network.input == "low" else (luminance, size)
-        strips = super_resolve_strips(network, *given, **how)
+        strips = super_resolve_strips(network, *given, tile, self_ensemble, progress, room, precision)
 
     top = 0
     for y in strips:

@@ -16,6 +16,7 @@ from drrn.report.groups import PLACE, Place, Point, RunGroup
 
 OURS = "#0072B2"
 BELOW = 7.0  # dB below the paper's lowest: a point of ours that is lower is named, not drawn
+DRRN_WEIGHTS = 297_000  # as the paper prints them: "297K" in data/paper/fig1.csv
 OTHERS = {"shallow": "#7b5ea7", "deep": "#009E73"}  # Fig. 9's groups; the very deep ones are grey
 Named = list[tuple[float, float, str, str]]  # what `name_points` names
 
@@ -65,9 +66,9 @@ def fig9(group: RunGroup, stacked: bool) -> Figure:
 
 
 def _x(row: dict[str, str], what: str) -> int | None:
-    """Depth, −5 without a network; or weights, of which the paper prints how many times DRRN's 297K they are."""
+    """Depth, −5 without a network; or weights, of which the paper prints how many times `DRRN_WEIGHTS` they are."""
     if what == "weights":
-        return 297_000 * int(row["times_drrn_weights"]) if row["times_drrn_weights"] else None
+        return DRRN_WEIGHTS * int(row["times_drrn_weights"]) if row["times_drrn_weights"] else None
     return -5 if row.get("group") == "shallow" else int(row["depth"]) if row["depth"] else None
 
 
