@@ -463,7 +463,7 @@ print((status("VmHWM") - before) / (730 * 730 * 16 * 4), ready.maps)
 """
     maps, said = map(float, said_by(code).split())
     assert said - 2 < maps < said + 0.3
-    assert [prepared(network).maps for network in (RED30().double(), SRCNN())] == [11, 3]
+    assert [prepared(network).maps for network in (RED30(features=16).double(), SRCNN())] == [11, 3]
 
 
 def test_a_network_that_looks_at_its_values_is_counted_too():
