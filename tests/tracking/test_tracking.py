@@ -15,7 +15,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from urllib.parse import quote, unquote
 
@@ -234,15 +236,25 @@ def resumed(first_leg: Path, configure: Callable, output: Path, kept: float) -> 
     first.write_bytes(first.read_bytes()[: int(kept * first.stat().st_size)])
     held = [step for step, _ in history(first)]
     earlier = re.sub(r"-run-\d{8}_\d{6}-", "-run-20200101_000000-", first.parent.name)
-    first.parent.rename(first.parent.with_name(earlier))  # W&B names a leg's folder by the second of its start
+    first.parent.rename(first.parent.with_name(earlier))
     return *trained(config), held
 
 
 @pytest.mark.parametrize("kept", [1, 0.75])
 def test_two_legs_are_one_history(
-    kept: float, first_leg: Path, straight: tuple, configure: Callable, tmp_path: Path
+    kept: float,
+    first_leg: Path,
+    straight: tuple,
+    configure: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The third step is done twice and logged once; what the first leg's file lost is logged again."""
+    """The third step is done twice and logged once; what the first leg's file lost is logged again. The second leg
+    begins when the second of the first leg's start, which names its folder, is over."""
+    began = datetime(2020, 1, 1).timestamp()  # as `resumed` has it
+    clock = SimpleNamespace(time=lambda: began + sum(slept), sleep=lambda seconds: slept.append(seconds))
+    slept: list[float] = []
+    monkeypatch.setattr(wandb_run, "time", clock)
     folder, record, held = resumed(first_leg, configure, tmp_path / "runs", kept)
     assert held == [1, 2, 3][: len(held)]
     assert (len(held) == 3) == (kept == 1)
@@ -256,6 +268,7 @@ def test_two_legs_are_one_history(
     assert all(metric.startswith("pictures/") or metric.startswith("scores/") for _, metric in together)
     rows = [(step, row["patches_seen"]) for leg in legs for step, row in history(leg)]
     assert rows == sorted(set(rows))
+    assert 1 <= sum(slept) < 1.1
 
 
 def test_a_run_begun_afresh_is_another_wandb_run(first_leg: Path, configure: Callable, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +84,14 @@ class WandB(Logger):
         import wandb
 
         record, mode = self.record, self.config.logger.mode
-        for path in runs(self.folder, record["wandb_id"]):
+        legs = runs(self.folder, record["wandb_id"])
+        for path in legs:
             for step, row in history(path):
                 self.logged |= {key: max(step, self.logged.get(key, -1)) for key in row}
             mend(path)
+        # W&B names a leg's folder by the second of its start, and loses the rows of a second leg in one folder.
+        while legs and f"{datetime.fromtimestamp(time.time()):%Y%m%d_%H%M%S}" in legs[-1].parent.name:
+            time.sleep(0.05)
         arguments = self._about()
         arguments["settings"] = wandb.Settings(
             silent=True,
