@@ -4,6 +4,7 @@ for nothing, and what becomes of a step that is not finite."""
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +26,7 @@ from drrn.model import DRRN
 from drrn.module import Diverged
 from drrn.optimisers import takes_found_inf
 from drrn.runs.checkpoints import Checkpoints, newest_checkpoint
-from drrn.runs.lightning import TerminalProgress
+from drrn.runs.lightning import AverageOnDevice, TerminalProgress
 from test_model import FAMILY, PORTS, ids, lively
 from test_module import batches, fit, module
 
@@ -120,6 +122,14 @@ def test_compiled_it_trains_the_same_from_one_graph(coarse: bool, checkpointing:
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=close, atol=close, msg=name)
 
 
+def test_a_sweep_compiles_more_networks_than_pytorch_compiles_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its points are networks of one class in one process; here one recompilation is the limit, not eight."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for U in (0, 1):
+            InTraining(DRRN(1, U, features=2, norm="none"), compiled=True)(torch.rand(1, 1, 5, 5))
+
+
 def peak_maps(network: DRRN, checkpointing: bool) -> float:
     """Feature maps alive at the peak of a step, by torch's own count of what it allocates and frees."""
     x, trained = torch.rand(2, 1, 32, 32), InTraining(network, checkpointing=checkpointing)
@@ -188,19 +198,32 @@ class Counting:
 def test_between_two_rows_of_the_log_nothing_waits(
     settings: dict, precision: str, bar: bool, batches: list[Pair]
 ) -> None:
-    """With the terminal's progress bar too, which shows the loss."""
-    counting = Counting()
+    """With the terminal's progress bar too, which shows the loss, and with an average of the weights."""
+    counting, average = Counting(), AverageOnDevice()
     logged = fit(
         module(norm="batch", bias_lr_mult=1.0, **{"lr": 1e-3, **settings}),
         batches[:8],
         log_every_n_steps=4,
         precision=precision,
-        callbacks=[TerminalProgress()] * bar + [counting],
+        callbacks=[TerminalProgress()] * bar + [average, counting],
         enable_progress_bar=bar,
     )
     assert len(logged) == 2
     assert [bool(found) for found in counting.steps] == [False, False, False, True] * 2, counting.steps
     assert "_local_scalar_dense.default" in counting.steps[3]  # the stand-in sees it
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(decay=0.7), dict(use_buffers=False), dict(update_every_n_steps=2)], ids=ids
+)
+def test_the_average_of_the_weights_is_lightnings(settings: dict, batches: list[Pair]) -> None:
+    """But for the number of BatchNorm's batches, which has no average."""
+    found, expected = (module(norm="batch", lr=0.05) for _ in range(2))
+    fit(found, batches[:5], callbacks=[AverageOnDevice(**settings)])
+    fit(expected, batches[:5], callbacks=[EMAWeightAveraging(**settings)])
+    for name, tensor in expected.network.state_dict().items():
+        if "num_batches" not in name:
+            torch.testing.assert_close(found.network.state_dict()[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
 
 
 @GPU
@@ -227,7 +250,7 @@ def test_on_a_gpu_nothing_waits_between_two_rows_of_the_log(
     trained.compiled = compiled
     given = [tuple(z.cuda() for z in pair) for pair in batches]
     gpu = dict(accelerator="gpu", devices=1, precision="bf16-mixed")
-    assert len(fit(trained, given, log_every_n_steps=8, callbacks=[Strict()], **gpu)) == 2
+    assert len(fit(trained, given, log_every_n_steps=8, callbacks=[AverageOnDevice(), Strict()], **gpu)) == 2
 
 
 @pytest.mark.parametrize(

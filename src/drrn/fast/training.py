@@ -69,6 +69,7 @@ class InTraining:
                 )
         self.run: Callable[[Tensor], Tensor] = shadow
         if compiled:
+            torch.compiler.reset()  # of a sweep's earlier points: it compiles one `forward` eight times and no more
             torch._dynamo.config.optimize_ddp = False  # it would split the network where DDP's buckets end
             self.run = torch.compile(shadow, dynamic=False, fullgraph=True)
 

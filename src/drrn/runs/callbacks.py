@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Timer
 
 from drrn.config import Config
 from drrn.datamodule import SuperResolutionData
@@ -38,6 +38,8 @@ def make_callbacks(config: Config, folder: Path) -> list[Callback]:
         for base in kind.__mro__:
             if base.__name__ in REFUSED and base.__module__.startswith("lightning."):
                 raise UserError(f"{key}: {kind.__name__} cannot be used here: {REFUSED[base.__name__]}")
+        if kind is EMAWeightAveraging and "device" not in node:
+            node = {**node, "_target_": "drrn.runs.lightning.AverageOnDevice"}
         saves = issubclass(kind, ModelCheckpoint)
         callback = make(key, node, Callback, **({"dirpath": str(folder / name)} if saves else {}))
         if saves and Path(callback.dirpath).resolve() == (folder / "checkpoints").resolve():

@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, Timer
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, RichProgressBar, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -143,6 +144,40 @@ class PlainProgress(Callback):
             return
         shown = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("validate/") and k.count("/") == 2}
         log.info("step %d  %s", trainer.global_step, "  ".join(f"{k[9:]} {v:.4f}" for k, v in shown.items()))
+
+
+class AverageOnDevice(EMAWeightAveraging):
+    """Lightning's average of the weights, lying where the weights do.
+
+    Lightning makes it before they come to the GPU and leaves it on the CPU: each step would bring all weights there.
+    And PyTorch's `AveragedModel` asks in each step whether it is the first one. Both wait for the GPU.
+    """
+
+    state_key = EMAWeightAveraging.__qualname__  # in checkpoints
+
+    def __init__(self, decay: float = 0.999, **others: Any) -> None:
+        super().__init__(decay=decay, **others)
+        self.decay = decay
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move it. Counters are copied, and so are buffers without `use_buffers`."""
+        average = self._average_model.to(pl_module.device).module
+        both = (chain(module.parameters(), module.buffers()) for module in (average, pl_module))
+        self.averaged, self.copied = [], []
+        for pair in zip(*both, strict=True):
+            slow = pair[0].is_floating_point() and (self._use_buffers or isinstance(pair[0], torch.nn.Parameter))
+            (self.averaged if slow else self.copied).append(pair)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """After an optimiser step that `should_update` takes; the first one is taken as it is."""
+        step, before = trainer.global_step, self._latest_update_step
+        if step > before and self.should_update(step_idx=step - 1):
+            torch._foreach_lerp_(*zip(*self.averaged, strict=True), 1 - self.decay if before else 1.0)
+            if self.copied:
+                torch._foreach_copy_(*zip(*self.copied, strict=True))
+            self._average_model.n_averaged += 1
+            self._latest_update_step = step
 
 
 class WholeCheckpoints(TorchCheckpointIO):
