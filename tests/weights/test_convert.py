@@ -33,7 +33,7 @@ from drrn.runs import run as train
 from drrn.runs.request import request
 from drrn.weights import convert as command
 from drrn.weights.export import Enlarger
-from drrn.weights.ours import digest, initial_state, load_network, save_checkpoint, save_weights
+from drrn.weights.ours import digest, initial_state, load_network, save_weights
 
 SRC = Path(command.__file__).parents[2]
 STRUCTURE = {
@@ -99,11 +99,10 @@ def port_file(folder: Path, name: str = "model.pth") -> Path:
     {}, {"weight_sharing": False}, {"norm": "none", "bias": False, "rectified_identity": True},
     {"U": 0, "B": 4, "input_relu": False}, {"multi_path": False, "B": 2},
 ])  # fmt: skip
-@pytest.mark.parametrize("save", [save_weights, save_checkpoint])
-def test_a_network_comes_back_as_it_was(save, changes, tmp_path) -> None:
+def test_a_network_comes_back_as_it_was(changes, tmp_path) -> None:
     network, model = random_network(**changes)
     path = tmp_path / "folder" / "weights"
-    save(path, network, model, {"scales": [2, 3], "origin": "here", "steps": 7})
+    save_weights(path, network, model, {"scales": [2, 3], "origin": "here", "steps": 7})
     back, about = load_network(path)
     assert not back.training
     assert ModelConfig(**about["model"]) == model
@@ -262,8 +261,11 @@ for _ in range(200):
 def test_a_checkpoint_of_other_types_is_refused(change, tmp_path) -> None:
     network, model = random_network()
     path = tmp_path / "w.ckpt"
-    save_checkpoint(path, network, model, {"scales": [2]})
-    content = torch.load(path, weights_only=True)
+    state = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    content = {"global_step": 0, "hyper_parameters": {"model": asdict(model)}, "state_dict": state}
+    content["drrn"] = {"scales": [2]}
+    torch.save(content, path)
+    load_network(path)
     change(content)
     torch.save(content, path)
     with pytest.raises(UserError, match="not weights of ours") as refusal:
@@ -300,10 +302,10 @@ def test_what_is_no_regular_file_is_not_waited_for(kind, entry_point, tmp_path) 
         load_network(path)
 
 
-@pytest.mark.parametrize("output", ["folder.ckpt", "file/w.onnx", "x" * 300 + ".pt2", "/proc/nowhere/w.safetensors"])
+@pytest.mark.parametrize("output", ["folder.onnx", "file/w.onnx", "x" * 300 + ".pt2", "/proc/nowhere/w.safetensors"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(output, entry_point, tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("precious")
-    (tmp_path / "folder.ckpt").mkdir()
+    (tmp_path / "folder.onnx").mkdir()
     path = port_file(tmp_path)
     arguments = [f"input={path}", f"output={tmp_path / output}", "U=1", "overwrite=true"]
     code, out, err = entry_point("convert", *arguments)
@@ -346,11 +348,8 @@ def test_a_checkpoint_that_lightning_wrote(tmp_path) -> None:
     network, about = load_network(path)
     assert about["steps"] == 0
     assert digest(network.state_dict()) == digest(module.network.state_dict())
-
     run(input=path, output=tmp_path / "w.safetensors")
-    run(input=tmp_path / "w.safetensors", output=tmp_path / "w.ckpt")
-    back = SuperResolution.load_from_checkpoint(tmp_path / "w.ckpt", optim=asdict(optim), weights_only=True)
-    assert digest(back.network.state_dict()) == digest(module.network.state_dict())
+    assert digest(load_network(tmp_path / "w.safetensors")[0].state_dict()) == digest(module.network.state_dict())
 
 
 # ------------------------------------------------------------------ the command
@@ -592,8 +591,7 @@ def test_a_network_of_ones_own_is_saved_converted_and_exported(tmp_path, monkeyp
     network, x = Toy(4, 0.5).eval(), photograph(13, 9)
     path = tmp_path / "toy.safetensors"
     save_weights(path, network, structure, {"scales": [2], "origin": "here"})
-    run(input=path, output=tmp_path / "toy.ckpt")
-    run(input=tmp_path / "toy.ckpt", output=tmp_path / "again.safetensors")
+    run(input=path, output=tmp_path / "again.safetensors")
     run(input=path, output=tmp_path / "toy.pt2")
     back, about = load_network(tmp_path / "again.safetensors")
     program = torch.export.load(tmp_path / "toy.pt2").module()

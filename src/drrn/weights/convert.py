@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 READ = ("drrn", "caffe", "matlab", *PORTS)
-WRITTEN = {".safetensors": "drrn", ".ckpt": "lightning", ".onnx": "onnx", ".pt2": "torch_export"}  # by suffix
+WRITTEN = {".safetensors": "drrn", ".onnx": "onnx", ".pt2": "torch_export"}  # by suffix
 
 
 @dataclass
@@ -28,7 +28,7 @@ class ConvertConfig:
     """What conf/convert.yaml documents."""
 
     input: str | None = key(".caffemodel, .mat, .pth, .ckpt, .safetensors")
-    output: str | None = key(".safetensors, .ckpt (no optimiser), .onnx, .pt2")
+    output: str | None = key(".safetensors, .onnx, .pt2")
     form: str | None = key("null: recognised by content", choices=tuple(dict.fromkeys((*READ, *WRITTEN.values()))))
     U: int | None = key("residual units, where neither file nor name says", at_least=0)
     scales: list[int] | None = key(
@@ -82,22 +82,18 @@ def convert(config: ConvertConfig) -> None:
         print(describe(Path(config.input), form, network, about))
     if config.output is None:
         return
-    from drrn.weights import export, ours
+    from drrn.weights.export import Enlarger, export_onnx, export_program
+    from drrn.weights.ours import save_weights
 
     output, model = Path(config.output), model_of(about["model"])
-    write = {
-        ".safetensors": ours.save_weights,
-        ".ckpt": ours.save_checkpoint,
-        ".onnx": export.export_onnx,
-        ".pt2": export.export_program,
-    }[output.suffix]
+    write = {".safetensors": save_weights, ".onnx": export_onnx, ".pt2": export_program}[output.suffix]
     facts = {key: value for key, value in about.items() if key not in ("format", "model", "digest")}
     if config.scale is not None:
         if getattr(network, "scale", config.scale) != config.scale:
             raise UserError(f"scale = {config.scale}: {config.input} enlarges by {network.scale}")
         if about.get("scales") and config.scale not in about["scales"]:
             print(f"note: it was trained for scales {about['scales']}: expect less of it")
-        facts["scales"], network = [config.scale], export.Enlarger(network, config.scale)
+        facts["scales"], network = [config.scale], Enlarger(network, config.scale)
     difference = write(output, network, model, facts)
     said = f"from {form}" if difference is None else f"differs from ours by at most {difference:.1e}"
     print(f"{output}: {structure_name(model)}, {said}")

@@ -42,24 +42,6 @@ def save_weights(path: Path, network: nn.Module, model: Structure, about: dict[s
     write_whole(path, lambda partial: partial.write_bytes(content))
 
 
-def save_checkpoint(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> None:
-    """Write a network as a Lightning checkpoint without an optimiser, whole or not at all.
-
-    `init_from=` and `SuperResolution.load_from_checkpoint(path, optim=…)` take it; no run can resume from it.
-    """
-    from lightning.pytorch import __version__
-
-    checkpoint = {
-        "pytorch-lightning_version": __version__,
-        "epoch": 0,
-        "global_step": about.get("steps") or 0,
-        "hyper_parameters": {"model": structure(model)},
-        "state_dict": {f"network.{name}": tensor.cpu() for name, tensor in network.state_dict().items()},
-        "drrn": about,
-    }
-    write_whole(path, lambda partial: torch.save(checkpoint, partial))
-
-
 def digest(state: dict[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and values, in the order of the names."""
     sha = hashlib.sha256()
