@@ -33,9 +33,9 @@ def main(cfg: DictConfig) -> float | None:
     with refusing():
         config = request(cfg, HydraConfig.get().overrides.task)
         if config.plan == "only":
-            from drrn.sweep.plan import look, make_plan, print_plan
+            from drrn.sweep.plan import job_of, make_plan, print_plan
 
-            print_plan(make_plan([look(config)], always=True))
+            print_plan(make_plan([job_of(config)], always=True))
         else:
             train(config)
             from drrn.sweep.outcome import scores_of

@@ -23,7 +23,7 @@ from drrn.runs.record import FILE, run_record
 from drrn.sweep.cost import Speed, count_bytes, measure, operations
 from drrn.sweep.machine import Ended, NotBegun
 from drrn.sweep.outcome import outcome
-from drrn.sweep.plan import Job, look, make_plan, print_plan
+from drrn.sweep.plan import Job, job_of, make_plan, print_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 STRUCTURES = [
@@ -110,7 +110,7 @@ def test_memory_is_a_devices_share(configure: Callable) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_sweep_for_a_machine_with_gpus_is_planned_without_one(configure: Callable) -> None:
-    plan = make_plan([look(configure("trainer.accelerator=gpu"))], always=True)
+    plan = make_plan([job_of(configure("trainer.accelerator=gpu"))], always=True)
     assert plan.note.startswith("not timed on this machine: ")
     assert (plan.seconds, plan.jobs[0].bytes > 0) == (None, True)
 
@@ -144,7 +144,7 @@ def test_an_estimate_is_a_line_through_the_ends(configure: Callable, monkeypatch
     monkeypatch.setattr(drrn.sweep.plan, "measure", known)
     long = ("trainer.max_steps=1000", "trainer.val_check_interval=300", "data.scales=[2,3]", "data.val_scales=[3]")
     configs = [configure(f"model.U={U}", *long) for U in (2, 5, 1)]
-    plan = make_plan([look(config) for config in configs])
+    plan = make_plan([job_of(config) for config in configs])
     assert sorted(timed) == [1, 5]
     pixels = (75 * 91 + 64 * 55) * (3 * 1 + 2)  # three validations at one scale, the end at two
     for config, job in zip(configs, plan.jobs, strict=True):
@@ -159,7 +159,9 @@ def test_an_estimate_is_a_line_through_the_ends(configure: Callable, monkeypatch
 def test_a_short_sweep_is_not_delayed_by_its_estimate(configure: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drrn.sweep.plan, "measure", lambda *_: pytest.fail("timed"))
     monkeypatch.setattr(drrn.sweep.plan, "count_bytes", lambda *_: pytest.fail("counted"))
-    plan = make_plan([look(configure("trainer.max_steps=100")), look(configure("trainer.max_steps=50", "model.U=1"))])
+    plan = make_plan(
+        [job_of(configure("trainer.max_steps=100")), job_of(configure("trainer.max_steps=50", "model.U=1"))]
+    )
     assert "too short" in plan.note
     assert plan.seconds is None
 
@@ -183,9 +185,9 @@ def test_a_jobs_state_is_what_its_record_says(configure: Callable, tmp_path: Pat
     write(config(3), "running", step=40)
     write(config(4), "failed", error="ValueError: x")
     write(config(5, "study=other"), "finished")
-    states = [(p.before, p.first, p.steps) for p in map(look, map(config, range(1, 6)))]
+    states = [(p.before, p.first, p.steps) for p in map(job_of, map(config, range(1, 6)))]
     assert states == [("new", 0, 90), ("finished", 0, 0), ("resume", 40, 50), ("failed", 0, 90), ("finished", 0, 0)]
-    assert look(config(3, "ckpt_path=null")).first == 0
+    assert job_of(config(3, "ckpt_path=null")).first == 0
 
 
 KILLED = type("TerminatedWorkerError", (Exception,), {})("anything")
@@ -238,7 +240,7 @@ def test_a_plan_is_whole_at_80_columns(
     """Names and states are folded; nothing ends in an ellipsis."""
     from rich.console import Console
 
-    jobs = [look(configure("model=drrn_ns", "model.B=17", "model.U=3", "seed=12", "name=a_name_of_our_own"))]
+    jobs = [job_of(configure("model=drrn_ns", "model.B=17", "model.U=3", "seed=12", "name=a_name_of_our_own"))]
     jobs += [Job(configure("model.features=16"), before="resume", first=123_456, seconds=1e6, bytes=10**11)]
     monkeypatch.setattr(drrn.sweep.plan, "console", lambda: Console(width=width))
     print_plan(make_plan(jobs, workers=2))

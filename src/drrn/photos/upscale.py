@@ -47,7 +47,7 @@ def upscale(options: Options, jobs: list[Job]) -> int:
                 files = bars.add_task("files", total=len(jobs), visible=len(jobs) > 1)
                 for number, job in enumerate(jobs, start=1):
                     count = f"[{number}/{len(jobs)}] " if len(jobs) > 1 else ""
-                    results[one(job, count, tools)] += 1
+                    results[enlarge_job(job, count, tools)] += 1
                     bars.advance(files)
     except Stopped as stop:
         said = "stopped; nothing is left of the file in hand, the finished ones stay"
@@ -70,7 +70,7 @@ class Tools(NamedTuple):
     bars: Progress
 
 
-def one(job: Job, count: str, tools: Tools) -> str:
+def enlarge_job(job: Job, count: str, tools: Tools) -> str:
     """Enlarge one file and say what became of it: "done", "skipped" or "failed"."""
     start, outcome, options = time.monotonic(), "done", tools.options
     try:

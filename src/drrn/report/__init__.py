@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-NETWORKS = {  # what is about networks, not about runs
+OF_NETWORKS = {  # what is about networks, not about runs
     "fig2": "Fig. 2: structures, drawn from the networks themselves",
     "table1": "Table 1: strategies of ResNet, VDSR, DRCN and DRRN",
     "networks": "Every network: weights, operations, time, memory, scores",

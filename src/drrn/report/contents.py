@@ -11,7 +11,7 @@ from drrn.metrics import METRICS
 from drrn.paper import paper_numbers
 from drrn.pictures import save
 from drrn.protocol import departures
-from drrn.report import NETWORKS, STUDIES
+from drrn.report import OF_NETWORKS, STUDIES
 from drrn.report.comparison import compare
 from drrn.report.differences import differences_table
 from drrn.report.figures import draw
@@ -36,7 +36,7 @@ def write_report(config: ReportConfig, records: list[dict[str, Any]], command: s
     """
     sections, refused = [], None
     if config.study:
-        sections = [networks_section(study, config, records) for study in config.study if study in NETWORKS]
+        sections = [networks_section(study, config, records) for study in config.study if study in OF_NETWORKS]
         sections += study_sections([study for study in config.study if study in STUDIES], config, records)
     else:
         measured = [m for path in config.scores for m in from_scores(Path(path))]
@@ -84,7 +84,7 @@ def tables_part(config: ReportConfig, records: list[dict[str, Any]], measured: l
 
 def networks_section(study: str, config: ReportConfig, records: list[dict[str, Any]]) -> Section:
     """Fig. 2, Table 1 or the table of all networks: to files, and for the page."""
-    title, stem = NETWORKS[study], Path(config.output) / study
+    title, stem = OF_NETWORKS[study], Path(config.output) / study
     if study == "fig2":
         figure = fig2()
         files = [path.name for path in save(figure, stem)]

@@ -9,16 +9,16 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from drrn.config import ModelConfig
+from drrn.config import DEFAULT, ModelConfig
 from drrn.errors import UserError, counted
-from drrn.identity import model_of
-from drrn.paper import depth
+from drrn.identity import model_of, structure_name
 from drrn.protocol import describe
 from drrn.report.measurements import set_size
 from drrn.report.records import recipe
 
 ABLATION = ("B", "U", "weight_sharing", "multi_path")
-STRUCTURE = ("network", *ModelConfig.__dataclass_fields__)
+# What else a DRRN of the paper has; other widths and norms have names of their own.
+USUAL = {"features": 128, "norm": "batch", "bias": True, "rectified_identity": False, "input_relu": True}
 Place = tuple[str, int]  # a set and a scale
 PLACE: Place = ("Set5", 3)  # what Fig. 6, Fig. 8 and Table 4 measure
 PAPER_PATCHES = 71 * 6536 * 128  # what the authors' B1U9 had seen when they published it (conf/budget/paper.yaml)
@@ -26,26 +26,23 @@ PAPER_PATCHES = 71 * 6536 * 128  # what the authors' B1U9 had seen when they pub
 
 def structure(model: dict[str, Any]) -> dict[str, Any]:
     """A network's name and arguments in full: earlier records leave out what came later."""
-    if model.get("network", "drrn") != "drrn":
-        return dict(model)
-    return {"network": "drrn"} | asdict(model_of({key: model[key] for key in STRUCTURE if key in model}))
-
-
-def variant(model: dict[str, Any]) -> str:
-    """The paper's name of a structure's family: one of `tables.VARIANTS`, or another network's own name."""
-    if model["network"] != "drrn":
-        return model["network"]
-    if model["U"] == 0:
-        return "VDSR"
-    return f"DRRN{'' if model['weight_sharing'] else '_NS'}{'' if model['multi_path'] else '_C'}"
+    held = model_of(model)
+    return {"network": DEFAULT, **asdict(held)} if isinstance(held, ModelConfig) else held
 
 
 def in_paper(model: dict[str, Any]) -> str:
     """The paper's name of a structure of any width (`paper.network_of`): DRRN_NS_B3U4, VDSR_d28, DRCN."""
-    if model["network"] != "drrn":
-        return model["network"].upper()
-    B, U = model["B"], model["U"]
-    return f"{variant(model)}_B{B}U{U}" if U else f"VDSR_d{depth(B, U)}"
+    return structure_name(model | USUAL) if model["network"] == DEFAULT else model["network"].upper()
+
+
+def variant(model: dict[str, Any]) -> str:
+    """The paper's name of a structure's family: one of `tables.VARIANTS`, or another network's own name."""
+    return family(in_paper(model)) if model["network"] == DEFAULT else model["network"]
+
+
+def family(name: str) -> str:
+    """A structure's name without its size, that of networks of other B and U too: DRRN_NS_B3U4_16f → DRRN_NS_16f."""
+    return re.sub(r"_(B\d+U\d+|d\d+)", "", name)
 
 
 @dataclass
@@ -61,10 +58,9 @@ class Point:
     runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # seed → record; the finished one of two
 
     def __post_init__(self) -> None:
-        model, network = self.model, self.model["network"]
-        self.variant = variant(model)
-        if network == "drrn":
-            self.family = re.sub(r"_(B\d+U\d+|d\d+)", "", self.name)  # of networks of other B and U too: DRRN_NS_16f
+        model, self.variant = self.model, variant(self.model)
+        if model["network"] == DEFAULT:
+            self.family = family(self.name)
             self.short = f"B{model['B']}U{model['U']}" if model["U"] else f"VDSR d{self.depth}"
         else:
             self.family = self.name

@@ -14,7 +14,7 @@ from drrn.report import STUDIES
 from drrn.report.canvas import COLOURS, GREY, canvas, in_psnr, limits, name_points
 from drrn.report.groups import PLACE, Place, Point, RunGroup
 
-OURS = "#0072B2"
+BLUE = "#0072B2"
 BELOW = 7.0  # dB below the paper's lowest: a point of ours that is lower is named, not drawn
 DRRN_WEIGHTS = 297_000  # as the paper prints them: "297K" in data/paper/fig1.csv
 OTHERS = {"shallow": "#7b5ea7", "deep": "#009E73"}  # Fig. 9's groups; the very deep ones are grey
@@ -91,8 +91,8 @@ def _methods(axis: Axes, rows: list[dict[str, str]], what: str, group: RunGroup,
     low = [f"{point.short} {psnr:.2f} dB" for point, psnr in measured if psnr < floor]
     for point, psnr in measured:
         if psnr >= floor:
-            _mark(axis, getattr(point, what), psnr, depth_marker(point.depth), OURS, ours=point)
-            named.append((getattr(point, what), psnr, point.short if point.planned else "", OURS))
+            _mark(axis, getattr(point, what), psnr, depth_marker(point.depth), BLUE, ours=point)
+            named.append((getattr(point, what), psnr, point.short if point.planned else "", BLUE))
     axis.set_ylim(*limits([y for _, y, *_ in named], 0.2))
     in_psnr(axis)
     notes = [f"only in the paper's picture: {', '.join(absent)}"] if absent else []
@@ -119,9 +119,9 @@ def whose(group: RunGroup, others: list[tuple[str, str, str]]) -> list[Line2D]:
 
     handles = [
         entry("s", COLOURS["DRRN"], "the paper's DRRN"),
-        entry("s", OURS, f"ours: {group.short()}", markerfacecolor="white"),
+        entry("s", BLUE, f"ours: {group.short()}", markerfacecolor="white"),
     ]
     if any(point.values() and not point.planned for point in group.points):
         beside = "ours, structures beside B1U9 and B1U25"
-        handles.append(entry("s", OURS, beside, markerfacecolor="white", markersize=4))
+        handles.append(entry("s", BLUE, beside, markerfacecolor="white", markersize=4))
     return handles + [entry(*other) for other in others]

@@ -43,7 +43,7 @@ TABLE1 = {
 }  # fmt: skip
 
 
-def counted(model: dict[str, Any]) -> tuple[str, str, str]:
+def sizes(model: dict[str, Any]) -> tuple[str, str, str]:
     """Depth, weights and multiply-adds for a pixel of the result, as cells."""
     its = count(model)
     return str(its.depth), f"{its.conv_weights:,}", f"{its.output / 2:,.0f}"
@@ -68,7 +68,7 @@ def table1(found: Found, groups: list[RunGroup]) -> Table:
         model = preset(file)
         measured = found.get((method, *PLACE))
         ours = f"{measured[0]['psnr']:.2f}" if measured else MISSING
-        row = [name, strategies, formula, *counted(model), quoted(method, PLACE), ours]
+        row = [name, strategies, formula, *sizes(model), quoted(method, PLACE), ours]
         rows.append([*row, *(_trained(group, model) for group in groups)])
     notes = ["PSNR in dB on Set5 ×3. A multiply-add is two operations; weights of convolutions, shared ones once."]
     notes += ["Ours: published weights measured here, or trained here at the paper's size."]
@@ -97,7 +97,7 @@ def networks_table(found: Found) -> Table:
             theirs = quoted(method, place, ("psnr", "ssim"))
             cells.append(ours or (theirs if theirs == MISSING else f"{theirs} *"))
         milliseconds, size, device = cost(model)
-        rows.append([name, *counted(model), f"{milliseconds:,.0f}", f"{size / 1e6:,.0f}", *cells])
+        rows.append([name, *sizes(model), f"{milliseconds:,.0f}", f"{size / 1e6:,.0f}", *cells])
         print(f"{name}: {milliseconds:,.0f} ms", flush=True)
     notes = [
         f"Time: {device}, float32, the better of two, networks of one scale at ×3. Memory: tensors alive at once.",

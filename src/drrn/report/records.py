@@ -25,7 +25,7 @@ from drrn.runs.record import FILE, LARGEST, read_record
 
 # What is asked of a file, as far as reports read it: a type, several, a list of one kind, or a dict of them. A key
 # that ends in "?" may be absent.
-PLACE = {"set": str, "scale": int}
+SET_AND_SCALE = {"set": str, "scale": int}
 PROTOCOL = {"name": str, "version": int, "crop": (int, NoneType), "color": str, "rounding": str}
 RECORD = {
     "name": str,
@@ -37,9 +37,9 @@ RECORD = {
     "structure": {"name": str, "depth": int, "conv_weights": int},
     "protocol": PROTOCOL,
     "budget?": {"steps": int},
-    "means?": [{**PLACE, "images": int, "psnr": float, "bicubic_psnr": float}],
-    "scores?": [{**PLACE, "image": str}],
-    "validation?": [{**PLACE, "step": int, "psnr": float}],
+    "means?": [{**SET_AND_SCALE, "images": int, "psnr": float, "bicubic_psnr": float}],
+    "scores?": [{**SET_AND_SCALE, "image": str}],
+    "validation?": [{**SET_AND_SCALE, "step": int, "psnr": float}],
     "config": {
         "model": dict,
         "data": {"name": str, "batch_size": int, "scales": [int], "val": [str]},
@@ -51,7 +51,11 @@ METHOD = {
     "weights": (str, NoneType), "structure": str, "seed": (int, NoneType), "steps": (int, NoneType),
     "experiment": (str, NoneType),
 }  # fmt: skip
-SCORES = {"protocol": PROTOCOL, "methods": [METHOD], "scores": [{**PLACE, "weights": (str, NoneType), "image": str}]}
+SCORES = {
+    "protocol": PROTOCOL,
+    "methods": [METHOD],
+    "scores": [{**SET_AND_SCALE, "weights": (str, NoneType), "image": str}],
+}
 
 
 def read_runs(places: list[str]) -> list[dict[str, Any]]:

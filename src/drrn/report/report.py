@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from drrn.disk import check_output
 from drrn.errors import UserError
-from drrn.report import NETWORKS, STUDIES
+from drrn.report import OF_NETWORKS, STUDIES
 from drrn.schema import key, paths, typed
 from drrn.weights.shipped import weights_file
 
@@ -43,9 +43,11 @@ def check(cfg: DictConfig) -> ReportConfig:
     config = typed(ReportConfig, cfg)
     config.study = paths("study", config.study)
     for study in config.study:
-        if study not in STUDIES and study not in NETWORKS:
-            raise UserError(f"study = {study!r}: allowed are {', '.join([*STUDIES, *NETWORKS])}, or a list of them")
-    of_runs = bool(set(config.study) - set(NETWORKS))
+        if study not in STUDIES and study not in OF_NETWORKS:
+            raise UserError(
+                f"study = {study!r}: allowed are {', '.join([*STUDIES, *OF_NETWORKS])}, or a list of them"
+            )
+    of_runs = bool(set(config.study) - set(OF_NETWORKS))
     config.runs = paths("runs", config.runs) or ["runs"] * (of_runs or bool(config.study and Path("runs").is_dir()))
     if config.box is not None and len(config.box) != 4:
         raise UserError(f"box = {config.box}: four whole numbers, left, top, width, height")

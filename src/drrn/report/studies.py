@@ -21,7 +21,7 @@ from drrn.home import CONF
 from drrn.identity import run_group, structure_name
 from drrn.paper import paper_numbers, printed
 from drrn.report import STUDIES
-from drrn.report.groups import ABLATION, PLACE, STRUCTURE, Place, Point, RunGroup, in_paper, structure, variant
+from drrn.report.groups import ABLATION, PLACE, Place, Point, RunGroup, in_paper, structure, variant
 from drrn.report.measurements import MISSING, over_seeds
 from drrn.report.tables import Cell, Table
 
@@ -51,7 +51,7 @@ def preset(name: str, **changes: Any) -> dict[str, Any]:
     """A network of the paper in full: conf/model/<name>.yaml, of ×3 where it is of one scale, and changes to it."""
     around = {"trainer": {"max_steps": 1}, "data": {"scales": [PLACE[1]]}}  # what conf/model takes from elsewhere
     model = OmegaConf.to_container(OmegaConf.merge(around, _preset(name), changes), resolve=True)
-    return structure({key: value for key, value in model.items() if key not in around})
+    return structure({key: value for key, value in model.items() if key not in (*around, "checkpointing")})
 
 
 def _preset(name: str) -> DictConfig:
@@ -107,12 +107,13 @@ def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]
         trained[name] = Point(name, structure(record["config"]["model"]), depth, weights, place)
     # The plan says B, U and the variant; width, norm and the like are the recipe's, where it has one of each.
     drrns = [point.model for point in trained.values() if point.model["network"] == "drrn"]
-    own = [key for key in STRUCTURE if key not in ABLATION and len({model[key] for model in drrns}) == 1]
+    settled = {key for key in drrns[0] if len({model[key] for model in drrns}) == 1} if drrns else set()
     points: dict[str, Point] = {}
     for model in plan:
         alike = [point for point in trained.values() if _same_point(model, point.model)]  # several widths in Fig. 1
         if not alike:
-            model = model | {key: drrns[0][key] for key in own if model["network"] == "drrn"}
+            if model["network"] == "drrn":
+                model = model | {key: drrns[0][key] for key in settled.difference(ABLATION)}
             alike = [Point(*_described(tuple(model.items())), place)]
         for point in alike:
             point.planned = True

@@ -49,7 +49,7 @@ SETTLED = {
     "reload_dataloaders_every_n_epochs": "data",
 }
 # `trainer.*` that are ours.
-OURS = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32")
+OUR_KEYS = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32")
 QUIET = (  # warnings that nobody can act on
     ".*LeafSpec.*deprecated",
     ".*does not have many workers",
@@ -72,7 +72,7 @@ def trainer_arguments(config: Config) -> dict[str, Any]:
             raise UserError(f"trainer.{name}: neither ours nor an argument of Lightning's Trainer")
     kinds = [resolve(f"callbacks.{name}", node, Callback)[0] for name, node in config.callbacks.items()]
     return {
-        **{name: value for name, value in asdict(config.trainer).items() if name not in OURS},
+        **{name: value for name, value in asdict(config.trainer).items() if name not in OUR_KEYS},
         "max_epochs": -1,  # max_steps ends a run; an epoch that a checkpoint ends would end the next run too
         "check_val_every_n_epoch": None,  # so validation counts batches
         "val_check_interval": config.trainer.val_check_interval * config.trainer.accumulate_grad_batches,

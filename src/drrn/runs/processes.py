@@ -35,7 +35,7 @@ from drrn.runs.stop import Stopped
 from drrn.workers import end_with_parent
 
 T = TypeVar("T")
-OURS = "drrn-"  # how the ids of the groups of processes begin that `Processes.start` starts
+GROUP = "drrn-"  # how the ids of the process groups begin that `Processes.start` starts
 
 
 class Processes:
@@ -113,7 +113,7 @@ class Processes:
                     min_nodes=1,
                     max_nodes=1,
                     nproc_per_node=self.number,
-                    run_id=f"{OURS}{uuid.uuid4().hex}",
+                    run_id=f"{GROUP}{uuid.uuid4().hex}",
                     rdzv_backend="c10d",
                     rdzv_endpoint="localhost:0",  # a free port: several runs on one machine do not meet
                     local_addr="localhost",
@@ -167,7 +167,7 @@ class Processes:
                 raise
             if not isinstance(error, UserError):
                 sys.exit(1)  # the log has the traceback
-            if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OURS):
+            if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(GROUP):
                 raise  # to `start`, in the process that waits for this one
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2)

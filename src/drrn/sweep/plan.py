@@ -69,7 +69,7 @@ class Job:
         return file.stat().st_mtime_ns if file.is_file() else 0
 
 
-def look(config: Config, overrides: Sequence[str] = ()) -> Job:
+def job_of(config: Config, overrides: Sequence[str] = ()) -> Job:
     """A job as its records and checkpoints say it is now; what is left to do is not estimated yet."""
     job = Job(config, list(overrides))
     job.stamp = job.written()

@@ -17,7 +17,7 @@ from drrn.identity import run_dir
 from drrn.launch import first_process
 from drrn.sweep.machine import stoppable, threads
 from drrn.sweep.outcome import by_signal, outcome, print_outcomes
-from drrn.sweep.plan import Job, look, make_plan, name_differences, print_plan
+from drrn.sweep.plan import Job, job_of, make_plan, name_differences, print_plan
 
 
 def run_sweep(
@@ -40,7 +40,7 @@ def run_sweep(
         raise UserError("plan is one for the whole sweep: give it once")
     unique: dict[Path, Job] = {}
     for config, overrides in asked:
-        unique.setdefault(run_dir(config), look(config, overrides))
+        unique.setdefault(run_dir(config), job_of(config, overrides))
     jobs = list(unique.values())
     name_differences(jobs)
     first = first_process()  # of several that torchrun or Slurm started: the one that speaks

@@ -85,7 +85,7 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 LAYERS = {"Conv2d", "ReLU", "BatchNorm2d", "Sequential", "ModuleList", "DataParallel"}
-NETWORKS = {"DRRN", "RecursiveBlock", "ResidualUnit", "ConvLayer", "Net", "VDSR", "Conv_ReLU_Block"}
+MODULES = {"DRRN", "RecursiveBlock", "ResidualUnit", "ConvLayer", "Net", "VDSR", "Conv_ReLU_Block"}
 
 
 def _stored(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
@@ -163,7 +163,7 @@ class _Inert(pickle._Unpickler):
             return CALLS[module, name]
         if module in ("torch", "torch.cuda") and name in STORAGES:
             return STORAGES[name]
-        if module.startswith("torch.nn.") if name in LAYERS else name in NETWORKS and not module.startswith("torch"):
+        if module.startswith("torch.nn.") if name in LAYERS else name in MODULES and not module.startswith("torch"):
             return Module
         shown = f"{module}.{name}"[:100]
         raise ValueError(
