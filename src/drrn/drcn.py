@@ -41,7 +41,8 @@ class DRCN(nn.Module):
         within(1, MOST, T=T, features=features)
         within(1, 2**32, alpha_steps=alpha_steps)
         super().__init__()
-        self.T, self.features, self.depth, self.alpha_steps = T, features, T + 4, alpha_steps
+        self.T, self.features, self.alpha_steps = T, features, alpha_steps
+        self.depth = self.receptive_radius = T + 4  # every layer is 3×3
         self.embed1, self.embed2 = convolution(1, features, 3), convolution(features, features, 3)
         self.recursion = convolution(features, features, 3)
         nn.init.dirac_(self.recursion.weight)  # it starts as the identity
@@ -75,8 +76,3 @@ class DRCN(nn.Module):
         y, estimates = prediction[:, :1], prediction[:, 1:]
         each = euclidean(estimates, truth.expand_as(estimates)) / self.T
         return self.alpha * each + (1 - self.alpha) * euclidean(y, truth)
-
-    @property
-    def receptive_radius(self) -> int:
-        """Pixels to each side that an output pixel depends on: every layer is 3×3."""
-        return self.depth

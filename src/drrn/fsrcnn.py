@@ -40,6 +40,9 @@ class FSRCNN(nn.Module):
         super().__init__()
         d = self.features = features
         self.scale, self.depth = scale, m + 4
+        # Of the low-resolution image: extraction 2, each mapping layer 1; output pixel n·i + r is within 4 of n·k for
+        # k ≤ i + (r + 4) / n.
+        self.receptive_radius = 2 + m + (scale - 1 + 4) // scale
         self.extract = nn.Sequential(convolution(1, d, 5), nn.PReLU(d))
         self.shrink = nn.Sequential(convolution(d, s, 1), nn.PReLU(s))
         self.map = nn.Sequential(*(layer for _ in range(m) for layer in (convolution(s, s, 3), nn.PReLU(s))))
@@ -52,11 +55,3 @@ class FSRCNN(nn.Module):
         maps = in_float32(self.extract, x)  # [N, d, H, W]
         maps = self.map(self.shrink(maps))  # [N, s, H, W]
         return self.deconv(self.expand(maps))  # [N, 1, n·H, n·W]
-
-    @property
-    def receptive_radius(self) -> int:
-        """Pixels of the low-resolution image to each side that an output pixel depends on.
-
-        Extraction 2, each mapping layer 1; output pixel n·i + r is within 4 of n·k for k ≤ i + (r + 4) / n.
-        """
-        return 2 + (self.depth - 4) + (self.scale - 1 + 4) // self.scale

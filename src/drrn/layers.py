@@ -1,4 +1,4 @@
-"""What networks are made of: convolutions with He's initialisation, the count of their weights, limits."""
+"""What networks are made of: convolutions with He's initialisation, BatchNorm, the count of weights, limits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 MOST = 2**13  # filters of a layer, and layers
+NORMS = ("batch", "none")
 WITH_AUTOCAST = ("cpu", "cuda", "mps")  # torch.amp.is_autocast_available is not for torch.compile before 2.13
 
 
@@ -35,6 +36,13 @@ def within(least: int, most: int, **values: int) -> None:
 def convolution(in_channels: int, out_channels: int, size: int, bias: bool = True) -> nn.Conv2d:
     """A size×size convolution that keeps height and width, zeros around the image; `size` is odd."""
     return he_normal(nn.Conv2d(in_channels, out_channels, size, padding=size // 2, bias=bias))
+
+
+def normalisation(norm: str, channels: int) -> nn.Module:
+    """BatchNorm with its own affine (Caffe's BatchNorm + Scale), or nothing; a ValueError for another name."""
+    if norm not in NORMS:
+        raise ValueError(f"norm = {norm!r}: allowed are {', '.join(NORMS)}")
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 
 def conv_weights(network: nn.Module) -> int:

@@ -25,14 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drrn import paper
-from drrn.layers import conv_weights, convolution, in_float32
-
-NORMS = ("batch", "none")
-
-
-def normalisation(norm: str, channels: int) -> nn.Module:
-    """BatchNorm with its own affine (Caffe's BatchNorm + Scale), or nothing."""
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
+from drrn.layers import conv_weights, convolution, in_float32, normalisation
 
 
 class RecursiveBlock(nn.Module):
@@ -126,8 +119,6 @@ class DRRN(nn.Module):
         for name, value, least in (("B", B, 1), ("U", U, 0), ("features", features, 1)):
             if value < least:
                 raise ValueError(f"{name} = {value}: must be at least {least}")
-        if norm not in NORMS:
-            raise ValueError(f"norm = {norm!r}: allowed are {', '.join(NORMS)}")
         super().__init__()
         self.B, self.U, self.features, self.rectified_identity = B, U, features, rectified_identity
         shared = dict(norm=norm, bias=bias, weight_sharing=weight_sharing, multi_path=multi_path)

@@ -36,7 +36,8 @@ class RED30(nn.Module):
         within(2, MOST, layers=layers)
         within(1, MOST, features=features)
         super().__init__()
-        self.features, self.depth = features, 2 * layers
+        self.features = features
+        self.depth = self.receptive_radius = 2 * layers  # every layer is 3×3
         self.convs = nn.ModuleList(convolution(features if i else 1, features, 3) for i in range(layers))
         self.deconvs = nn.ModuleList(self._transposed(features, features) for _ in range(layers - 1))
         self.conv_rec = self._transposed(features, 1)
@@ -58,8 +59,3 @@ class RED30(nn.Module):
             g = deconv(g)
             g = F.relu(g + skips.pop(n - j) if n - j in skips else g)  # [N, C, H, W]  g_j
         return self.conv_rec(g) + x  # [N, 1, H, W]
-
-    @property
-    def receptive_radius(self) -> int:
-        """Pixels to each side that an output pixel depends on: every layer is 3×3."""
-        return self.depth

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drrn.layers import MOST, convolution, in_float32, within
+from drrn.layers import MOST, convolution, in_float32, normalisation, within
 
 
 class Unit(nn.Module):
@@ -21,17 +21,13 @@ class Unit(nn.Module):
 
     def __init__(self, features: int, norm: str) -> None:
         super().__init__()
-        self.conv1, self.norm1 = convolution(features, features, 3), _norm(norm, features)
-        self.conv2, self.norm2 = convolution(features, features, 3), _norm(norm, features)
+        self.conv1, self.norm1 = convolution(features, features, 3), normalisation(norm, features)
+        self.conv2, self.norm2 = convolution(features, features, 3), normalisation(norm, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] → the same shape."""
         residual = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(residual)) + x)
-
-
-def _norm(norm: str, features: int) -> nn.Module:
-    return nn.BatchNorm2d(features) if norm == "batch" else nn.Identity()
 
 
 class ResNet(nn.Module):
@@ -51,11 +47,10 @@ class ResNet(nn.Module):
 
     def __init__(self, U: int = 9, features: int = 128, norm: str = "batch") -> None:
         within(1, MOST, U=U, features=features)
-        if norm not in ("batch", "none"):
-            raise ValueError(f"norm = {norm!r}: allowed are batch, none")
         super().__init__()
-        self.features, self.depth = features, 2 * U + 2
-        self.conv1, self.norm1 = convolution(1, features, 3), _norm(norm, features)
+        self.features = features
+        self.depth = self.receptive_radius = 2 * U + 2  # every layer is 3×3
+        self.conv1, self.norm1 = convolution(1, features, 3), normalisation(norm, features)
         self.units = nn.Sequential(*(Unit(features, norm) for _ in range(U)))
         self.rec = convolution(features, 1, 3)
 
@@ -63,8 +58,3 @@ class ResNet(nn.Module):
         """Interpolated luminance [N, 1, H, W], 0…1 → the estimate, same shape, not clamped."""
         H = F.relu(self.norm1(in_float32(self.conv1, x)))  # [N, C, H, W]  f_1
         return self.rec(self.units(H))  # [N, 1, H, W]  f_Rec
-
-    @property
-    def receptive_radius(self) -> int:
-        """Pixels to each side that an output pixel depends on: every layer is 3×3."""
-        return self.depth
