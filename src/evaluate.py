@@ -16,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from drrn.evaluation import EvaluateConfig, check, evaluate
+from drrn.evaluation_config import EvaluateConfig, check
 from drrn.home import CONF
 from drrn.launch import launch, refusing
 
@@ -27,12 +27,14 @@ KEYS = EvaluateConfig
 def main(cfg: DictConfig) -> None:
     """Check, score, print."""
     with refusing():
-        config = check(cfg)
+        overrides = HydraConfig.get().overrides.task
+        config = check(cfg, overrides)
         if config.explain is not None:
             from drrn.explain import explain
 
-            return explain(config, HydraConfig.get().overrides.task)
+            return explain(config, overrides)
         from drrn.disk import locked
+        from drrn.evaluation import evaluate
 
         output = Path(config.output)
         with locked(output.with_name(f".{output.name}.lock"), f"{output} is being written"):

@@ -179,7 +179,7 @@ SOUND = {
 
 
 ROOMS = {
-    "evaluate": "drrn.evaluation",
+    "evaluate": "drrn.evaluation_config",
     "upscale": "drrn.photos.plan",
     "report": "drrn.report.report",
     "convert": "drrn.weights.convert",
@@ -268,8 +268,8 @@ def test_every_key_refuses_what_it_cannot_be(
         assert key in str(refusal.value), f"{key} = {value!r}: {refusal.value}"
         assert "\n" not in str(refusal.value)
 
-    module = importlib.import_module(name)
-    monkeypatch.setattr(module, name, lambda *_: pytest.fail(f"{key}={values[0]!r} was taken"))
+    work = "drrn.evaluation.evaluate" if name == "evaluate" else f"{name}.{name}"
+    monkeypatch.setattr(work, lambda *_: pytest.fail(f"{key}={values[0]!r} was taken"))
     others = [argument for argument in SOUND[name] if not argument.startswith(f"{key}=")]
     code, out, err = entry_point(name, *others, f"{key}={literal(values[0])}")
     assert code == 2

@@ -14,7 +14,6 @@ from PIL import Image
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio
 
-import drrn.evaluation
 import drrn.explain
 from drrn.errors import UserError
 from drrn.evaluation import Job, Method, score_image
@@ -208,7 +207,7 @@ def test_the_network_runs_once_for_each_input(tiny_images: Path, monkeypatch: py
         given.append(x.tobytes())
         return x
 
-    monkeypatch.setattr(drrn.evaluation, "run_network", run_network)
+    monkeypatch.setattr(drrn.explain, "run_network", run_network)
     for image, inputs in (("chelsea.png", 12), ("camera.png", 16)):  # grey: 4 as it is, 12 as RGB
         given.clear()
         found = ways_of(job(tiny_images / image, checkpoint=Path("any")), "psnr")

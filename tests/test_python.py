@@ -19,7 +19,7 @@ from skimage.metrics import peak_signal_noise_ratio
 import drrn
 from drrn.config import ModelConfig
 from drrn.errors import UserError
-from drrn.evaluation import check
+from drrn.evaluation_config import check
 from drrn.fsrcnn import FSRCNN
 from drrn.home import CONF
 from drrn.matlab import imresize, rgb2y, to_uint8

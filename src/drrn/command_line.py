@@ -78,5 +78,7 @@ def plain_words(arguments: Sequence[str]) -> list[str]:
 
 
 def quoted(word: str) -> str:
-    """Any word in the grammar of Hydra's command line, where a backslash counts only before a quotation mark."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), word) + "'"
+    """Any word in the grammar of Hydra's command line."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(word, Quote.single).with_quotes()

@@ -11,14 +11,15 @@ def printable(text: object) -> str:
     The bytes of a file name that are not UTF-8 (lone surrogates in Python) are written as `\\xe9`, so that the text
     can be printed and encoded anywhere; line breaks as `\\n`.
     """
-    return "".join(
-        c
-        if c.isprintable() or unicodedata.category(c) == "Zs"
-        else f"\\x{ord(c) - 0xDC00:02x}"
-        if 0xDC80 <= ord(c) <= 0xDCFF
-        else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )
+    return "".join(map(_printable, str(text)))
+
+
+def _printable(letter: str) -> str:
+    if letter.isprintable() or unicodedata.category(letter) == "Zs":
+        return letter
+    if 0xDC80 <= ord(letter) <= 0xDCFF:
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode()
 
 
 def counted(number: float, noun: str, several: str | None = None) -> str:

@@ -9,51 +9,37 @@ import multiprocessing
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text  # brackets in a folder's name are no markup
 
-from drrn.config import check_sets
-from drrn.degradations import DEGRADATIONS, READY, check_scales
-from drrn.disk import check_output
+from drrn.degradations import READY
+from drrn.disk import write_whole
+from drrn.environment import environment
 from drrn.errors import UserError, printable
+from drrn.evaluation_config import EvaluateConfig
 from drrn.fast.threads import Watch
-from drrn.schema import key, paths, typed
+from drrn.identity import structure_name
+from drrn.images import luminance, read_luminance, read_pixels, sha256
+from drrn.matlab import to_uint8
+from drrn.metrics import METRICS
+from drrn.paper import paper_numbers
+from drrn.protocol import Protocol, describe, means, modcrop, over_colour, prepare, score, score_pixels
 from drrn.scores import Scores
-from drrn.weights.shipped import weights_file
-
-
-@dataclass
-class EvaluateConfig:
-    """What conf/evaluate.yaml documents."""
-
-    method: str = key("what is scored", choices=("network", "bicubic", "images"))
-    checkpoint: Any = key("of networks: weights.safetensors or .ckpt, one or a list")
-    folder: str | None = key("of method=images: baby_x3.png, or Set5/x3/baby.png", default=None)
-    sets: list[str] = key("Set5, Set14, BSD100, Urban100, demo_test, or folders", distinct=True)
-    scales: list[int] = key("of the evaluation", at_least=2, distinct=True)
-    metrics: list[str] = key("psnr, ssim, ifc, msssim, vif, psnr_rgb (Tab. 3)", distinct=True)
-    output: str = key("every image's values; what is there is not computed again")
-    images: str | None = key("a folder for the super-resolved Y images; null keeps none")
-    root: str = key("where the sets are, or are downloaded to")
-    workers: int = key("processes; worker i uses GPU i mod their number", at_least=1, below=1001)
-    threads: int | None = key("CPU threads, over all processes; null: what is free", at_least=1, below=2**12)
-    precision: str = key("of networks; stamped on the scores", default="float32", choices=("float32", "tf32", "bf16"))
-    explain: float | None = key(
-        "somebody's PSNR, or SSIM up to 1, with its digits: which way to measure gives it?", None, above=0
-    )
-    check_protocol: bool = key("first make sure that bicubic gives the published numbers")
-    crop: int | None = key("pixels shaved off each side; null: the scale", at_least=0)
-    color: str = key("luminance, or PSNR over R, G and B", choices=("y", "rgb"))
-    rounding: str = key("of what is compared", choices=("uint8", "float"))
-    degradation: str = key("how the low resolution is made; stamped on the scores", choices=tuple(DEGRADATIONS))
+from drrn.sets import counterpart, fetch, image_files
+from drrn.workers import end_with_parent
 
 
 class Method(NamedTuple):
@@ -91,39 +77,8 @@ class Job(NamedTuple):
         return (self.method.weights, self.set_name, self.scale, self.path.name)
 
 
-def check(cfg: DictConfig) -> EvaluateConfig:
-    """The configuration, refused by key before anything heavy is imported.
-
-    Raises:
-        UserError: a wrong key, type or value, or an output that cannot be written.
-    """
-    config = typed(EvaluateConfig, cfg)
-    check_sets("sets", config.sets)
-    check_scales("scales", config.scales, config.degradation)
-    config.checkpoint = paths("checkpoint", config.checkpoint)
-    if config.method == "network" or config.checkpoint:
-        config.checkpoint = [str(weights_file(path)) for path in config.checkpoint or [None]]
-    if (config.method == "images") != (config.folder is not None):
-        raise UserError("method=images and folder=FOLDER: the one needs the other")
-    if config.folder is not None and not Path(config.folder).is_dir():
-        raise UserError(f"folder = {config.folder}: no such folder")
-    check_output("output", Path(config.output))
-    if config.images is not None:
-        check_output("images", Path(config.images), folder=True)
-    from drrn.metrics import check_names  # last, since it is not light
-
-    check_names("metrics", config.metrics)
-    return config
-
-
 def evaluate(config: EvaluateConfig) -> None:
     """Score every image once, write `config.output` as it goes, print the means."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from drrn.environment import environment
-    from drrn.protocol import Protocol, means
-
     departures = ("crop", "color", "rounding", "degradation", "precision")
     protocol = Protocol(**{name: getattr(config, name) for name in departures})
     if config.check_protocol:
@@ -132,14 +87,14 @@ def evaluate(config: EvaluateConfig) -> None:
     methods = methods_of(config)
     jobs = jobs_of(config, methods, scores.add_set)
     scores.add_methods([method.facts() for method in methods])
-    missing = [
-        job
-        for job in jobs
-        if not set(config.metrics) <= set(scores.find(job.key(), job.digest))
-        or (job.picture is not None and not job.picture.is_file())
-        or config.degradation == READY
-        or job.made is not None  # that program may have made other images since
-    ]
+
+    def is_missing(job: Job) -> bool:
+        if config.degradation == READY or job.made is not None:  # somebody may have made other images since
+            return True
+        no_picture = job.picture is not None and not job.picture.is_file()
+        return no_picture or not set(config.metrics) <= set(scores.find(job.key(), job.digest))
+
+    missing = [job for job in jobs if is_missing(job)]
     facts = environment()
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("scoring", total=len(jobs), completed=len(jobs) - len(missing))
@@ -168,8 +123,7 @@ def evaluate(config: EvaluateConfig) -> None:
 def methods_of(config: EvaluateConfig) -> list[Method]:
     """Bicubic, each network by a name of its own, or the images of a folder.
 
-    Raises:
-        UserError: a file holds no network, or one of another scale.
+    A file that holds no network, or one of another scale, is a UserError.
     """
     if config.method == "images":
         name = Path(config.folder).resolve().name
@@ -186,8 +140,6 @@ def methods_of(config: EvaluateConfig) -> list[Method]:
 
 def network_in(path: Path) -> Method:
     """The network of a file, called by its origin ("DRRN_B1U9 s1"), else by the file's name."""
-    from drrn.identity import structure_name
-    from drrn.images import sha256
     from drrn.weights.ours import load_network
 
     network, about = load_network(path)
@@ -205,9 +157,6 @@ def jobs_of(
     Raises:
         UserError: a set cannot be read, or two pictures would have one name, or another program's is missing.
     """
-    from drrn.images import sha256
-    from drrn.sets import counterpart, image_files
-
     jobs = []
     for name in config.sets:
         members = {path: sha256(path) for path in image_files(name, Path(config.root), complete=False)}
@@ -233,15 +182,13 @@ def jobs_of(
 # ---------------------------------------------------------------------- workers
 
 
-def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterator[tuple[Job, dict[str, Any]]]:
+def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Protocol) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Every job's scores as they come: in this process, or in `workers` processes, each job in one of them."""
     threads = Watch().choose(config.threads).number if config.checkpoint and jobs else 1
     settings = (tuple(config.metrics), protocol, max(1, threads // config.workers))
     if config.workers == 1:
         yield from ((job, score_image(job, *settings)) for job in jobs)
         return
-    from drrn.workers import end_with_parent
-
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         futures = {pool.submit(score_image, job, *settings): job for job in jobs}
         try:
@@ -255,15 +202,8 @@ def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Any) -> Iterato
             pool.shutdown(cancel_futures=True)
 
 
-def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int = 1) -> dict[str, Any]:
+def score_image(job: Job, metrics: tuple[str, ...], protocol: Protocol, threads: int = 1) -> dict[str, Any]:
     """Score one image (in a worker process)."""
-    from PIL import Image
-
-    from drrn.disk import write_whole
-    from drrn.images import luminance, read_pixels
-    from drrn.matlab import to_uint8
-    from drrn.protocol import modcrop, over_colour, prepare, score_pixels
-
     started, colours = time.monotonic(), None
     try:
         pixels = read_pixels(job.path)
@@ -291,7 +231,7 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Any, threads: int 
     }
 
 
-def made_by_another(job: Job, truth: Any, over: Sequence[str] = ()) -> Any:
+def made_by_another(job: Job, truth: NDArray[np.uint8], over: Sequence[str] = ()) -> NDArray[np.uint8]:
     """Another program's picture in 8 bits, cropped to the scale as `truth` [H, W] or [H, W, 3] is.
 
     Programs save grey results as RGB. Of a grey truth one of three equal channels is taken, since the Y of RGB is in
@@ -300,9 +240,6 @@ def made_by_another(job: Job, truth: Any, over: Sequence[str] = ()) -> Any:
     Raises:
         UserError: it has another size, or other channels.
     """
-    from drrn.images import read_pixels
-    from drrn.protocol import modcrop
-
     whole = read_pixels(job.made)
     made, (height, width) = modcrop(whole, job.scale), truth.shape[:2]
     if made.shape[:2] != (height, width):
@@ -318,12 +255,8 @@ def made_by_another(job: Job, truth: Any, over: Sequence[str] = ()) -> Any:
     return made
 
 
-def run_network(checkpoint: Path, x: Any, threads: int, precision: str) -> Any:
-    """Super-resolve x [H, W] by the network in a file, on this worker's device.
-
-    Raises:
-        UserError: the device has no such precision.
-    """
+def run_network(checkpoint: Path, x: NDArray, threads: int, precision: str) -> NDArray:
+    """Super-resolve x [H, W] by the network in a file, on this worker's device; errors as of `super_resolve`."""
     from drrn.inference import super_resolve
 
     return super_resolve(_loaded(checkpoint, threads), x, precision=precision)
@@ -345,16 +278,7 @@ def _loaded(checkpoint: Path, threads: int) -> Any:
 
 
 def check_bicubic(root: Path) -> None:
-    """Make sure that bicubic on Set5 gives the numbers that the paper prints (Tab. 2).
-
-    Raises:
-        UserError: it does not: the images or the installed libraries are not what the protocol needs.
-    """
-    from drrn.images import read_luminance
-    from drrn.paper import paper_numbers
-    from drrn.protocol import means, prepare, score
-    from drrn.sets import fetch
-
+    """A UserError unless bicubic on Set5 gives the numbers that the paper prints (Tab. 2)."""
     files = fetch("Set5", root)
     for row in paper_numbers("table2"):
         if (row["dataset"], row["method"]) != ("Set5", "Bicubic"):
@@ -373,22 +297,19 @@ def check_bicubic(root: Path) -> None:
 
 def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: dict[str, Any]) -> None:
     """Means as a table: a row for each set and scale, a column for each method."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text  # brackets in a folder's name are no markup
-
-    from drrn.metrics import METRICS
-    from drrn.protocol import describe
-
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    places: dict[tuple, dict[str, Any]] = {}
+    places: dict[tuple, dict[str, dict[str, Any]]] = defaultdict(dict)  # set and scale → method → its row
     for row in rows:
-        place = places.setdefault((row["set"], row["scale"]), {None: 0})
-        place[None] = max(place[None], row["images"])
-        place[row["method"]] = " / ".join(f"{row[k]:.{METRICS[k].digits}f}" if k in row else "–" for k in metrics)
+        places[row["set"], row["scale"]][row["method"]] = row
     table = Table(title=" / ".join(m.upper() for m in metrics), caption=describe(protocol))
     for column in ("set", "scale", "images", *methods):
         table.add_column(Text(printable(column)), justify="left" if column == "set" else "right")
-    for (name, scale), cells in places.items():
-        table.add_row(Text(printable(name)), f"×{scale}", *(str(cells.get(key, "")) for key in (None, *methods)))
+
+    def cell(row: dict[str, Any]) -> str:
+        return " / ".join(f"{row[name]:.{METRICS[name].digits}f}" if name in row else "–" for name in metrics)
+
+    for (name, scale), measured in places.items():
+        images = max(row["images"] for row in measured.values())
+        cells = (cell(measured[method]) if method in measured else "" for method in methods)
+        table.add_row(Text(printable(name)), f"×{scale}", str(images), *cells)
     Console().print(table)

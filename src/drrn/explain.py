@@ -10,16 +10,25 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
 
-from drrn.degradations import BI
 from drrn.errors import UserError, printable
-
-if TYPE_CHECKING:
-    from drrn.evaluation import EvaluateConfig, Job
+from drrn.evaluation import Job, jobs_of, made_by_another, methods_of, run_network
+from drrn.evaluation_config import EvaluateConfig
+from drrn.fast.threads import Watch
+from drrn.images import read_pixels
+from drrn.matlab import imresize, rgb2y, rgb2ycbcr, to_uint8, ycbcr2rgb
+from drrn.metrics import METRICS, psnr
+from drrn.protocol import modcrop, shave, with_chroma
+from drrn.sets import set_label
 
 Levels = NDArray[np.uint8]
 Plane = NDArray[np.floating]  # 0…1
@@ -44,7 +53,6 @@ GREY = {"one channel": "as they are", "three channels": "as RGB"}
 HEADS = {"resized": "bicubic", "plane": "compared", "crop": "crop", "values": "values", "grey": "grey images"}
 # No program mixes one library's bicubic with the other's Y, nor reads low-resolution files as full-range Y.
 NEVER = {("matlab 8 bits", "pillow"), ("matlab 8 bits", "opencv"), ("pillow", "opencv"), ("opencv", "pillow")}
-NOT_ASKED = ("crop", "color", "rounding", "metrics", "images", "check_protocol")  # keys that explain answers itself
 SHOWN = 8  # ways of several departures that are printed
 
 
@@ -70,28 +78,10 @@ def explain(config: EvaluateConfig, overrides: Sequence[str] = ()) -> None:
         overrides: what the command line says. A number that is given with one digit is compared with one digit.
 
     Raises:
-        UserError: more than one set, scale or method, a key that has no meaning here, another degradation, or an
-            image that cannot be read.
+        UserError: a file holds no network, or an image cannot be read.
     """
-    from rich.console import Console
-    from rich.progress import track
-
-    from drrn.evaluation import jobs_of, methods_of
-    from drrn.fast.threads import Watch
-    from drrn.sets import set_label
-
     given = {name.lstrip("+"): text for name, _, text in (override.partition("=") for override in overrides)}
-    if config.degradation != BI:
-        raise UserError(f"explain = {config.explain}: its ways are of bicubic images; give degradation={BI}")
-    if idle := ", ".join(name for name in NOT_ASKED if name in given):
-        what = "it measures PSNR, or SSIM up to 1, in all ways, and keeps no images"
-        raise UserError(f"explain = {config.explain}: {what}; leave out {idle}")
     methods = methods_of(config)
-    for name, asked in (("sets", config.sets), ("scales", config.scales), ("checkpoint", methods)):
-        if len(asked) > 1:
-            raise UserError(
-                f"explain = {config.explain}: a number is of one set, scale and network; give one of {name}"
-            )
     metric = "psnr" if config.explain > 1 else "ssim"
     jobs = jobs_of(config, methods, lambda name, members: set_label(name, list(members)))
     threads = Watch().choose(config.threads).number if config.checkpoint else 1
@@ -115,11 +105,6 @@ def as_typed(text: str | None, value: float) -> str:
 
 def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32") -> dict[Way, float]:
     """One image measured in all ways that there are for it; the protocol's comes first."""
-    from drrn.evaluation import made_by_another
-    from drrn.images import read_pixels
-    from drrn.metrics import METRICS
-    from drrn.protocol import modcrop, shave
-
     pixels = modcrop(read_pixels(job.path), job.scale)
     made, is_grey = None if job.made is None else made_by_another(job, pixels), pixels.ndim == 2
     images = {"one channel": (pixels, made)}
@@ -137,8 +122,6 @@ def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32")
 
 
 def _compared(image: Plane, values: str) -> NDArray:
-    from drrn.matlab import to_uint8
-
     if values == "uint8":
         return to_uint8(image)
     return np.clip(image * 255.0, 0, 255) if values == "clipped" else image * 255.0
@@ -146,8 +129,6 @@ def _compared(image: Plane, values: str) -> NDArray:
 
 def _value(function: Callable[[NDArray, NDArray], float], a: NDArray, b: NDArray) -> float:
     """PSNR is over all channels; SSIM, which is of one, the mean over them."""
-    from drrn.metrics import psnr
-
     if a.ndim == 2 or function is psnr:
         return function(a, b)
     return float(np.mean([function(x, y) for x, y in zip(np.moveaxis(a, 2, 0), np.moveaxis(b, 2, 0), strict=True)]))
@@ -164,8 +145,6 @@ def plane_of(pixels: Levels, plane: str) -> Plane:
         Pillow    (19595 R + 38470 G + 7471 B + 2¹⁵) >> 16     `convert("L")`, libImaging/Convert.c
         OpenCV    (4899 R + 9617 G + 1868 B + 2¹³) >> 14       `COLOR_BGR2YCrCb`, imgproc/color_yuv
     """
-    from drrn.matlab import rgb2y, rgb2ycbcr
-
     if pixels.ndim == 2 or plane == "rgb":
         return pixels / 255.0
     if plane == "y":
@@ -183,10 +162,6 @@ def compared(
 
     The network runs once for each input.
     """
-    from drrn.evaluation import run_network
-    from drrn.matlab import imresize, rgb2ycbcr, to_uint8, ycbcr2rgb
-    from drrn.protocol import with_chroma
-
     truth = {plane: plane_of(pixels, plane) for plane in PLANES}
 
     @cache
@@ -228,8 +203,6 @@ def compared(
 
 def pillow_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
     """`Image.resize(…, BICUBIC)` to (height, width): a = -0.5, widened when shrinking, 8 bits."""
-    from PIL import Image
-
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
@@ -258,12 +231,6 @@ def explaining(means: dict[Way, float], claimed: str) -> list[Way]:
 
 def print_ways(means: dict[Way, float], claimed: str, metric: str, title: str) -> None:
     """The protocol, each single departure from it, and what explains the claimed number or comes near."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from drrn.metrics import METRICS
-
     protocol, digits = next(iter(means)), max(METRICS[metric].digits, len(claimed.partition(".")[2]))
     means = {way: value for way, value in means.items() if _says_more(way, means, digits)}
     found = explaining(means, claimed)

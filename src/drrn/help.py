@@ -90,15 +90,17 @@ def shown(value: Any) -> str:
 def beside(chosen: Mapping[str, Any]) -> dict[str, str]:
     """What the chosen files of conf/ say beside keys that no schema has: of another network, a callback, a logger."""
     found: dict[str, str] = {}
-    line = re.compile(r"^( *)(\w+):(?:.*?\s#\s(.*)|.*)$")
     for group in ("model", "callbacks", "logger"):
         names = chosen.get(group) or []
         for name in [names] if isinstance(names, str) else names:
             path, parent = Path(CONF) / group / f"{name}.yaml", group
-            for match in filter(None, map(line.match, path.read_text().splitlines() if path.is_file() else [])):
-                parent = parent if match[1] else f"{group}.{match[2]}"
-                if match[3]:
-                    found[f"{parent}.{match[2]}" if match[1] else parent] = match[3]
+            text = path.read_text() if path.is_file() else ""
+            for indent, key, comment in re.findall(r"^( *)(\w+):(?:.*?\s#\s(.*)|.*)$", text, re.MULTILINE):
+                where = f"{parent}.{key}" if indent else f"{group}.{key}"
+                if not indent:
+                    parent = where
+                if comment:
+                    found[where] = comment
     return found
 
 

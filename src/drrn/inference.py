@@ -59,7 +59,8 @@ def super_resolve(
     """
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"x is [H, W] with at least one pixel, not {tuple(x.shape)}")
-    parts = _parts(network, lambda a, b: x[a:b], tuple(x.shape), tile, self_ensemble, progress, None, precision)
+    shape = tuple(x.shape)
+    parts = super_resolve_strips(network, lambda a, b: x[a:b], shape, tile, self_ensemble, progress, None, precision)
     y = torch.cat(list(parts))
     return y if isinstance(x, Tensor) else y.cpu().numpy()
 
@@ -73,7 +74,7 @@ def super_resolve_strips(
     progress: Progress | None = None,
     room: int | None = None,
     precision: str = "float32",
-) -> Iterator[NDArray[np.float32]]:
+) -> Iterator[Tensor]:
     """`super_resolve` for an image that is never in memory as a whole.
 
     Args:
@@ -84,26 +85,12 @@ def super_resolve_strips(
         room: bytes that feature maps may take; None: `free_room`.
 
     Yields:
-        Strips [h, W] of the result ([h, s · W] where the network enlarges), from the top.
+        Strips [h, W] of the result ([h, s · W] where the network enlarges), from the top, float32, on the network's
+        device.
 
     Raises:
         ValueError, UserError: as `super_resolve`.
     """
-    for part in _parts(network, rows, shape, tile, self_ensemble, progress, room, precision):
-        yield part.cpu().numpy()
-
-
-def _parts(
-    network: nn.Module,
-    rows: Rows,
-    shape: tuple[int, int],
-    tile: int | None,
-    self_ensemble: bool,
-    progress: Progress | None,
-    room: int | None,
-    precision: str,
-) -> Iterator[Tensor]:
-    """Strips [h, W] of the result on the network's device, float32."""
     if tile is not None and tile < 1:
         raise ValueError(f"tile = {tile}: a tile has at least 1 pixel")
     device = next((p.device for p in network.parameters()), torch.device("cpu"))

@@ -108,10 +108,10 @@ def draw_crops(crops: Crops, stacked: bool = False) -> Figure:
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01)
     points = 72 * crop_width / 0.62  # of a letter that fills a crop's width
-    for place, (name, image, below) in zip(places, [(title, whole, ""), *panels], strict=True):
+    shown = [(title, whole, ""), *((name, box.of(image), below) for name, image, below in panels)]
+    for place, (name, image, below) in zip(places, shown, strict=True):
         axis = figure.add_subplot(place)
-        axis.imshow(image if image is whole and place is places[0] else box.of(image), cmap="gray", vmin=0, vmax=255,
-                    interpolation="nearest")  # fmt: skip
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.set_title(printable(name), size=min(10.8, points / len(name)), parse_math=False)
         axis.set_xlabel(below, size=min(9, points / max(1, len(below))))

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from drrn.disk import check_regular, write_json
 from drrn.errors import UserError
+from drrn.protocol import means
 from drrn.sets import known_sets, part_of, set_label
 
 FORMAT = 1
@@ -34,8 +36,6 @@ class Scores:
             self._read()
 
     def _read(self) -> None:
-        from drrn.disk import check_regular
-
         check_regular(self.path, LARGEST)
         try:
             content = json.loads(self.path.read_bytes())
@@ -94,9 +94,6 @@ class Scores:
 
     def write(self, facts: dict[str, Any], complete: bool = False) -> None:
         """Write the file, whole or not at all, with facts about this call, and means where all asked is there."""
-        from drrn.disk import write_json
-        from drrn.protocol import means
-
         rows = list(self.rows.values())
         content = {"format": FORMAT, "protocol": self.protocol, **facts, "methods": self.methods, "sets": self.sets}
         write_json(self.path, {**content, "scores": rows, **({"means": means(rows)} if complete else {})})

@@ -22,6 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import drrn
+from drrn.command_line import quoted
 from drrn.errors import UserError
 
 
@@ -43,8 +44,7 @@ class StudySweeper(BasicSweeper):
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """As Hydra's, but that each of joblib's jobs has its own part of the machine.
 
-        Raises:
-            UserError: a key of the sweeper is wrong, or the launcher is not installed.
+        A wrong key of the sweeper and a launcher that is not installed are a UserError.
         """
         batch, points = self.max_batch_size, self.points
         if batch is not None and (type(batch) is not int or batch < 1):
@@ -68,12 +68,7 @@ class StudySweeper(BasicSweeper):
             self.launcher.joblib["initializer"] = task_function.take
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        """Check every job, then run them (`drrn.sweep.run.run_sweep`).
-
-        Raises:
-            UserError: a job's configuration is wrong (nothing has started then), or jobs failed.
-            SystemExit: the sweep was stopped.
-        """
+        """Check every job, of which a wrong one is a UserError before any has started; then run them."""
         asked = [(self.check(job), job) for job in self.jobs(arguments)]
 
         from drrn.sweep.run import run_sweep
@@ -92,11 +87,7 @@ class StudySweeper(BasicSweeper):
         ]
 
     def check(self, job: list[str]) -> Any:
-        """A job's configuration, composed and checked.
-
-        Raises:
-            UserError: it is wrong.
-        """
+        """A job's configuration, composed and checked; what is wrong with it is a UserError."""
         from drrn.runs.request import request
 
         try:
@@ -123,8 +114,7 @@ class SearchSweeper(StudySweeper):
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """As Optuna's, with the launcher of a study.
 
-        Raises:
-            UserError: it is not installed, or it is given points or another direction.
+        A UserError where it is not installed, or is given points or another direction.
         """
         if self.points is not None:
             raise UserError("hydra.sweeper.points: a search chooses its points itself; leave out sweeps=")
@@ -149,11 +139,7 @@ class SearchSweeper(StudySweeper):
         self.optuna.sweeper.launcher = self.launcher
 
     def sweep(self, arguments: list[str]) -> None:
-        """Check what can be chosen, run n_trials jobs, each with a choice of the sampler, and print the best of them.
-
-        Raises:
-            UserError: a configuration is wrong (nothing has started then).
-        """
+        """Check what can be chosen, run n_trials jobs, each with a choice of the sampler, print the best of them."""
         for trial in self.trials(arguments):
             if self.check(trial).plan == "only":
                 raise UserError("plan = only: the trials of a search follow from each other, so it has no plan")
@@ -186,5 +172,5 @@ def literal(value: Any) -> str:
         return "[" + ",".join(map(literal, value)) + "]"
     words = ("null", "true", "false", "inf", "nan")  # which are no strings there
     if isinstance(value, str) and (value.lower() in words or not re.fullmatch(r"[A-Za-z_][\w./-]*", value)):
-        return "'" + value.replace("'", "\\'") + "'"
+        return quoted(value)
     return str(value)

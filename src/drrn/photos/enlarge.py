@@ -71,7 +71,8 @@ def enlarge(
         from drrn.inference import super_resolve_strips
 
         given = (own_luminance, pixels.shape[:2]) if network.input == "low" else (luminance, size)
-        strips = super_resolve_strips(network, *given, tile, self_ensemble, progress, room, precision)
+        parts = super_resolve_strips(network, *given, tile, self_ensemble, progress, room, precision)
+        strips = (part.cpu().numpy() for part in parts)
 
     top = 0
     for y in strips:
