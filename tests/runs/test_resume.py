@@ -220,6 +220,22 @@ def test_a_signal_while_workers_are_forked_is_not_swallowed(
     assert read_record(run_dir(config) / FILE)["ended_by"] == "signal SIGTERM"
 
 
+def test_a_signal_after_the_last_safe_point_is_passed_on() -> None:
+    """The run is finished; a sweep, whose handler was there before, begins no other one."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        for acted in (False, True):
+            with StopSignals() as stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while stop.asked is None:
+                    time.sleep(0.001)
+                stop.acted = acted
+            assert told == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_long_work_without_safe_points_is_given_up() -> None:
     with StopSignals() as stop:
         assert stop.wait(lambda: 5) == 5

@@ -65,7 +65,7 @@ class StopSignals:
         self.take()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if StopSignals.current is self:
             StopSignals.current = None
             signal.set_wakeup_fd(self.wakeup)
@@ -73,6 +73,8 @@ class StopSignals:
             os.close(self.writer)
             for number, handler in self.before.items():
                 signal.signal(number, handler)
+            if error is None and not self.acted and callable(before := self.before.get(self.asked)):
+                before(self.asked, None)  # it came after the last safe point: a sweep begins no other run
 
     def take(self) -> None:
         """Handle the signals, but for those that the shell has had ignored (nohup, jobs in the background).
