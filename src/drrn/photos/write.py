@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from drrn.photos.enlarge import CHUNK
 from drrn.photos.metadata import XMP, XMP_KEYWORD, Chunks, exif_bytes, lost_chunks, with_resolution
 from drrn.photos.read import Photo
 
+Strips = Iterator[NDArray[Any]]
+Shape = tuple[int, int, int]  # H, W, C
+Beside = dict[str, Any]  # what a file says beside its pixels, by Pillow's names
 LONGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels of a side that the format can hold
 
 
@@ -53,12 +56,7 @@ def stored_dtype(path: Path, dtype: np.dtype, channels: int, size: tuple[int, in
 
 
 def write_photo(
-    path: Path,
-    strips: Iterator[NDArray[Any]],
-    shape: tuple[int, int, int],
-    dtype: np.dtype,
-    photo: Photo,
-    quality: int = 95,
+    path: Path, strips: Strips, shape: Shape, dtype: np.dtype, photo: Photo, quality: int = 95
 ) -> list[str]:
     """Write an image that arrives in strips, whole or not at all, with what another's file says beside its pixels.
 
@@ -79,80 +77,66 @@ def write_photo(
         UserError: the file cannot be written (a full disk, no permission); nothing is left behind.
     """
     kind = FORMATS[path.suffix.lower()]
-    result, notes = _result(photo, kind, shape, dtype, quality)
+    beside, notes = _beside(photo, kind, shape)
     if dtype != photo.pixels.dtype:
         notes.append(f"{kind} holds 8 bits a channel: rounded from 16")
         strips = (((strip.astype(np.uint32) + 128) // 257).astype(np.uint8) for strip in strips)
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
-            {"PNG": _write_png, "TIFF": _write_tiff}.get(kind, _write_pillow)(file, strips, result)
+            if kind == "PNG":
+                _write_png(file, strips, shape, dtype, beside, photo.chunks)
+            elif kind == "TIFF":
+                _write_tiff(file, strips, shape, dtype, beside)
+            else:
+                _write_pillow(file, strips, shape, kind, quality, beside)
 
     write_whole(path, write)
     return notes
 
 
-class Result(NamedTuple):
-    """A result without its pixels: their shape and type, and what goes beside them, as its format takes it."""
-
-    kind: str
-    shape: tuple[int, int, int]
-    dtype: np.dtype
-    quality: int
-    icc: bytes | None
-    exif: bytes | None
-    xmp: bytes | None
-    dpi: tuple[float, float] | None
-    chunks: Chunks
-
-
-def _result(
-    photo: Photo, kind: str, shape: tuple[int, int, int], dtype: np.dtype, quality: int
-) -> tuple[Result, list[str]]:
-    """What a format can hold of what a photograph says, and notes on the rest."""
-    exif, exif_data, notes = photo.exif, None, []
+def _beside(photo: Photo, kind: str, shape: Shape) -> tuple[Beside, list[str]]:
+    """What a format holds of what a photograph says beside its pixels, by Pillow's names, and notes on the rest."""
+    notes = [] if kind == "PNG" else lost_chunks(photo.chunks, kind)
+    said = {"icc_profile": photo.icc, "xmp": photo.xmp, "dpi": photo.dpi}
+    exif = photo.exif
     if kind == "WEBP" and photo.dpi:  # its one place for a resolution
         exif = with_resolution(exif, photo.dpi)
     if exif is not None and kind in ("PNG", "JPEG", "WEBP"):
-        exif_data = exif_bytes(exif, shape, 65_000 if kind == "JPEG" else None)
-        if exif_data is None:
+        said["exif"] = exif_bytes(exif, shape, 65_000 if kind == "JPEG" else None)
+        if said["exif"] is None:
             notes.append("its EXIF data could not be kept")
     elif exif is not None:
         notes.append(f"{kind}: its EXIF data are left out")
-    icc, xmp = photo.icc, photo.xmp
-    if icc and kind == "BMP":
-        icc = None
+    if photo.icc and kind == "BMP":
+        del said["icc_profile"]
         notes.append("BMP holds no colour profile: left out")
-    if xmp and (kind == "BMP" or (kind == "JPEG" and len(xmp) > 65_000)):
-        xmp = None
+    if photo.xmp and (kind == "BMP" or (kind == "JPEG" and len(photo.xmp) > 65_000)):
+        del said["xmp"]
         notes.append(f"{kind}: its XMP data do not fit: left out")
-    if kind != "PNG":
-        notes += lost_chunks(photo.chunks, kind)
-    return Result(kind, shape, dtype, quality, icc, exif_data, xmp, photo.dpi, photo.chunks), notes
+    return {name: value for name, value in said.items() if value}, notes
 
 
-def _write_pillow(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result) -> None:
+def _write_pillow(file: BinaryIO, strips: Strips, shape: Shape, kind: str, quality: int, beside: Beside) -> None:
     """JPEG, WebP or BMP."""
     from PIL import Image
 
-    height, width, channels = result.shape
+    height, width, channels = shape
     canvas, top = Image.new(("L", "LA", "RGB", "RGBA")[channels - 1], (width, height)), 0
     for strip in strips:
         canvas.paste(Image.fromarray(strip[..., 0] if channels == 1 else strip), (0, top))
         top += len(strip)
-    said = {"icc_profile": result.icc, "exif": result.exif, "xmp": result.xmp, "dpi": result.dpi}
-    options = {name: value for name, value in said.items() if value is not None}
     # Without a descriptor Pillow writes through Python; by itself it overlooks a write that a full disk cut short.
     bare = SimpleNamespace(write=file.write, flush=file.flush)
-    canvas.save(bare, result.kind, quality=result.quality, subsampling=0, **options)
+    canvas.save(bare, kind, quality=quality, subsampling=0, **beside)
 
 
-def _write_tiff(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result) -> None:
+def _write_tiff(file: BinaryIO, strips: Strips, shape: Shape, dtype: np.dtype, beside: Beside) -> None:
     """Deflate with the horizontal predictor (integers), strip by strip."""
     import tifffile
 
-    _, width, channels = result.shape
-    integers = result.dtype.kind == "u"
+    _, width, channels = shape
+    integers, xmp = dtype.kind == "u", beside.get("xmp")
     rows = max(1, (CHUNK // 4) // (width * channels))
 
     def segments() -> Iterator[bytes]:
@@ -164,8 +148,8 @@ def _write_tiff(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result) 
     tifffile.imwrite(
         file,
         segments(),
-        shape=result.shape if channels > 1 else result.shape[:2],
-        dtype=result.dtype,
+        shape=shape if channels > 1 else shape[:2],
+        dtype=dtype,
         photometric="rgb" if channels >= 3 else "minisblack",
         planarconfig="contig" if channels > 1 else None,
         extrasamples=["unassalpha"] if channels in (2, 4) else None,
@@ -174,14 +158,14 @@ def _write_tiff(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result) 
         predictor=integers,
         metadata=None,
         software=False,
-        iccprofile=result.icc,
-        resolution=result.dpi,
-        resolutionunit="INCH" if result.dpi else None,
-        extratags=[(XMP, 1, len(result.xmp), result.xmp, True)] if result.xmp else (),
+        iccprofile=beside.get("icc_profile"),
+        resolution=beside.get("dpi"),
+        resolutionunit="INCH" if "dpi" in beside else None,
+        extratags=[(XMP, 1, len(xmp), xmp, True)] if xmp else (),
     )
 
 
-def _in_rows(strips: Iterator[NDArray[Any]], rows: int) -> Iterator[NDArray[Any]]:
+def _in_rows(strips: Strips, rows: int) -> Strips:
     """The same rows in strips of `rows` each; the last may be lower."""
     held: list[NDArray[Any]] = []
     for strip in strips:
@@ -194,30 +178,30 @@ def _in_rows(strips: Iterator[NDArray[Any]], rows: int) -> Iterator[NDArray[Any]
         yield np.concatenate(held)
 
 
-def _write_png(file: BinaryIO, strips: Iterator[NDArray[Any]], result: Result) -> None:
+def _write_png(file: BinaryIO, strips: Strips, shape: Shape, dtype: np.dtype, beside: Beside, chunks: Chunks) -> None:
     """PNG of 8 or 16 bits, row by row: Pillow writes no 16-bit colour and needs the whole image in memory."""
 
     def chunk(name: bytes, data: bytes) -> None:
         file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
 
-    height, width, channels = result.shape
-    step = channels * result.dtype.itemsize  # bytes of a pixel
+    height, width, channels = shape
+    step = channels * dtype.itemsize  # bytes of a pixel
     colour_type = (0, 4, 2, 6)[channels - 1]
     file.write(b"\x89PNG\r\n\x1a\n")
-    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * result.dtype.itemsize, colour_type, 0, 0, 0))
-    if result.icc:
-        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(result.icc))
-    for name, data in result.chunks:
+    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * dtype.itemsize, colour_type, 0, 0, 0))
+    if "icc_profile" in beside:
+        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(beside["icc_profile"]))
+    for name, data in chunks:
         chunk(name, data)
-    if result.dpi:
-        chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in result.dpi), 1))  # a metre
-    if result.exif:
-        chunk(b"eXIf", result.exif.removeprefix(b"Exif\0\0"))
-    if result.xmp:
-        chunk(b"iTXt", XMP_KEYWORD + b"\0\0\0\0\0" + result.xmp)
+    if "dpi" in beside:
+        chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in beside["dpi"]), 1))  # a metre
+    if "exif" in beside:
+        chunk(b"eXIf", beside["exif"].removeprefix(b"Exif\0\0"))
+    if "xmp" in beside:
+        chunk(b"iTXt", XMP_KEYWORD + b"\0\0\0\0\0" + beside["xmp"])
     deflate, previous = zlib.compressobj(6), np.zeros((1, width * step), np.uint8)
     for strip in strips:
-        stored = np.ascontiguousarray(strip, dtype=result.dtype.newbyteorder(">"))
+        stored = np.ascontiguousarray(strip, dtype=dtype.newbyteorder(">"))
         rows = stored.view(np.uint8).reshape(len(strip), width * step)
         data = deflate.compress(_png_filtered(rows, previous, step).tobytes())
         if data:
