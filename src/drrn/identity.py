@@ -1,4 +1,4 @@
-"""What a run is: the name of its structure, its identity, its folder."""
+"""What a run is: the name of its structure, its identity, its folder and files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from drrn.paper import depth
 
 SHORT = {"features": "{}f", "scale": "x{}"}  # arguments of networks, in their names
 TRAINED = ("alpha_steps",)  # of how a network is trained, not of what it is
+WEIGHTS = "weights.safetensors"  # in a run's folder
 Structure = ModelConfig | dict[str, Any]  # what a network is: another than DRRN has its name as `network`
 
 
@@ -175,3 +176,8 @@ def run_dir(config: Config) -> Path:
     digests = [_digest(identity(config)), _digest(_identity(asdict(config), as_written=True))]
     folder, *earlier = (parent / f"{name}-{digest}" for digest in digests for name in names)
     return next((one for one in earlier if one.is_dir()), folder)
+
+
+def checkpoint_name(step: int) -> str:
+    """The file of an optimiser step, in `checkpoints/` of a run's folder."""
+    return f"step{step:08d}.ckpt"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from drrn.degradations import BI, READY, check_scales
 from drrn.errors import UserError, printable
+from drrn.identity import WEIGHTS
 from drrn.images import read_luminance
 from drrn.inference import super_resolve
 from drrn.pictures import Box, crops, draw_crops, save
@@ -53,7 +54,7 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "
             print(f"not in the picture of {degradation}, since trained for another degradation: {', '.join(others)}")
         tested = [record for record in tested if _degradation(record) == degradation]
     files = [Path(path) for path in config.checkpoint]
-    files = files or [Path(record["path"]).with_name("weights.safetensors") for record in tested]
+    files = files or [Path(record["path"]).with_name(WEIGHTS) for record in tested]
     loaded = {file: load_network(file) for file in files}
     names = {file: about.get("origin") or printable(file.stem) for file, (_, about) in loaded.items()}
     if len(set(names.values())) < len(names):  # two networks of one name: call them by their folders

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from drrn.disk import write_whole
 from drrn.errors import counted
 from drrn.home import CONF, DATA, HOME
+from drrn.identity import WEIGHTS
 from drrn.images import sha256
 from drrn.layers import conv_weights
 from drrn.metrics import METRICS
@@ -150,7 +151,7 @@ def _source(m: Measurement, published: Published | None = None) -> Source:
         convert = f"python src/convert.py input={published.file.format(m.scale)} output=weights.safetensors"
         score = _scoring(m, "checkpoint=weights.safetensors", scales="{}" in published.file)
         return Source(state, f"{convert} && {score}", m.weights or "", record)
-    beside = path.with_name("weights.safetensors"), path.with_suffix(".safetensors")
+    beside = path.with_name(WEIGHTS), path.with_suffix(".safetensors")
     files = {sha256(file): file for file in beside if file.is_file()}
     if not m.weights:
         command = f"python src/train.py from_record={_short(path)} output=again"

@@ -17,8 +17,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from drrn.disk import check_regular
 from drrn.errors import UserError
+from drrn.identity import WEIGHTS, checkpoint_name
 from drrn.runs.lightning import WholeSteps
+from drrn.runs.record import FILE
 from drrn.runs.stop import StopSignals
+from drrn.tracking.rows import FILE as ROWS
 from drrn.weights.files import LIMIT
 from drrn.weights.pickles import read_torch
 
@@ -110,16 +113,11 @@ class Checkpoints(WholeSteps):
         state = (trainer.global_step, pl_module.validated)
         if state == self.kept:
             return
-        trainer.save_checkpoint(self.folder / name(trainer.global_step))
+        trainer.save_checkpoint(self.folder / checkpoint_name(trainer.global_step))
         self.kept = state
         if trainer.is_global_zero:
             for old in sorted(self.folder.glob("step*.ckpt"))[:-2]:
                 old.unlink()
-
-
-def name(step: int) -> str:
-    """The file of a step."""
-    return f"step{step:08d}.ckpt"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -202,7 +200,7 @@ def set_aside(folder: Path) -> None:
     number = 1
     while any(folder.glob(f"*.{number}*")):
         number += 1
-    for old in ("checkpoints", "record.json", "weights.safetensors", "rows.jsonl"):
+    for old in ("checkpoints", FILE, WEIGHTS, ROWS):
         path = folder / old
         if path.exists():
             path.rename(folder / f"{path.stem}.{number}{path.suffix}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from drrn.config import Config
 from drrn.errors import UserError, counted
-from drrn.identity import run_name
+from drrn.identity import WEIGHTS, checkpoint_name, run_name
 from drrn.runs.opening import Run, open_run, tried
 from drrn.runs.record import FILE
 
@@ -175,10 +175,9 @@ def _take_last(run: Run, data: SuperResolutionData, module: SuperResolution, tra
     import torch
 
     from drrn.disk import write_whole
-    from drrn.runs.checkpoints import name
     from drrn.runs.processes import broadcast
 
-    step, last = trainer.global_step, run.checkpoints / name(trainer.global_step)
+    step, last = trainer.global_step, run.checkpoints / checkpoint_name(trainer.global_step)
     if not broadcast(last.is_file):
         trainer.save_checkpoint(last)
     content = trainer.strategy.checkpoint_io.load_checkpoint(last, map_location="cpu", weights_only=True)
@@ -201,7 +200,7 @@ def score(run: Run, data: SuperResolutionData, module: SuperResolution, trainer:
 
     record = run.record
     facts = {**module.about, "steps": trainer.global_step}
-    rank_zero_only(save_weights)(run.folder / "weights.safetensors", module.network, run.config.model, facts)
+    rank_zero_only(save_weights)(run.folder / WEIGHTS, module.network, run.config.model, facts)
     trainer.test(module, datamodule=data, verbose=False)
     record["scores"], record["means"] = module.scores, means(module.scores)
     record["validation"] = module.validation

@@ -15,7 +15,7 @@ import numpy as np
 from lightning.pytorch.loggers.logger import Logger
 
 from drrn.config import Config
-from drrn.identity import run_name, structure_name
+from drrn.identity import WEIGHTS, checkpoint_name, run_name, structure_name
 from drrn.tracking.results import score_table, settings, test_means
 from drrn.tracking.rows import Rows
 from drrn.tracking.wandb_files import ended, history, mend, runs
@@ -189,7 +189,7 @@ class WandB(Logger):
 
         steps = self.record["budget"]["steps"]
         about = {"structure": self.record["structure"], "steps": steps, "means": self.record["means"]}
-        files = {"weights": "weights.safetensors", "checkpoint": f"checkpoints/step{steps:08d}.ckpt"}
+        files = {"weights": WEIGHTS, "checkpoint": f"checkpoints/{checkpoint_name(steps)}"}
         for kind in ARTIFACTS[self.config.logger.artifacts]:
             path = self.folder / files[kind]
             artifact = wandb.Artifact(f"{self.folder.name}-{kind}", "model", metadata=about)
