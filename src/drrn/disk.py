@@ -17,17 +17,23 @@ from filelock import FileLock, Timeout
 from drrn.errors import InUse, UserError
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write to a temporary name beside `path`, flush it to the disk, then rename.
+def write_whole(path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
+    """Write to a temporary name beside `path`, flush it to the disk, then rename.
 
     Whatever happens, power failures included, `path` is the old file or the new one. What cannot be written is a
-    UserError.
+    UserError. `content` is bytes, a text (in UTF-8; what of a file name is not becomes an escape) or a
+    function that writes to the path that it is given.
     """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
     where = f"{os.getpid()}-{threading.get_native_id()}"
     partial = path.parent / f".{path.name[-40:]}.{where}.partial"  # short: names end at 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
+        if isinstance(content, bytes):
+            partial.write_bytes(content)
+        else:
+            content(partial)
         _flush(partial)
         partial.replace(path)
         _flush(path.parent)  # the new name
@@ -96,12 +102,8 @@ def _flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all, in UTF-8 whatever the locale.
-
-    File names that are not UTF-8 come as lone surrogates, which JSON can only hold as escapes.
-    """
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"  # before any file: what fails here is our bug
-    write_whole(path, lambda partial: partial.write_bytes(text.encode("utf-8", "backslashreplace")))
+    """Write a JSON file, as `write_whole` does."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def write_page(path: Path, source: Path, target: Path, method: str, max_pixels: 
     pictures = {"before": data_url(before, photo.icc), "after": data_url(after.pixels[rows, columns], after.icc)}
     page = Template(Path(__file__).with_name("compare.html").read_text(encoding="utf-8"))
     text = page.substitute({key: html.escape(value) for key, value in said.items()}, **pictures)
-    write_whole(path, lambda partial: partial.write_bytes(text.encode("utf-8", "backslashreplace")))  # odd file names
+    write_whole(path, text)
 
 
 def data_url(pixels: NDArray[Any], icc: bytes | None) -> str:

@@ -84,8 +84,8 @@ def write_ledger(scores: list[Path], records: list[dict[str, Any]], output: Path
     tables = _tables(entries)
     text = "\n".join(["# The ledger", "", *(f"{line}\n" for line in ABOUT), f"Made by `{command}`.\n"])
     text += "\n" + "\n".join(table.markdown() for table in tables)
-    for name, content in (("ledger.csv", flat.csv()), ("ledger.md", text)):
-        write_whole(output / name, lambda partial, content=content: partial.write_text(content, encoding="utf-8"))
+    write_whole(output / "ledger.csv", flat.csv())
+    write_whole(output / "ledger.md", text)
     sections = [Section("ledger", ABOUT[0], [Part("", ABOUT[1:], tables)])]
     write_page(output / "ledger.html", "The ledger", sections, command)
     print(f"written: {output / 'ledger'}.csv, .md, .html")

@@ -75,4 +75,4 @@ def write_page(page: Path, title: str, sections: list[Section], command: str) ->
         "page.html"
     )
     text = template.render(title=title, sections=sections, command=command, link=link, here=page.parent)
-    write_whole(page, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_whole(page, text)

@@ -111,8 +111,7 @@ def write_table(table: Table, stem: Path) -> None:
         console.print(printed)
     console.print("\n".join(table.notes))
     for suffix, text in ((".md", table.markdown()), (".csv", table.csv()), (".tex", table.latex())):
-        path = stem.with_name(stem.name + suffix)
-        write_whole(path, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
+        write_whole(stem.with_name(stem.name + suffix), text)
     print(f"written: {stem}.md, .csv, .tex\n")
 
 

@@ -131,7 +131,7 @@ def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[st
     serialised = proto.SerializeToString()
     session = onnxruntime.InferenceSession(serialised, providers=["CPUExecutionProvider"])
     difference = largest_difference(network, lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]))
-    write_whole(path, lambda partial: partial.write_bytes(serialised))
+    write_whole(path, serialised)
     return difference
 
 
@@ -145,7 +145,7 @@ def export_program(path: Path, network: nn.Module, model: Structure, about: dict
     difference = largest_difference(network, exported.module())
     content = io.BytesIO()  # torch.export.save wants the suffix .pt2 of a path
     torch.export.save(exported, content, extra_files={"drrn.json": said})
-    write_whole(path, lambda partial: partial.write_bytes(content.getvalue()))
+    write_whole(path, content.getvalue())
     return difference
 
 

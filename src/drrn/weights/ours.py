@@ -38,8 +38,8 @@ def save_weights(path: Path, network: nn.Module, model: Structure, about: dict[s
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     facts = {"format": FORMAT, "model": structure(model), **about, "digest": digest(tensors)}
-    content = save_safetensors(tensors, {"drrn": json.dumps(facts)})  # its save_file makes files private (0600)
-    write_whole(path, lambda partial: partial.write_bytes(content))
+    # In one piece: safetensors' own save_file makes files private (0600).
+    write_whole(path, save_safetensors(tensors, {"drrn": json.dumps(facts)}))
 
 
 def digest(state: dict[str, Tensor]) -> str:
