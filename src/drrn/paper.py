@@ -13,7 +13,7 @@ def depth(B: int, U: int) -> int:
 
 
 def paper_numbers(name: str) -> list[dict[str, str]]:
-    """The rows of data/paper/<name>.csv: "table2", "table3", "table4", "fig1", "fig6", "fig8", "fig9"."""
+    """The rows of data/paper/<name>.csv: "table1", …, "table4", "fig1", "fig6", "fig8", "fig9"."""
     with (DATA / "paper" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

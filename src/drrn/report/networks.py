@@ -11,7 +11,7 @@ import torch
 from drrn.fast.memory import tensors_counted
 from drrn.inference import super_resolve
 from drrn.networks import build, count
-from drrn.paper import printed
+from drrn.paper import paper_numbers, printed
 from drrn.report.groups import PLACE, RunGroup, in_paper
 from drrn.report.ledger import Found
 from drrn.report.measurements import MISSING
@@ -32,15 +32,6 @@ MEMBERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "DRRN_B1U9": ("drrn", {}, "DRRN_B1U9"),
     "DRRN_B1U25": ("drrn", {"U": 25}, "DRRN_B1U25"),
 }
-# Table 1: conf/model, all of 20 layers; the name in Table 2; strategies; the formula.
-TABLE1 = {
-    "ResNet": ("resnet", "", "local residuals in a chain", "y = f_Rec(U_U(U_{U-1}(…(U_1(f_1(x))))))"),
-    "VDSR": ("vdsr_plain", "VDSR", "global residual", "y = f_Rec(f_{d-1}(f_{d-2}(…(f_1(x))))) + x"),
-    "DRCN": ("drcn", "DRCN", "global residual, recursion of one layer, ensemble",
-             "y = Σ_t w_t · (f_Rec(f_2^(t)(f_1(x))) + x)"),
-    "DRRN": ("drrn", "DRRN_B1U9", "multi-path local residuals, global residual, recursion of units",
-             "y = f_Rec(R_B(R_{B-1}(…(R_1(x))))) + x"),
-}  # fmt: skip
 
 
 def sizes(model: dict[str, Any]) -> tuple[str, str, str]:
@@ -64,11 +55,10 @@ def table1(found: Found, groups: list[RunGroup]) -> Table:
     columns = ["method", "strategies", "formula", "depth", "weights", "multiply-adds a pixel", "paper", "ours"]
     columns += [f"ours: {group.short()}" for group in groups]
     rows = []
-    for name, (file, method, strategies, formula) in TABLE1.items():
-        model = preset(file)
-        measured = found.get((method, *PLACE))
+    for its in paper_numbers("table1"):
+        model, measured = preset(its["model"]), found.get((its["method"], *PLACE))
         ours = f"{measured[0]['psnr']:.2f}" if measured else MISSING
-        row = [name, strategies, formula, *sizes(model), quoted(method, PLACE), ours]
+        row = [its["network"], its["strategies"], its["formula"], *sizes(model), quoted(its["method"], PLACE), ours]
         rows.append([*row, *(_trained(group, model) for group in groups)])
     notes = ["PSNR in dB on Set5 ×3. A multiply-add is two operations; weights of convolutions, shared ones once."]
     notes += ["Ours: published weights measured here, or trained here at the paper's size."]
