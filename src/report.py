@@ -10,10 +10,13 @@ Prints what it makes and writes it below `output`. Studies also make one page, `
 
 from __future__ import annotations
 
+import shlex
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from drrn.help import script
 from drrn.home import CONF
 from drrn.launch import launch, refusing
 from drrn.report.report import ReportConfig, check, report
@@ -25,7 +28,7 @@ KEYS = ReportConfig
 def main(cfg: DictConfig) -> None:
     """Read, tabulate, draw."""
     with refusing():
-        report(check(cfg), " ".join(["python src/report.py", *HydraConfig.get().overrides.task]))
+        report(check(cfg), f"{script('report')} {shlex.join(HydraConfig.get().overrides.task)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 from conftest import TINY
 from drrn.config import Config, ModelConfig, check
 from drrn.errors import UserError
-from drrn.identity import run_dir, run_name, structure_name
+from drrn.identity import run_dir, run_group, run_name, structure_name
+from drrn.model import DRRN
+from drrn.runs.record import run_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -355,6 +357,22 @@ def test_runs_that_differ_live_in_folders_that_differ(configure: Callable) -> No
 def test_what_does_not_change_the_result_does_not_move_the_run(change: str, configure: Callable) -> None:
     """Else a run could not be resumed with other workers, on another machine, or with more time."""
     assert run_dir(configure(change)) == run_dir(configure())
+
+
+def test_the_keys_of_our_solver_are_no_part_of_a_run_with_anothers(
+    configure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    solver = ("+optim.optimiser={_target_: torch.optim.RAdam}", "optim.bias_lr_mult=1")
+    config, other = (configure(*solver, *more, tiny=False) for more in ((), ("optim.momentum=0.5",)))
+    assert run_dir(config) == run_dir(other)
+    record = run_record(config, DRRN(1, 9))["config"]
+    left_out = dataclasses.asdict(config)["optim"].keys() - record["optim"].keys()
+    assert left_out == {"algorithm", "momentum", "weight_decay"}
+    assert run_group(record, None) == run_group(dataclasses.asdict(other), None)  # an earlier record
+    earlier = Path("runs/main/DRRN_B1U9_s1-57b86615")  # as ce47e4d named it
+    earlier.mkdir(parents=True)
+    assert run_dir(config) == earlier
 
 
 def test_a_name_of_ones_own(configure: Callable) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
+import sys
 from collections.abc import Callable
 
 import pytest
 
-from drrn.command_line import COMMANDS
+from drrn.command_line import COMMANDS, launch
+from drrn.help import script
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -24,6 +27,19 @@ def test_help_opens_with_a_sentence_and_two_examples(name: str, entry_point: Cal
     assert ("Groups" in out) == (name in ("train", "prepare"))
     assert "hydra." not in keys
     assert name != "prepare" or all(line.startswith("  data.") for line in lines)
+
+
+def test_commands_are_named_as_they_were_typed(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["drrn report", "--help"])
+    launch(importlib.import_module("report").main)
+    out = capsys.readouterr().out
+    assert "    drrn report study=fig6\n" in out
+    assert "python src" not in out
+    assert script("train") == "drrn train"
+    monkeypatch.setattr(sys, "argv", ["src/report.py"])
+    assert script("train") == "python src/train.py"
 
 
 def test_help_shows_what_overrides_make_of_it(entry_point: Callable) -> None:

@@ -70,7 +70,7 @@ class DataConfig:
     batch_size: int = key("pairs of an optimiser step, over all devices and micro-batches", at_least=1)
     num_workers: int = key("processes that read patches", at_least=0, below=2**10)
     test: list[str] | None = key("sets to score at its end, folders or parts; null: those of val", default=None)
-    test_metrics: list[str] | None = key("at its end, beside psnr and ssim: [ifc]", default=None)
+    test_metrics: list[str] | None = key("at its end, beside psnr and ssim: [ifc]", default=None, distinct=True)
 
     def share(self, micro: int, processes: int = 1) -> int:
         """Pairs of one process's micro-batch; a UserError where they do not divide the batch."""

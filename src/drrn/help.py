@@ -31,11 +31,16 @@ def command() -> str:
     return Path(sys.argv[0]).stem.split()[-1]
 
 
+def script(name: str) -> str:
+    """How a command is typed here: `python src/report.py`, or `drrn report` where that was typed."""
+    return f"drrn {name}" if sys.argv[0].startswith("drrn ") else f"python src/{name}.py"
+
+
 def show(about: str, schema: type, arguments: Sequence[str]) -> None:
     """Print the help of the command that runs: `about`, its docstring, and its keys as `arguments` set them."""
     name = command()
     cfg = composed(CONFIGS.get(name, name), [a for a in arguments if not a.startswith("-")])
-    lines = [about.strip(), ""]
+    lines = [re.sub(r"python src/(\w+)\.py", lambda match: script(match[1]), about.strip()), ""]
     if groups := list(choices(name)):
         width = max(len(group) for group, _ in groups)
         lines += ["Groups (group=name):", *(f"  {group:{width}}  {', '.join(n)}" for group, n in groups), ""]

@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from drrn.config import DEFAULT, Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from drrn.paper import depth
+from drrn.targets import OF_OUR_SOLVERS
 
 SHORT = {"features": "{}f", "scale": "x{}"}  # arguments of networks, in their names
 TRAINED = ("alpha_steps",)  # of how a network is trained, not of what it is
@@ -93,8 +94,8 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def _identity(whole: dict[str, Any], as_written: bool = False) -> dict[str, Any]:
-    """`identity` of a configuration as a record keeps it; `as_written`: callbacks by the names they are given, which
-    was what digests were made of before both names of a class counted as one."""
+    """`identity` of a configuration as a record keeps it; `as_written`: as digests were made before both names of a
+    callback's class counted as one, and with keys that another library's solver does not read."""
     kept: dict[str, Any] = {"trainer_extra": whole["trainer_extra"], "seed": whole["seed"]}
     for group, defaults in LATER.items():
         items = (item for item in whole[group].items() if item[0] not in NOT_IDENTITY.get(group, ()))
@@ -105,6 +106,8 @@ def _identity(whole: dict[str, Any], as_written: bool = False) -> dict[str, Any]
     if shared_out and _normalises(whole["model"]):  # each process by its share of a batch
         kept["processes"] = [devices, nodes]
     kept["trainer"]["max_time"] = None  # a run that was stopped by it is resumed in the same folder
+    if "optimiser" in kept["optim"] and not as_written:
+        kept["optim"] = {key: value for key, value in kept["optim"].items() if key not in OF_OUR_SOLVERS}
     if "crops" in kept["data"]:
         kept["data"].pop("stride", None)  # of stored patches
     # Callbacks that change weights or length; one that is not known here may.

@@ -284,9 +284,7 @@ def in_training() -> tuple[str, ...]:
 
 
 def check_names(key: str, names: list[str]) -> None:
-    """Refuse metrics, named by `key`: none, one twice, or one that is not there."""
+    """Refuse metrics, named by `key`, that are not there."""
     for name in names:
         if name not in METRICS:
             raise UserError(f"{key}: {name!r} is not one of {', '.join(METRICS)}")
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{key} = {names}: one or more different metrics")

@@ -64,7 +64,7 @@ def configured(
     import torch
     from torch import nn
     from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+    from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     rates = dict.fromkeys(network.parameters(), 1.0)  # relative to `optim.lr`
@@ -82,17 +82,11 @@ def configured(
         optimizer = getattr(torch.optim, name)(groups, optim.lr, weight_decay=decay, fused=fused, **own(optim))
     if optim.scheduler is not None:
         schedule = make("optim.scheduler", optim.scheduler, LRScheduler, optimizer)
-        refuse_measured(type(schedule))
+        if isinstance(schedule, ReduceLROnPlateau):
+            name = type(schedule).__name__
+            raise UserError(f"optim.scheduler: {name} follows a measure, and here schedules follow the step")
         return optimizer, schedule
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(optim, step, steps_per_epoch, max_steps))
-
-
-def refuse_measured(schedule: type) -> None:
-    """Refuse a class of schedules that follow a measure."""
-    from torch.optim.lr_scheduler import ReduceLROnPlateau
-
-    if issubclass(schedule, ReduceLROnPlateau):
-        raise UserError(f"optim.scheduler: {schedule.__name__} follows a measure, and here schedules follow the step")
 
 
 def takes_found_inf(optimizer: Optimizer) -> bool:

@@ -86,8 +86,10 @@ def _check_limits(config: Any, group: str = "") -> None:
             continue
         if "choices" in limits and value not in limits["choices"]:
             raise UserError(f"{where} = {value!r}: allowed are {', '.join(limits['choices'])}")
-        if limits.get("distinct") and (not value or len(set(value)) < len(value)):
-            raise UserError(f"{where} = {value}: one or more different values")
+        if limits.get("distinct") and not value:
+            raise UserError(f"{where} = []: give one or more values" + ", or null" * ("None" in its.type))
+        if limits.get("distinct") and len(set(value)) < len(value):
+            raise UserError(f"{where} = {value}: must be different values")
         for limit in (limit for limit in ORDER if limit in limits):
             for item in value if isinstance(value, list) else [value]:
                 if item == math.inf:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -53,22 +52,6 @@ def resolve(name: str, node: Any, kind: type) -> tuple[type, dict[str, Any]]:
     if nested := list(targets(arguments)):
         raise UserError(f"{name}: _target_ = {nested[0]!r} among the arguments of another; give plain values")
     return found, arguments
-
-
-def check_class(name: str, node: Any, kind: type, *first: Any, **more: Any) -> type:
-    """The class that `make` would call: it is there, of its kind, and takes arguments of these names.
-
-    Raises:
-        UserError: as `make`.
-    """
-    found, arguments = resolve(name, node, kind)
-    try:
-        inspect.signature(found).bind(*first, **{**more, **arguments})
-    except TypeError as error:
-        raise UserError(f"{name}: {node['_target_']} does not take these arguments: {error}") from error
-    except ValueError:  # a class without a signature
-        pass
-    return found
 
 
 def make(name: str, node: Any, kind: type, *first: Any, **more: Any) -> Any:

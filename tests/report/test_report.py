@@ -267,6 +267,7 @@ def test_report_refusals(entry_point: Callable, tmp_path: Path) -> None:
     """Nothing to report, absent files, no records."""
     for arguments, named in (
         ((), "nothing to report"),
+        (("ledger=true", "study=fig6"), "ledger and study: the ledger is a report of its own"),
         (("scores=[nowhere.json]",), "nowhere.json"),
         ((f"runs={tmp_path}",), "record.json"),
         (("compare=nowhere.png",), "nowhere.png"),

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from drrn.identity import run_dir
 from drrn.runs import run as train
 from drrn.runs.record import FILE
 from drrn.targets import resolve
-from drrn.tracking.results import settings
 from drrn.tracking.wandb_files import history, runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -336,11 +334,3 @@ def test_a_run_without_wandb_needs_no_wandb(
     record = json.loads((run_dir(config) / FILE).read_text())
     assert record["status"] == "finished"
     assert record["versions"]["wandb"] is None
-
-
-def test_anothers_solver_is_logged_without_the_keys_of_ours(configure: Callable) -> None:
-    """Its record keeps them: they are part of what the run's folder is named by."""
-    ours = {"algorithm", "momentum", "weight_decay"}
-    for more, hidden in (((), set()), (("+optim.optimiser={_target_:torch.optim.RAdam}",), ours)):
-        config = asdict(configure(*more))
-        assert config["optim"].keys() - settings({"config": config})["optim"].keys() == hidden

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from drrn.disk import check_output
 from drrn.errors import UserError
+from drrn.help import script
 from drrn.schema import key
 from drrn.weights.shipped import weights_file
 
@@ -59,7 +60,7 @@ def check(options: Options) -> None:
     """
     for name in ("input", "scale"):
         if getattr(options, name) in (None, "", []):
-            raise UserError(f"{name} is missing: python src/upscale.py input=photo.jpg scale=2")
+            raise UserError(f"{name} is missing: {script('upscale')} input=photo.jpg scale=2")
     if options.method == "network":
         options.checkpoint = str(weights_file(options.checkpoint, options.scale))
     elif options.checkpoint:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from drrn.degradations import BI, READY, check_scales
 from drrn.errors import UserError, printable
+from drrn.help import script
 from drrn.identity import WEIGHTS
 from drrn.images import read_luminance
 from drrn.inference import super_resolve
@@ -108,7 +109,7 @@ def _chosen(config: ReportConfig, tested: list[dict[str, Any]]) -> tuple[Path, i
     name, box = config.compare, Box(*config.box) if config.box else None
     if name in FIG7:
         set_name, file, scale, preset = FIG7[name]
-        box, hint = box or preset, f"python src/prepare.py 'data.test=[{set_name}]'"
+        box, hint = box or preset, f"{script('prepare')} 'data.test=[{set_name}]'"
     elif name:
         if not Path(name).is_file():
             raise UserError(f"compare = {name!r}: no such file, and none of {', '.join(FIG7)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drrn.errors import UserError, counted
+from drrn.help import script
 from drrn.metrics import METRICS
 from drrn.paper import paper_numbers
 from drrn.pictures import save
@@ -104,7 +105,7 @@ def study_sections(studies: list[str], config: ReportConfig, records: list[dict[
     Raises:
         UserError: no run belongs to any, or runs do not compare.
     """
-    commands = {study: f"python src/train.py sweeps={STUDIES[study].sweep}" for study in studies}
+    commands = {study: f"{script('train')} sweeps={STUDIES[study].sweep}" for study in studies}
     found = {study: run_groups(study, records) for study in studies}
     if studies and not any(found.values()):
         raise UserError(

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from drrn.disk import write_whole
 from drrn.errors import counted
+from drrn.help import script
 from drrn.home import CONF, DATA, HOME
 from drrn.identity import WEIGHTS
 from drrn.images import sha256
@@ -34,7 +35,6 @@ from drrn.sets import registered_sets
 from drrn.weights.shipped import shipped
 
 QUOTED, REMEASURED, TRAINED, COUNTED = STATES = ("quoted", "re-measured", "trained here", "counted")
-COUNT = "python src/report.py ledger=true"  # what counts weights, layers, images and settings
 SCORES = DATA / "ledger"  # files of scores that come with the package
 
 
@@ -148,13 +148,13 @@ def _source(m: Measurement, published: Published | None = None) -> Source:
     if m.method == "Bicubic":
         return Source(state, _scoring(m, "method=bicubic", scales=False), "", record)
     if published:
-        convert = f"python src/convert.py input={published.file.format(m.scale)} output=weights.safetensors"
+        convert = f"{script('convert')} input={published.file.format(m.scale)} output=weights.safetensors"
         score = _scoring(m, "checkpoint=weights.safetensors", scales="{}" in published.file)
         return Source(state, f"{convert} && {score}", m.weights or "", record)
     beside = path.with_name(WEIGHTS), path.with_suffix(".safetensors")
     files = {sha256(file): file for file in beside if file.is_file()}
     if not m.weights:
-        command = f"python src/train.py from_record={_short(path)} output=again"
+        command = f"{script('train')} from_record={_short(path)} output=again"
         return Source(state, command, next(iter(files), ""), record)
     file = _short(files[m.weights]) if m.weights in files else "weights.safetensors"
     return Source(state, _scoring(m, f"checkpoint={file}", scales=True), m.weights, record)
@@ -169,7 +169,7 @@ def _short(path: Path) -> str:
 def _scoring(m: Measurement, method: str, scales: bool) -> str:
     """The command that makes a file of scores again."""
     content = json.loads(Path(m.source).read_bytes())
-    command = f"python src/evaluate.py {method} 'sets=[{','.join(content['sets'])}]' 'metrics=[{','.join(m.values)}]'"
+    command = f"{script('evaluate')} {method} 'sets=[{','.join(content['sets'])}]' 'metrics=[{','.join(m.values)}]'"
     measured = sorted({row["scale"] for row in content["scores"] if row["weights"] == m.weights})
     return command + f" 'scales=[{','.join(map(str, measured))}]'" * scales
 
@@ -230,7 +230,8 @@ def _count(place: str, what: str, printed: str, ours: Any, note: str = "") -> En
         return Entry(place, what, printed)
     a, b = (float(str(value).removesuffix("K")) for value in (ours, printed))
     digits = len(str(ours).removesuffix("K").partition(".")[2])
-    return Entry(place, what, printed, str(ours), signed(a - b, digits), Source(COUNTED, COUNT), note)
+    source = Source(COUNTED, f"{script('report')} ledger=true")
+    return Entry(place, what, printed, str(ours), signed(a - b, digits), source, note)
 
 
 @cache

@@ -44,7 +44,7 @@ RECORD = {
         "model": dict,
         "data": {"name": str, "batch_size": int, "scales": [int], "val": [str]},
         "trainer": {"max_steps": int, "precision": str},
-        "optim": {"algorithm": str, "lr": float},
+        "optim": {"algorithm?": str, "lr": float},
     },
 }
 METHOD = {
@@ -131,7 +131,7 @@ def recipe(config: dict[str, Any]) -> str:
     """How a run was trained, in a line: "Adam 0.002, cosine, no clipping, bf16-mixed"."""
     optim, precision, residual = config["optim"], config["trainer"]["precision"], config["optim"]["residual_scale"]
     start = config["init_from"] or (config["ckpt_path"] if config["ckpt_path"] != "last" else None)
-    solver = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}.get(optim["algorithm"], optim["algorithm"])
+    solver = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}.get(name := optim.get("algorithm", ""), name)
     epochs, steps = optim["halve_every_epochs"], optim["halve_every_steps"]
     often = f"{epochs:g} epoch" + "s" * (epochs != 1) if epochs else f"{steps} step" + "s" * (steps != 1)
     schedule = {"halve": f"halved every {often}", "step": f"a tenth every {often}"}

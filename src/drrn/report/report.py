@@ -55,6 +55,9 @@ def check(cfg: DictConfig) -> ReportConfig:
         raise UserError(
             "nothing to report: give runs=FOLDER, scores=[FILE], study=NAME, compare=IMAGE or ledger=true"
         )
+    for name in ("study", "compare"):
+        if config.ledger and getattr(config, name):
+            raise UserError(f"ledger and {name}: the ledger is a report of its own; give {name} without it")
     if config.scores and of_runs:
         raise UserError("scores and study: studies are drawn from run records; report files of scores without study")
     for path in config.scores:

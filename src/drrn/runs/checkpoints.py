@@ -8,6 +8,7 @@ import math
 import signal
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from drrn.config import Config
 from drrn.disk import check_regular
 from drrn.errors import UserError
 from drrn.identity import WEIGHTS, checkpoint_name
+from drrn.networks import structure
 from drrn.runs.lightning import WholeSteps
 from drrn.runs.record import FILE
 from drrn.runs.stop import StopSignals
@@ -174,14 +177,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def check_resumable(path: Path, hyper_parameters: dict[str, Any], max_steps: int) -> None:
+def check_resumable(path: Path, config: Config, max_steps: float) -> None:
     """Refuse to resume a training from a file that is damaged, of another network or solver, or beyond its end."""
     try:
         content = read_checkpoint(path)
     except Damaged as reason:
         raise UserError(f"ckpt_path = {str(path)!r} cannot be resumed from: {reason}") from reason
-    for group in ("model", "optim"):
-        held, asked = content["hyper_parameters"].get(group, {}), hyper_parameters[group]
+    for group, asked in (("model", structure(config.model)), ("optim", asdict(config.optim))):
+        held = content["hyper_parameters"].get(group, {})
         differing = [f"{group}.{key}={held.get(key)}" for key in asked if held.get(key, asked[key]) != asked[key]]
         if differing:
             raise UserError(

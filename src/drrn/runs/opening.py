@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,15 +14,14 @@ from shutil import which
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from drrn.config import Config, OptimConfig
+from drrn.config import Config
 from drrn.disk import check_output, locked
 from drrn.errors import UserError
 from drrn.fast.threads import Watch
+from drrn.help import script
 from drrn.identity import run_dir, run_name
 from drrn.launch import launched
-from drrn.optimisers import refuse_measured
 from drrn.runs.record import FILE, done_before, own_record
-from drrn.targets import check_class
 from drrn.weights.shipped import weights_file
 
 if TYPE_CHECKING:  # torch and Lightning are imported when there is something to train
@@ -103,6 +103,7 @@ def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | 
 def _opened(
     config: Config, train: Callable[[Config], None], watch: Watch, earlier: dict[str, Any], finished: Path | None
 ) -> Iterator[Run | None]:
+    from drrn.networks import on_paper
     from drrn.runs.callbacks import make_callbacks
     from drrn.runs.journal import log_to, recorded, warn_of_differences
     from drrn.runs.lightning import trainer_arguments
@@ -118,7 +119,8 @@ def _opened(
     said = _prepare_torch(config, watch, earlier)
     processes = Processes(config, trainer_arguments(config))
     callbacks = make_callbacks(config, folder)
-    _check_classes(config.optim)
+    network = on_paper(config.model)
+    _try_on_paper(config, network)
     if processes.to_be_started:
         processes.start(train, config, folder / FILE)
         yield None
@@ -129,7 +131,7 @@ def _opened(
         print(_again(config, finished))
         yield None
         return
-    record = _new_record(config, earlier, processes)
+    record = _new_record(config, network, earlier, processes)
     tracking = Tracking(config, folder, record, processes.first)
     if config.from_record is not None and processes.first:
         warn_of_differences(Path(config.from_record), record)
@@ -154,24 +156,23 @@ def _opened(
             yield Run(config, folder, record, earlier, processes, stop, callbacks, tracking, initial)
 
 
-def _check_classes(optim: OptimConfig) -> None:
-    """Hold what `optim` names by `_target_` against its class, before the run has a folder."""
-    from torch import nn
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
+def _try_on_paper(config: Config, network: Any) -> None:
+    """Refuse a loss, a solver, a schedule or a checkpoint that does not fit, before there are patches or a folder."""
+    from drrn.losses import loss_of
+    from drrn.optimisers import configured
+    from drrn.runs.checkpoints import check_resumable
 
-    if isinstance(optim.loss, dict):
-        check_class("optim.loss", optim.loss, nn.Module)
-    if optim.optimiser is not None:
-        check_class("optim.optimiser", optim.optimiser, Optimizer, [], lr=optim.lr)
-    if optim.scheduler is not None:
-        refuse_measured(check_class("optim.scheduler", optim.scheduler, LRScheduler, None))
+    loss_of(network, config.optim.loss)
+    configured(network, config.optim, steps_per_epoch=1, max_steps=1, fused=False)
+    if config.ckpt_path not in (None, "last") and not any(run_dir(config).glob("checkpoints/step*.ckpt")):
+        steps = config.trainer.max_steps if config.trainer.max_epochs is None else math.inf  # not known yet
+        check_resumable(Path(config.ckpt_path), config, steps)
 
 
 def _again(config: Config, finished: Path) -> str:
     return (
         f"{run_name(config)} is finished: {finished}. Delete its folder or give ckpt_path=null to train it again; "
-        "src/evaluate.py scores its weights on other sets."
+        f"{script('evaluate')} scores its weights on other sets."
     )
 
 
@@ -191,11 +192,10 @@ def _prepare_torch(config: Config, watch: Watch, earlier: dict[str, Any]) -> str
     return f"{number} thread{'s' if number > 1 else ''}: {why}"
 
 
-def _new_record(config: Config, earlier: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    from drrn.networks import on_paper
+def _new_record(config: Config, network: Any, earlier: dict[str, Any], processes: Processes) -> dict[str, Any]:
     from drrn.runs.record import run_record
 
-    record = run_record(config, on_paper(config.model))  # for its counts, before there is any data
+    record = run_record(config, network)
     for key in ("budget", "scores", "means", "validation", "tracking"):  # of a stopped run, until there are new ones
         if key in earlier and config.ckpt_path is not None:
             record[key] = earlier[key]

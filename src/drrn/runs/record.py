@@ -16,6 +16,7 @@ from drrn.disk import check_regular
 from drrn.environment import environment
 from drrn.errors import UserError
 from drrn.identity import experiment, run_dir, run_name, structure_name
+from drrn.targets import OF_OUR_SOLVERS
 
 FORMAT = 1
 FILE = "record.json"
@@ -70,6 +71,10 @@ def run_record(config: Config, network: Any) -> dict[str, Any]:
     from drrn.layers import conv_weights
     from drrn.protocol import Protocol  # here, since a refusal needs no NumPy
 
+    whole = asdict(config)
+    if config.optim.optimiser is not None:
+        for key in OF_OUR_SOLVERS:
+            del whole["optim"][key]
     return {
         "format": FORMAT,
         "name": run_name(config),
@@ -85,6 +90,6 @@ def run_record(config: Config, network: Any) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in network.parameters()),
         },
         "protocol": Protocol(degradation=config.data.degradation).stamp(),
-        "config": asdict(config),
+        "config": whole,
         **environment(),
     }

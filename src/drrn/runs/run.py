@@ -95,7 +95,7 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
     from drrn.runs.lightning import lightnings_refusals
 
     config, record = run.config, run.record
-    resume = _resume_from(run, data, module)
+    resume = _resume_from(run, data)
     structure = record["structure"]
     log.info(
         "%s: depth %d, %s; %s of %s, %s an epoch; writing to %s",
@@ -125,7 +125,7 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
     return trainer
 
 
-def _resume_from(run: Run, data: SuperResolutionData, module: SuperResolution) -> Path | str | None:
+def _resume_from(run: Run, data: SuperResolutionData) -> Path | str | None:
     """The checkpoint to resume from: the run's own newest, or the one that `ckpt_path` names."""
     from drrn.runs.checkpoints import check_resumable, newest_checkpoint
     from drrn.runs.processes import broadcast
@@ -135,7 +135,7 @@ def _resume_from(run: Run, data: SuperResolutionData, module: SuperResolution) -
     def choose() -> Path | str | None:
         own = newest_checkpoint(run.checkpoints)
         if own is None and asked not in (None, "last"):
-            check_resumable(Path(asked), module.hparams, data.max_steps)
+            check_resumable(Path(asked), run.config, data.max_steps)
             return asked
         return own
 

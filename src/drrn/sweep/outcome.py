@@ -10,6 +10,7 @@ from rich.text import Text
 
 from drrn.config import Config
 from drrn.errors import InUse, counted
+from drrn.help import script
 from drrn.identity import run_dir
 from drrn.report import STUDIES
 from drrn.runs.record import finished_record, read_record
@@ -70,7 +71,7 @@ def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
     good = sum(word in ("done", "skipped", "resumed", "retried") for _, word, _ in rows)
     print(f"{good} of {counted(len(rows), 'run')} done, under {folder}")
     if known:
-        print(f"Drawn by: python src/report.py {what_draws(rows[0][0])}")
+        print(f"Drawn by: {script('report')} {what_draws(rows[0][0])}")
 
 
 def what_draws(job: Job) -> str:

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers.logger import Logger
 from drrn.config import Config
 from drrn.identity import run_name
 from drrn.targets import make, resolve
-from drrn.tracking.results import ValidationPictures, pictures, score_table, settings, test_means
+from drrn.tracking.results import ValidationPictures, pictures, score_table, test_means
 from drrn.tracking.rows import FILE, Rows
 from drrn.tracking.wandb_run import WandB
 
@@ -133,7 +133,7 @@ class Other:
             setattr(self.logger, method, lambda *a, method=method, **k: self.call(method, *a, **k))
         self.logger.log_metrics = lambda metrics, step=None: self._log(rows.new(metrics, rows.step), rows.step)
         self.logger.log_hyperparams = lambda *_, **__: None  # Lightning would give it the module's
-        self.call("log_hyperparams", settings(record))
+        self.call("log_hyperparams", record["config"])
         if self.keeps_id:
             self.call(lambda: self.state.update(run=self.logger.version))
 

@@ -9,7 +9,6 @@ import numpy as np
 from lightning.pytorch import Callback, Trainer
 
 from drrn.identity import structure_name
-from drrn.targets import OF_OUR_SOLVERS
 
 if TYPE_CHECKING:
     from drrn.module import SuperResolution
@@ -17,13 +16,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PICTURES = 3  # test images drawn side by side: the first of the first set, so that runs can be compared
-
-
-def settings(record: dict[str, Any]) -> dict[str, Any]:
-    """A record's configuration for people: with another library's solver none of the keys that are ours alone."""
-    optim = record["config"]["optim"]
-    hidden = OF_OUR_SOLVERS if optim.get("optimiser") else ()
-    return record["config"] | {"optim": {key: value for key, value in optim.items() if key not in hidden}}
 
 
 def test_means(record: dict[str, Any]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from drrn.config import Config
 from drrn.identity import WEIGHTS, checkpoint_name, run_name, structure_name
-from drrn.tracking.results import score_table, settings, test_means
+from drrn.tracking.results import score_table, test_means
 from drrn.tracking.rows import Rows
 from drrn.tracking.wandb_files import ended, history, mend, runs
 
@@ -142,7 +142,7 @@ class WandB(Logger):
             "resume": "allow",
             "dir": self.folder,
             "config": {
-                **settings(record),
+                **record["config"],
                 "d": structure["depth"],
                 "k": structure["conv_weights"],
                 **{key: record.get(key) for key in about},

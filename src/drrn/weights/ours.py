@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from drrn.config import DEEPEST, ModelConfig
 from drrn.disk import write_whole
 from drrn.errors import UserError, printable
+from drrn.help import script
 from drrn.identity import Structure, model_of
 from drrn.networks import arguments_of, on_paper, schema, structure
 from drrn.weights.files import container, read_bytes
@@ -94,7 +95,7 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         raise UserError(
             f"{path} is not weights of ours ({type(error).__name__}: {error}); give weights.safetensors or a .ckpt "
-            "of this project, or convert it first: python src/convert.py input=FILE output=FILE.safetensors"
+            f"of this project, or convert it first: {script('convert')} input=FILE output=FILE.safetensors"
         ) from error
     return network, about
 
