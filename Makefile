@@ -54,7 +54,7 @@ bench: install  ## measure every claim about speed on this machine, in turn with
 	$(RUN) tests/bench.py
 
 queues: install  ## make sweeps/wandb/*.yaml, W&B's sweep files, from the studies in sweeps/
-	PYTHONPATH=src $(RUN) -m drrn.sweep.queues
+	PYTHONPATH=src $(RUN) sweeps/wandb/make.py
 
 lock: install  ## renew requirements.lock from pyproject.toml
 	$(VENV)/bin/pip-compile --quiet --strip-extras --extra dev --extra export --no-emit-index-url --no-emit-find-links \

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import re
+import runpy
 import shlex
 from collections.abc import Callable
 from functools import cache
@@ -19,7 +20,6 @@ from drrn.config import check
 from drrn.errors import UserError
 from drrn.identity import run_dir, structure_name
 from drrn.runs.record import FILE, read_record
-from drrn.sweep.queues import queue
 from hydra_plugins.drrn_study import literal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,7 +231,7 @@ def test_a_wandb_queue_holds_the_points_of_its_study(name: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     path = ROOT / "sweeps" / "wandb" / f"{name}.yaml"
-    assert path.read_text() == queue(name)
+    assert path.read_text() == runpy.run_path(str(path.with_name("make.py")))["queue"](name)
     key = "hydra.sweeper.points="
     points = []
     for index in range(len(points_of(name))):

@@ -1,6 +1,6 @@
 """W&B's sweep files, made from the studies: the points of a study stand once, in sweeps/*.yaml.
 
-`make queues` writes sweeps/wandb/*.yaml; `wandb sweep` takes them.
+`make queues` writes the files beside this one; `wandb sweep` takes them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from drrn.home import CONF, HOME
+from drrn.home import CONF
 
-STUDIES = HOME / "sweeps"
+HERE = Path(__file__).resolve().parent
+STUDIES = HERE.parent
 QUEUE = """\
 # {title} as a W&B queue: the points of sweeps/{study}.yaml, taken one by one by `wandb agent` on any machines.
 #   wandb sweep --project drrn sweeps/wandb/{study}.yaml     (prints the queue's name)
@@ -62,4 +63,4 @@ def queue(study: str) -> str:
 
 if __name__ == "__main__":
     for path in sorted(STUDIES.glob("*.yaml")):
-        (STUDIES / "wandb" / path.name).write_text(queue(path.stem))
+        (HERE / path.name).write_text(queue(path.stem))
