@@ -15,6 +15,7 @@ import skimage.metrics
 from PIL import Image
 
 from drrn.disk import write_json
+from drrn.layers import conv_weights
 from drrn.paper import paper_numbers
 from drrn.report.ledger import COUNTED, QUOTED, REMEASURED, SCORES, STATES, TRAINED, built_here, ledger, measured
 from drrn.report.measurements import MISSING
@@ -92,10 +93,14 @@ def test_published_weights_are_measured_again(entries: list, drrn_data: Path, tm
 
 def test_counts_are_those_of_the_built_networks(entries: list) -> None:
     """Weights and layers against sums over the layers' shapes by hand, the erratum, methods that are no member."""
-    assert built_here("DRRN_B1U25")[:2] == (52, 9 * 128 + 2 * 9 * 128 * 128 + 9 * 128)
-    assert built_here("DRRN_NS_B3U4")[1] == 9 * 128 + (3 * 8 + 2) * 9 * 128 * 128 + 9 * 128
-    assert built_here("SRCNN") == (3, 81 * 64 + 64 * 32 + 25 * 32, 13)
-    assert built_here("VDSR") == (20, 2 * 9 * 64 + 18 * 9 * 64 * 64, 41)
+    for name, depth, weights, radius in (
+        ("DRRN_B1U25", 52, 9 * 128 + 2 * 9 * 128 * 128 + 9 * 128, 52),
+        ("DRRN_NS_B3U4", 28, 9 * 128 + (3 * 8 + 2) * 9 * 128 * 128 + 9 * 128, 28),
+        ("SRCNN", 3, 81 * 64 + 64 * 32 + 25 * 32, 6),
+        ("VDSR", 20, 2 * 9 * 64 + 18 * 9 * 64 * 64, 20),
+    ):
+        built = built_here(name)
+        assert (built.depth, conv_weights(built), built.receptive_radius) == (depth, weights, radius)
     assert built_here("CSCN") is None
     counts = {entry.what: entry for entry in entries if entry.source.state == COUNTED}
     assert counts["DRRN_B2U3, weights"][2:5] == ("784K", "740K", "−44")

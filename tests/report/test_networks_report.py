@@ -11,6 +11,7 @@ import pytest
 
 import drrn.report.networks as tables
 from drrn.networks import build
+from drrn.report.ledger import Ours, Source
 from drrn.report.networks import cost, table1
 from drrn.report.structures import PANELS, Node, graph
 from drrn.report.studies import preset
@@ -66,7 +67,7 @@ def test_table_1_sets_what_was_trained_beside_the_paper(make: Callable) -> None:
 
     runs = [make("model.B=1", "model.U=9", psnr=31.5), make("model.B=19", "model.U=0", psnr=31.0)]
     (group,) = run_groups("fig1", runs)
-    table = table1({("VDSR", "Set5", 3): ({"psnr": 33.664}, None, "")}, [group])
+    table = table1({("VDSR", "Set5", 3): Ours({"psnr": 33.664}, Source(), "")}, [group])
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert [rows[name]["weights"] for name in rows] == ["2,656,512", "664,704", "1,774,080", "297,216"]
     assert [rows[name]["depth"] for name in rows] == ["20"] * 4

@@ -64,6 +64,17 @@ class Source(NamedTuple):
     record: str = ""  # SHA-256 of the run record or the file of scores
 
 
+class Ours(NamedTuple):
+    """What was measured here of a method on a set at a scale."""
+
+    values: dict[str, float]  # means by metric
+    source: Source
+    note: str
+
+
+Found = dict[tuple[str, str, int], Ours]  # by (method, set, scale)
+
+
 class Entry(NamedTuple):
     """A number of the paper."""
 
@@ -100,9 +111,6 @@ def everything(scores: list[Path], records: list[dict[str, Any]]) -> Found:
     return measured([*sorted(SCORES.glob("*.json")), *files, *scores], read_runs(runs) + records if runs else records)
 
 
-Found = dict[tuple[str, str, int], tuple[dict[str, float], Source, str]]  # (method, set, scale) → means, source, note
-
-
 def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
     """Means over whole sets: of bicubic and published weights first, then of the longest trainings."""
     trained: dict[tuple, list[Measurement]] = defaultdict(list)
@@ -119,19 +127,19 @@ def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
             trained[method, *place].append(m)
         elif Path(m.source) in files and (m.method == "Bicubic" or (published and m.steps is None)):
             key = (published.method if published else "Bicubic", *place)
-            if key not in first or first[key][0].keys() <= m.values.keys():  # a file of fewer metrics takes none away
-                first[key] = m.values, _source(m, published), published.note if published else ""
+            if key not in first or first[key].values.keys() <= m.values.keys():  # fewer metrics take none away
+                first[key] = Ours(m.values, _source(m, published), published.note if published else "")
     return {place: _trained(those) for place, those in trained.items()} | first
 
 
-def _trained(those: list[Measurement]) -> tuple[dict[str, float], Source, str]:
+def _trained(those: list[Measurement]) -> Ours:
     """The mean over the seeds of the longest training."""
     longest = max(those, key=lambda m: m.steps)
     alike = list({m.seed: m for m in those if m.experiment == longest.experiment}.values())
     metrics = [k for k in longest.values if all(k in m.values for m in alike)]
     means = {k: statistics.fmean(m.values[k] for m in alike) for k in metrics}
     note = f"{longest.method}, {counted(longest.steps, 'step')}, seeds: {len(alike)}"
-    return means, _joined([_source(m) for m in alike]), note
+    return Ours(means, _joined([_source(m) for m in alike]), note)
 
 
 def _joined(sources: list[Source]) -> Source:
@@ -201,7 +209,7 @@ def ledger(found: Found) -> Iterator[Entry]:
 
 
 def _scored(place: str, what: str, printed: str, row: dict[str, str], metric: str, found: Found) -> Entry:
-    values, source, note = found.get((row["method"], row["dataset"], int(row["scale"])), ({}, Source(), ""))
+    values, source, note = found.get((row["method"], row["dataset"], int(row["scale"])), Ours({}, Source(), ""))
     if metric not in values:
         return Entry(place, what, printed or MISSING, note="" if printed else row["note"])
     digits = METRICS[metric].digits
@@ -215,13 +223,13 @@ def _counted_of(place: str, network: str, row: dict[str, str]) -> Iterator[Entry
     """Weights and layers that a row prints, counted of the network as it is built here."""
     built = built_here(network)
     if row["depth"] and row.get("group") != "shallow":
-        yield _count(place, f"{network}, layers", row["depth"], built and built[0])
+        yield _count(place, f"{network}, layers", row["depth"], built and built.depth)
     if row.get("weights_printed"):
-        thousands = f"{built[1] / 1000:.0f}K" if built else None
+        thousands = f"{conv_weights(built) / 1000:.0f}K" if built else None
         note = row["note"] if "erratum" in row["note"] else ""
         yield _count(place, f"{network}, weights", row["weights_printed"], thousands, note)
     if row.get("times_drrn_weights") and built:
-        times = built[1] / built_here("DRRN_B1U9")[1]
+        times = conv_weights(built) / conv_weights(built_here("DRRN_B1U9"))
         yield _count(place, f"{network}, weights in DRRN's", row["times_drrn_weights"], f"{times:.2f}")
 
 
@@ -235,8 +243,8 @@ def _count(place: str, what: str, printed: str, ours: Any, note: str = "") -> En
 
 
 @cache
-def built_here(network: str) -> tuple[int, int, int] | None:
-    """Layers, weights and receptive field's side of a network of the paper; None if it is no member here."""
+def built_here(network: str) -> Any:
+    """A network of the paper, of which only the shapes are made; None if it is no member here."""
     drrn, vdsr = re.fullmatch(r"DRRN(_NS)?(_C)?_B(\d+)U(\d+)", network), re.fullmatch(r"VDSR_d(\d+)", network)
     name = "drrn" if drrn else "vdsr_wide" if vdsr else network.lower()
     if not (drrn or vdsr or name in NETWORKS or name == "vdsr"):
@@ -246,8 +254,7 @@ def built_here(network: str) -> tuple[int, int, int] | None:
         model |= {"B": int(drrn[3]), "U": int(drrn[4]), "weight_sharing": not drrn[1], "multi_path": not drrn[2]}
     if vdsr:
         model["B"] = int(vdsr[1]) - 1
-    built = on_paper(model)
-    return built.depth, conv_weights(built), 2 * built.receptive_radius + 1
+    return on_paper(model)
 
 
 def _of_text(row: dict[str, str], found: Found) -> Entry:
@@ -258,9 +265,9 @@ def _of_text(row: dict[str, str], found: Found) -> Entry:
         both = [found.get((method, names[0], int(names[1]))) for method in names[2:]]
         if not all(both):
             return entry
-        gain = both[0][0]["psnr"] - both[1][0]["psnr"]
+        gain = both[0].values["psnr"] - both[1].values["psnr"]
         difference = signed(round(gain, 2) - float(row["value"]), 2)
-        return entry._replace(ours=f"{gain:.2f}", difference=difference, source=_joined([its[1] for its in both]))
+        return entry._replace(ours=f"{gain:.2f}", difference=difference, source=_joined([its.source for its in both]))
     if kind not in COUNTS:
         return entry._replace(paper=f"{row['value']} {row['unit']}")
     return _count("Text", entry.what, row["value"], f"{COUNTS[kind](*names):g}", row["note"])
@@ -274,8 +281,8 @@ def _setting(key: str) -> float:
 
 
 COUNTS: dict[str, Callable[..., float]] = {  # kinds of the text's numbers that are counted here
-    "depth": lambda network: built_here(network)[0],
-    "field": lambda network: built_here(network)[2],
+    "depth": lambda network: built_here(network).depth,
+    "field": lambda network: 2 * built_here(network).receptive_radius + 1,
     "images": lambda *sets: sum(registered_sets()[name] for name in sets),
     "recursions": lambda network: preset(network.lower())["T"],
     "augmented": lambda: Recipe(()).orientations - 1,

@@ -57,7 +57,7 @@ def table1(found: Found, groups: list[RunGroup]) -> Table:
     rows = []
     for its in paper_numbers("table1"):
         model, measured = preset(its["model"]), found.get((its["method"], *PLACE))
-        ours = f"{measured[0]['psnr']:.2f}" if measured else MISSING
+        ours = f"{measured.values['psnr']:.2f}" if measured else MISSING
         row = [its["network"], its["strategies"], its["formula"], *sizes(model), quoted(its["method"], PLACE), ours]
         rows.append([*row, *(_trained(group, model) for group in groups)])
     notes = ["PSNR in dB on Set5 ×3. A multiply-add is two operations; weights of convolutions, shared ones once."]
@@ -82,7 +82,7 @@ def networks_table(found: Found) -> Table:
         model = preset(file, **changes)
         cells = []
         for place in places:
-            values = found[method, *place][0] if (method, *place) in found else {}
+            values = found[method, *place].values if (method, *place) in found else {}
             ours = " / ".join(f"{values[k]:.{digits}f}" for k, digits in (("psnr", 2), ("ssim", 4)) if k in values)
             theirs = quoted(method, place, ("psnr", "ssim"))
             cells.append(ours or (theirs if theirs == MISSING else f"{theirs} *"))
