@@ -12,7 +12,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from drrn.pairs import pair_loader, turned
 from drrn.patch_build import pair_count, prepare_patches, quantise, versions
 from drrn.patches import HIGH, LOW, STEP, Patches, Recipe, ShuffledBatches, attributes, check_patch_file
 from drrn.protocol import modcrop, prepare
+from started import wait_for
 
 ANYWHERE = Path("no_data_root_is_needed")
 
@@ -545,14 +545,6 @@ def test_a_killed_build_leaves_nothing_for_the_next_one(builder: Callable, tmp_p
     assert f"removing {left}" in err
     assert sorted(path.name for path in folder.glob("*.partial")) == [busy.name, "film.partial"]
     assert len(list(folder.glob("*.h5"))) == 1
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    """Until it is true; a minute at most."""
-    deadline = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_worker_that_is_killed_is_said(builder: Callable, tmp_path: Path) -> None:

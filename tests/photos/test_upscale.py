@@ -8,7 +8,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from drrn.photos.write import stored_dtype, write_photo
 from drrn.schema import typed
 from drrn.sets import image_files
 from drrn.weights.ours import save_weights
+from started import Started, wait_for
 from test_inference import lively
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -806,17 +806,11 @@ def test_a_signal_leaves_nothing_half_written(number, code, rgb, tmp_path, weigh
     save(tmp_path / "a.png", np.tile(rgb, (12, 12, 1)))
     (tmp_path / "out").mkdir()
     arguments = ("input=a.png", "scale=4", f"checkpoint={weights}", "output=out", "self_ensemble=true", "tile=100")
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").iterdir()) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    assert [p.suffix for p in (tmp_path / "out").iterdir()] == [".partial"]  # it is being written
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    with Started("upscale.py", *arguments, cwd=tmp_path) as process:
+        wait_for(lambda: process.poll() is not None or list((tmp_path / "out").iterdir()))
+        assert [p.suffix for p in (tmp_path / "out").iterdir()] == [".partial"]  # it is being written
+        process.send_signal(number)
+        _, errors = process.communicate()
     assert process.returncode == code
     assert "stopped" in errors
     assert "Traceback" not in errors

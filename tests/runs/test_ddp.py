@@ -39,6 +39,7 @@ from drrn.runs import run as train
 from drrn.runs.lightning import trainer_arguments
 from drrn.runs.processes import Processes, broadcast, failure, note_failure
 from drrn.runs.record import FILE, read_record
+from started import Started
 
 ROOT = Path(__file__).resolve().parents[2]
 slow = pytest.mark.skipif("DRRN_SLOW" not in os.environ, reason="starts many processes: set DRRN_SLOW=1")
@@ -192,16 +193,20 @@ def machines(
     points = [overrides(sets, tiny_images, point) for point in POINTS.values()]
     spelled = ",".join("{" + ",".join(item.replace("=", ":", 1) for item in point) + "}" for point in points)
     processes = [
-        start(
-            sys.executable, "src/train.py", "-m", f"hydra.sweeper.points=[{spelled}]", "trainer=ddp",
-            "trainer.devices=1", "trainer.num_nodes=2",
-            f"output={folder / 'runs'}", DRRN_PATCHES=str(folder / "patches"), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port, SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="1", SLURM_NNODES="2", SLURM_JOB_ID="1",
+        Started(
+            "train.py", "-m", f"hydra.sweeper.points=[{spelled}]", "trainer=ddp", "trainer.devices=1",
+            "trainer.num_nodes=2", f"output={folder / 'runs'}", cwd=ROOT,
+            DRRN_PATCHES=str(folder / "patches"), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+            SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="1", SLURM_NNODES="2", SLURM_JOB_ID="1",
             SLURM_JOB_NAME="drrn", SLURM_PROCID=str(rank), SLURM_NODEID=str(rank), SLURM_LOCALID="0",
         )
         for rank, folder in enumerate(folders)
     ]  # fmt: skip
-    results = [ended(process) for process in processes]
+    try:
+        results = [(process.wait(), *process.communicate()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [code for code, _, _ in results] == [0, 0], results
 
     def argue(name: str, *more: str) -> list[str]:
@@ -311,12 +316,9 @@ def test_train_starts_the_processes_that_trainer_devices_names(
 ) -> None:
     """One command, one record, though it sweeps."""
     arguments = overrides(sets, tiny_images, {"seed": 6, "study": "grid"})
-    code, out, err = ended(
-        start(
-            sys.executable, "src/train.py", "-m", *arguments, "trainer=ddp", "trainer.devices=2",
-            f"output={tmp_path / 'two'}",
-        )
-    )  # fmt: skip
+    words = ("-m", *arguments, "trainer=ddp", "trainer.devices=2", f"output={tmp_path / 'two'}")
+    with Started("train.py", *words, cwd=ROOT) as process:
+        code, (out, err) = process.wait(), process.communicate()
     assert code == 0, err
     assert "1 of 1 run done" in out
     assert err.count("step 4/4") == err.count("finished:") == 1

@@ -14,12 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from stress_kill import compare, kill, logged, run_folder, start, wait_for_checkpoint
+from stress_kill import compare, kill, logged, run_folder
 
-from conftest import ROOT, TINY
+from conftest import TINY
 from drrn.disk import locked
 from drrn.errors import UserError
 from drrn.home import CONF
@@ -32,6 +33,7 @@ from drrn.runs.record import FILE, read_record
 from drrn.runs.request import request
 from drrn.runs.stop import Stopped, StopSignals
 from drrn.weights.ours import load_network
+from started import Started, wait_for
 
 # Steps over several epochs of the data, with everything that has a state; validated at 2, 4 and 6.
 SIX = (
@@ -139,8 +141,6 @@ def test_a_signal_keeps_the_step_and_the_same_command_resumes(
 
 
 SCRIPT = """
-import sys
-sys.path[:0] = [{src!r}, {tests!r}]
 import time
 from drrn.module import SuperResolution
 
@@ -154,7 +154,6 @@ def training_step(self, batch, batch_idx):
 real, SuperResolution.training_step = SuperResolution.training_step, training_step
 import drrn.runs.stop
 drrn.runs.stop.GRACE = {grace}
-sys.argv = ["train.py", *{arguments!r}]
 import train
 from drrn.launch import launch
 launch(train.main)
@@ -178,21 +177,13 @@ def test_a_second_signal_ends_at_once_and_so_does_what_reaches_no_safe_point(
     block: str, grace: float, numbers: tuple[signal.Signals, ...], tiny_images: Path, tmp_path: Path
 ) -> None:
     """In a step that never ends, whether in Python or in C; the record is closed."""
-    source = SCRIPT.format(
-        src=str(ROOT / "src"), tests=str(ROOT / "tests"), block=block, grace=grace, arguments=command(tiny_images)
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", source], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        assert any("reached" in line for line in process.stdout)  # after the bars of a patch file that is built
+    with Started(SCRIPT.format(block=block, grace=grace), *command(tiny_images), cwd=tmp_path) as process:
+        wait_for(lambda: process.poll() is not None or "reached" in process.out.read_text())
         for number in numbers:
             process.send_signal(number)
-            time.sleep(0.6)  # further apart than one request
+            wait_for(lambda: process.poll() is not None or "stopping" in process.err.read_text())
+            time.sleep(0.4)  # further apart than one request
         _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == 128 + numbers[0], err
     record = read_record(run_folder(tmp_path) / FILE)
     assert (record["status"], record["ended_by"]) == ("stopped", f"signal {numbers[0].name}")
@@ -344,28 +335,44 @@ def command(tiny_images: Path, *overrides: str) -> list[str]:
     return [*TINY, *sets, *SIX, *overrides, "output=runs"]
 
 
+HELD = """
+import time
+import train
+from drrn.launch import launch
+from drrn.module import SuperResolution
+from drrn.runs.stop import StopSignals
+
+def training_step(self, batch, batch_idx):
+    if self.trainer.global_step == {at}:
+        print("reached", flush=True)
+        while StopSignals.current.asked is None:
+            time.sleep(0.01)
+    return real(self, batch, batch_idx)
+
+real, SuperResolution.training_step = SuperResolution.training_step, training_step
+launch(train.main)
+"""
+
+
 def test_a_run_killed_and_terminated_for_real_is_resumed_bit_for_bit(
     tiny_images: Path, straight: Callable, configure: Callable, tmp_path: Path
 ) -> None:
     """Two real processes with workers; the third start is in this one. At length: tests/stress/stress_kill.py."""
     overrides = (
         "data.num_workers=2",
-        "trainer.max_steps=60",
+        "trainer.max_steps=12",
         "trainer.checkpoint_every=3",
-        "trainer.val_check_interval=20",
+        "trainer.val_check_interval=4",
     )
-    for name, code in (("SIGKILL", -9), ("SIGTERM", 143)):
-        process = start(command(tiny_images, *overrides), tmp_path)
-        wait_for_checkpoint(process, tmp_path)
-        tasks = Path(f"/proc/{process.pid}/task")  # Linux
-        workers = [pid for task in tasks.glob("*") for pid in (task / "children").read_text().split()]
-        assert len(workers) >= 2 or not tasks.is_dir()
-        kill(process, name, group=True)
-        assert process.returncode == code, (tmp_path / "said.txt").read_text()
-        deadline = time.monotonic() + 60
-        while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)  # their batches are for nobody
+    for name, at, code in (("SIGKILL", 5, -9), ("SIGTERM", 7, 143)):
+        with Started(HELD.format(at=at), *command(tiny_images, *overrides), cwd=tmp_path) as process:
+            wait_for(lambda: process.poll() is not None or "reached" in process.out.read_text())
+            workers = psutil.Process(process.pid).children()
+            assert workers
+            kill(process, name, group=True)
+        assert process.returncode == code, process.err.read_text()
+        psutil.wait_procs(workers, timeout=60)  # their batches are for nobody
+        assert not any(worker.is_running() for worker in workers)
     folder = run_folder(tmp_path)
     assert read_record(folder / FILE)["status"] == "stopped"
     config = configure(*SIX, *overrides, f"output={tmp_path / 'runs'}", f"data.patches={tmp_path / 'patches'}")
@@ -667,8 +674,8 @@ def test_a_record_that_cannot_be_trained_is_refused(
 
 def test_the_same_command_twice_gives_the_same_record(tiny_images: Path, straight: Callable, tmp_path: Path) -> None:
     """This process and another one: but for time, host, folders and the W&B run's name, to the last digit."""
-    process = start(command(tiny_images), tmp_path)
-    assert process.wait(240) == 0, (tmp_path / "said.txt").read_text()
+    with Started("train.py", *command(tiny_images), cwd=tmp_path) as process:
+        assert process.wait() == 0, process.err.read_text()
     other = run_folder(tmp_path)
     compare(straight(), other)
     records = [read_record(folder / FILE) for folder in (straight(), other)]

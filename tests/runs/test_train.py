@@ -7,8 +7,6 @@ import logging
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +29,8 @@ from drrn.protocol import prepare, score
 from drrn.runs import run as train
 from drrn.runs.record import FILE, read_record
 from drrn.weights.ours import load_network
+from started import Started
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")
     for text in ("Checkpoint directory", "The dirpath has changed", ".*your dataloader is not resumable")
@@ -417,26 +415,20 @@ def test_a_run_whose_data_is_refused_has_a_record_that_says_so(configure: Callab
 # ---------------------------------------------------------------------- a multirun
 
 
-def shell(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
-    """A process of its own; a W&B service that this process may have started is not its parent's to share."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("WANDB_SERVICE", "PYTHONPATH")}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300, env=environment
-    )
-
-
 @pytest.fixture(scope="module")
 def multirun(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, Any]:
     """The real command with three jobs, the second of which diverges; W&B offline. Run outside the clone."""
     here = tmp_path_factory.mktemp("elsewhere")
     command = [
-        str(ROOT / "src" / "train.py"), "-m", "optim.lr=0.001,1e12,0.002", "model=drrn", "model.U=0", "model.B=2",
+        "-m", "optim.lr=0.001,1e12,0.002", "model=drrn", "model.U=0", "model.B=2",
         "model.features=2", "model.norm=none", "optim.clip=none", "data.scales=[2]", "data.val_scales=[2]",
         f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", "data.batch_size=4", "data.num_workers=0",
         "trainer.max_steps=3", "trainer.checkpoint_every=1", "trainer.log_every_n_steps=1", "study=grid",
         "trainer.accelerator=cpu",
     ]  # fmt: skip
-    return command, here, shell(command, here)
+    with Started("train.py", *command, cwd=here) as process:
+        out, err = process.communicate()
+    return command, here, (process.returncode, out, err)
 
 
 def records_by_rate(folder: Path) -> dict[float, tuple[Path, dict]]:
@@ -448,13 +440,13 @@ def records_by_rate(folder: Path) -> dict[float, tuple[Path, dict]]:
 
 
 def test_a_failing_job_neither_stops_nor_renames_the_others(multirun: tuple) -> None:
-    _, here, done = multirun
-    assert done.returncode == 2, done.stderr
-    assert "2 of 3 runs done" in done.stdout
-    assert "optim.lr=1000000000000.0" in done.stdout  # which one
-    assert "Diverged" in done.stdout
-    assert "1 of 3 runs failed" in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    _, here, (code, out, err) = multirun
+    assert code == 2, err
+    assert "2 of 3 runs done" in out
+    assert "optim.lr=1000000000000.0" in out  # which one
+    assert "Diverged" in out
+    assert "1 of 3 runs failed" in err
+    assert "Traceback" not in out + err
     runs = records_by_rate(here / "runs/grid")
     assert set(runs) == {0.001, 1e12, 0.002}
     assert {rate: record["status"] for rate, (_, record) in runs.items()} == {
@@ -489,7 +481,7 @@ def test_the_same_multirun_again_tries_only_what_failed(multirun: tuple, entry_p
     monkeypatch.chdir(here)
     before = {rate: folder for rate, (folder, _) in records_by_rate(here).items()}
     kept = (before[0.001] / "weights.safetensors").stat().st_mtime_ns
-    code, out, err = entry_point("train", *command[1:], "logger=none")
+    code, out, err = entry_point("train", *command, "logger=none")
     assert code == 2
     assert out.count("is finished") == 2
     assert "1 of 3 runs failed" in err

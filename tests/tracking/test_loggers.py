@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +22,7 @@ from drrn.runs import run as train
 from drrn.runs.record import FILE
 from drrn.targets import resolve
 from drrn.tracking.wandb_files import history, runs
-
-ROOT = Path(__file__).resolve().parents[2]
+from started import Started
 
 
 def lines(folder: Path) -> dict[tuple[int, str], float]:
@@ -142,9 +139,8 @@ def test_a_killed_run_loses_no_row(configure: Callable, tiny_images: Path, tmp_p
     from conftest import TINY
 
     words = [*TINY, *FOUR, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path}"]
-    path = {"PYTHONPATH": str(ROOT / "src"), "HYDRA_FULL_ERROR": "1"}
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], env={**os.environ, **path}, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    with Started(KILLED, *words, cwd=tmp_path) as process:
+        assert process.wait() == -signal.SIGKILL, process.err.read_text()
     config = configure(*FOUR, f"output={tmp_path}")
     before = lines(run_dir(config))
     assert [step for step, metric in before if metric == "train/loss"] == [1, 2, 3]
