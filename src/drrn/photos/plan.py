@@ -53,11 +53,7 @@ class Job(NamedTuple):
 
 
 def check(options: Options) -> None:
-    """What no single key's limits say.
-
-    Raises:
-        UserError: by the key's name.
-    """
+    """What no single key's limits say: a UserError by the key's name."""
     for name in ("input", "scale"):
         if getattr(options, name) in (None, "", []):
             raise UserError(f"{name} is missing: {script('upscale')} input=photo.jpg scale=2")

@@ -112,11 +112,7 @@ def progress_bars() -> Progress:
 
 
 def prepare(options: Options) -> tuple[nn.Module, str, str]:
-    """The network on its device, the precision in which it will compute, and its name.
-
-    Raises:
-        UserError: the checkpoint, the device or the precision cannot be used.
-    """
+    """The network on its device, the precision that it computes in, its name; a UserError if one cannot be had."""
     from drrn.fast.threads import Watch
 
     watch = Watch()
@@ -208,11 +204,7 @@ def room_beside(canvas: int, network: nn.Module) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """`device` as torch's.
-
-    Raises:
-        UserError: torch has no such device here.
-    """
+    """`device` as torch's; a UserError if torch has no such device here."""
     import torch
 
     if name == "auto":

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 def write_report(config: ReportConfig, records: list[dict[str, Any]], command: str) -> None:
     """Studies, or whatever the records and files of scores allow, as files and on one page, made by a command.
 
-    Raises:
-        UserError: no run belongs to a study that is asked for, or files that cannot be read.
+    No run of a study that is asked for, and files that cannot be read, are a UserError.
     """
     sections, refused = [], None
     if config.study:
@@ -100,11 +99,7 @@ def networks_section(study: str, config: ReportConfig, records: list[dict[str, A
 
 
 def study_sections(studies: list[str], config: ReportConfig, records: list[dict[str, Any]]) -> list[Section]:
-    """Studies, drawn from the runs that belong to them, wherever they are.
-
-    Raises:
-        UserError: no run belongs to any, or runs do not compare.
-    """
+    """Studies, drawn from the runs that belong to them, wherever they are; a UserError if there are none."""
     commands = {study: f"{script('train')} sweeps={STUDIES[study].sweep}" for study in studies}
     found = {study: run_groups(study, records) for study in studies}
     if studies and not any(found.values()):

@@ -67,11 +67,7 @@ class Point:
             self.short = self.name.partition("_")[0] + (f" {model['features']}f" if "features" in model else "")
 
     def add(self, record: dict[str, Any]) -> None:
-        """Take a run; of two of one seed, the finished one.
-
-        Raises:
-            UserError: both are finished, with different scores.
-        """
+        """Take a run; of two of one seed, the finished one. Two with different scores are a UserError."""
         there = self.runs.get(record["seed"])
         if there is None or there["status"] != "finished" == record["status"]:
             self.runs[record["seed"]] = record

@@ -50,11 +50,7 @@ def from_record(record: dict[str, Any]) -> list[Measurement]:
 
 
 def from_scores(path: Path) -> list[Measurement]:
-    """Measurements of an evaluation file.
-
-    Raises:
-        UserError: the file is not one that src/evaluate.py wrote.
-    """
+    """Measurements of a file of src/evaluate.py; a UserError if it is none."""
     content = read_scores(path)
     methods = {method["weights"]: method for method in content["methods"]}
     result = []
@@ -69,11 +65,7 @@ def from_scores(path: Path) -> list[Measurement]:
 
 
 def one_protocol(measurements: list[Measurement]) -> dict[str, Any]:
-    """The protocol that all measurements share.
-
-    Raises:
-        UserError: they do not share one; numbers of two protocols do not compare.
-    """
+    """The protocol that all measurements share; a UserError if they do not: their numbers do not compare."""
     first = measurements[0]
     for other in measurements[1:]:
         if other.protocol != first.protocol:

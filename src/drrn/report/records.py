@@ -152,11 +152,7 @@ def recipe(config: dict[str, Any]) -> str:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """A file of src/evaluate.py.
-
-    Raises:
-        UserError: it is none, or damaged.
-    """
+    """A file of src/evaluate.py; a UserError if it is none, or damaged."""
     try:
         check_regular(path, LARGEST)
         content = checked(json.loads(path.read_bytes()), SCORES)

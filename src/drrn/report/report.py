@@ -35,11 +35,7 @@ class ReportConfig:
 
 
 def check(cfg: DictConfig) -> ReportConfig:
-    """The configuration, refused by key before anything heavy is imported.
-
-    Raises:
-        UserError: a wrong key, type or value, or an output that cannot be written.
-    """
+    """The configuration; what is wrong with it is a UserError by key, before anything heavy is imported."""
     config = typed(ReportConfig, cfg)
     config.study = paths("study", config.study)
     for study in config.study:

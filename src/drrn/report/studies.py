@@ -29,11 +29,7 @@ TRY = 0.05  # of the longest run of a recipe: a shorter one is a try
 
 
 def planned(study: str) -> list[dict[str, Any]]:
-    """The structures of a study, as sweeps/<its sweep>.yaml lists its points.
-
-    Raises:
-        UserError: the file is not there (drrn is installed without its clone).
-    """
+    """The structures of a study, the points of its file in sweeps/; a UserError where that is not installed."""
     sweep = STUDIES[study].sweep
     if sweep is None:
         return []

@@ -32,11 +32,7 @@ def threads(n: int) -> int | None:
 
 
 def workers(launcher: DictConfig) -> int:
-    """Jobs that a launcher works on at a time, where its configuration says so; else 1.
-
-    Raises:
-        UserError: no whole number, or 0.
-    """
+    """Jobs that a launcher works on at a time, else 1; a UserError where its configuration gives no number."""
     n = launcher.get("n_jobs", 1)
     if type(n) is not int or n == 0:
         raise UserError(f"hydra.launcher.n_jobs = {n}: jobs at a time, or -1 for one a core")

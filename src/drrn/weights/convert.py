@@ -42,11 +42,7 @@ class ConvertConfig:
 
 
 def check(cfg: DictConfig) -> ConvertConfig:
-    """The configuration, refused by key before anything heavy is imported.
-
-    Raises:
-        UserError: a wrong key, type or value, or an output that is there already.
-    """
+    """The configuration; what is wrong with it is a UserError by key, before anything heavy is imported."""
     config = typed(ConvertConfig, cfg)
     if config.input is None:
         raise UserError("input is missing: name the weight file to read")
@@ -70,11 +66,7 @@ def check(cfg: DictConfig) -> ConvertConfig:
 
 
 def convert(config: ConvertConfig) -> None:
-    """Read `input`, say what is to be known, write `output`.
-
-    Raises:
-        UserError: the file cannot be read, or the output not be written.
-    """
+    """Read `input`, say what is to be known, write `output`; a UserError where one of these fails."""
     form, network, about = read(config)
     for note in [] if form == "drrn" else about["notes"]:
         print(f"note: {printable(note)}")
@@ -100,11 +92,7 @@ def convert(config: ConvertConfig) -> None:
 
 
 def read(config: ConvertConfig) -> tuple[str, nn.Module, dict[str, Any]]:
-    """The input as (form, network, what is known of it).
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The input as (form, network, what is known of it); a UserError if it cannot be read."""
     from drrn.images import sha256
     from drrn.networks import structure
     from drrn.weights.foreign import read_foreign, recognise

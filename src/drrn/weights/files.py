@@ -28,11 +28,7 @@ class Foreign(NamedTuple):
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file.
-
-    Raises:
-        UserError: it is missing, unreadable, no regular file or larger than `LIMIT`.
-    """
+    """A whole file; a UserError if it is missing, unreadable, no regular file or larger than `LIMIT`."""
     check_regular(path, LIMIT)  # /dev/zero never ends, and a FIFO may never begin
     try:
         return path.read_bytes()
@@ -43,8 +39,7 @@ def read_bytes(path: Path) -> bytes:
 def container(data: bytes) -> str:
     """By the first bytes: "zip" and "legacy" (torch's two), "safetensors", "matlab", else "protobuf".
 
-    Raises:
-        ValueError: a container that is known and not read.
+    Containers that are known and not read are a ValueError.
     """
     if data[:4] == b"PK\x03\x04":
         return "zip"

@@ -20,11 +20,7 @@ FORMS = (*WHOLE, *PORTS)
 
 
 def recognise(path: Path) -> str:
-    """The form of a weight file by its content: "drrn" for this project's own, or one of `FORMS`.
-
-    Raises:
-        UserError: it is none of them, damaged, or holds what is not read here (by name).
-    """
+    """A weight file's form, by its content: "drrn" for this project's own, or one of `FORMS`; else a UserError."""
     data = read_bytes(path)
     try:
         kind = container(data)

@@ -125,11 +125,7 @@ def _read_lightning(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def checked_facts(about: Any) -> dict[str, Any]:
-    """What a file says of itself, made fit to be printed.
-
-    Raises:
-        ValueError: a fact or an argument of the network is of another type than this project writes.
-    """
+    """What a file says of itself, made fit to be printed; a ValueError where this project does not write it so."""
     if not isinstance(about, dict):
         raise ValueError("what it says of itself is no dict")
     pending = [about]

@@ -47,11 +47,7 @@ class Stored(NamedTuple):
     stride: Any
 
     def tensor(self) -> Tensor:
-        """The tensor, floating ones as float32.
-
-        Raises:
-            ValueError: it reaches beyond its storage, or the storage beyond the file.
-        """
+        """The tensor, floating ones as float32; a ValueError if it, or its storage, reaches too far."""
         storage, offset = self.storage, count(self.offset)
         if not isinstance(self.size, tuple) or len(self.size) > 4 or len(self.size) != len(self.stride):
             raise ValueError("a tensor of an impossible size")
@@ -119,11 +115,7 @@ def dict_key(key: Any) -> Any:
 
 
 def count(value: Any) -> int:
-    """A size, a stride or an offset.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A size, a stride or an offset; a ValueError if it is none."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
         raise ValueError("a size, stride or offset that is not a count")
     return value
@@ -154,11 +146,7 @@ class _Inert(pickle._Unpickler):
             self.persistent_load = persistent
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name, which is never looked up.
-
-        Raises:
-            ValueError: it is none that a file of these networks has.
-        """
+        """What stands for a name, which is never looked up; a ValueError for what these networks do not have."""
         if (module, name) in CALLS:
             return CALLS[module, name]
         if module in ("torch", "torch.cuda") and name in STORAGES:
@@ -349,11 +337,7 @@ def named_tensors(root: Any) -> dict[str, Stored]:
 
 
 def read_tensors(stored: dict[str, Stored]) -> dict[str, Tensor]:
-    """Their values.
-
-    Raises:
-        ValueError: one reaches beyond its storage, or together they are larger than any network.
-    """
+    """Their values; a ValueError if one reaches too far, or all are larger than any network."""
     if sum(s.storage.numel * s.storage.dtype.itemsize for s in stored.values()) > LIMIT:
         raise ValueError(f"its tensors ask for more than {LIMIT:,} bytes")
     return {name: s.tensor() for name, s in stored.items()}
