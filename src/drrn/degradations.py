@@ -115,15 +115,14 @@ def low_resolution(
     Raises:
         UserError: of ready pairs, the other image is missing or of another size.
     """
-    from drrn.matlab import rgb2y, rgb2ycbcr
+    from drrn.images import luminance, read_pixels
+    from drrn.matlab import rgb2ycbcr
+    from drrn.sets import ready_low
 
     def planes(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-        return (image if image.ndim == 2 else rgb2ycbcr(image) if colour else rgb2y(image)) / 255.0
+        return (rgb2ycbcr(image) if colour and image.ndim == 3 else luminance(image)) / 255.0
 
     if degradation == READY:
-        from drrn.images import read_pixels
-        from drrn.sets import ready_low
-
         low = read_pixels(path := ready_low(file, scale))
         if [scale * side for side in low.shape[:2]] != [*pixels.shape[:2]] or low.ndim != pixels.ndim:
             raise UserError(f"{path} is {low.shape}: 1/{scale} of {file} would be {pixels.shape[:2]} / {scale}")

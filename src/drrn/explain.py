@@ -150,7 +150,7 @@ def plane_of(pixels: Levels, plane: str) -> Plane:
     if plane == "y":
         return rgb2y(pixels) / 255.0
     if plane == "y float":
-        return rgb2ycbcr(pixels / 255.0)[..., 0]
+        return rgb2y(pixels / 255.0)
     weights, bits = {"pillow": ((19595, 38470, 7471), 16), "opencv": ((4899, 9617, 1868), 14)}[plane]
     return ((pixels.astype(np.int64) @ weights + (1 << (bits - 1))) >> bits) / 255.0
 

@@ -135,16 +135,10 @@ def rgb2ycbcr(rgb: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.uint8
     return _round_to_uint8(ycbcr) if rgb.dtype == np.uint8 else ycbcr / 255
 
 
-def rgb2y(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """`rgb2ycbcr(rgb)[..., 0]` of 8-bit colours [H, W, 3] → [H, W], in whole numbers, which is faster."""
-    if rgb.dtype != np.uint8:
-        raise TypeError(f"rgb must be uint8, not {rgb.dtype}")
-    if rgb.ndim != 3 or rgb.shape[2] != 3:
-        raise ValueError(f"rgb must be [H, W, 3], got shape {rgb.shape}")
-    y = np.full(rgb.shape[:2], 16 * 255_000 + 255_000 // 2, np.int32)  # thousandths of a level / 255
-    for channel, weight in enumerate(YCBCR_FROM_RGB[0].astype(np.int32)):
-        y += np.multiply(rgb[..., channel], weight, dtype=np.int32)
-    return (y // 255_000).astype(np.uint8)
+def rgb2y(rgb: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.uint8] | FloatArray:
+    """`rgb2ycbcr(rgb)[..., 0]` alone: [H, W, 3] → [H, W]."""
+    y = _levels(rgb, "rgb") @ YCBCR_FROM_RGB[0] / 255_000 + YCBCR_OFFSET[0]
+    return _round_to_uint8(y) if rgb.dtype == np.uint8 else y / 255
 
 
 def ycbcr2rgb(ycbcr: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.uint8] | FloatArray:

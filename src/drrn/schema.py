@@ -105,7 +105,9 @@ def plain(value: Any) -> Any:
 
 def paths(name: str, value: Any) -> list[str]:
     """A key that takes one path, a list of them or null, as a list; a UserError for something else."""
-    listed = [] if value is None else value if isinstance(value, list) else [value]
+    if value is None:
+        return []
+    listed = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in listed):
         raise UserError(f"{name} = {value}: must be a path, or a list of paths")
     return listed

@@ -332,7 +332,7 @@ def counterpart(folder: Path, label: str, image: Path, scale: int, only_scale: b
         files = [path for path, wrong in find_images(folder / place) if wrong is None]
         found = [p for p in files if marked.fullmatch(p.stem) or (clear and image.stem in (p.stem, p.name))]
         if len(found) > 1:
-            raise UserError(f"folder: {found[0]} and {found[1]} are both of {image.name} at ×{scale}: leave one")
+            raise UserError(f"{found[0]} and {found[1]} are both of {image.name} at ×{scale}: leave one")
         if found:
             return found[0]
-    raise UserError(f"folder: {folder} holds no {image.stem}_x{scale}.png, of {image.name} in {label} at ×{scale}")
+    raise UserError(f"{folder} holds no {image.stem}_x{scale}.png, of {image.name} at ×{scale}")
