@@ -395,7 +395,7 @@ def evaluation(sizes: dict[str, Any]) -> Iterator[Row]:
     """Set5 ×3: the share of what is not the network, start-up of Python left out."""
     import drrn.evaluation as evaluate
     from drrn.config import ModelConfig
-    from drrn.images import sha256
+    from drrn.disk import sha256
     from drrn.protocol import PAPER
     from drrn.sets import fetch
     from drrn.weights.ours import save_weights

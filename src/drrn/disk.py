@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import stat
@@ -90,6 +91,12 @@ def check_regular(path: Path, at_most: int) -> int:
     if found.st_size > at_most:
         raise UserError(f"{path} has {found.st_size:,} bytes: at most {at_most:,} are read")
     return found.st_size
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -26,13 +26,13 @@ from rich.table import Table
 from rich.text import Text  # brackets in a folder's name are no markup
 
 from drrn.degradations import READY
-from drrn.disk import write_whole
+from drrn.disk import sha256, write_whole
 from drrn.environment import environment
 from drrn.errors import UserError, printable
 from drrn.evaluation_config import EvaluateConfig
 from drrn.fast.threads import Watch
 from drrn.identity import structure_name
-from drrn.images import luminance, read_luminance, read_pixels, sha256
+from drrn.images import luminance, read_luminance, read_pixels
 from drrn.matlab import to_uint8
 from drrn.metrics import METRICS
 from drrn.paper import paper_numbers

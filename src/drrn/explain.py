@@ -13,12 +13,14 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
+from torch.nn.functional import interpolate
 
 from drrn.errors import UserError, printable
 from drrn.evaluation import Job, jobs_of, made_by_another, methods_of, run_network
@@ -211,9 +213,6 @@ def opencv_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
 
     PyTorch's bicubic is the same. OpenCV's is in fixed point, so up to one value in a hundred differs by one level.
     """
-    import torch
-    from torch.nn.functional import interpolate
-
     planes = torch.from_numpy(np.atleast_3d(pixels).astype(np.float64)).permute(2, 0, 1)  # [C, H, W]
     levels = interpolate(planes[None], size, mode="bicubic")[0].permute(1, 2, 0).numpy()
     return np.clip(np.floor(levels + 0.5), 0, 255).astype(np.uint8).reshape(*size, *pixels.shape[2:])

@@ -2,66 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from drrn.disk import check_regular
 from drrn.errors import UserError
+from drrn.formats import KINDS
 from drrn.matlab import rgb2y
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MAX_PIXELS = 50_000_000  # far above any benchmark image
 LARGEST_TILE = 1 << 20  # pixels of a TIFF's tile that are fine whatever the size of the picture
 LARGEST_FILE = 1 << 30  # bytes
 PIECE = 1 << 20  # bytes that are read or decompressed at a time
 
-# Every list of formats is made of these: suffix → what Pillow calls it.
-FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".bmp": "BMP",
-}
-KINDS = tuple(dict.fromkeys(FORMATS.values()))
-# Images too, but in no set: they are named where one would expect them to be read. None: Pillow does not know it.
-OTHER_FORMATS = {
-    ".gif": "GIF",
-    ".ppm": "PPM",
-    ".pgm": "PPM",
-    ".pnm": "PPM",
-    ".jp2": "JPEG2000",
-    ".avif": "AVIF",
-    ".heic": "HEIF",  # with the plugin pillow-heif
-    ".heif": "HEIF",
-    ".jxl": None,
-}
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """An image of a set with its size, kind and checksums checked, its pixels not decoded yet."""
-    from PIL import Image
-
     try:
         check_regular(path, LARGEST_FILE)
         with Image.open(path, formats=KINDS) as image:

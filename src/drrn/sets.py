@@ -19,7 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from drrn.disk import sha256
 from drrn.errors import UserError, counted, printable
+from drrn.formats import FORMATS, OTHER_FORMATS
 from drrn.home import DATA
 
 if TYPE_CHECKING:
@@ -111,8 +113,6 @@ def fetch(set_name: str, root: Path, complete: bool = True) -> list[Path]:
     Raises:
         UserError: a present file has another digest, or a download failed (naming the file and URL).
     """
-    from drrn.images import sha256
-
     listed = _registry(REGISTRY).get(part_of(set_name)[0], {})
     names = _members(set_name, sorted(listed))
     present = [name for name in names if (root / name).is_file()]
@@ -207,8 +207,6 @@ def ready_low(truth: Path, scale: int) -> Path:
 
 def folder_images(folder: Path) -> list[Path]:
     """The image files of a folder, by name: all of what looks like an image, or a UserError."""
-    from drrn.images import FORMATS
-
     files = []
     try:
         found = list(find_images(folder))
@@ -237,8 +235,6 @@ def find_images(folder: Path, deep: bool = False) -> Iterator[tuple[Path, str | 
         (path, None) for a file, (path, what is wrong with it) for what cannot be read: a link to nothing or to
         itself, a pipe, a folder called x.png, or a format that sets do not have.
     """
-    from drrn.images import FORMATS, OTHER_FORMATS
-
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
@@ -266,8 +262,6 @@ def set_label(set_name: str, files: list[Path]) -> str:
     folder = Path(set_name).resolve()
     if folder.name not in known_sets():
         return folder.name or str(folder)
-    from drrn.images import sha256
-
     listed = {digest for digest, _ in _registry(REGISTRY).get(folder.name, {}).values()}
     same = {f"sha256:{sha256(path)}" for path in files} <= listed
     return folder.name if same else f"{folder.parent.name}/{folder.name}"

@@ -16,8 +16,8 @@ from typing import Any
 import h5py
 from filelock import FileLock, Timeout
 
+from drrn.disk import sha256
 from drrn.errors import UserError, counted
-from drrn.images import sha256
 
 log = logging.getLogger(__name__)
 Attributes = dict[str, str | int]  # "format", "recipe" (JSON) and "sources" (a digest) of a file

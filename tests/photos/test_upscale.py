@@ -22,7 +22,7 @@ from stress_images import sound_files, stress
 from drrn.config import ModelConfig
 from drrn.errors import UserError
 from drrn.fast import strips
-from drrn.images import FORMATS
+from drrn.formats import FORMATS
 from drrn.matlab import imresize, rgb2ycbcr, ycbcr2rgb
 from drrn.photos import enlarge as photos_enlarge
 from drrn.photos import plan, upscale

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import drrn.sweep.cost
 import drrn.sweep.plan
 import train
 from drrn.disk import write_json
@@ -20,10 +21,10 @@ from drrn.identity import run_dir
 from drrn.model import DRRN
 from drrn.networks import count
 from drrn.runs.record import FILE, run_record
-from drrn.sweep.cost import Speed, count_bytes, measure, operations
+from drrn.sweep.cost import Speed, count_bytes, measure
 from drrn.sweep.machine import Ended, NotBegun
 from drrn.sweep.outcome import outcome
-from drrn.sweep.plan import Job, job_of, make_plan, print_plan
+from drrn.sweep.plan import Job, job_of, make_plan, operations, print_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 STRUCTURES = [
@@ -141,7 +142,7 @@ def test_an_estimate_is_a_line_through_the_ends(configure: Callable, monkeypatch
         timed.append(config.model.U)
         return Speed(0.25 + 1e-9 * operations(config), 1e6)
 
-    monkeypatch.setattr(drrn.sweep.plan, "measure", known)
+    monkeypatch.setattr(drrn.sweep.cost, "measure", known)
     long = ("trainer.max_steps=1000", "trainer.val_check_interval=300", "data.scales=[2,3]", "data.val_scales=[3]")
     configs = [configure(f"model.U={U}", *long) for U in (2, 5, 1)]
     plan = make_plan([job_of(config) for config in configs])
@@ -157,8 +158,8 @@ def test_an_estimate_is_a_line_through_the_ends(configure: Callable, monkeypatch
 
 
 def test_a_short_sweep_is_not_delayed_by_its_estimate(configure: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drrn.sweep.plan, "measure", lambda *_: pytest.fail("timed"))
-    monkeypatch.setattr(drrn.sweep.plan, "count_bytes", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr(drrn.sweep.cost, "measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(drrn.sweep.cost, "count_bytes", lambda *_: pytest.fail("counted"))
     plan = make_plan(
         [job_of(configure("trainer.max_steps=100")), job_of(configure("trainer.max_steps=50", "model.U=1"))]
     )

@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 _kept = False  # by an outer `freed_memory_kept`
 
@@ -37,30 +41,24 @@ def freed_memory_kept(on: bool = True) -> Iterator[None]:
         mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
-def tensors_counted() -> Any:
+class TensorBytes(TorchDispatchMode):
     """A context that counts the bytes of the tensors made in it and alive at once; `peak` is their maximum."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_iter
 
-    class Alive(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.now = self.peak = 0
-            self.known: weakref.WeakSet = weakref.WeakSet()
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: weakref.WeakSet = weakref.WeakSet()
 
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = function(*args, **(kwargs or {}))
-            for tensor in tree_iter(result):
-                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
-                    storage = tensor.untyped_storage()
-                    self.known.add(storage)
-                    weakref.finalize(storage, self.freed, storage.nbytes()).atexit = False
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-            return result
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage)
+                weakref.finalize(storage, self.freed, storage.nbytes()).atexit = False
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return result
 
-        def freed(self, size: int) -> None:
-            self.now -= size
-
-    return Alive()
+    def freed(self, size: int) -> None:
+        self.now -= size

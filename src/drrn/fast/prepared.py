@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from drrn.fast.folded import Folded
-from drrn.fast.memory import tensors_counted
+from drrn.fast.memory import TensorBytes
 from drrn.fast.precision import tf32
 from drrn.fast.stream import MAPS, Stream
 from drrn.model import DRRN
@@ -105,6 +105,6 @@ def _maps(network: nn.Module, like: Tensor, features: int) -> int:
     """`Prepared.maps` of a network that runs as it is, counted on a small image of the kind of `like`; a layer of
     PyTorch's may need one more, in another order of its values."""
     x = like.new_zeros(1, 1, 32, 32)
-    with _evaluating(network), tensors_counted() as alive:
+    with _evaluating(network), TensorBytes() as alive:
         network(x)
     return 1 + round(alive.peak / (x.nbytes * features))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from drrn.disk import check_output
 from drrn.errors import UserError
+from drrn.formats import FORMATS, OTHER_FORMATS
 from drrn.help import script
 from drrn.schema import key
 from drrn.weights.shipped import weights_file
@@ -74,8 +75,6 @@ def plan(options: Options) -> list[Job]:
         UserError: no input that exists, a folder without images, one file for several, two inputs for one output, an
             output that is an input, is of no format or could not be written.
     """
-    from drrn.images import FORMATS
-
     if options.suffix is not None and options.suffix.lower() not in FORMATS:
         raise UserError(f"suffix = {options.suffix!r}: allowed are {', '.join(FORMATS)}")
     given = options.input if isinstance(options.input, list) else [options.input]
@@ -127,7 +126,6 @@ def jobs_of(source: Path, output: Path | None, one: bool, options: Options) -> I
 
 def members(folder: Path, output: Path) -> list[tuple[Path, Path, str | None]]:
     """All in a folder that looks like an image, but for earlier results: (path, its place there, what is wrong)."""
-    from drrn.images import FORMATS, OTHER_FORMATS
     from drrn.sets import find_images
 
     root, results = Path(os.path.realpath(folder)), Path(os.path.realpath(output))
@@ -152,8 +150,6 @@ def members(folder: Path, output: Path) -> list[tuple[Path, Path, str | None]]:
 
 def named(place: Path, suffix: str | None) -> Path:
     """The result's place: with `suffix`, else the input's own, or .png for a format that is only read."""
-    from drrn.images import OTHER_FORMATS
-
     own = ".png" if place.suffix.lower() in OTHER_FORMATS else place.suffix
     return place.with_suffix(suffix or own)
 

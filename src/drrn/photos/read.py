@@ -37,7 +37,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrn.errors import UserError
-from drrn.images import KINDS, OTHER_FORMATS, check_whole
+from drrn.formats import KINDS, OTHER_FORMATS
+from drrn.images import check_whole
 from drrn.photos.metadata import Chunks, exif_and_orientation, png_chunks, resolution, upright_xmp
 
 if TYPE_CHECKING:

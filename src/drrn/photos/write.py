@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from drrn.disk import write_whole
 from drrn.errors import UserError
-from drrn.images import FORMATS
+from drrn.formats import FORMATS
 from drrn.photos.enlarge import CHUNK
 from drrn.photos.metadata import XMP, XMP_KEYWORD, Chunks, exif_bytes, lost_chunks, with_resolution
 from drrn.photos.read import Photo

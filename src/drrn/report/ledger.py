@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from drrn.disk import write_whole
+from drrn.disk import sha256, write_whole
 from drrn.errors import counted
 from drrn.help import script
 from drrn.home import CONF, DATA, HOME
 from drrn.identity import WEIGHTS
-from drrn.images import sha256
 from drrn.layers import conv_weights
 from drrn.metrics import METRICS
 from drrn.networks import NETWORKS, on_paper

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from drrn.fast.memory import tensors_counted
+from drrn.fast.memory import TensorBytes
 from drrn.inference import super_resolve
 from drrn.networks import build, count
 from drrn.paper import paper_numbers, printed
@@ -112,7 +112,7 @@ def cost(model: dict[str, Any]) -> tuple[float, int, str]:
             began = clock()
             super_resolve(network, x).sum().item()  # which waits for a GPU
             times.append(clock() - began)
-        with tensors_counted() as alive:
+        with TensorBytes() as alive:
             super_resolve(network, x)
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What a point costs: operations and bytes counted, seconds measured."""
+"""What a point costs: bytes counted, seconds measured."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drrn.config import Config
 from drrn.errors import UserError
+from drrn.fast.memory import TensorBytes
+from drrn.fast.training import InTraining, worth_compiling
+from drrn.images import image_size
+from drrn.module import SuperResolution
+from drrn.networks import count, pair_sides, structure
+from drrn.optimisers import configured
+from drrn.runs.lightning import quiet_lightning
+from drrn.sets import image_files, is_absent
 
 MORE = 0.2  # seconds: a timed step is made longer (a larger batch, a larger image) until it takes so many
 PATIENCE = 4.0  # seconds: no further step is timed then
 TIMED = 5  # steps timed at a point; the fastest counts, the others were disturbed
-
-
-def operations(config: Config) -> float:
-    """Floating-point operations of an optimiser step: forward, and backward for weights and inputs."""
-    from drrn.networks import count, pair_sides
-
-    _, side = pair_sides(config.model, config.data.patch_size)
-    return count(config.model).step * side**2 * config.data.batch_size
 
 
 def micro_batch(config: Config) -> int:
@@ -38,17 +43,9 @@ def count_bytes(config: Config) -> int:
     The real network takes the step with tensors that have shapes and no contents, so this costs a second
     whatever the network's size, and sees what autocast and checkpointing change.
     """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from drrn.fast.memory import tensors_counted
-    from drrn.fast.training import InTraining
-    from drrn.module import SuperResolution
-    from drrn.networks import pair_sides, structure
-
     sides = pair_sides(config.model, config.data.patch_size)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
-    with FakeTensorMode(), tensors_counted() as alive:
+    with FakeTensorMode(), TensorBytes() as alive:
         module = SuperResolution(structure(config.model), asdict(config.optim))
         trained = InTraining(module.network, checkpointing=config.speed.checkpointing)
         x, truth = (torch.rand(micro_batch(config), 1, side, side) for side in sides)
@@ -79,16 +76,6 @@ def measure(config: Config, threads: int | None = None) -> Speed:
     Raises:
         UserError: this machine does not have what `trainer.*` asks for, or not the memory.
     """
-    import torch
-    from lightning.fabric import Fabric
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from drrn.fast.training import InTraining, worth_compiling
-    from drrn.module import SuperResolution
-    from drrn.networks import pair_sides, structure
-    from drrn.optimisers import configured
-    from drrn.runs.lightning import quiet_lightning
-
     trainer, speed, whole = config.trainer, config.speed, micro_batch(config)
     sides = pair_sides(config.model, config.data.patch_size)
     before = torch.get_num_threads()
@@ -136,12 +123,8 @@ def measure(config: Config, threads: int | None = None) -> Speed:
         torch.set_num_threads(before)
 
 
-def evaluation_speed(network: Any, config: Config, device: Any) -> float:
+def evaluation_speed(network: nn.Module, config: Config, device: torch.device) -> float:
     """Operations a second of the network on whole images in float32: larger ones until one takes `MORE` seconds."""
-    import torch
-
-    from drrn.networks import count
-
     side, best = 32, 0.0
     network.float().eval()
     with torch.no_grad():
@@ -156,10 +139,8 @@ def evaluation_speed(network: Any, config: Config, device: Any) -> float:
     return count(config.model).output * y.numel() / best
 
 
-def now(device: Any) -> float:
+def now(device: torch.device) -> float:
     """The time when a device has done what it was given."""
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -170,9 +151,6 @@ def evaluation_pixels(config: Config, first: int) -> int:
 
     A set that is not here yet counts 0: nothing is downloaded for a plan.
     """
-    from drrn.images import image_size
-    from drrn.sets import image_files, is_absent
-
     data, trainer, root = config.data, config.trainer, Path(config.data.root)
 
     def pixels(sets: list[str]) -> int:

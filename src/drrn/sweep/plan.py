@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,10 +20,10 @@ from rich.text import Text
 from drrn.config import Config
 from drrn.errors import UserError, counted
 from drrn.identity import run_dir, structure_name
+from drrn.networks import count, pair_sides
 from drrn.runs.record import FILE, done_before, read_record
-from drrn.sweep.cost import TIMED, count_bytes, evaluation_pixels, measure, micro_batch, operations
 
-SHARE = 100  # a sweep of fewer steps than this many times the timed ones is not worth timing
+SHORT = 800  # steps: a sweep of fewer is not worth timing
 
 
 @dataclass(eq=False)
@@ -116,17 +117,25 @@ def make_plan(jobs: list[Job], workers: int = 1, threads: int | None = None, alw
         return Plan(jobs, workers, "")
     if any(job.config.trainer.max_epochs is not None for job in work):
         note = "trainer.max_epochs: the steps are known when the patches are there, so no time is estimated"
-    elif not always and sum(job.steps for job in work) < SHARE * (TIMED + 3):
+    elif not always and sum(job.steps for job in work) < SHORT:
         return Plan(jobs, workers, "too short to be worth estimating; plan=only does it")
     else:
         note = estimate(work, threads)
-    counted: dict[str, int] = {}
+    from drrn.sweep.cost import count_bytes, micro_batch  # with Lightning, which a finished sweep need not wait for
+
+    known: dict[str, int] = {}  # the bytes of jobs that differ in nothing that matters to them
     for job in work:
         c = job.config
         speed = (c.speed.checkpointing, c.trainer.precision)
         key = repr((c.model, micro_batch(c), c.data.patch_size, speed, c.optim.algorithm, c.optim.loss))
-        job.bytes = counted[key] = counted.get(key) or count_bytes(c)
+        job.bytes = known[key] = known.get(key) or count_bytes(c)
     return Plan(jobs, workers, note)
+
+
+def operations(config: Config) -> float:
+    """Floating-point operations of an optimiser step: forward, and backward for weights and inputs."""
+    _, side = pair_sides(config.model, config.data.patch_size)
+    return count(config.model).step * side**2 * config.data.batch_size
 
 
 def estimate(work: list[Job], threads: int | None) -> str:
@@ -135,9 +144,7 @@ def estimate(work: list[Job], threads: int | None) -> str:
     Returns:
         Why there are none; "" where there are.
     """
-    import numpy as np
-
-    from drrn.networks import count
+    from drrn.sweep.cost import evaluation_pixels, measure
 
     work = sorted(work, key=lambda job: operations(job.config))
     each = [operations(job.config) for job in work]
@@ -158,8 +165,6 @@ STATES = {"new": "new", "finished": "finished: skipped", "resume": "to be resume
 
 def print_plan(plan: Plan) -> None:
     """The plan as a table on the standard output."""
-    from drrn.networks import count
-
     table = new_table("Plan")
     table.add_column("state", overflow="fold")
     for heading in ("d", "k", "operations\n/step", "steps", "time", "memory\nGB"):

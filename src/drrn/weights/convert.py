@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from drrn.config import ModelConfig
-from drrn.disk import check_output
+from drrn.disk import check_output, sha256
 from drrn.errors import UserError, printable
 from drrn.identity import model_of, structure_name
 from drrn.schema import key, typed
@@ -93,7 +93,6 @@ def convert(config: ConvertConfig) -> None:
 
 def read(config: ConvertConfig) -> tuple[str, nn.Module, dict[str, Any]]:
     """The input as (form, network, what is known of it); a UserError if it cannot be read."""
-    from drrn.images import sha256
     from drrn.networks import structure
     from drrn.weights.foreign import read_foreign, recognise
     from drrn.weights.ours import build, load_network
