@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from drrn.photos.enlarge import enlarge, result_size
 from drrn.weights.shipped import load
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import nn
 
 BICUBIC = "bicubic"
@@ -64,8 +64,6 @@ def upscale(
     result = result.reshape(*result.shape[:2], *pixels.shape[2:])
     if isinstance(image, np.ndarray):
         return result
-    from PIL import Image
-
     return Image.fromarray(result)
 
 

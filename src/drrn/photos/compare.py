@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from drrn.disk import write_whole
 from drrn.errors import printable
@@ -46,8 +47,6 @@ def write_page(path: Path, source: Path, target: Path, method: str, max_pixels: 
 
 def data_url(pixels: NDArray[Any], icc: bytes | None) -> str:
     """A picture [H, W, C] as a PNG of 8 bits inside an address."""
-    from PIL import Image
-
     if pixels.dtype.kind == "f":
         pixels = np.clip(pixels, 0, 1) * 255
     elif pixels.dtype == np.uint16:

@@ -7,10 +7,9 @@ import re
 import struct
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from PIL import Image
+from PIL import Image
 
 ORIENTATION, EXIF_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003  # EXIF tags
 X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, INCH, CENTIMETRE = 0x011A, 0x011B, 0x0128, 2, 3
@@ -74,8 +73,6 @@ def resolution(info: dict[str, Any], exif: Image.Exif | None) -> tuple[float, fl
 
 def with_resolution(exif: Image.Exif | None, dpi: tuple[float, float]) -> Image.Exif:
     """EXIF data that say a resolution."""
-    from PIL import Image
-
     exif = Image.Exif() if exif is None else exif
     exif[X_RESOLUTION], exif[Y_RESOLUTION], exif[RESOLUTION_UNIT] = (*dpi, INCH)
     return exif

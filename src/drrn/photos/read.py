@@ -31,18 +31,16 @@ import warnings
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from drrn.errors import UserError
 from drrn.formats import KINDS, OTHER_FORMATS
 from drrn.images import check_whole
 from drrn.photos.metadata import Chunks, exif_and_orientation, png_chunks, resolution, upright_xmp
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MAX_PIXELS = 100_000_000  # an 8-bit picture of this size takes 0.7 GB to read
 READ = (*KINDS, *dict.fromkeys(kind for kind in OTHER_FORMATS.values() if kind))  # as Pillow calls them
@@ -72,8 +70,6 @@ def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Photo:
         raise UserError(f"{path} does not exist")
     if not path.is_file():
         raise UserError(f"{path} is not a file")
-    from PIL import Image, UnidentifiedImageError
-
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # the same check is made below, with a limit that the user can raise
     try:
@@ -115,8 +111,6 @@ def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
 
 def _read_pillow(path: Path, max_pixels: int) -> Photo:
     """What Pillow knows."""
-    from PIL import Image
-
     with contextlib.suppress(ImportError):
         from pillow_heif import register_heif_opener
 
@@ -214,8 +208,6 @@ def _is_shortened(path: Path, image: Image.Image) -> bool:
 
 def _decode_as(path: Path, rawmode: str) -> NDArray[np.uint8]:
     """The file's pixels decoded once more, its bytes taken for another arrangement of the same length."""
-    from PIL import Image
-
     with Image.open(path, formats=("PNG", "TIFF")) as image:
         image.tile = [
             tile._replace(args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:]))
@@ -226,8 +218,6 @@ def _decode_as(path: Path, rawmode: str) -> NDArray[np.uint8]:
 
 def _cmyk_to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes | None]:
     """A CMYK picture as RGB, and the profile of that."""
-    from PIL import ImageCms
-
     if icc and icc[16:20] == b"CMYK":
         try:
             srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from drrn.disk import write_whole
 from drrn.errors import UserError
@@ -119,8 +120,6 @@ def _beside(photo: Photo, kind: str, shape: Shape) -> tuple[Beside, list[str]]:
 
 def _write_pillow(file: BinaryIO, strips: Strips, shape: Shape, kind: str, quality: int, beside: Beside) -> None:
     """JPEG, WebP or BMP."""
-    from PIL import Image
-
     height, width, channels = shape
     canvas, top = Image.new(("L", "LA", "RGB", "RGBA")[channels - 1], (width, height)), 0
     for strip in strips:

@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback
@@ -21,13 +21,11 @@ from lightning.pytorch.loggers.logger import Logger
 
 from drrn.config import Config
 from drrn.identity import run_name
+from drrn.module import SuperResolution
 from drrn.targets import make, resolve
 from drrn.tracking.results import ValidationPictures, pictures, score_table, test_means
 from drrn.tracking.rows import FILE, Rows
 from drrn.tracking.wandb_run import WandB
-
-if TYPE_CHECKING:
-    from drrn.module import SuperResolution
 
 log = logging.getLogger(__name__)
 

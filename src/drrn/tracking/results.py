@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, Trainer
 
 from drrn.identity import structure_name
-
-if TYPE_CHECKING:
-    from drrn.module import SuperResolution
+from drrn.module import SuperResolution
 
 log = logging.getLogger(__name__)
 

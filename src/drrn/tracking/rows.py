@@ -7,12 +7,11 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
-if TYPE_CHECKING:
-    from drrn.module import SuperResolution
+from drrn.module import SuperResolution
 
 log = logging.getLogger(__name__)
 
