@@ -146,9 +146,12 @@ def test_another_network_is_drawn_by_its_records_words(make: Callable) -> None:
     for axis, x in ((weights, 8032), (depth, 3)):
         assert any(line.get_xdata()[0] == x and line.get_ydata()[0] == 31.7 for line in axis.lines)
     (group,) = run_groups("curves", [other])
-    assert [axis.get_title() for axis in draw(group).axes] == ["toy"]
+    assert [axis.get_title() for axis in draw(group).axes] == ["TOY"]
     assert points_table(group).rows == [["TOY_width4", "3", "8,032", "31.70", MISSING]]
     assert run_groups("fig6", [other]) == []
+    other["structure"]["name"] = 8 * "TOY"  # too long for its panel
+    (axis,) = draw(*run_groups("curves", [other])).axes
+    assert [text.get_position() for text in axis.texts if text.get_text() == 8 * "TOY"] == [(7, 0)]
 
 
 def test_origin(make: Callable) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -68,7 +69,8 @@ def name_points(
     named: dict[Axes, list[tuple[float, float, str, str]]],
     places: Sequence[tuple[float, float]] = AROUND,
 ) -> None:
-    """Names beside points (x, y, text, colour) in data coordinates: each at the nearest place that hides nothing.
+    """Names beside points (x, y, text, colour) in data coordinates: each at the nearest place that hides nothing,
+    inside its panel if there is room.
 
     An empty text names nothing but keeps others' names off its point. Call it once the axes have their limits.
     """
@@ -87,11 +89,12 @@ def name_points(
                 annotation_clip=False,
             )  # fmt: skip
             name.get_window_extent()  # so that its transform is settled: below, its text alone counts
-            for step in steps:
+            for bounded, step in itertools.product((True, False), steps):
                 name.set_position(step)
                 name.set_horizontalalignment("left" if step[0] > 0 else "right")
                 box = Text.get_window_extent(name)
-                if all(map(inside.contains, (box.x0, box.x1), (box.y0, box.y1))) and not box.count_overlaps(taken):
+                fits = not bounded or all(map(inside.contains, (box.x0, box.x1), (box.y0, box.y1)))
+                if fits and not box.count_overlaps(taken):
                     break
             taken.append(box)
 

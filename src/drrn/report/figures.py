@@ -230,7 +230,7 @@ def curves(group: RunGroup, stacked: bool) -> Figure | None:
             level = min(bicubic)
             axis.axhline(level, color=GREY, linewidth=0.8, linestyle=(0, (4, 2)))
             axis.annotate("bicubic", (0, level), xytext=(2, 2), textcoords="offset points", size=6.5, color=GREY)
-        axis.set(xlim=(0, longest * 1.18), ylim=(lowest, highest), xlabel="patches seen")
+        axis.set(xlim=(0, longest * 1.22), ylim=(lowest, highest), xlabel="patches seen")
         axis.set_title(name, size=9)
         in_psnr(axis)
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -36,8 +36,8 @@ def in_paper(model: dict[str, Any]) -> str:
 
 
 def variant(model: dict[str, Any]) -> str:
-    """The paper's name of a structure's family: one of `tables.VARIANTS`, or another network's own name."""
-    return family(in_paper(model)) if model["network"] == DEFAULT else model["network"]
+    """The paper's name of a structure's family: one of `tables.VARIANTS`, or another network's class."""
+    return family(in_paper(model)) if model["network"] == DEFAULT else structure_name(model).partition("_")[0]
 
 
 def family(name: str) -> str:
