@@ -5,10 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from drrn.matlab import rgb2y
 MAX_PIXELS = 50_000_000  # far above any benchmark image
 LARGEST_TILE = 1 << 20  # pixels of a TIFF's tile that are fine whatever the size of the picture
 LARGEST_FILE = 1 << 30  # bytes
+LARGEST_CHUNK = 16 << 20  # bytes of a PNG's chunk that is kept
 PIECE = 1 << 20  # bytes that are read or decompressed at a time
 
 
@@ -91,25 +91,35 @@ def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArra
 def check_whole(path: Path, image: Image.Image) -> None:
     """Refuse what Pillow does not see in a file that it opened: wrong checksums, missing parts, meaningless codes."""
     if image.format == "PNG":
-        with path.open("rb") as file:
-            _check_png(path, file)
+        for name, _, _, right in png_chunks(path):  # of the pixels' chunks Pillow skips the checksums
+            if right is False and name[:1].isupper():  # those that a picture needs
+                raise UserError(f"{path} is damaged: the checksum of its {name.decode('latin-1')} part is wrong")
     elif image.format == "TIFF":
         _check_tiff(path, image)
 
 
-def _check_png(path: Path, file: BinaryIO) -> None:
-    """Compare the checksums of the chunks that a picture needs (Pillow skips those of its pixels)."""
-    file.seek(8)
-    while len(head := file.read(8)) == 8:
-        left, kind = int.from_bytes(head[:4], "big"), head[4:]
-        checksum = zlib.crc32(kind)
-        while left and (piece := file.read(min(left, PIECE))):
-            checksum, left = zlib.crc32(piece, checksum), left - len(piece)
-        stored = file.read(4)
-        if len(stored) == 4 and kind[:1].isupper() and int.from_bytes(stored, "big") != checksum:
-            raise UserError(f"{path} is damaged: the checksum of its {kind.decode('latin-1')} part is wrong")
-        if kind == b"IEND":
-            return
+def png_chunks(path: Path, kept: Sequence[bytes] = ()) -> Iterator[tuple[bytes, int, bytes, bool | None]]:
+    """The chunks of a PNG: name, length in bytes, content, and whether its checksum is right.
+
+    Args:
+        path: the file; what it holds after its end chunk is not looked at.
+        kept: names of chunks whose content is wanted; of others, and beyond `LARGEST_CHUNK`, it is empty.
+
+    Yields:
+        The last is None where the file ends before the checksum.
+    """
+    with path.open("rb") as file:
+        file.seek(8)
+        name = b""
+        while name != b"IEND" and len(head := file.read(8)) == 8:
+            left = length = int.from_bytes(head[:4], "big")
+            name, content = head[4:], b""
+            checksum = zlib.crc32(name)
+            while left and (piece := file.read(min(left, PIECE))):
+                checksum, left = zlib.crc32(piece, checksum), left - len(piece)
+                content += piece if name in kept and length <= LARGEST_CHUNK else b""
+            stored = file.read(4)
+            yield name, length, content, int.from_bytes(stored, "big") == checksum if len(stored) == 4 else None
 
 
 def _check_tiff(path: Path, image: Image.Image) -> None:

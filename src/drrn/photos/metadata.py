@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import re
 import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from drrn.images import LARGEST_CHUNK, png_chunks
 
 ORIENTATION, EXIF_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003  # EXIF tags
 X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, INCH, CENTIMETRE = 0x011A, 0x011B, 0x0128, 2, 3
 
 COLOUR = (b"gAMA", b"cHRM", b"cICP", b"sRGB", b"mDCV", b"cLLI")  # chunks of PNG, beside iCCP
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
-LARGEST_CHUNK = 16 << 20  # bytes of one that is kept
 XMP = 700  # tag of TIFF
 XMP_KEYWORD = b"XML:com.adobe.xmp"
 ELSEWHERE = (XMP_KEYWORD, b"Raw profile type exif", b"Raw profile type APP1")  # texts that `Photo` keeps otherwise
@@ -28,25 +28,18 @@ SRGB = (  # what every format means when it says nothing
 Chunks = list[tuple[bytes, bytes]]
 
 
-def png_chunks(path: Path, notes: list[str]) -> Chunks:
+def colour_and_text(path: Path, notes: list[str]) -> Chunks:
     """A PNG's chunks of colour and text (name, content), as they are; damaged and huge ones are added to `notes`."""
     found: Chunks = []
-    with path.open("rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length, name = int.from_bytes(head[:4], "big"), head[4:]
-            if name not in COLOUR + TEXT:
-                file.seek(length + 4, 1)
-                continue
-            if length > LARGEST_CHUNK:
-                notes.append(f"its {name.decode()} part of {length:,} bytes is left out")
-                file.seek(length + 4, 1)
-                continue
-            data, checksum = file.read(length), file.read(4)
-            if zlib.crc32(name + data) != int.from_bytes(checksum, "big") or len(data) < length:
-                notes.append(f"its {name.decode()} part is damaged and left out")
-            elif name not in TEXT or data.partition(b"\0")[0] not in ELSEWHERE:
-                found.append((name, data))
+    for name, length, content, right in png_chunks(path, COLOUR + TEXT):
+        if name not in COLOUR + TEXT:
+            continue
+        if length > LARGEST_CHUNK:
+            notes.append(f"its {name.decode()} part of {length:,} bytes is left out")
+        elif not right:
+            notes.append(f"its {name.decode()} part is damaged and left out")
+        elif name not in TEXT or content.partition(b"\0")[0] not in ELSEWHERE:
+            found.append((name, content))
     return found
 
 

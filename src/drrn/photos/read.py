@@ -40,7 +40,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from drrn.errors import UserError
 from drrn.formats import KINDS, OTHER_FORMATS
 from drrn.images import check_whole
-from drrn.photos.metadata import Chunks, exif_and_orientation, png_chunks, resolution, upright_xmp
+from drrn.photos.metadata import Chunks, colour_and_text, exif_and_orientation, resolution, upright_xmp
 
 MAX_PIXELS = 100_000_000  # an 8-bit picture of this size takes 0.7 GB to read
 READ = (*KINDS, *dict.fromkeys(kind for kind in OTHER_FORMATS.values() if kind))  # as Pillow calls them
@@ -159,7 +159,7 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
     if transparent is not None and pixels.shape[2] in (1, 3):
         seen = (pixels != np.asarray(transparent, pixels.dtype)).any(axis=2, keepdims=True)
         pixels = np.concatenate([pixels, seen * pixels.dtype.type(np.iinfo(pixels.dtype).max)], axis=2)
-    xmp, chunks = upright_xmp(info.get("xmp")), png_chunks(path, notes) if kind == "PNG" else []
+    xmp, chunks = upright_xmp(info.get("xmp")), colour_and_text(path, notes) if kind == "PNG" else []
     photo = Photo(pixels, icc, exif, notes, resolution(info, exif), xmp, chunks)
     return _finished(path, photo, 1 if kind == "TIFF" else orientation, several)  # Pillow has turned a TIFF
 
