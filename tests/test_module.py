@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader
 
 from drrn.config import OptimConfig
 from drrn.datamodule import SuperResolutionData
-from drrn.errors import UserError
+from drrn.errors import Diverged, UserError
 from drrn.images import read_luminance, read_pixels
 from drrn.losses import euclidean
 from drrn.matlab import imresize, to_uint8
 from drrn.metrics import ifc
-from drrn.module import Diverged, SuperResolution
+from drrn.module import SuperResolution
 from drrn.optimisers import learning_rate_factor
 from drrn.patches import LOW, STEP, Patches
 from drrn.protocol import Protocol, prepare, score, score_pixels

@@ -37,5 +37,9 @@ class UserError(Exception):
         super().__init__("\n".join(map(printable, str(text).split("\n"))))
 
 
+class Diverged(UserError):
+    """The loss or a gradient of a training is no longer a finite number."""
+
+
 class InUse(UserError):
     """Another process works on it at this moment."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from drrn.config import OptimConfig
-from drrn.errors import UserError
+from drrn.errors import Diverged
 from drrn.fast.training import InTraining, Latch, worth_compiling
 from drrn.images import read_pixels
 from drrn.inference import forget, super_resolve
@@ -25,10 +25,6 @@ from drrn.matlab import imresize
 from drrn.networks import build
 from drrn.optimisers import configured, takes_found_inf
 from drrn.protocol import Protocol, prepare, score_pixels
-
-
-class Diverged(UserError):
-    """The loss or a gradient is no longer a finite number."""
 
 
 class SuperResolution(LightningModule):

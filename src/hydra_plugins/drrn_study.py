@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import drrn
 from drrn.command_line import quoted
-from drrn.errors import UserError
+from drrn.errors import Diverged, UserError
 
 
 class StudySweeper(BasicSweeper):
@@ -125,8 +125,6 @@ class SearchSweeper(StudySweeper):
         from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 
         def task(cfg: DictConfig) -> Any:
-            from drrn.module import Diverged
-
             try:
                 return task_function(cfg)
             except Diverged:

@@ -19,11 +19,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drrn.errors import UserError
+from drrn.errors import Diverged, UserError
 from drrn.fast import training
 from drrn.fast.training import InTraining, Latch, norms_of
 from drrn.model import DRRN
-from drrn.module import Diverged
 from drrn.optimisers import takes_found_inf
 from drrn.runs.checkpoints import Checkpoints, newest_checkpoint
 from drrn.runs.lightning import AverageOnDevice, TerminalProgress

@@ -20,10 +20,10 @@ from PIL import Image
 
 from conftest import TINY
 from drrn.config import Config
-from drrn.errors import UserError
+from drrn.errors import Diverged, UserError
 from drrn.identity import run_dir
 from drrn.images import read_luminance
-from drrn.module import Diverged, SuperResolution
+from drrn.module import SuperResolution
 from drrn.patches import Patches
 from drrn.protocol import prepare, score
 from drrn.runs import run as train
