@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drrn.errors import Diverged, UserError
 from drrn.fast import training
+from drrn.fast.precision import tf32
 from drrn.fast.training import InTraining, Latch, norms_of
 from drrn.model import DRRN
 from drrn.optimisers import takes_found_inf
@@ -44,7 +45,7 @@ COMPILER = pytest.mark.skipif(
 
 def gradients(network: DRRN, run: Callable[[Tensor], Tensor], x: Tensor, coarse: bool = False) -> dict[str, Tensor]:
     network.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=coarse):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=coarse), tf32(False):
         y = run(x)
     y.to(x.dtype).square().sum().backward()
     return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
@@ -96,24 +97,29 @@ def test_micro_batches_are_averaged_one_after_another_and_a_bad_step_not_at_all(
 
 @COMPILER
 @pytest.mark.parametrize(("coarse", "checkpointing"), [(False, True), (True, False)], ids=["float32 twice", "bf16"])
-def test_compiled_it_trains_the_same_from_one_graph(coarse: bool, checkpointing: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU, id="gpu")])
+def test_compiled_it_trains_the_same_from_one_graph(device: str, coarse: bool, checkpointing: bool) -> None:
     """One graph, whatever the momentum is. In bf16 it is as far from the exact gradient as the eager network is."""
     torch.manual_seed(0)
-    exact = DRRN(1, 2, features=8).train()
+    exact = DRRN(1, 2, features=8).train().to(device, memory_format=torch.channels_last)
     eager, ours = copy.deepcopy(exact), copy.deepcopy(exact)
     trained = InTraining(ours, compiled=True, checkpointing=checkpointing)
     torch._dynamo.utils.counters.clear()
     for step in range(3):
-        x = torch.rand(4, 1, 12, 12)
+        x = torch.rand(4, 1, 12, 12, device=device)
         for network in (exact, eager):
             momentum_of(network, 1 / (step + 1))
         true, theirs, found = (
             gradients(exact, exact, x), gradients(eager, eager, x, coarse), gradients(ours, trained, x, coarse)
         )  # fmt: skip
-        trained.follow(trained.statistics, [1 / (step + 1)], GOOD)
+        trained.follow(trained.statistics, [1 / (step + 1)], GOOD.to(device))
         total = torch.cat([g.flatten() for g in true.values()]).norm()  # a bias before a norm has no gradient
         for name, right in true.items():
-            limit = 1.2 * (theirs[name] - right).norm() + 5e-3 * total if coarse else 1e-5 * total
+            limit = (
+                1.2 * (theirs[name] - right).norm() + 5e-3 * total
+                if coarse
+                else (1e-5 if device == "cpu" else 1e-4) * total
+            )
             assert (found[name] - right).norm() < limit, name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     for name, tensor in eager.state_dict().items():
