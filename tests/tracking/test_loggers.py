@@ -189,8 +189,8 @@ def test_a_logger_that_raises_is_said_once_and_the_run_continues(configure: Call
     folder, record = trained(configure(*words, f"output={tmp_path}", "logger=csv", node))
     assert record["status"] == "finished"
     states = {state["kind"]: state["problem"] for state in (record["tracking"], *record["tracking"]["also"])}
-    assert states == {"csv": None, "mine": "ConnectionError: nobody is there"}
-    assert (folder / "train.log").read_text().count("logger.mine failed: nobody is there") == 1
+    assert states == {"csv": None, "mine": "logger.mine failed at log_hyperparams: ConnectionError: nobody is there"}
+    assert (folder / "train.log").read_text().count("ConnectionError: nobody is there") == 1
     assert list(folder.glob("csv/*/metrics.csv"))
 
 

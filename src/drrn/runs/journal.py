@@ -63,8 +63,8 @@ def recorded(path: Path, record: dict[str, Any], stop: StopSignals, tracking: Tr
         raise
     finally:
         write(path, record)
-        if tracking.finish():
-            write(path, record)
+        tracking.finish()
+        write(path, record)
 
 
 @contextmanager

@@ -1,16 +1,12 @@
 """Where a run's metrics go besides its record: any number of loggers.
 
 W&B is ours (wandb_run.py); TensorBoard, CSV, MLflow and whatever is a Lightning Logger are named by `_target_`.
-
-Tracking never decides over a run. Whatever a logger raises (no account, no network, a full or read-only folder, a
-service that was killed) is said once in the run's log and in `record["tracking"]`; training continues.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +19,10 @@ from drrn.config import Config
 from drrn.identity import run_name
 from drrn.module import SuperResolution
 from drrn.targets import make, resolve
+from drrn.tracking import Tracker
 from drrn.tracking.results import ValidationPictures, pictures, score_table, test_means
 from drrn.tracking.rows import FILE, Rows
 from drrn.tracking.wandb_run import WandB
-
-log = logging.getLogger(__name__)
 
 
 class Tracking:
@@ -48,7 +43,7 @@ class Tracking:
         self.config, self.folder, self.record, self.first = config, folder, record, first
         before = record.get("tracking") or {}
         ids = {state.get("kind"): state.get("run") for state in (before, *before.get("also", []))}
-        self.made: list[Other | WandB] = [
+        self.made: list[Tracker] = [
             Other(name, node, config, folder, ids.get(name)) for name, node in config.logger_extra.items() if first
         ]
 
@@ -78,14 +73,13 @@ class Tracking:
         for one in self.made:
             one.results(drawn)
 
-    def finish(self) -> bool:
-        """End the tracking of the run that is over; True if `record["tracking"]` may have changed."""
+    def finish(self) -> None:
+        """End the tracking of the run that is over; `record["tracking"]` may change."""
         for one in reversed(self.made):  # W&B last: it may wait for its service
             one.finish(self.record["status"] == "failed")
-        return bool(self.made)
 
 
-class Other:
+class Other(Tracker):
     """A logger that is named by `_target_`.
 
     Its own methods are wrapped: none of them ends a run, and each row comes once. CSV's have the optimiser step and
@@ -110,52 +104,41 @@ class Other:
         taken = inspect.signature(kind).parameters
         self.logger = make(key, node, Logger, **{key: value for key, value in offered.items() if key in taken})
         self.keeps_id = "run_id" in taken  # MLflow's: the same run when it is resumed
-        self.state: dict[str, Any] = {"kind": name, "problem": None}
+        self.title, self.state = key, {"kind": name, "problem": None}
         self.own = {method: getattr(self.logger, method) for method in self.WRAPPED}
-
-    def call(self, what: str | Callable[[], Any], *arguments: Any, **more: Any) -> None:
-        """Call one of the logger's own methods; at the first failure say so, and from then on only end it."""
-        if self.state["problem"] is not None and what != "finalize":
-            return
-        try:
-            (self.own[what] if isinstance(what, str) else what)(*arguments, **more)
-        except Exception as error:  # of anybody's logger
-            if self.state["problem"] is None:
-                self.state["problem"] = f"{type(error).__name__}: {error}"
-                log.warning("logger.%s failed: %s. The run continues without it", self.state["kind"], error)
 
     def start(self, record: dict[str, Any], rows: Rows) -> None:
         """Wrap the logger, and give it the configuration once."""
         self.record, self.rows = record, rows
         for method in self.WRAPPED:
-            setattr(self.logger, method, lambda *a, method=method, **k: self.call(method, *a, **k))
+            setattr(self.logger, method, partial(self.attempt, method, self.own[method]))
         self.logger.log_metrics = lambda metrics, step=None: self._log(rows.new(metrics, rows.step), rows.step)
         self.logger.log_hyperparams = lambda *_, **__: None  # Lightning would give it the module's
-        self.call("log_hyperparams", record["config"])
+        self.attempt("log_hyperparams", self.own["log_hyperparams"], record["config"])
         if self.keeps_id:
-            self.call(lambda: self.state.update(run=self.logger.version))
+            self.attempt("start", lambda: self.state.update(run=self.logger.version))
 
     def _log(self, row: dict[str, float], steps: int) -> None:
         where = self.rows.place(steps)
         if row and isinstance(self.logger, CSVLogger):
-            self.call("log_metrics", {**row, **where}, steps)
+            self.attempt("log_metrics", self.own["log_metrics"], {**row, **where}, steps)
         elif row:
-            self.call("log_metrics", row, int(where["patches_seen"]))
+            self.attempt("log_metrics", self.own["log_metrics"], row, int(where["patches_seen"]))
 
     def results(self, drawn: dict[str, np.ndarray]) -> None:
         """Scores as metrics; their table and pictures where the logger can show them."""
         steps, patches = self.record["budget"]["steps"], self.record["budget"]["patches"]
         self._log(test_means(self.record), steps)
-        self.call(self._table, patches)
+        self.attempt("results", self._table, patches)
         self.show(drawn)
-        self.call("save")
+        self.attempt("save", self.own["save"])
 
     def finish(self, failed: bool) -> None:
-        self.call("finalize", "failed" if failed else "success")
+        self.attempt("finish", self.own["finalize"], "failed" if failed else "success")
 
     def show(self, drawn: dict[str, np.ndarray]) -> None:
         """Pictures of the weights of now, where the logger can show them."""
-        self.call(self._pictures, drawn, int(self.rows.place(self.rows.step)["patches_seen"]))
+        self.attempt("pictures", self._pictures, drawn, int(self.rows.place(self.rows.step)["patches_seen"]))
 
     def _pictures(self, drawn: dict[str, np.ndarray], patches: int) -> None:
         experiment = getattr(self.logger, "experiment", None)

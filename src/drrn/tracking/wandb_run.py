@@ -1,11 +1,11 @@
-"""A run in Weights & Biases. Tracking never decides over a run."""
+"""A run in Weights & Biases."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from drrn.config import Config
 from drrn.identity import WEIGHTS, checkpoint_name, run_name, structure_name
+from drrn.tracking import Tracker
 from drrn.tracking.results import score_table, test_means
 from drrn.tracking.rows import Rows
 from drrn.tracking.wandb_files import ended, history, mend, runs
@@ -26,7 +27,7 @@ FINISH_SECONDS = 180  # for uploading at the end (logger.mode=online); what is l
 ARTIFACTS = {"none": (), "weights": ("weights",), "checkpoints": ("weights", "checkpoint")}
 
 
-class WandB(Logger):
+class WandB(Tracker, Logger):
     """A run of ours as one W&B run, however often it is interrupted.
 
     W&B's step is the optimiser step and its x-axis `patches_seen`. The history of all legs together holds every
@@ -40,6 +41,7 @@ class WandB(Logger):
         rows: what earlier starts have logged, and where the training is.
     """
 
+    title = "W&B"
     name = version = save_dir = None  # of Lightning's interface
 
     def __init__(self, config: Config, folder: Path, record: dict[str, Any], rows: Rows) -> None:
@@ -49,7 +51,7 @@ class WandB(Logger):
         self.run: Any = None
         self.logged: dict[str, int] = {}  # metric → the highest step that it was logged at, in any leg
         self.state = {"kind": "wandb", "mode": config.logger.mode, "folder": None, "problem": None}
-        self._attempt("start", self._start)
+        self.attempt("start", self._start)
 
     def log_hyperparams(self, *arguments: Any, **more: Any) -> None:
         """The W&B run was started with the whole configuration."""
@@ -60,25 +62,8 @@ class WandB(Logger):
 
     def _log(self, row: Mapping[str, float], step: int) -> None:
         new = {key: value for key, value in row.items() if self.logged.get(key, -1) < step}
-        if new and self._attempt("log", lambda: self.run.log({**new, **self.rows.place(step)}, step=step)):
+        if new and self.attempt("log", lambda: self.run.log({**new, **self.rows.place(step)}, step=step)):
             self.logged |= dict.fromkeys(new, step)
-
-    def _attempt(self, what: str, call: Callable[[], Any]) -> bool:
-        """Call W&B; at the first failure say so, and from then on only try to end the W&B run."""
-        if (self.run is None and what != "start") or (self.state["problem"] is not None and what != "finish"):
-            return False
-        try:
-            call()
-        except Exception as error:  # every kind: W&B's own, the disk's, the socket's
-            self._complain(f"W&B failed at {what}: {type(error).__name__}: {error}")
-            return False
-        return True
-
-    def _complain(self, problem: str) -> None:
-        if self.state["problem"] is None:
-            self.state["problem"] = problem
-            kept = "What it has is kept" if self.run is not None else "Nothing is tracked"
-            log.warning("%s. %s; the run and its record continue without it.", problem, kept)
 
     def _start(self) -> None:
         import wandb
@@ -152,12 +137,13 @@ class WandB(Logger):
 
     def show(self, drawn: Mapping[str, np.ndarray]) -> None:
         """Pictures of a validation, in the row of its step."""
-        self._attempt("pictures", lambda: self.run.log(_images(drawn), step=self.rows.step))
+        self.attempt("pictures", lambda: self.run.log(_images(drawn), step=self.rows.step))
 
     def results(self, drawn: Mapping[str, np.ndarray]) -> None:
         """What a finished evaluation leaves. The scores come first: the rest may fail where they do not."""
-        for call in (self._scores, lambda: self._media(drawn), self._artifacts):
-            self._attempt("results", call)
+        self.attempt("results", self._scores)
+        self.attempt("results", self._media, drawn)
+        self.attempt("results", self._artifacts)
 
     def _scores(self) -> None:
         """A row of its own, after all others, and the run's summary: means by set and scale, budget, status."""
@@ -200,12 +186,13 @@ class WandB(Logger):
     def finish(self, failed: bool) -> None:
         """End the W&B run, and make sure that its file on the disk is whole."""
         folder = self.state["folder"]
-        self._attempt("finish", lambda: self.run.finish(exit_code=int(failed)))
+        if self.run is not None:
+            self.attempt("finish", self.run.finish, exit_code=int(failed))
         _end_service()  # which writes what is left
         if folder is not None:
             path = self.folder / folder / f"run-{self.record['wandb_id']}.wandb"
             if not ended(path):
-                self._complain(f"{path} is not whole: is the disk full?")
+                self.complain(f"{path} is not whole: is the disk full?")
             if self.state["mode"] == "online" and self.state["problem"] is not None:
                 log.warning("Upload what W&B does not have: wandb sync %s", path.parent)
 
