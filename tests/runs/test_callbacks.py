@@ -175,7 +175,7 @@ class Odd(Callback):
         ("{_target_:os.system,command:touch executed}", "is no lightning"),
         ("{_target_:lightning.pytorch.callbacks.StochasticWeightAveraging,swa_lrs:0.1}", "cannot be used here"),
         ("{_target_:lightning.pytorch.callbacks.GradientAccumulationScheduler,scheduling:{0:2}}", "cannot be used"),
-        ("{_target_:lightning.pytorch.callbacks.LearningRateFinder}", "part of what a run is"),
+        ("{_target_:lightning.pytorch.callbacks.LearningRateFinder}", "part of a run.s identity"),
         ("{_target_:lightning.pytorch.callbacks.TQDMProgressBar}", "a run has its own"),
         ("{_target_:lightning.pytorch.callbacks.EarlyStopping}", "does not take these arguments"),
         ("{_target_:lightning.pytorch.callbacks.ModelCheckpoint,dirpath:CHECKPOINTS,save_last:true}", "its own"),

@@ -53,7 +53,7 @@ LONG = "x" * 300
         (["ckpt_path=file"], "ckpt_path = 'file' cannot be resumed from"),
         (["+optim.scheduler={_target_:torch.optim.lr_scheduler.StepLR}"], "'step_size'"),
         (["+optim.scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau}"], "follows a measure"),
-        (["trainer.accelerator=tpu"], "trainer.*: Lightning's Trainer does not take this: Requirement 'torch_xla"),
+        (["trainer.accelerator=tpu"], "trainer.*: Lightning's Trainer refuses this: Requirement 'torch_xla"),
     ],
 )
 def test_a_refusal_in_a_line_before_any_work(

@@ -471,7 +471,7 @@ def test_what_is_no_checkpoint_of_a_training_is_not_gone_on_from(
     torch.save({key: whole[key] for key in ("state_dict", "hyper_parameters", "global_step")}, path)
     with pytest.raises(Damaged, match="optimizer_states"):
         read_checkpoint(path)
-    with pytest.raises(UserError, match="cannot be resumed from: it holds no optimizer_states"):
+    with pytest.raises(UserError, match="cannot be resumed from: it has no optimizer_states"):
         train.train(configure(*SIX, f"output={tmp_path}", f"ckpt_path={path}"))
 
 

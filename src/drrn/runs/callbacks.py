@@ -1,4 +1,4 @@
-"""Callbacks that somebody brings along: `+callbacks.NAME={_target_: …}`, or a group of conf/callbacks."""
+"""User-defined callbacks: `+callbacks.NAME={_target_: …}`, or a group of conf/callbacks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from drrn.errors import UserError
 from drrn.help import closest
 from drrn.targets import make, resolve
 
-# Classes of Lightning that would break what a run promises → what to use, or why not.
+# Classes of Lightning that would break a promise of a run → the alternative, or the reason.
 REFUSED = {
     "GradientAccumulationScheduler": "use trainer.accumulate_grad_batches: data.batch_size is the whole batch",
-    "BatchSizeFinder": "data.batch_size is part of what a run is",
-    "LearningRateFinder": "optim.lr is part of what a run is",
+    "BatchSizeFinder": "data.batch_size is part of a run's identity",
+    "LearningRateFinder": "optim.lr is part of a run's identity",
     "StochasticWeightAveraging": "it averages over epochs, and a run is one epoch to Lightning; use callbacks=ema",
     "BaseFinetuning": "it counts epochs, and a run is one epoch to Lightning",
     "ModelPruning": "weights.safetensors would not be the network that model.* describes",
@@ -27,9 +27,9 @@ REFUSED = {
 
 
 def make_callbacks(config: Config, folder: Path) -> list[Callback]:
-    """The callbacks that `config.callbacks` names; one that would break what a run promises is a UserError.
+    """Instantiate the callbacks of `config.callbacks`; one that would break a promise of a run is a UserError.
 
-    A ModelCheckpoint without a `dirpath` writes to NAME in the run's folder.
+    A ModelCheckpoint without a `dirpath` writes to `folder`/NAME.
     """
     made: list[Callback] = []
     for name, node in config.callbacks.items():
@@ -49,15 +49,16 @@ def make_callbacks(config: Config, folder: Path) -> list[Callback]:
         made.append(callback)
     if len({callback.state_key for callback in made}) < len(made):
         raise UserError(
-            "callbacks: two of one kind and the same arguments: a resumed run cannot know whose state is whose"
+            "callbacks: two have the same class and arguments: a resumed run cannot tell their states apart"
         )
     return made
 
 
 def refuse_unknown_monitors(names: Iterable[str], made: Sequence[Callback], data: SuperResolutionData) -> None:
-    """Refuse callbacks that watch what no run logs, before the first step; Lightning would at the first validation.
+    """Refuse a callback whose `monitor` no run logs, before the first step; Lightning would at the first validation.
 
-    Not beside callbacks that may log more. `names` are those of `made` in the configuration.
+    Nothing is refused if a callback of another package is among them: it may log further metrics. `names` are the
+    configuration's names of `made`.
     """
     if not all(type(callback).__module__.startswith(("lightning.", "drrn.")) for callback in made):
         return

@@ -30,40 +30,40 @@ from drrn.weights.pickles import read_torch
 
 log = logging.getLogger(__name__)
 
-SLOW = 5.0  # seconds of a step from which on every step is kept: clusters kill 30 s after they ask
+SLOW = 5.0  # seconds; after a slower step every step is saved: clusters kill 30 s after their warning
 NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "hyper_parameters")
 
 
 class Damaged(Exception):
-    """A file that no run can be resumed from, and why."""
+    """A run cannot be resumed from a file; the text says why."""
 
 
 class Checkpoints(WholeSteps):
     """Keep the newest two checkpoints of a run, `step00001000.ckpt`: nothing is selected by a benchmark's score.
 
-    One is written every `every` steps, before and after a validation, after every step that took long, when a
-    signal asks the run to stop, and at the end. It is written when its step is over with all that belongs to
-    it (logged, validated), that is as the next one starts; one from before a validation knows that the
-    validation is still to come. An older file is deleted only once the newer one is safe on the disk.
+    A checkpoint is written every `every` steps, before and after a validation, after every slow step, when a
+    signal stops the run, and at the end. It is written as the next step starts, when its own step has been logged
+    and validated; a checkpoint from before a validation records that the validation is still due. An older file
+    is deleted only after the newer one has been flushed to the disk.
     """
 
     def __init__(self, folder: Path, every: int, stop: StopSignals | None = None) -> None:
         self.folder, self.every, self.stop = folder, every, stop or StopSignals()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What has been resumed from is kept already."""
+        """The checkpoint that the run resumed from is not written again."""
         super().on_train_start(trainer, pl_module)
         self.stop.take()
         self.kept = (trainer.global_step, pl_module.validated)
-        self.seconds = math.inf  # of the last step: the first may be slow, and nothing is new before it
+        self.seconds = math.inf  # of the last step; the first may be slow, and before it there is nothing new to save
         self.group = torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Between two steps: keep the one that is over if it is due, and stop if that was asked."""
+        """Between two steps: save a checkpoint of the last step if it is due, and stop if a signal has come."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
         asked, slow = self.stop.asked is not None, self.seconds > SLOW
-        if trainer.world_size > 1:  # all processes do the same
+        if trainer.world_size > 1:  # all ranks must decide alike
             any_of_all = torch.tensor([asked, slow], dtype=torch.int32)  # on the CPU: no step waits for a GPU
             torch.distributed.all_reduce(any_of_all, group=self.group)
             asked, slow = (any_of_all > 0).tolist()
@@ -71,13 +71,13 @@ class Checkpoints(WholeSteps):
         if asked or slow or step % self.every == 0 or pl_module.validated == step:
             self.keep(trainer, pl_module)
         if asked:
-            self.stop.asked = self.stop.asked or signal.SIGTERM  # another process has got one
+            self.stop.asked = self.stop.asked or signal.SIGTERM  # another rank has received one
             self.stop.check()
         self.stop.busy = not slow
         self.started = time.monotonic()
 
     def on_before_backward(self, *_: Any) -> None:
-        """A slow step is not waited for: the one before it is kept."""
+        """Stop within a slow step, without waiting for its end: the step before it has been saved."""
         if not self.stop.busy:
             self.stop.check()
 
@@ -86,12 +86,12 @@ class Checkpoints(WholeSteps):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The time of a whole step."""
+        """Measure the time of a whole step."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.seconds = time.monotonic() - self.started
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A validation can be long: keep the step before it, so that a stop need not wait for its end."""
+        """Save the step before a validation, so that a stop need not wait for the end of a long validation."""
         if trainer.state.fn == TrainerFn.FITTING:
             self.keep(trainer, pl_module)
         self._evaluating()
@@ -101,12 +101,12 @@ class Checkpoints(WholeSteps):
         self.stop.busy = False
         self.stop.check()
 
-    # Nothing to keep in a test; between two images.
+    # Safe points between two images; a test has nothing to save.
     on_test_start = on_test_batch_start = on_test_batch_end = _evaluating
     on_validation_batch_start = on_validation_batch_end = _evaluating
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last step; at `on_train_end` callbacks that average weights put the average in its place."""
+        """Save the last step; `on_train_end` of callbacks that average weights loads the average, and comes later."""
         self.keep(trainer, pl_module)
         self.stop.busy = False
         self.stop.check()
@@ -124,14 +124,14 @@ class Checkpoints(WholeSteps):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a run can be resumed from.
+    """Load a checkpoint, after checks of its checksums, size and keys.
 
-    The zip's own checksums are compared: after a power failure a file may have its length and not its content. Our
-    own reader of pickles goes through it before torch's: it calls nothing and refuses what would take for ever.
+    The zip's checksums are verified: after a power failure a file may have its full length but not its content. Our
+    own pickle parser reads it before torch.load: it calls nothing and refuses pickles that would take for ever.
 
     Raises:
         Damaged: a run cannot be resumed from it.
-        UserError: it could not be looked at, which says nothing of what it holds.
+        UserError: reading failed for another reason (permissions, memory): the file may be sound.
     """
     check_regular(path, LIMIT)
     try:
@@ -148,21 +148,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Damaged:
         raise
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
-        # Places that a torn directory of the zip points to are an OSError without a number, or an EINVAL.
+        # A torn directory of the zip points to invalid offsets: an OSError without errno, or with EINVAL.
         elsewhere = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
         if elsewhere or isinstance(error, MemoryError):
             raise UserError(f"{path} could not be read: {error!r}. Nothing was changed; try again") from error
         raise Damaged(f"{type(error).__name__}: {error}".split("\n")[0]) from error
     if missing:
-        raise Damaged(f"it holds no {', '.join(missing)}: no checkpoint of a training")
+        raise Damaged(f"it has no {', '.join(missing)}: it is not a checkpoint of a training")
     return content
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step that a run can be resumed from; None if there is none.
+    """The readable checkpoint of the highest step; None if there is none.
 
-    A newer one that is damaged (power failed, the disk filled) is named in a warning, renamed and passed over; one
-    that could not be looked at is a UserError.
+    A damaged one (power failure, full disk) is renamed to `.damaged` and skipped with a warning; errors other than
+    damage are `read_checkpoint`'s.
     """
     kept = sorted(folder.glob("step*.ckpt"), reverse=True)
     for path in kept:
@@ -178,7 +178,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def check_resumable(path: Path, config: Config, max_steps: float) -> None:
-    """Refuse to resume a training from a file that is damaged, of another network or solver, or beyond its end."""
+    """Refuse a checkpoint that is damaged, of another network or solver, or of a step after the run's last one."""
     try:
         content = read_checkpoint(path)
     except Damaged as reason:
@@ -199,7 +199,7 @@ def check_resumable(path: Path, config: Config, max_steps: float) -> None:
 
 
 def set_aside(folder: Path) -> None:
-    """Starting afresh (ckpt_path=null): rename what an earlier attempt left; `last` and a report must not find it."""
+    """Rename an earlier attempt's files (ckpt_path=null), so that `last` and reports do not find them."""
     number = 1
     while any(folder.glob(f"*.{number}*")):
         number += 1

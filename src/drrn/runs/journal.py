@@ -1,4 +1,4 @@
-"""What a run leaves of itself while it lasts: its record and its log."""
+"""The record and the log of a run, kept up to date while it lasts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ log = logging.getLogger("drrn.train")
 
 @contextmanager
 def recorded(path: Path, record: dict[str, Any], stop: StopSignals, tracking: Tracking) -> Iterator[None]:
-    """Keep a run's record: "running" while it runs, so that a killed run leaves its configuration and W&B run;
-    then what became of it. Ends the tracking, so that the next job of a multirun starts its own W&B run."""
+    """Write a run's record: at the start with status "running", so that a killed run leaves one, and at its end.
+
+    Ends the tracking, so that the next job of a multirun starts its own W&B run.
+    """
     write = rank_zero_only(write_json)
 
     def close(asked: signal.Signals) -> None:
@@ -40,11 +42,11 @@ def recorded(path: Path, record: dict[str, Any], stop: StopSignals, tracking: Tr
         yield
     except BaseException as error:
         elsewhere = failure(path) if rank_zero_only.rank == 0 and not isinstance(error, UserError) else None
-        if elsewhere is not None:  # another process failed, and this one lost it or was ended
+        if elsewhere is not None:  # another rank failed first; this one lost the connection or was terminated
             record.update(status="failed", ended_by="error", error=elsewhere)
             log.error("%s failed: %s", record["name"], elsewhere)
             raise
-        if stop.asked is not None or isinstance(error, Stopped):  # a worker may have been ended before we were
+        if stop.asked is not None or isinstance(error, Stopped):  # or the error of a worker that it ended
             stopped = error if isinstance(error, Stopped) else Stopped(stop.asked)
             stop.acted = True
             close(stopped.signal)
@@ -69,8 +71,8 @@ def recorded(path: Path, record: dict[str, Any], stop: StopSignals, tracking: Tr
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Log to the console and to a run's file for as long as the run lasts, what Lightning's profiler reports too; of
-    several processes the first one, and the others' errors to the console."""
+    """Log to the console and to the run's file, Lightning's profiler included; ranks above 0 log errors only, to the
+    console."""
     form = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     loggers = [logging.getLogger(name) for name in ("drrn", "lightning.pytorch.profilers.profiler")]
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
@@ -95,7 +97,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 def warn_of_differences(path: Path, record: dict[str, Any]) -> None:
-    """Say where the present code and machine are not those of the record that is trained again."""
+    """Warn where code or versions differ from those of the record that is trained again (`from_record`)."""
     old = read_record(path)
     then = {"commit": (old.get("git") or {}).get("commit"), **old.get("versions", {})}
     now = {"commit": (record["git"] or {}).get("commit"), **record["versions"]}

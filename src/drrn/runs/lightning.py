@@ -1,7 +1,7 @@
-"""All that is bent in Lightning, and why.
+"""Every place where Lightning's behaviour is changed, and why.
 
 A run of ours is one epoch of batches to Lightning, counts optimiser steps, can be stopped and resumed at each of
-them, and writes its own checkpoints. What Lightning would do otherwise is settled here and nowhere else.
+them, and writes its own checkpoints. Where Lightning's defaults differ, this file alone changes them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from drrn.targets import resolve
 
 log = logging.getLogger(__name__)
 
-# Arguments of the Trainer that a run settles by itself → the key to use instead.
+# Arguments of the Trainer that a run sets itself → the key to use instead.
 SETTLED = {
     "logger": "logger",
     "callbacks": "+callbacks.NAME={_target_: …}",
@@ -45,39 +45,39 @@ SETTLED = {
     "default_root_dir": "output",
     "enable_progress_bar": "trainer.log_every_n_steps",
     "plugins": "trainer.precision",
-    "use_distributed_sampler": "data",  # batches would be shared out twice
+    "use_distributed_sampler": "data",  # batches would be divided between the ranks twice
     "reload_dataloaders_every_n_epochs": "data",
 }
-# `trainer.*` that are ours.
+# Keys of `trainer.*` that are not arguments of Lightning's Trainer.
 OUR_KEYS = ("max_steps", "max_epochs", "checkpoint_every", "channels_last", "tf32")
 QUIET = (  # warnings that nobody can act on
     ".*LeafSpec.*deprecated",
     ".*does not have many workers",
     ".*`weights_only` was not set",
     ".*your dataloader is not resumable",  # ShuffledBatches starts at the step
-    ".*smaller than the logging interval",  # fit says it in a line
-    ".*sync_dist=True",  # every process has the rows of all
+    ".*smaller than the logging interval",  # `fit` logs it in one line
+    ".*sync_dist=True",  # every rank has the rows of all
     "Checkpoint directory .* exists and is not empty",  # it is this run's own
 )
 
 
 def trainer_arguments(config: Config) -> dict[str, Any]:
-    """`trainer.*` as Lightning's Trainer takes it; what it does not have or is settled here is a UserError."""
+    """`trainer.*` as arguments of Lightning's Trainer; one that is unknown or in `SETTLED` is a UserError."""
     extra = config.trainer_extra or {}
     known = inspect.signature(Trainer).parameters
     for name in extra:
         if name in SETTLED:
-            raise UserError(f"trainer.{name} is settled by src/train.py; see {SETTLED[name]}")
+            raise UserError(f"trainer.{name} is set by src/train.py itself; see {SETTLED[name]}")
         if name not in known:
             raise UserError(f"trainer.{name}: neither ours nor an argument of Lightning's Trainer")
     kinds = [resolve(f"callbacks.{name}", node, Callback)[0] for name, node in config.callbacks.items()]
     return {
         **{name: value for name, value in asdict(config.trainer).items() if name not in OUR_KEYS},
-        "max_epochs": -1,  # max_steps ends a run; an epoch that a checkpoint ends would end the next run too
-        "check_val_every_n_epoch": None,  # so validation counts batches
+        "max_epochs": -1,  # max_steps ends a run; a finished epoch in a checkpoint would end the resumed run too
+        "check_val_every_n_epoch": None,  # then val_check_interval counts batches over the whole run
         "val_check_interval": config.trainer.val_check_interval * config.trainer.accumulate_grad_batches,
         "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,  # the data module shares batches and images out itself
+        "use_distributed_sampler": False,  # the data module divides batches and images between the ranks itself
         "enable_model_summary": False,
         "plugins": [WholeCheckpoints(keep_timer=any(issubclass(kind, Timer) for kind in kinds))],
         **extra,
@@ -86,12 +86,12 @@ def trainer_arguments(config: Config) -> dict[str, Any]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Drop Lightning's tips and notices; warnings that a user can act on stay, said by the first process."""
+    """Silence Lightning's tips and notices; warnings that a user can act on stay, on rank 0."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR if rank_zero_only.rank else logging.WARNING)
-    for text in QUIET if rank_zero_only.rank == 0 else ("",):  # of the others, every warning
+    for text in QUIET if rank_zero_only.rank == 0 else ("",):  # "" matches every warning
         warnings.filterwarnings("ignore", text)
     try:
         yield
@@ -109,7 +109,7 @@ class TerminalProgress(RichProgressBar):
         return "Training"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What was logged last: Lightning would read it again at every step, and each time wait for the GPU."""
+        """The metrics logged last: Lightning would read them at every step, and wait for the GPU each time."""
         if self.shown is None or trainer.global_step % trainer.log_every_n_steps == 0:
             self.shown = super().get_metrics(trainer, pl_module)
         return self.shown
@@ -125,7 +125,7 @@ class PlainProgress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Step, loss, γ, the share of gradients clipped, speed and the time that remains."""
+        """Log step, loss, γ, the share of gradients clipped, speed and the remaining time."""
         step, every = trainer.global_step, trainer.log_every_n_steps
         if step % every or (batch_idx + 1) % trainer.accumulate_grad_batches or not trainer.is_global_zero:
             return
@@ -139,7 +139,7 @@ class PlainProgress(Callback):
         )  # fmt: skip
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The sets' means."""
+        """Log the sets' means."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         shown = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("validate/") and k.count("/") == 2}
@@ -147,10 +147,10 @@ class PlainProgress(Callback):
 
 
 class AverageOnDevice(EMAWeightAveraging):
-    """Lightning's average of the weights, lying where the weights do.
+    """Lightning's average of the weights, kept on the device of the weights.
 
-    Lightning makes it before they come to the GPU and leaves it on the CPU: each step would bring all weights there.
-    And PyTorch's `AveragedModel` asks in each step whether it is the first one. Both wait for the GPU.
+    Lightning makes it before the weights move to the GPU and leaves it on the CPU: each step would copy all weights
+    there. And PyTorch's `AveragedModel` tests in each step whether it is the first one. Both wait for the GPU.
     """
 
     state_key = EMAWeightAveraging.__qualname__  # in checkpoints
@@ -160,7 +160,7 @@ class AverageOnDevice(EMAWeightAveraging):
         self.decay = decay
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move it. Counters are copied, and so are buffers without `use_buffers`."""
+        """Move the average to the device. Integer counters are copied, and without `use_buffers` all buffers."""
         average = self._average_model.to(pl_module.device).module
         both = (chain(module.parameters(), module.buffers()) for module in (average, pl_module))
         self.averaged, self.copied = [], []
@@ -170,7 +170,7 @@ class AverageOnDevice(EMAWeightAveraging):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """After an optimiser step that `should_update` takes; the first one is taken as it is."""
+        """Update the average if `should_update` allows it; the first update copies the weights."""
         step, before = trainer.global_step, self._latest_update_step
         if step > before and self.should_update(step_idx=step - 1):
             torch._foreach_lerp_(*zip(*self.averaged, strict=True), 1 - self.decay if before else 1.0)
@@ -181,18 +181,18 @@ class AverageOnDevice(EMAWeightAveraging):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning writes its checkpoints with this, whole and flushed to the disk or not at all, and reads them.
+    """Lightning's checkpoint I/O; a file is written completely and flushed to the disk, or not at all.
 
     Args:
-        keep_timer: whether a Timer among the callbacks counts over all starts; `trainer.max_time`, which is a Timer
-            of Lightning's too, is for each start.
+        keep_timer: restore the state of a Timer among the callbacks, which counts over all starts. The Timer that
+            Lightning makes of `trainer.max_time` begins anew with each start.
     """
 
     def __init__(self, keep_timer: bool = False) -> None:
         self.keep_timer = keep_timer
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write it; where a callback's state is nothing that may be read again that is a UserError."""
+        """Write a checkpoint; a callback's state that `weights_only=True` could not load is a UserError."""
         for name, state in checkpoint.get("callbacks", {}).items():
             if (kind := _not_plain(state)) is not None:
                 raise UserError(
@@ -202,7 +202,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         write_whole(Path(path), lambda partial: torch.save(checkpoint, partial))
 
     def load_checkpoint(self, path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        """Of several processes the first one reads, and sends it to the others: their machines may not have it."""
+        """Read on rank 0 and broadcast: the other machines may not have the file."""
         read = super().load_checkpoint
         content = broadcast(lambda: read(path, *arguments, **keywords))
         if not self.keep_timer:
@@ -219,16 +219,16 @@ def _not_plain(value: Any) -> str | None:
 
 
 class WholeSteps(Checkpoint):
-    """A run stops after a whole optimiser step, and is resumed at one.
+    """Stop and resume a run only between two whole optimiser steps.
 
-    A `Checkpoint` to Lightning, because those hear of each hook after all other callbacks. Make one for each fit.
+    A subclass of `Checkpoint`, because Lightning calls those after all other callbacks. Make one for each fit.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """No stop has been asked for; what the optimisers remember lies in memory as their weights do.
+        """Give the optimisers' states the memory layout of their weights, and reset the stop.
 
-        A checkpoint keeps the layout that it was trained with (`trainer.channels_last`), and fused kernels go
-        through both in the order of their memory.
+        The states in a checkpoint have the layout of the run that wrote it (`trainer.channels_last`), and fused
+        kernels read weight and state in the order of their memory.
         """
         self.stopping = False
         for optimizer in trainer.optimizers:
@@ -240,16 +240,16 @@ class WholeSteps(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put a stop (`trainer.max_time`) off to the end of an optimiser step: half of one cannot be resumed."""
+        """Delay a stop (`trainer.max_time`) to the end of the optimiser step: half a step cannot be resumed."""
         self.stopping = self.stopping or trainer.should_stop
         trainer.should_stop = self.stopping and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Where Lightning's loops are when `global_step` optimiser steps are over and the next has not begun.
+        """Set Lightning's loop counters to the state between `global_step` and the next step.
 
-        The step alone says it, since a run is one epoch to Lightning; what a checkpoint's own counters say
-        depends on the hook that wrote it. A validation that was due and is not done is made up for: Lightning
-        is told that it was interrupted in the first batch of it.
+        They follow from the step alone, since a run is one epoch to Lightning; the checkpoint's own counters depend
+        on the hook that wrote it. If a validation was due and is missing, the counters say that it was interrupted
+        in its first batch, so that Lightning runs it.
         """
         step = checkpoint["global_step"]
         if not step:
@@ -277,15 +277,15 @@ class WholeSteps(Checkpoint):
 
 @contextmanager
 def lightnings_refusals() -> Iterator[None]:
-    """What Lightning refuses by its own kind of error is the user's: an argument, or a callback that does not fit."""
+    """Turn Lightning's MisconfigurationException (an argument or a callback that does not fit) into a UserError."""
     try:
         yield
     except MisconfigurationException as error:
-        raise UserError(f"trainer.* or callbacks.*: Lightning does not take this: {error}") from error
+        raise UserError(f"trainer.* or callbacks.*: Lightning refuses this: {error}") from error
 
 
 def ended_early(trainer: Trainer, max_steps: int) -> str | None:
-    """What ended a fit before `max_steps`: "timer" (it can be resumed), "callback" (it is finished); else None."""
+    """The cause of a fit's end before `max_steps`: "timer" (resumable) or "callback" (finished); else None."""
     if trainer.global_step >= max_steps:
         return None
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]

@@ -1,4 +1,4 @@
-"""Opening a run: its folder, lock, log, record, signals and threads, for as long as it lasts."""
+"""Opening a run: its folder, lock, log, record, signals and threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from drrn.launch import launched
 from drrn.runs.record import FILE, done_before, own_record
 from drrn.weights.shipped import weights_file
 
-if TYPE_CHECKING:  # torch and Lightning are imported when there is something to train
+if TYPE_CHECKING:  # torch and Lightning are imported only when there is something to train
     from lightning.pytorch import Callback
 
     from drrn.runs.processes import Processes
@@ -36,27 +36,27 @@ log = logging.getLogger("drrn.train")
 
 @dataclass
 class Run:
-    """What the steps of a training share."""
+    """State shared by the steps of a training."""
 
     config: Config
     folder: Path
-    record: dict[str, Any]  # written when the run ends, however it ends
-    earlier: dict[str, Any]  # the record that an earlier start left; {}: none
+    record: dict[str, Any]  # written to record.json when the run ends, however it ends
+    earlier: dict[str, Any]  # the record of an earlier start; {} if there is none
     processes: Processes
     stop: StopSignals
-    callbacks: list[Callback]  # somebody's own
+    callbacks: list[Callback]  # the user's, `config.callbacks`
     tracking: Tracking
-    initial: dict[str, Any] | None  # the weights that a fine-tuning starts from
+    initial: dict[str, Any] | None  # state dict of `init_from`
 
     @property
     def checkpoints(self) -> Path:
-        """Their folder."""
+        """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
 
 @contextmanager
 def tried(config: Config) -> Iterator[Config]:
-    """What `trainer.fast_dev_run=n` asks for: n steps, n images a set, no logger, and no run folder is left."""
+    """The configuration for `trainer.fast_dev_run=n`: n steps, n images a set, no logger, a temporary folder."""
     extra = dict(config.trainer_extra or {})
     steps = extra.pop("fast_dev_run", False)
     if not isinstance(steps, int) or steps < 0:
@@ -75,15 +75,15 @@ def tried(config: Config) -> Iterator[Config]:
             logger=replace(config.logger, wandb=False),
             logger_extra={},
         )
-    print("trainer.fast_dev_run: it runs, and nothing of it is kept")
+    print("trainer.fast_dev_run: the run works; nothing of it is kept")
 
 
 @contextmanager
 def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | None]:
-    """A run's folder, lock, log, record and signals for as long as it lasts; None if there is nothing to do here.
+    """Open a run: folder, lock, log, record and signals. Yields None if there is nothing to do in this process.
 
-    Processes that are started here do `train`. What can be known before the work is refused: a place that cannot be
-    written, arguments that Lightning does not take, another process that trains this run.
+    If the run needs several processes, they are started here and each calls `train`. An unwritable folder, arguments
+    that Lightning refuses and a run that another process is training are UserErrors, before any work.
     """
     folder = run_dir(config)
     earlier, finished = own_record(folder), done_before(config)
@@ -147,7 +147,7 @@ def _opened(
             log.info(said)
         if processes.first:
             for left in [*folder.glob(".*.partial"), *folder.glob("checkpoints/.*.partial")]:
-                left.unlink()  # half written when a process was killed
+                left.unlink()  # a killed process was writing it
             if config.ckpt_path is None:
                 from drrn.runs.checkpoints import set_aside
 
@@ -157,7 +157,7 @@ def _opened(
 
 
 def _try_on_paper(config: Config, network: Any) -> None:
-    """Refuse a loss, a solver, a schedule or a checkpoint that does not fit, before there are patches or a folder."""
+    """Refuse a loss, solver, schedule or checkpoint that does not fit, before patches or a folder are made."""
     from drrn.losses import loss_of
     from drrn.optimisers import configured
     from drrn.runs.checkpoints import check_resumable
@@ -177,7 +177,7 @@ def _again(config: Config, finished: Path) -> str:
 
 
 def _prepare_torch(config: Config, watch: Watch, earlier: dict[str, Any]) -> str | None:
-    """Set TF32 and threads; what to say of these, None where several processes share the machine."""
+    """Set TF32 and the number of threads; return a log line on these, None if processes share the machine."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = config.trainer.tf32  # PyTorch's own default is True
@@ -196,11 +196,11 @@ def _new_record(config: Config, network: Any, earlier: dict[str, Any], processes
     from drrn.runs.record import run_record
 
     record = run_record(config, network)
-    for key in ("budget", "scores", "means", "validation", "tracking"):  # of a stopped run, until there are new ones
+    for key in ("budget", "scores", "means", "validation", "tracking"):  # a resumed run's, until there are new ones
         if key in earlier and config.ckpt_path is not None:
             record[key] = earlier[key]
     record["processes"] = processes.number
     agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-    before = earlier.get("wandb_id") if config.ckpt_path else None  # afresh: a new one
+    before = earlier.get("wandb_id") if config.ckpt_path else None  # a run that starts afresh gets a new id
     record["wandb_id"] = agents or before or uuid.uuid4().hex[:8]
     return record

@@ -1,8 +1,8 @@
-"""Several processes of one run: who starts them, what is broadcast, what only the first of them does.
+"""Several processes of one run: how they start, broadcast and fail.
 
-`trainer.devices` above 1 starts that many on this machine; torchrun and srun start theirs themselves. Both ways
-lead to the same: every process calls `train` with the same configuration, and the first one (rank 0) decides,
-writes and speaks. docs/distributed.md says how to use it.
+`trainer.devices` above 1 starts that many on this machine; torchrun and srun start theirs themselves. Either way
+every process calls `train` with the same configuration, and rank 0 alone decides, writes files and prints. How to
+use it: docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from drrn.runs.stop import Stopped
 from drrn.workers import end_with_parent
 
 T = TypeVar("T")
-GROUP = "drrn-"  # how the ids of the process groups begin that `Processes.start` starts
+GROUP = "drrn-"  # prefix of the torchelastic run ids of `Processes.start`
 
 
 class Processes:
@@ -43,12 +43,11 @@ class Processes:
 
     Args:
         config: a checked configuration.
-        arguments: `trainer.*` as Lightning's Trainer takes it; `self.arguments` is that with what several
-            processes need.
+        arguments: of Lightning's Trainer; `self.arguments` adds a DDP strategy for several processes.
 
     Raises:
-        UserError: an argument that the Trainer does not take, processes that do not fit what was asked for, a batch
-            that they cannot share evenly.
+        UserError: the Trainer refuses an argument, another number of processes was started than the configuration
+            has, or the batch cannot be divided evenly between them.
     """
 
     def __init__(self, config: Config, arguments: dict[str, Any]) -> None:
@@ -59,7 +58,7 @@ class Processes:
             self.outside = next((kind() for kind in kinds if kind.detect()), None)
             trainer = Trainer(**{**arguments, **quiet})
         except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
-            raise UserError(f"trainer.*: Lightning's Trainer does not take this: {error}") from error
+            raise UserError(f"trainer.*: Lightning's Trainer refuses this: {error}") from error
         self.strategy, self.here = trainer.strategy, trainer.num_devices
         self.number = trainer.num_devices * trainer.num_nodes
         there = self.outside.world_size() if self.outside else 1
@@ -73,32 +72,32 @@ class Processes:
         if self.number > 1 and asked.sync_batchnorm and isinstance(trainer.accelerator, CPUAccelerator):
             raise UserError(
                 "trainer.sync_batchnorm = True: PyTorch's SyncBatchNorm runs on GPUs only; with false each process "
-                "normalises by its own share of the batch"
+                "normalises its own share of the batch"
             )
         self.arguments = dict(arguments)
         if self.number > 1 and asked.strategy in ("auto", "ddp"):
-            # BatchNorm's buffers are averaged by SuperResolution, not overwritten by the first process's.
+            # SuperResolution averages BatchNorm's buffers; DDP would overwrite them with rank 0's.
             self.arguments["strategy"] = DDPStrategy(forward_sync_buffers=False)
 
     @property
     def to_be_started(self) -> bool:
-        """Whether this one process has been started for a run of several."""
+        """Whether the run needs several processes and this is the only one so far."""
         return self.number > 1 and (self.outside is None or self.outside.world_size() == 1)
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is rank 0, the process that writes."""
         return rank_zero_only.rank == 0
 
     def start(self, train: Callable[[Config], None], config: Config, record: Path) -> None:
-        """Run `train(config)` in all processes of the run, by torchrun's own agent, and wait for them.
+        """Run `train(config)` in all processes of the run, with torchrun's own agent, and wait for them.
 
-        When one of them ends badly the agent ends the others, and the record says why.
+        When one of them fails the agent terminates the others, and the record says why.
 
         Raises:
-            UserError: what the processes refused.
-            Stopped: by a signal, which they got too.
-            RuntimeError: they failed.
+            UserError: a process raised it.
+            Stopped: a signal came; the processes got it too.
+            RuntimeError: a process failed otherwise.
         """
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -106,7 +105,7 @@ class Processes:
 
         for name in list(logging.root.manager.loggerDict):
             if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
-                logging.getLogger(name).setLevel(logging.CRITICAL)  # the record says what went wrong
+                logging.getLogger(name).setLevel(logging.CRITICAL)  # the record has the error
         try:
             with TemporaryDirectory() as scratch:
                 settings = LaunchConfig(
@@ -115,10 +114,10 @@ class Processes:
                     nproc_per_node=self.number,
                     run_id=f"{GROUP}{uuid.uuid4().hex}",
                     rdzv_backend="c10d",
-                    rdzv_endpoint="localhost:0",  # a free port: several runs on one machine do not meet
+                    rdzv_endpoint="localhost:0",  # a free port, so that several runs on one machine do not collide
                     local_addr="localhost",
                     max_restarts=0,
-                    signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",  # all that `StopSignals` knows
+                    signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",  # those of `StopSignals`, and SIGQUIT
                     logs_specs=DefaultLogsSpecs(log_dir=scratch),
                 )
                 refusal = Path(scratch) / "refusal.txt"
@@ -128,7 +127,7 @@ class Processes:
                     if refusal.is_file():
                         raise UserError(refusal.read_text(encoding="utf-8")) from None
                     rank, failed = error.get_first_failure()
-                    raised = failed.error_file_data["message"]  # a dict if the process ended by an exception
+                    raised = failed.error_file_data["message"]  # a dict if the process raised an exception
                     text = raised["message"] if isinstance(raised, dict) else ""
                     ending = f"process {rank} ended with exit code {failed.exitcode} {text}".rstrip()
                     raise RuntimeError(note_failure(record, ending)) from None
@@ -136,16 +135,16 @@ class Processes:
             raise Stopped(signal.Signals(stop.sigval)) from None
 
     def join(self) -> None:
-        """Meet the other processes. From here on all but the first say nothing but errors."""
+        """Join the process group. From here on ranks above 0 print errors only."""
         if self.number > 1:
             self.strategy.setup_environment()
             if not self.first:
                 sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (until the process ends)
 
     def one_by_node(self, work: Callable[[], None]) -> None:
-        """Do `work` in the first process of each machine while the others wait, then in those.
+        """Call `work` on local rank 0 of each machine while the others wait, then on those.
 
-        However long it takes: the time limit of a process group is not for downloads.
+        The default timeout of a process group would end a long download; this one is 100 days.
         """
         if self.number == 1:
             work()
@@ -159,7 +158,7 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """End this process when it fails, so that whoever started it ends the others, which wait for it."""
+        """On an exception exit with a code, so that the launcher ends the other processes, which wait for it."""
         try:
             yield
         except Exception as error:
@@ -168,13 +167,13 @@ class Processes:
             if not isinstance(error, UserError):
                 sys.exit(1)  # the log has the traceback
             if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(GROUP):
-                raise  # to `start`, in the process that waits for this one
+                raise  # to `_in_a_process`
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2)
 
 
 def broadcast(choose: Callable[[], T]) -> T:
-    """What the first process chooses, or raises, in every process of a run; the others may see other files."""
+    """Call `choose` on rank 0, and return or raise its outcome on every rank; the others may see other files."""
     if not torch.distributed.is_initialized():
         return choose()
     outcome, own = [None, None], None
@@ -191,25 +190,25 @@ def broadcast(choose: Callable[[], T]) -> T:
 
 
 def _in_a_process(train: Callable[[Config], None], config: Config, refusal: Path) -> None:
-    """`train(config)` in one of the processes that `Processes.start` starts; what it refuses goes to a file."""
+    """Run `train(config)` in a process of `Processes.start`; the text of its UserError goes to the file `refusal`."""
     end_with_parent()
     try:
         train(config)
     except UserError as error:
-        with suppress(FileExistsError), refusal.open("x", encoding="utf-8") as file:  # the first one counts
+        with suppress(FileExistsError), refusal.open("x", encoding="utf-8") as file:  # of the first process to refuse
             file.write(str(error))
         sys.exit(2)
 
 
 def failure(record: Path) -> str | None:
-    """Why a run failed, as its record says; None if it does not."""
+    """The error in a run's record; None if its status is not "failed"."""
     held = read_record(record) if record.is_file() else {}
     return held["error"] if held.get("status") == "failed" else None
 
 
 def note_failure(record: Path, error: str, ended_by: str = "error") -> str:
-    """Make sure that a run's record says that it failed, and why: what failed first counts, and is returned."""
+    """Set a run's record to "failed", unless an earlier failure is in it; returns the first failure's error."""
     before = failure(record)
-    if before is None and record.is_file():  # not on another machine, nor before there was one
+    if before is None and record.is_file():  # on another machine, or early, there is none
         write_json(record, {**read_record(record), "status": "failed", "ended_by": ended_by, "error": error})
     return before or error

@@ -1,6 +1,6 @@
-"""The run record: one JSON a run, enough to check a result by hand and to make it again.
+"""The run record: one JSON per run, enough to check a result by hand and to reproduce it.
 
-Tables and figures read nothing but these files, so they need no account and no network.
+Tables and figures read only these files, so they need no account and no network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGEST = 1 << 28  # bytes of a record; one of 100,000 rows has 20 MB
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A run record; one that is missing, not JSON, or of a format that this version does not read is a UserError."""
+    """Read a run record; a missing file, invalid JSON or an unknown format is a UserError."""
     try:
         check_regular(path, LARGEST)
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def own_record(folder: Path) -> dict[str, Any]:
-    """What an earlier start of a run left in its folder; {} if there is nothing; errors as of `read_record`."""
+    """The record of a run's earlier start; {} if there is none. Errors: those of `read_record`."""
     if not os.path.lexists(folder / FILE):
         return {}
     record = read_record(folder / FILE)
@@ -46,14 +46,14 @@ def own_record(folder: Path) -> dict[str, Any]:
 
 
 def done_before(config: Config) -> Path | None:
-    """The record that makes a run needless; None if it is to be trained (again, with `ckpt_path=null`)."""
+    """The record of this run if it is finished already; None if it must be trained (also with `ckpt_path=null`)."""
     return None if config.ckpt_path is None else finished_record(run_dir(config))
 
 
 def finished_record(folder: Path) -> Path | None:
-    """The record of a run that is finished, here or in another study's folder; None if it is not.
+    """The record of a finished run, in `folder` or in another study's folder of the same name; None if there is none.
 
-    Fig. 8's DRRN_B3U4 is Fig. 6's and Table 4's too: folders are named by what a run is, so it has one name.
+    Fig. 8's DRRN_B3U4 is a point of Fig. 6 and Table 4 too: the folder is named by the run's identity.
     """
     own, others = folder / FILE, sorted(folder.parents[1].glob(f"*/{folder.name}/{FILE}"))
     paths = [*([own] if own.is_file() else []), *others]
@@ -61,15 +61,15 @@ def finished_record(folder: Path) -> Path | None:
 
 
 def run_record(config: Config, network: Any) -> dict[str, Any]:
-    """The record of a run that is about to start; `status`, `budget` and `scores` are filled in as it goes.
+    """The record of a run that is about to start; `status`, `budget` and `scores` follow while it runs.
 
-    `status` is "running", "finished", "stopped" or "failed". `ended_by` says what ended it before its last step:
+    `status` is "running", "finished", "stopped" or "failed". `ended_by` is the cause of an end before the last step:
     "signal SIGTERM" (or another), "timer" (`trainer.max_time`), "callback" (early stopping), "user error", "error";
     else null. Programs decide on these two; `error` is text for people. Records of earlier versions have no
-    `ended_by`. Of the network, `config.model` built, the contents do not matter.
+    `ended_by`. `network` is built of `config.model`; its weights are not read.
     """
     from drrn.layers import conv_weights
-    from drrn.protocol import Protocol  # here, since a refusal needs no NumPy
+    from drrn.protocol import Protocol  # here: a refused configuration must not wait for NumPy
 
     whole = asdict(config)
     if config.optim.optimiser is not None:

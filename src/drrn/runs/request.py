@@ -1,7 +1,6 @@
-"""What was asked for: a composed configuration and the command line → a checked `Config`.
+"""A composed configuration and its command line → a checked `Config`, for every entry point and point of a sweep.
 
-A record (`from_record=`) or weights (`init_from=`) that the configuration names are read here, for every entry point
-and every point of a sweep alike.
+The record of `from_record=` and the weights of `init_from=` are read here.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from drrn.weights.shipped import weights_file
 
 
 def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that is trained; what is wrong with it, a record or a network is a UserError.
+    """The configuration to train; an invalid key, record, weights file or network is a UserError.
 
     Args:
         cfg: as Hydra composed it.
-        overrides: what the command line says. With `init_from` the network is the file's, unless `model` or a
-            key of it is among them; with `from_record` they are what differs from the record.
+        overrides: of the command line. With `init_from` the network is the file's, unless `model` or a key of it is
+            overridden; with `from_record` they override the record.
     """
     if cfg.get("from_record") is not None:
         cfg = _recorded(cfg, overrides)
@@ -35,7 +34,7 @@ def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     given = _keys(overrides)
     ignored = [key for key in OF_OUR_SOLVERS if f"optim.{key}" in given]
     if config.optim.optimiser is not None and ignored:
-        raise UserError(f"optim.{ignored[0]} and optim.optimiser: give what another solver takes beside its _target_")
+        raise UserError(f"optim.{ignored[0]} and optim.optimiser: give that solver's arguments beside its _target_")
     network = [key for key in given if key.startswith("model") and key != "model.checkpointing"]
     if config.init_from is not None:
         weights = weights_file(config.init_from, key="init_from")
@@ -53,7 +52,7 @@ def _keys(overrides: Sequence[str]) -> set[str]:
 
 
 def _check_network(config: Config) -> None:
-    """Hold a network that is not DRRN against its constructor, and its scale against those of the data."""
+    """Check the keys of a network other than DRRN against its constructor, and its scale against the data's."""
     from drrn.networks import arguments_of, on_paper, schema
 
     name, _ = arguments_of(config.model)
@@ -62,8 +61,8 @@ def _check_network(config: Config) -> None:
     network, data = on_paper(config.model), config.data
     if network.input == "low" and data.degradation != BI and not data.crops:
         raise UserError(
-            f"data.degradation = {data.degradation!r}: of stored patches {name!r} gets a low resolution that bicubic "
-            "makes; give data.crops=16 data.augment=online"
+            f"data.degradation = {data.degradation!r}: from stored patches {name!r} can only get a bicubic low "
+            "resolution; give data.crops=16 data.augment=online"
         )
     scale = getattr(network, "scale", None)
     for key in ("scales", "val_scales"):
@@ -75,7 +74,7 @@ def _check_network(config: Config) -> None:
 
 
 def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of the record that `from_record` names, but for this machine's folders and `overrides`."""
+    """The configuration of the record `from_record`, with this machine's folders and the `overrides`."""
     from drrn.runs.record import read_record
 
     cfg = cfg.copy()
@@ -91,8 +90,8 @@ def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     check_trusted("from_record", {key: value for key, value in recorded.items() if key not in asked})
     recorded["trainer"] |= recorded.pop("trainer_extra", None) or {}
     if recorded.get("ckpt_path") is None:
-        recorded.pop("ckpt_path", None)  # it set aside what that run found; this one resumes itself
-    base = {**cfg, "model": {}}  # another network's keys are none of this one's, nor are the loggers of now
+        recorded.pop("ckpt_path", None)  # that run started afresh; this one may resume
+    base = {**cfg, "model": {}}  # keys of the default network and of today's loggers must not mix with the record's
     if isinstance(recorded.get("logger"), dict) and OmegaConf.is_dict(cfg.get("logger")):
         recorded["logger"] |= recorded.pop("logger_extra", None) or {}
         ours = {its.name for its in fields(LoggerConfig)}

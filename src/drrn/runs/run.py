@@ -14,7 +14,7 @@ from drrn.identity import WEIGHTS, checkpoint_name, run_name
 from drrn.runs.opening import Run, open_run, tried
 from drrn.runs.record import FILE
 
-if TYPE_CHECKING:  # torch and Lightning are imported when there is something to train
+if TYPE_CHECKING:  # torch and Lightning are imported only when there is something to train
     from lightning.pytorch import Trainer
 
     from drrn.datamodule import SuperResolutionData
@@ -27,11 +27,11 @@ def train(config: Config) -> None:
     """Train, evaluate and record one network.
 
     Raises:
-        UserError: what the user can mend; the record says "failed" and why.
-        Stopped: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; the record says "stopped", and the same command resumes.
+        UserError: the record has the status "failed" and the error.
+        Stopped: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; the status is "stopped", and the same command resumes.
     """
     with tried(config) as config, open_run(config, train) as run:
-        if run is None:  # it is finished, or processes of its own have trained it
+        if run is None:  # it was finished before, or child processes have trained it
             return
         data = prepare_data(run)
         module = build_module(run, data)
@@ -40,7 +40,7 @@ def train(config: Config) -> None:
 
 
 def prepare_data(run: Run) -> SuperResolutionData:
-    """Images → patches, fetched and built where they are missing; a UserError if the run was begun with others."""
+    """Download images and build patches where missing; a UserError if the run began with other patches."""
     from lightning.pytorch import seed_everything
 
     from drrn.datamodule import SuperResolutionData
@@ -53,14 +53,14 @@ def prepare_data(run: Run) -> SuperResolutionData:
     if config.ckpt_path == "last" and earlier.get("patches", record["patches"]) != record["patches"]:
         raise UserError(
             f"{run.folder} was begun with the patches {earlier['patches']} and would be resumed with "
-            f"{record['patches']}: its source images have changed, or this version makes patches otherwise. "
-            "Put back what was, or start afresh with ckpt_path=null."
+            f"{record['patches']}: its source images have changed, or this version makes patches differently. "
+            "Restore the images or the version, or start afresh with ckpt_path=null."
         )
     return data
 
 
 def build_module(run: Run, data: SuperResolutionData) -> SuperResolution:
-    """The network and its training, with initial weights."""
+    """The Lightning module of the run, with initial weights."""
     import torch
 
     from drrn.module import SuperResolution
@@ -85,10 +85,7 @@ def build_module(run: Run, data: SuperResolutionData) -> SuperResolution:
 
 
 def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer:
-    """Optimiser steps up to the end of the run, from where an earlier start left it.
-
-    `module` has the weights of the last checkpoint then.
-    """
+    """Train up to the run's last step, from the newest checkpoint on; then load the last checkpoint into `module`."""
     from drrn.fast.memory import freed_memory_kept
     from drrn.fast.training import memory_errors
     from drrn.runs.callbacks import refuse_unknown_monitors
@@ -168,9 +165,9 @@ def _trainer(run: Run, data: SuperResolutionData, module: SuperResolution) -> Tr
 
 
 def _take_last(run: Run, data: SuperResolutionData, module: SuperResolution, trainer: Trainer) -> None:
-    """Put the weights of the last checkpoint into the module: of a callback that averages them, the average.
+    """Load the last checkpoint's weights into the module; if a callback averages weights, they are the average.
 
-    A last validation that was interrupted is made up for, and the checkpoint learns of it.
+    If the last validation was interrupted, it is run now and added to the checkpoint.
     """
     import torch
 
@@ -191,7 +188,7 @@ def _take_last(run: Run, data: SuperResolutionData, module: SuperResolution, tra
 
 
 def score(run: Run, data: SuperResolutionData, module: SuperResolution, trainer: Trainer) -> None:
-    """The weights, their scores on every set and scale, and what became of the run."""
+    """Save the weights, score them on every set and scale, and set the record's status."""
     from lightning.pytorch.utilities import rank_zero_only
 
     from drrn.protocol import means

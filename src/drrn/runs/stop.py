@@ -1,4 +1,4 @@
-"""How a run is stopped: signals are noted, safe points act on them, the step is finished and kept."""
+"""Stopping a run: signals are noted, safe points act on them, the current step is finished and saved."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from drrn.launch import launched
 
 T = TypeVar("T")
-GRACE = 20.0  # seconds for the next safe point: clusters kill 30 s after they ask
+GRACE = 20.0  # seconds until the next safe point: clusters kill 30 s after their warning
 TOGETHER = 0.3  # seconds within which signals are one request (a terminal that is closed sends two)
 
 
 class Stopped(SystemExit):
-    """A signal ended the run; the exit code is what a shell gives for it (130 for Ctrl-C, 143 for SIGTERM)."""
+    """A signal ended the run; the exit code is the shell's, 128 + number (130 for Ctrl-C, 143 for SIGTERM)."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(128 + number)
@@ -34,14 +34,14 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """What Ctrl-C, SIGTERM, SIGUSR1 (Slurm's usual warning) and SIGHUP (a closed terminal) do while a run lasts.
+    """Handling of Ctrl-C, SIGTERM, SIGUSR1 (Slurm's usual warning) and SIGHUP (a closed terminal) while a run lasts.
 
-    They end it, and nothing is lost. The handler only notes the signal, since an exception of a handler may be raised
-    where Python drops it (in a callback of fork, in a finaliser). `check`, at safe points, raises `Stopped`: between
-    two steps, between two images, inside a step that is not waited for, while patches are built. A thread reads the
-    signals too, from the descriptor that Python's own C handler writes to, so it sees them while this process is
-    inside a collective or the compiler. It ends the process, with the record closed by `close`, at a second signal
-    and when no safe point has come for `GRACE` seconds.
+    They stop the run without loss. The handler only notes the signal, since Python drops exceptions of a handler that
+    interrupts a fork callback or a finaliser. `check`, at safe points, raises `Stopped`: between two steps, between
+    two images, inside a slow step, while patches are built. A thread reads the signals too, from the file descriptor
+    that Python's C handler writes to, so it sees them while the main thread is inside a collective or the compiler.
+    It calls `close`, for the record, and ends the process: at a second signal, or when no safe point has come for
+    `GRACE` seconds.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -50,7 +50,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
         self.acted = False  # a safe point has raised `Stopped`: what follows has its own time limits
-        self.busy = False  # a step is under way that will be finished and kept
+        self.busy = False  # a step is running that will be finished and saved
         self.close: Callable[[signal.Signals], Any] = lambda asked: None
         self.before: dict[signal.Signals, Any] = {}
 
@@ -69,17 +69,17 @@ class StopSignals:
         if StopSignals.current is self:
             StopSignals.current = None
             signal.set_wakeup_fd(self.wakeup)
-            os.write(self.writer, b"\0")  # the thread ends; the other end may be open in workers that were forked
+            os.write(self.writer, b"\0")  # ends the thread; closing would not: forked workers hold the pipe open too
             os.close(self.writer)
             for number, handler in self.before.items():
                 signal.signal(number, handler)
             if error is None and not self.acted and callable(before := self.before.get(self.asked)):
-                before(self.asked, None)  # it came after the last safe point: a sweep begins no other run
+                before(self.asked, None)  # a signal after the last safe point: a sweep must not start its next run
 
     def take(self) -> None:
-        """Handle the signals, but for those that the shell has had ignored (nohup, jobs in the background).
+        """Install the handler, except for signals that the shell ignores (nohup, background jobs).
 
-        Again in every stage: Lightning's own SIGTERM handler ends a training wherever it is and saves nothing.
+        Called again in every stage: Lightning installs its own SIGTERM handler, which ends a training without saving.
         """
         if threading.current_thread() is threading.main_thread():
             for number, handler in self.before.items():
@@ -87,20 +87,20 @@ class StopSignals:
                     signal.signal(number, self.note)
 
     def note(self, number: int, frame: object = None) -> None:
-        """The handler."""
-        if os.getpid() == self.process:  # else in a worker just forked
+        """The signal handler."""
+        if os.getpid() == self.process:  # else this is a worker that has just been forked
             self.asked = self.asked or signal.Signals(number)
 
     def check(self) -> None:
-        """A safe point: `Stopped` if a signal has come."""
+        """A safe point: raise `Stopped` if a signal has come."""
         if self.asked is not None:
             self.acted = True
             raise Stopped(self.asked)
 
     def wait(self, work: Callable[[], T]) -> T:
-        """Do long work that has no safe points of its own (downloads, building patches) in a thread.
+        """Do long work without safe points of its own (downloads, building patches) in a thread.
 
-        A signal raises `Stopped`: the processes that do the work are ended, and the thread ends with this process.
+        A signal terminates the child processes and raises `Stopped`; the thread ends with this process.
         """
         done: Future[T] = Future()
 
@@ -117,7 +117,7 @@ class StopSignals:
             if self.asked is not None:
                 for child in multiprocessing.active_children():
                     child.terminate()
-                thread.join(2.0)  # for its cleaning up
+                thread.join(2.0)  # time to clean up
                 self.check()
         return done.result()
 
@@ -128,7 +128,7 @@ class StopSignals:
             left = max(0.0, when + GRACE - time.monotonic()) if waiting else None
             if not select.select([reader], [], [], left)[0]:
                 if not self.acted:
-                    self._end("nothing could be waited for any longer")
+                    self._end(f"no safe point in {GRACE:.0f} s")
                 continue
             for number in os.read(reader, 64):
                 if number == 0:
@@ -141,14 +141,14 @@ class StopSignals:
                     when = now
                     self.note(number)
                     self._say(
-                        f"{self.asked.name}: stopping as soon as the step is kept; a second signal ends at once"
+                        f"{self.asked.name}: stopping as soon as the step is saved; a second signal ends at once"
                     )
-                elif now - when > (1.0 if launched() else TOGETHER):  # torchrun passes on a terminal's Ctrl-C
+                elif now - when > (1.0 if launched() else TOGETHER):  # torchrun sends a terminal's Ctrl-C once more
                     self._end("a second signal")
 
     def _say(self, text: str) -> None:
         if rank_zero_only.rank == 0:
-            os.write(2, f"\n{text}\n".encode())  # no print: it may be what was interrupted
+            os.write(2, f"\n{text}\n".encode())  # not print, which the signal may have interrupted
 
     def _end(self, why: str) -> None:
         try:
@@ -159,9 +159,9 @@ class StopSignals:
 
 
 def _forked() -> None:
-    """A worker's signals are none of this process's: it has inherited the descriptor."""
+    """Disconnect a forked worker from the inherited descriptor: its signals are not this process's."""
     if StopSignals.current is not None:
-        with contextlib.suppress(ValueError):  # forked by a thread: there is no main thread any more
+        with contextlib.suppress(ValueError):  # forked by another thread, so this is not the main thread
             signal.set_wakeup_fd(-1)
 
 
