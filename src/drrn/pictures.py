@@ -36,7 +36,7 @@ class Box(NamedTuple):
         return image[self.top : self.top + self.height, self.left : self.left + self.width]
 
 
-class Crops(NamedTuple):
+class SideBySide(NamedTuple):
     """What a comparison shows."""
 
     title: str
@@ -45,14 +45,14 @@ class Crops(NamedTuple):
     panels: list[tuple[str, NDArray, str]]  # name, its whole image, the words below
 
 
-def crops(
+def side_by_side(
     path: Path,
     scale: int,
     networks: dict[str, Callable[[NDArray], NDArray]],
     box: Box | None = None,
     low: Collection[str] = (),
     degradation: str = BI,
-) -> Crops:
+) -> SideBySide:
     """A crop from the ground truth, bicubic and each network, PSNR and SSIM under each (Fig. 7's way).
 
     Colour is shown as the paper does: Y from the method, Cb and Cr by bicubic. The scores are those of the whole
@@ -87,12 +87,12 @@ def crops(
         panels.append((name, shown, f"{scores['psnr']:.2f} dB / {scores['ssim']:.4f}"))
 
     title = f"{path.stem} ×{scale}" + f", {degradation}" * (degradation != BI)
-    return Crops(title, truth, box, panels)
+    return SideBySide(title, truth, box, panels)
 
 
-def draw_crops(crops: Crops, stacked: bool = False) -> Figure:
+def draw(comparison: SideBySide, stacked: bool = False) -> Figure:
     """The whole image with its box and the crops: in a row, or in two columns below it for a narrow screen."""
-    title, whole, box, panels = crops
+    title, whole, box, panels = comparison
     side = 2.2  # inches: a crop's height
     crop_width, whole_width = side * box.width / box.height, side * whole.shape[1] / whole.shape[0]
     rows = 1 + (len(panels) + 1) // 2

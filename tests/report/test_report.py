@@ -15,7 +15,7 @@ from PIL import Image
 from drrn.errors import UserError
 from drrn.matlab import imresize
 from drrn.paper import paper_numbers
-from drrn.pictures import Box, crops, draw_crops, save
+from drrn.pictures import Box, draw, save, side_by_side
 from drrn.protocol import PAPER
 from drrn.report.comparison import FIG7
 from drrn.report.measurements import MISSING, Measurement, over_seeds, signed
@@ -143,7 +143,7 @@ def test_numbers() -> None:
 def test_crops_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
     """Titles, the scores of the whole image, the right pixels in the panels; PNG and PDF."""
     box = Box(10, 20, 30, 24)
-    figure = draw_crops(crops(tiny_images / "chelsea.png", 2, {"better": lambda x: x + 0.01}, box))
+    figure = draw(side_by_side(tiny_images / "chelsea.png", 2, {"better": lambda x: x + 0.01}, box))
     whole, truth, bicubic, better = figure.axes
     original = np.asarray(Image.open(tiny_images / "chelsea.png"))
     np.testing.assert_array_equal(whole.images[0].get_array(), original[:74, :90])
@@ -161,9 +161,9 @@ def test_crops_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
     assert paths[1].read_bytes().startswith(b"%PDF")
     assert len(list((tmp_path / "sub").iterdir())) == 2
     with pytest.raises(UserError, match="not inside"):
-        crops(tiny_images / "chelsea.png", 2, {}, Box(80, 0, 30, 10))
-    assert crops(tiny_images / "chelsea.png", 3, {}, box, degradation="BD").title == "chelsea ×3, BD"
-    low = draw_crops(crops(tiny_images / "chelsea.png", 2, {"low": lambda x: imresize(x, 2)}, box, low=["low"]))
+        side_by_side(tiny_images / "chelsea.png", 2, {}, Box(80, 0, 30, 10))
+    assert side_by_side(tiny_images / "chelsea.png", 3, {}, box, degradation="BD").title == "chelsea ×3, BD"
+    low = draw(side_by_side(tiny_images / "chelsea.png", 2, {"low": lambda x: imresize(x, 2)}, box, low=["low"]))
     np.testing.assert_array_equal(low.axes[-1].images[0].get_array(), bicubic.images[0].get_array())
     assert low.axes[-1].get_xlabel() == bicubic.get_xlabel()
 
@@ -185,7 +185,7 @@ def test_other_programs_images_stand_beside_the_networks(
     code, _, err = entry_point("report", *arguments, f"others={{Half way: {folder}}}")
     assert code == 0, err
     assert (tmp_path / "out" / "chelsea_x2.png").is_file()
-    _, _, words = crops(path, 2, {"Half way": lambda _: made / 255.0}).panels[-1]
+    _, _, words = side_by_side(path, 2, {"Half way": lambda _: made / 255.0}).panels[-1]
     assert words.startswith(f"{score(made / 255.0, truth, 2)['psnr']:.2f} dB")
     Image.fromarray(made[:-4]).save(folder / "chelsea_x2.png")
     wrong = ((f"{{A: {folder}}}", "chelsea_x2.png has"), ("{A: nowhere}", "others.A"), ("[a]", "others = "))
@@ -208,10 +208,10 @@ def test_runs_are_shown_by_their_own_degradation(
     shown = []
 
     def looked(path: Path, scale: int, networks: dict, box: Box | None, low: list, degradation: str) -> object:
-        shown.append((list(networks), degradation, crops(path, scale, networks, box, low, degradation).title))
+        shown.append((list(networks), degradation, side_by_side(path, scale, networks, box, low, degradation).title))
 
-    monkeypatch.setattr(comparison, "crops", looked)
-    monkeypatch.setattr(comparison, "draw_crops", lambda *_, **__: None)
+    monkeypatch.setattr(comparison, "side_by_side", looked)
+    monkeypatch.setattr(comparison, "draw", lambda *_, **__: None)
     monkeypatch.setattr(comparison, "save", lambda *_: [tmp_path])
     monkeypatch.setattr(comparison, "png", str)
     runs = {}

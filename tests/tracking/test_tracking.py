@@ -160,11 +160,11 @@ def test_the_scores_are_those_of_the_record(straight: tuple) -> None:
 
 
 def test_the_pictures_show_the_network_beside_bicubic(straight: tuple, tiny_images: Path) -> None:
-    """Two test images were there; each picture is what `draw_crops` draws with the weights that were kept."""
+    """Two test images were there; each picture is what `pictures.draw` gives with the weights that were kept."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from drrn.inference import super_resolve
-    from drrn.pictures import crops, draw_crops
+    from drrn.pictures import draw, side_by_side
     from drrn.weights.ours import load_network
 
     folder, _, path = straight
@@ -175,7 +175,7 @@ def test_the_pictures_show_the_network_beside_bicubic(straight: tuple, tiny_imag
         with Image.open(path.parent / "files" / last[f"pictures/tiny_x2/{image}/path"]) as picture:
             held = np.asarray(picture.convert("RGB"))
         run = {"DRRN_B1U1_2f": lambda x: super_resolve(network, x)}
-        figure = draw_crops(crops(tiny_images / f"{image}.png", 2, run))
+        figure = draw(side_by_side(tiny_images / f"{image}.png", 2, run))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         expected = np.asarray(canvas.buffer_rgba())[..., :3]
@@ -518,7 +518,7 @@ def test_online_without_account_or_network_goes_offline(
 def test_pictures_that_cannot_be_drawn_cost_nothing_else(
     configure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("drrn.pictures.draw_crops", fail)
+    monkeypatch.setattr("drrn.pictures.draw", fail)
     folder, record = trained(configure(*FOUR, f"output={tmp_path}", "trainer.max_steps=1"))
     assert record["tracking"]["problem"] is None
     assert "no picture of tiny" in (folder / "train.log").read_text()

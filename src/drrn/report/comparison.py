@@ -14,7 +14,7 @@ from drrn.help import script
 from drrn.identity import WEIGHTS
 from drrn.images import read_luminance
 from drrn.inference import super_resolve
-from drrn.pictures import Box, crops, draw_crops, save
+from drrn.pictures import Box, draw, save, side_by_side
 from drrn.protocol import modcrop
 from drrn.report.page import Picture, png
 from drrn.sets import counterpart, image_files, is_ready
@@ -32,7 +32,7 @@ FIG7 = {
 
 
 def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "") -> list[Picture]:
-    """Crops side by side: of the image asked for, or of the last one that the runs were tested on.
+    """SideBySide side by side: of the image asked for, or of the last one that the runs were tested on.
 
     Runs of a network that enlarges by another scale are left out, and so are those of another degradation than the
     last one's, by which the image is degraded. Checkpoints, which do not say theirs, get bicubic. So does an image of
@@ -74,14 +74,14 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "
         runs = {name: lambda x, y=y: y for name, y in _others(config.others, path, scale).items()}
         runs |= {name: lambda x, network=network: super_resolve(network, x) for name, network in networks.items()}
         check_scales("scale", [scale], degradation)
-        shown = crops(path, scale, runs, box, low, degradation)
+        shown = side_by_side(path, scale, runs, box, low, degradation)
     except ValueError as error:  # an image smaller than the scale or the metrics' windows
         raise UserError(f"{path} at ×{scale}: {error}") from error
     alike = any(other.stem == path.stem and other != path for other in path.parent.iterdir())
     name = f"{path.name if alike else path.stem}_x{scale}"  # a.png is not a.jpg
     stem = Path(config.output) / f"{prefix}{name}"
-    written = save(draw_crops(shown), stem)
-    written += save(draw_crops(shown, stacked=True), stem.with_name(f"{stem.name}_narrow"), [".png"])
+    written = save(draw(shown), stem)
+    written += save(draw(shown, stacked=True), stem.with_name(f"{stem.name}_narrow"), [".png"])
     print(f"written: {printable(', '.join(map(str, written)))}")
     title = f"{name}: crops, PSNR and SSIM under each"
     return [Picture(title, title, png(written[0]), png(written[-1]), [path.name for path in written])]

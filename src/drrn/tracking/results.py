@@ -42,7 +42,7 @@ def pictures(module: SuperResolution, stage: str) -> dict[str, np.ndarray]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from drrn.inference import super_resolve
-    from drrn.pictures import crops, draw_crops
+    from drrn.pictures import draw, side_by_side
 
     data = module.trainer.datamodule
     tasks = data.evaluation_tasks(stage)
@@ -53,7 +53,7 @@ def pictures(module: SuperResolution, stage: str) -> dict[str, np.ndarray]:
     drawn = {}
     try:
         for path in data.sets[stage][first][:PICTURES]:
-            canvas = FigureCanvasAgg(draw_crops(crops(path, scale, run, low=low, degradation=data.data.degradation)))
+            canvas = FigureCanvasAgg(draw(side_by_side(path, scale, run, low=low, degradation=data.data.degradation)))
             canvas.draw()
             drawn[f"pictures/{first}_x{scale}/{path.stem}"] = np.asarray(canvas.buffer_rgba())
     except Exception as error:  # no reason to lose the scores
