@@ -380,10 +380,10 @@ def test_tile_shapes_cover_the_image_and_fit(height, width, U, features, room):
 class Ready:
     """What the division of an image asks of a network, which takes its time to make."""
 
-    device, itemsize, streams = torch.device("cpu"), 4, True
+    device, streams = torch.device("cpu"), True
 
     def __init__(self, B: int, U: int, features: int) -> None:
-        self.features, self.receptive_radius = features, (1 + 2 * U) * B + 1
+        self.pixel_bytes, self.receptive_radius = 4 * features, (1 + 2 * U) * B + 1
 
 
 def test_the_room_follows_the_memory_that_is_free(monkeypatch):

@@ -30,9 +30,6 @@ class DRCN(nn.Module):
         alpha_steps: optimiser steps over which α falls from 1 to 0, along a line.
 
     In training mode `forward` gives all predictions, which `loss` takes; else y alone.
-
-    Raises:
-        ValueError: for a value outside the above.
     """
 
     input = "interpolated"

@@ -24,9 +24,6 @@ class ESPCN(nn.Module):
     Args:
         scale: r, 2 … 16; 20,032 + 288 r² weights.
         features: filters of the first layer; the second has half of them.
-
-    Raises:
-        ValueError: for a value outside the above.
     """
 
     input = "low"

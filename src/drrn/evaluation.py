@@ -154,8 +154,7 @@ def jobs_of(
 ) -> list[Job]:
     """Sets × images × scales × methods, each set by the label that `label_of` gives it (`Scores.add_set`).
 
-    Raises:
-        UserError: a set cannot be read, or two pictures would have one name, or another program's is missing.
+    A set that cannot be read, two pictures of one name, and one of another program that is missing are a UserError.
     """
     jobs = []
     for name in config.sets:
@@ -235,10 +234,8 @@ def made_by_another(job: Job, truth: NDArray[np.uint8], over: Sequence[str] = ()
     """Another program's picture in 8 bits, cropped to the scale as `truth` [H, W] or [H, W, 3] is.
 
     Programs save grey results as RGB. Of a grey truth one of three equal channels is taken, since the Y of RGB is in
-    16…235 and that of a grey image in 0…255. `over` are the metrics that take its colours.
-
-    Raises:
-        UserError: it has another size, or other channels.
+    16…235 and that of a grey image in 0…255. `over` are the metrics that take its colours. Another size, or other
+    channels, are a UserError.
     """
     whole = read_pixels(job.made)
     made, (height, width) = modcrop(whole, job.scale), truth.shape[:2]

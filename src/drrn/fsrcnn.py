@@ -26,9 +26,6 @@ class FSRCNN(nn.Module):
         m: mapping layers, ≥ 1.
 
     FSRCNN(scale, 56, 12, 4), the authors' best, has 12,464 weights.
-
-    Raises:
-        ValueError: for a value outside the above.
     """
 
     input = "low"

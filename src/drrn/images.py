@@ -53,8 +53,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def read_pixels(path: Path) -> NDArray[np.uint8]:
     """An 8-bit image, [H, W] if it is grey and [H, W, 3] if it is colour.
 
-    Raises:
-        UserError: the file is missing, damaged or cannot be decoded, or it is not 8-bit grey or RGB.
+    A file that is missing, damaged, or not 8-bit grey or RGB is a UserError.
     """
     with _opened(path) as image:
         return np.asarray(image.convert("RGB") if image.mode == "P" else image)

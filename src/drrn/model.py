@@ -96,9 +96,6 @@ class DRRN(nn.Module):
             paper's: jt827859032's and yjn870's weights mean it, by the in-place ReLUs of their DRRN-pytorch.
         input_relu: a ReLU before the first convolution. False is the VDSR of huangzehao/caffe-vdsr and
             twtygqyy/pytorch-vdsr; they differ where bicubic interpolation overshoots below 0.
-
-    Raises:
-        ValueError: for a value outside the above.
     """
 
     input = "interpolated"  # x is the low-resolution image, enlarged by bicubic

@@ -41,7 +41,8 @@ NETWORKS: dict[str, type[nn.Module]] = {
 class Network(Protocol):
     """What a class of NETWORKS, an `nn.Module`, offers beside its constructor.
 
-    It works on the luminance, [N, 1, H, W], floating, 0…1. It may also have
+    The constructor raises a ValueError for an argument outside what its docstring says. The network works on the
+    luminance, [N, 1, H, W], floating, 0…1. It may also have
 
         conv_rec       the last convolution of a global residual: `optim.residual_scale` multiplies its first weights
         blocks         with `residual(H, u)`, which `speed.checkpointing` computes twice (`fast.training`)

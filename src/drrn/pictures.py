@@ -120,11 +120,7 @@ def draw(comparison: SideBySide, stacked: bool = False) -> Figure:
 
 
 def save(figure: Figure, stem: Path, suffixes: Sequence[str] = (".png", ".pdf")) -> list[Path]:
-    """Write a figure as PNG and PDF under `stem`; temporary names first.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write a figure as PNG and PDF under `stem`, each as `write_whole` does."""
     written = []
     for suffix in suffixes:
         path = stem.with_name(stem.name + suffix)

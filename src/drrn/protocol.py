@@ -68,8 +68,7 @@ def departures(protocol: dict[str, Any]) -> str:
 def modcrop(image: NDArray, scale: int) -> NDArray:
     """Crop bottom and right to a multiple of the scale [H, W, …] → [H − H mod s, W − W mod s, …].
 
-    Raises:
-        ValueError: a side is smaller than the scale.
+    A side that is smaller than the scale is a ValueError.
     """
     height, width = image.shape[0] - image.shape[0] % scale, image.shape[1] - image.shape[1] % scale
     if height == 0 or width == 0:

@@ -24,9 +24,6 @@ class RED30(nn.Module):
     Args:
         layers: n ≥ 2, convolutions, and as many transposed ones; 15 is RED30.
         features: filters of every layer but the last; 128 gives 4,131,072 weights.
-
-    Raises:
-        ValueError: for a value outside the above.
     """
 
     input = "interpolated"

@@ -37,9 +37,6 @@ class ResNet(nn.Module):
         U: residual units, ≥ 1; 2U + 2 layers.
         features: filters of every convolution but the last; 128 gives 2,304 + 294,912 U weights.
         norm: "batch" or "none".
-
-    Raises:
-        ValueError: for a value outside the above.
     """
 
     input = "interpolated"

@@ -21,10 +21,8 @@ class Scores:
 
     A score holds for the image and the weights of its digests alone, and a set's label (`row["set"]`) for the images
     of one folder: another folder of the same name gets a longer label, and scores of images that are no longer in
-    the folder leave the file. The file need not exist yet.
-
-    Raises:
-        UserError: not a file of scores, or scores of another protocol.
+    the folder leave the file. The file need not exist yet; what is no file of scores, or has scores of another
+    protocol, is a UserError.
     """
 
     def __init__(self, path: Path, protocol: dict[str, Any]) -> None:
@@ -78,9 +76,11 @@ class Scores:
     def _is(self, label: str, folder: str, contents: str, images: dict[str, str]) -> bool:
         """Whether a label is free, or the set's that lies in a folder or has these contents."""
         there = [row for row in self.rows.values() if row["set"] == label]
+        if not there:
+            return True
         if label in self.sets:
-            return self.sets[label]["folder"] == folder or self.sets[label]["sha256"] == contents or not there
-        return not there or any(_of(row, images) for row in there)
+            return self.sets[label]["folder"] == folder or self.sets[label]["sha256"] == contents
+        return any(_of(row, images) for row in there)
 
     def add_methods(self, methods: list[dict[str, Any]]) -> None:
         """What is scored now; methods of the same weights are replaced."""

@@ -108,10 +108,8 @@ def is_absent(name: str, root: Path) -> bool:
 def fetch(set_name: str, root: Path, complete: bool = True) -> list[Path]:
     """The registered files of a set, or of a part of one, under the data root, each verified by its SHA-256.
 
-    Unless `complete`, what is absent is downloaded only when no file of the set is there.
-
-    Raises:
-        UserError: a present file has another digest, or a download failed (naming the file and URL).
+    Unless `complete`, what is absent is downloaded only when no file of the set is there. A file of another digest,
+    and a download that failed, are a UserError that names the file.
     """
     listed = _registry(REGISTRY).get(part_of(set_name)[0], {})
     names = _members(set_name, sorted(listed))
@@ -290,8 +288,10 @@ def evaluation_sets(data: DataConfig, complete: bool = False) -> dict[str, dict[
             files = image_files(name, Path(data.root), complete)
             for file in files:
                 check_size(file, max(scales), metrics, f"data.{key}")
-            if sets[stage].setdefault(label := set_label(name, files), files) is not files:
+            label = set_label(name, files)
+            if label in sets[stage]:
                 raise UserError(f"data.{key}: {name} is {label}, which is there already")
+            sets[stage][label] = files
     return sets if data.test else {"validate": sets["validate"], "test": sets["validate"]}
 
 

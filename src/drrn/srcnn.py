@@ -22,9 +22,6 @@ class SRCNN(nn.Module):
     Args:
         middle: side of the second layer's filters, 1, 3 or 5: 9-1-5 has 8,032 weights, 9-5-5 has 57,184.
         features: filters of the first layer; the second has half of them.
-
-    Raises:
-        ValueError: for a value outside the above.
     """
 
     input = "interpolated"

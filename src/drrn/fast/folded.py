@@ -18,10 +18,9 @@ Affine = tuple[Tensor, Tensor] | None  # scale and shift of every channel; None:
 
 
 def affine(norm: nn.Module) -> Affine:
-    """BatchNorm in evaluation mode as scale and shift of every channel, float64 [C]; None for no norm.
+    """BatchNorm in evaluation mode as scale and shift of every channel, float64 [C]; None for an Identity.
 
-    Raises:
-        TypeError: neither a BatchNorm (synchronised or not) nor an Identity.
+    Another norm is a TypeError.
     """
     if isinstance(norm, nn.Identity):
         return None

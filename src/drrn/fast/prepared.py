@@ -32,9 +32,8 @@ class Prepared:
     streams: bool  # whether rows may come in portions; otherwise all come at once
     device: torch.device  # of the input, as the type
     dtype: torch.dtype
-    itemsize: int  # bytes of a value of a feature map
-    features: int  # channels of the widest feature map
-    maps: int  # feature maps of so many channels that are in memory at once, at most
+    pixel_bytes: int  # of the widest feature map
+    maps: int  # feature maps of that width that are in memory at once, at most
     receptive_radius: int  # pixels of the input to each side that one output pixel depends on
     scale: int  # how much larger the result is than the input; 1 unless that is the low-resolution image
 
@@ -53,25 +52,31 @@ def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
     its running statistics whatever mode the network is in.
     """
     tensors = [*network.parameters(), *network.buffers()]
-    fold, first = FOLDINGS.get(type(network)), next(iter(tensors), torch.empty(0))
     state = [None if t.is_inference() else (id(t), t.data_ptr(), t._version) for t in tensors]
-    known = _kept.get(network, {}).get(precision)
-    if known is not None and known[0] == state and None not in state:
-        return known[1]
-    features = max((layer.out_channels for layer in network.modules() if hasattr(layer, "out_channels")), default=1)
-    maps = MAPS
+    before, ready = _kept.get(network, {}).get(precision, (None, None))
+    if before == state and None not in state:
+        return ready
+    first = next(iter(tensors), torch.empty(0))
     dtype = torch.promote_types(first.dtype, torch.float32)  # bfloat16 would round the image
-    if fold is None:
-        wide = network if dtype == first.dtype else copy.deepcopy(network).to(dtype)
-        open, itemsize = partial(_whole, wide, precision), dtype.itemsize
-        maps = _counted[network] = _counted.get(network) or _maps(wide, first.to(dtype), features)
-    else:
-        open, itemsize = fold(network, precision), 2 if precision == "bf16" else dtype.itemsize
-    radius, scale = network.receptive_radius, getattr(network, "scale", 1)
-    ready = Prepared(open, fold is not None, first.device, dtype, itemsize, features, maps, radius, scale)
-    if fold is not None:  # what runs as it is would keep the network alive
+    channels = max((layer.out_channels for layer in network.modules() if hasattr(layer, "out_channels")), default=1)
+    same = {
+        "device": first.device,
+        "dtype": dtype,
+        "receptive_radius": network.receptive_radius,
+        "scale": getattr(network, "scale", 1),
+    }
+    if type(network) in FOLDINGS:
+        open = FOLDINGS[type(network)](network, precision)
+        pixel_bytes = channels * (2 if precision == "bf16" else dtype.itemsize)
+        ready = Prepared(open, streams=True, pixel_bytes=pixel_bytes, maps=MAPS, **same)
         _kept.setdefault(network, {})[precision] = state, ready
-    return ready
+        return ready
+    wide = network if dtype == first.dtype else copy.deepcopy(network).to(dtype)
+    if network not in _counted:
+        _counted[network] = _maps(wide, first.to(dtype), channels)
+    open, pixel_bytes = partial(_whole, wide, precision), channels * dtype.itemsize
+    # Not kept: it would keep the network alive.
+    return Prepared(open, streams=False, pixel_bytes=pixel_bytes, maps=_counted[network], **same)
 
 
 def forget(network: nn.Module) -> None:
@@ -101,10 +106,10 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _maps(network: nn.Module, like: Tensor, features: int) -> int:
+def _maps(network: nn.Module, like: Tensor, channels: int) -> int:
     """`Prepared.maps` of a network that runs as it is, counted on a small image of the kind of `like`; a layer of
     PyTorch's may need one more, in another order of its values."""
     x = like.new_zeros(1, 1, 32, 32)
     with _evaluating(network), TensorBytes() as alive:
         network(x)
-    return 1 + round(alive.peak / (x.nbytes * features))
+    return 1 + round(alive.peak / (x.nbytes * channels))

@@ -32,12 +32,7 @@ def free_room(device: torch.device) -> int:
 
 def at_once(ready: Prepared, shape: tuple[int, int], room: int) -> bool:
     """Whether an image [H, W] needs no strips."""
-    return ready.maps * shape[0] * _row_bytes(ready, shape[1]) <= room
-
-
-def _row_bytes(ready: Prepared, width: int) -> int:
-    """Of a feature map."""
-    return width * ready.features * ready.itemsize
+    return ready.maps * shape[0] * shape[1] * ready.pixel_bytes <= room
 
 
 def most_rows(ready: Prepared, width: int, room: int) -> int:
@@ -46,7 +41,7 @@ def most_rows(ready: Prepared, width: int, room: int) -> int:
     """
     if not ready.streams:
         return 0
-    return (room // _row_bytes(ready, width) - _kept_rows(ready)) // MAPS
+    return (room // (width * ready.pixel_bytes) - _kept_rows(ready)) // MAPS
 
 
 def _kept_rows(ready: Prepared) -> int:
@@ -64,11 +59,11 @@ def strips(ready: Prepared, shape: tuple[int, int], room: int) -> list[tuple[int
     """
     height, width = shape
     rows, on_cpu = most_rows(ready, width, room), ready.device.type == "cpu"
-    small = height * _row_bytes(ready, width) <= WHOLE_BYTES
+    small = height * width * ready.pixel_bytes <= WHOLE_BYTES
     if not ready.streams or (at_once(ready, shape, room) and (small or not on_cpu or rows < STRIP_ROWS)):
         return [(0, height)]
     if on_cpu:
-        rows = min(rows, STRIP_BYTES // _row_bytes(ready, width))
+        rows = min(rows, STRIP_BYTES // (width * ready.pixel_bytes))
     rows = max(rows, STRIP_ROWS)
     if height <= rows:
         return [(0, height)]
@@ -82,11 +77,10 @@ def tile_shape(ready: Prepared, shape: tuple[int, int], room: int) -> tuple[int,
     At least twice the receptive radius: a tile computes at most four times what it adds.
     """
     (height, width), radius = shape, ready.receptive_radius
-    pixel = _row_bytes(ready, 1)
     if ready.streams:
-        side = room // (pixel * (MAPS * STRIP_ROWS + _kept_rows(ready))) - 2 * radius
+        side = room // (ready.pixel_bytes * (MAPS * STRIP_ROWS + _kept_rows(ready))) - 2 * radius
     else:
-        side = math.isqrt(room // (pixel * ready.maps)) - 2 * radius
+        side = math.isqrt(room // (ready.pixel_bytes * ready.maps)) - 2 * radius
     least = max(TILE_PIXELS // width, 4 * radius)  # rows that the caller has in memory
     return _equal(height, max(min(side, least), 2 * radius)), _equal(width, max(side, 2 * radius))
 
