@@ -213,7 +213,7 @@ def writers(weights: Path, images: Path, out: Path) -> dict[str, tuple[tuple[str
     scoring = ("evaluate", "method=bicubic", f"sets=[{images}]", "scales=[2]")
     found = {
         f"convert to {name}": (("convert", f"input={weights}", f"output={out / name}", "overwrite=true"), [name])
-        for name in ("w.safetensors", "w.ckpt", "w.onnx", "w.pt2")
+        for name in ("w.safetensors", "w.onnx", "w.pt2")
     }
     found["scores"] = ((*scoring, f"output={out / 'scores.json'}"), ["scores.json"])
     found["pictures of the evaluation"] = (
@@ -233,7 +233,7 @@ def writers(weights: Path, images: Path, out: Path) -> dict[str, tuple[tuple[str
 
 @pytest.mark.parametrize(
     "what",
-    ["convert to w.safetensors", "convert to w.ckpt", "convert to w.onnx", "convert to w.pt2", "scores",
+    ["convert to w.safetensors", "convert to w.onnx", "convert to w.pt2", "scores",
      "pictures of the evaluation", "tables", "figures"],
 )  # fmt: skip
 def test_a_full_disk_leaves_the_old_files_and_nothing_else(
