@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
     ("words", "expected"),
     [
         ("photo.jpg|--compare|-x|2", {"input": "photo.jpg", "scale": "2", "compare": True}),
+        ("a.png|--self-ensemble|--quality|80", {"input": "a.png", "self_ensemble": True, "quality": "80"}),
         ("photo.jpg|-x|2", {"input": "photo.jpg", "scale": "2"}),
         ("a (1).png|-x|2.5|-o|b, c's.png", {"input": "a (1).png", "scale": "2.5", "output": "b, c's.png"}),
         ("a.png|b=c.png|-x|3|--output|x", {"input": "a.png", "b": "c.png", "scale": "3", "output": "x"}),

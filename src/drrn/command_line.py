@@ -1,6 +1,6 @@
 """`drrn train`, `drrn upscale`, …: the scripts of src/ as one command, wherever the package is installed.
 
-What follows the name is what the script takes, `key=value`. `drrn upscale` takes plain words too:
+What follows the name is what the script takes, `key=value`. `drrn upscale` takes plain words too, `--key value`:
 
     drrn upscale photo.jpg -x 2
     drrn upscale holidays -x 3 -c weights.safetensors -o large --compare
@@ -14,10 +14,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 from drrn import __version__
 from drrn.help import closest
 from drrn.launch import launch
+from drrn.photos.plan import Options
 
 COMMANDS = {
     "train": "train a network, or a grid of them",
@@ -27,8 +29,7 @@ COMMANDS = {
     "report": "tables, figures and pictures from what was run",
     "prepare": "fetch the images and build the patch file",
 }
-WORDS = {"-x": "scale", "--scale": "scale", "-o": "output", "--output": "output", "-c": "checkpoint"}
-FLAGS = ("--compare", "--overwrite")
+SHORT = {"-x": "scale", "-o": "output", "-c": "checkpoint"}
 KEY = re.compile(r"[+~]*[\w./@-]+=")
 
 
@@ -60,13 +61,14 @@ def _installed(module: str) -> bool:
 
 def plain_words(arguments: Sequence[str]) -> list[str]:
     """`photo.jpg -x 2 -o big.png` as `input=[photo.jpg] scale=2 output=big.png`; what is `key=value` stays."""
-    inputs, keys, rest = [], [], list(arguments)
+    inputs, keys, rest, kinds = [], [], list(arguments), get_type_hints(Options)
     while rest:
         word = rest.pop(0)
-        if word in WORDS and rest:
-            keys.append(f"{WORDS[word]}={quoted(rest.pop(0))}")
-        elif word in FLAGS:
-            keys.append(f"{word[2:]}=true")
+        key = SHORT.get(word, word[2:].replace("-", "_") if word.startswith("--") else "")
+        if kinds.get(key) is bool:
+            keys.append(f"{key}=true")
+        elif key in kinds and rest:
+            keys.append(f"{key}={quoted(rest.pop(0))}")
         # a photograph may be called a=b.png
         elif word.startswith("-") or (KEY.match(word) and not Path(word).exists()):
             keys.append(word)

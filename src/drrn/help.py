@@ -147,8 +147,11 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
             return f"{group}={name}: allowed are {', '.join(options)}{closest(name, options)}"
     if isinstance(error, ConfigCompositionException):
         for argument in arguments:
-            if argument.partition("=")[0] in ADDED:
+            key = argument.partition("=")[0]
+            if key in ADDED:
                 return f"{argument}: it is added to the rest, +{argument}"
+            if key[:1] == "+" and key[1:] in groups:
+                return f"{argument}: it takes the place of what is there, {argument[1:]}"
     several = [a for a in arguments if is_sweep(a)]
     if several and "-m" not in arguments and "--multirun" not in arguments:
         key, _, value = several[0].partition("=")
@@ -162,6 +165,17 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
         return f"{key}: there is no such key{closest(key, known)} (`--help` lists them)"
     lines = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     return " ".join(" ".join(lines).split())
+
+
+def unknown_option(arguments: Sequence[str]) -> str | None:
+    """What is wrong with `--max_steps 5`, which argparse answers with Hydra's own options; None if nothing is."""
+    from hydra._internal.utils import get_args_parser
+
+    unknown = [word for word in get_args_parser().parse_known_args(arguments)[1] if word.startswith("-")]
+    if unknown:
+        example = EXAMPLES.get(command(), "input=photo.jpg")
+        return f"{unknown[0]}: keys are given as KEY=VALUE, such as {example} (`--help` lists them)"
+    return None
 
 
 def is_sweep(argument: str) -> bool:

@@ -72,7 +72,7 @@ def launch(main: Callable[[], Any]) -> None:
         os.environ["SLURM_JOB_NAME"] = "interactive"  # which Lightning knows by this name
     from hydra.errors import HydraException
 
-    from drrn.help import explained, show, unnamed_group
+    from drrn.help import explained, show, unknown_option, unnamed_group
 
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # Hydra wants them first
     try:
@@ -80,6 +80,8 @@ def launch(main: Callable[[], Any]) -> None:
             module = sys.modules[main.__module__]
             show(module.__doc__ or "", module.KEYS, sys.argv[1:])
             return
+        if (wrong := unknown_option(sys.argv[1:])) is not None:
+            _refuse(wrong)
         main()
     except KeyboardInterrupt:  # Ctrl-C while there is nothing to keep
         print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
