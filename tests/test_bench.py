@@ -232,7 +232,7 @@ def test_each_batchnorm_of_the_bench_is_pytorchs() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     results = []
-    for kind in (torch.nn.BatchNorm2d, bench_gpu.WrittenOut, bench_gpu.Library):
+    for kind in (torch.nn.BatchNorm2d, bench_gpu.WrittenOut, bench_gpu.ByImage, bench_gpu.Library):
         layer, H = torch.nn.BatchNorm2d(3, momentum=1.0), x.clone().requires_grad_()
         with torch.no_grad():
             layer.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))

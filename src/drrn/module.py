@@ -234,17 +234,15 @@ class SuperResolution(LightningModule):
         self.rows.append((dataloader_idx, batch_idx * self.trainer.world_size + self.trainer.global_rank, row))
 
     def on_validation_epoch_start(self) -> None:
-        """Nothing is measured yet; float32 without TF32 (`trainer.tf32`), as src/evaluate.py scores."""
+        """Nothing is measured yet."""
         self.rows = []
         forget(self.network)  # an average of weights is swapped in without PyTorch's notice (`Tensor.data`)
-        self.tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def _finish(self) -> None:
         """Every process gets all rows, in the order of the images, and logs the means of the sets."""
         stage = self._stage
-        torch.backends.cudnn.allow_tf32 = self.tf32
         parts = [self.rows]
         if self.trainer.world_size > 1:
             parts = [[] for _ in range(self.trainer.world_size)]
