@@ -457,8 +457,8 @@ def test_a_full_disk_is_noticed_though_wandb_says_nothing(
     with before_step(2, fill):
         folder, record = trained(configure(*FOUR, f"output={tmp_path}"))
     same_result(record, straight)
-    assert "is not whole: is the disk full?" in record["tracking"]["problem"]
-    assert "is not whole" in (folder / "train.log").read_text()
+    assert "is incomplete: is the disk full?" in record["tracking"]["problem"]
+    assert "is incomplete" in (folder / "train.log").read_text()
 
 
 def test_online_uploads_while_it_runs(configure: Callable, straight: tuple, tmp_path: Path, listening: Any) -> None:

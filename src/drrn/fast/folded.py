@@ -1,6 +1,6 @@
 """DRRN folded for inference: BatchNorm into the convolutions, sums and ReLUs fused.
 
-What it is worth stands in docs/performance.md, "What is".
+Its speed-up is measured in docs/performance.md, "What is".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from drrn.fast.precision import onednn
 from drrn.model import DRRN
 
-Affine = tuple[Tensor, Tensor] | None  # scale and shift of every channel; None: there is no BatchNorm
+Affine = tuple[Tensor, Tensor] | None  # scale and shift of every channel; None without BatchNorm
 
 
 def affine(norm: nn.Module) -> Affine:
@@ -33,9 +33,9 @@ def affine(norm: nn.Module) -> Affine:
 
 
 class Convolution:
-    """A 3×3 convolution, the affine map `after` it of a BatchNorm, a sum and a ReLU, as one step.
+    """A 3×3 convolution, the affine map `after` it (a BatchNorm), a sum and a ReLU, as one step.
 
-    It computes in `dtype` and gives `out` (None: the same); what comes in may have either.
+    It computes in `dtype`; the result has the dtype `out` (None: `dtype`), the input either.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class Convolution:
         self.weight = weight.to(conv.weight.device, dtype).contiguous(memory_format=layout)
         self.fused = self.weight.device.type == "cpu" and onednn(dtype)
         if self.fused:
-            size = [1, self.weight.shape[1], 256, 256]  # a typical tile; only the order of the weights follows it
+            size = [1, self.weight.shape[1], 256, 256]  # a typical tile; it determines the order of the weights only
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, [1, 1], [1, 1], [1, 1], 1, size)
 
     def __call__(self, x: Tensor, add: Tensor | None = None, relu: bool = True, padded: bool = True) -> Tensor:
         """x [N, C, H, W] → ReLU(W ∗ x + b + add) [N, C', H, W]; `add` is overwritten by the result.
 
-        Not `padded`, there are no zeros above and below x: [N, C', H - 2, W].
+        Without `padded` x gets no rows of zeros above and below: [N, C', H - 2, W].
         """
         what = x.to(self.dtype), self.weight, self.bias
         geometry = ([int(padded), 1], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
-        if self.fused:  # the operators that Inductor emits on CPUs; they are tried on each torch that is allowed
+        if self.fused:  # the operators that Inductor emits on CPUs; tested with every torch version allowed
             mkldnn, after = torch.ops.mkldnn, "relu" if relu else None
             if add is None:
                 y = mkldnn._convolution_pointwise(*what, *geometry, after or "none", [], "")
@@ -84,15 +84,15 @@ class Unit(NamedTuple):
 
     conv_a: Convolution  # with norm_b and its ReLU
     conv_b: Convolution  # with `norm` and its ReLU, unless H^u is kept
-    norm: Affine  # what H^u passes next
-    keep: bool  # H^u itself is needed: DRRN_C
+    norm: Affine  # the BatchNorm that is applied to H^u
+    keep: bool  # whether H^u itself is needed: DRRN_C
 
 
 class Folded:
     """A copy of a network for inference: Eq. 4–9 with every BatchNorm folded and every ReLU fused.
 
-    Between two convolutions stands ReLU(norm(H)). In the multi-path structure H^u itself is needed by nobody
-    else (Eq. 5 adds H⁰), so with norm(H) = s·H + t
+    Each convolution's input is ReLU(norm(H)). In the multi-path structure H^u itself has no other use (Eq. 5 adds
+    H⁰), so with norm(H) = s·H + t
 
         ReLU(norm(H^u)) = ReLU((s·W_b) ∗ q + (s·b + t) + s·H⁰),
 
@@ -102,17 +102,17 @@ class Folded:
     @torch.inference_mode()
     def __init__(self, network: DRRN, precision: str = "float32") -> None:
         """In bf16 the first and the last convolution and the global residual stay in float32: bfloat16 would round
-        the image to steps of 1/256, and the network sharpens that."""
+        the image to steps of 1/256, and the network would amplify the error."""
         parameter = next(network.parameters())
         self.device, self.tf32 = parameter.device, precision == "tf32"
-        self.wide = torch.promote_types(parameter.dtype, torch.float32)  # of what comes in and goes out
+        self.wide = torch.promote_types(parameter.dtype, torch.float32)  # of input and output
         self.dtype = torch.bfloat16 if precision == "bf16" else self.wide  # of the feature maps
         plain = self.device.type == "mps" or (self.device.type == "cuda" and precision == "float32")
-        self.layout = torch.contiguous_format if plain else torch.channels_last  # tensor cores want channels last
+        self.layout = torch.contiguous_format if plain else torch.channels_last  # tensor cores need channels last
         packed: dict[nn.Conv2d, Convolution] = {}
 
         def convolution(conv: nn.Conv2d, after: Affine) -> Convolution:
-            shared = after is None  # by all units when each has no BatchNorm of its own
+            shared = after is None  # by all units, if no unit's own BatchNorm is folded into it
             if shared and conv in packed:
                 return packed[conv]
             first, last = conv is network.blocks[0].conv, conv is network.conv_rec
@@ -144,12 +144,12 @@ class Folded:
         self.rec = convolution(network.conv_rec, None)
 
     def _channels(self, values: Affine, dtype: torch.dtype | None = None) -> Affine:
-        """Scale and shift [C] → [1, C, 1, 1] as the feature maps are."""
+        """Scale and shift [C] → [1, C, 1, 1], in the feature maps' dtype unless `dtype` is given."""
         return values and tuple(v.to(self.device, dtype or self.dtype)[None, :, None, None] for v in values)
 
 
 def activate(H: Tensor, norm: Affine, out: Tensor, relu: bool = True) -> Tensor:
-    """ReLU(norm(H)) into `out`."""
+    """Write ReLU(norm(H)) into `out`."""
     if norm is not None:
         H = torch.addcmul(norm[1], H, norm[0], out=out)
     return torch.clamp_min(H, 0, out=out) if relu else out.copy_(H)

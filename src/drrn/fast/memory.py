@@ -1,4 +1,4 @@
-"""Memory: of tensors, counted; what glibc gives back, kept."""
+"""Memory: counting that of tensors, and keeping glibc's freed blocks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _kept = False  # by an outer `freed_memory_kept`
 
 @contextmanager
 def freed_memory_kept(on: bool = True) -> Iterator[None]:
-    """Inside, glibc keeps the large blocks that are freed and hands them out again (Linux; elsewhere nothing).
+    """Within this context glibc reuses large freed blocks instead of returning them (Linux; elsewhere no effect).
 
     Otherwise the kernel maps every large array afresh and zeroes it page by page: a tenth of a training step. The
-    price is a process that does not shrink and a heap with gaps: not `on` where memory is what counts.
+    price is a process that does not shrink and a fragmented heap: turn it off where memory is scarce.
     """
     global _kept
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on and sys.platform == "linux" else None
@@ -34,7 +34,7 @@ def freed_memory_kept(on: bool = True) -> Iterator[None]:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
-    finally:  # what glibc's own rule comes to with large blocks; a first call of mallopt ends that rule
+    finally:  # the values that glibc's dynamic threshold reaches; the first call of mallopt has disabled that
         _kept = False
         mallopt(M_MMAP_MAX, 65536)
         mallopt(M_MMAP_THRESHOLD, 32 << 20)
@@ -42,7 +42,7 @@ def freed_memory_kept(on: bool = True) -> Iterator[None]:
 
 
 class TensorBytes(TorchDispatchMode):
-    """A context that counts the bytes of the tensors made in it and alive at once; `peak` is their maximum."""
+    """A context that counts the bytes of live tensors created in it; `peak` is their maximum."""
 
     def __init__(self) -> None:
         super().__init__()

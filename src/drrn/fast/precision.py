@@ -1,4 +1,4 @@
-"""In which numbers a network computes: float32, TF32 or bfloat16, and which of them is fast on a device."""
+"""The precision of inference: float32, TF32 or bfloat16, and which of them is fast on a device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def chosen(precision: str, device: torch.device, folded: bool = True) -> str:
 
     Args:
         precision: one of these, or "auto".
-        device: that computes.
-        folded: whether the network is one of `prepared.FOLDINGS`; the others have no path in bfloat16.
+        device: of the network.
+        folded: whether the network is one of `prepared.FOLDINGS`; the others cannot run in bfloat16.
 
     Raises:
-        UserError: TF32 or bfloat16 where there is none.
+        UserError: the device or the network does not support TF32 or bfloat16.
     """
     if precision == "auto":
         return "bf16" if folded and _has_bf16(device) else "float32"
@@ -31,7 +31,7 @@ def chosen(precision: str, device: torch.device, folded: bool = True) -> str:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster there: it must be in hardware, since an emulation is slower than float32."""
+    """Whether the device computes bfloat16 in hardware; an emulation is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -41,7 +41,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's fused convolutions take this type on this CPU."""
+    """Whether oneDNN's fused convolutions support this dtype on this CPU."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -49,7 +49,7 @@ def onednn(dtype: torch.dtype) -> bool:
 
 @contextmanager
 def tf32(on: bool) -> Iterator[None]:
-    """With or without TF32, which is off by 1e-3; without trying cuDNN's algorithms for every height of a strip."""
+    """Switch TF32 (relative error 1e-3) on or off, and cuDNN's benchmark off: it would run for every strip height."""
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32, cudnn.benchmark
     cudnn.allow_tf32, cudnn.benchmark = on, False

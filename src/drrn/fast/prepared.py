@@ -1,6 +1,6 @@
-"""A network made ready for inference, once: the one seam between `drrn.inference` and what makes it fast.
+"""Preparing a network for inference: the interface between `drrn.inference` and the fast implementations.
 
-`FOLDINGS` says which classes can be folded. Every other network runs as it is.
+Networks of the classes in `FOLDINGS` are folded. Every other network runs unchanged.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from drrn.fast.precision import tf32
 from drrn.fast.stream import MAPS, Stream
 from drrn.model import DRRN
 
-Opened = Callable[[Tensor], Tensor]  # the image's next rows [N, 1, h, W] → the rows complete now [N, 1, h', W]
+Opened = Callable[[Tensor], Tensor]  # the image's next rows [N, 1, h, W] → newly completed rows [N, 1, h', W]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What divides and runs an image needs of a network."""
+    """A network ready for inference, with the facts that divide an image into strips and tiles."""
 
-    open: Callable[[int], Opened]  # called with an image's height, gives what its rows are put into
-    streams: bool  # whether rows may come in portions; otherwise all come at once
-    device: torch.device  # of the input, as the type
+    open: Callable[[int], Opened]  # an image's height → a function that takes its rows
+    streams: bool  # whether rows may come in portions; otherwise all must come at once
+    device: torch.device  # of the input, as is the dtype
     dtype: torch.dtype
     pixel_bytes: int  # of the widest feature map
-    maps: int  # feature maps of that width that are in memory at once, at most
-    receptive_radius: int  # pixels of the input to each side that one output pixel depends on
-    scale: int  # how much larger the result is than the input; 1 unless that is the low-resolution image
+    maps: int  # maximum number of feature maps of that width in memory at once
+    receptive_radius: int  # input pixels to each side on which one output pixel depends
+    scale: int  # of the result to the input; 1 unless the input is the low-resolution image
 
 
 FOLDINGS: dict[type, Callable[..., Callable[[int], Opened]]] = {  # class → (network, precision) → `Prepared.open`
@@ -46,10 +46,10 @@ _counted: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # `Prepared.m
 
 
 def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
-    """The network ready to run. Folded once, and again when one of its tensors was changed, moved or replaced.
+    """Prepare a network; a folded one is cached until one of its tensors is changed, moved or replaced.
 
-    PyTorch counts the changes of a tensor, but not those through `Tensor.data`: `forget` after them. BatchNorm uses
-    its running statistics whatever mode the network is in.
+    PyTorch counts in-place changes of a tensor, but not those through `Tensor.data`: call `forget` after them.
+    BatchNorm uses its running statistics, also if the network is in training mode.
     """
     tensors = [*network.parameters(), *network.buffers()]
     state = [None if t.is_inference() else (id(t), t.data_ptr(), t._version) for t in tensors]
@@ -75,17 +75,17 @@ def prepared(network: nn.Module, precision: str = "float32") -> Prepared:
     if network not in _counted:
         _counted[network] = _maps(wide, first.to(dtype), channels)
     open, pixel_bytes = partial(_whole, wide, precision), channels * dtype.itemsize
-    # Not kept: it would keep the network alive.
+    # Not cached: it would keep the network alive.
     return Prepared(open, streams=False, pixel_bytes=pixel_bytes, maps=_counted[network], **same)
 
 
 def forget(network: nn.Module) -> None:
-    """Prepare the network afresh the next time."""
+    """Drop the cached preparation of a network."""
     _kept.pop(network, None)
 
 
 def _whole(network: nn.Module, precision: str, height: int) -> Opened:
-    """A network as it is, in evaluation mode for as long as it runs."""
+    """`Prepared.open` of an unfolded network, which runs in evaluation mode."""
 
     def run(x: Tensor) -> Tensor:
         with _evaluating(network), tf32(precision == "tf32"):
@@ -107,8 +107,8 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def _maps(network: nn.Module, like: Tensor, channels: int) -> int:
-    """`Prepared.maps` of a network that runs as it is, counted on a small image of the kind of `like`; a layer of
-    PyTorch's may need one more, in another order of its values."""
+    """`Prepared.maps` of an unfolded network, counted on a small image with device and dtype of `like`; plus one,
+    since a layer of PyTorch may need a copy in another memory layout."""
     x = like.new_zeros(1, 1, 32, 32)
     with _evaluating(network), TensorBytes() as alive:
         network(x)

@@ -1,4 +1,4 @@
-"""A folded network on its way down an image, in strips without overlap."""
+"""A folded network applied to an image from top to bottom, in strips without overlap."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from drrn.fast.folded import Convolution, Folded, Unit, activate
 from drrn.fast.precision import tf32
 
-MAPS = 3  # feature maps alive at its peak: identity, the unit's middle and its output
+MAPS = 3  # feature maps in memory at the peak: identity, the unit's middle and its output
 
 
 class Rows:
-    """Those rows of a feature map that are needed again, while the map is made from top to bottom."""
+    """The rows of a feature map that later layers still need; the map is computed from top to bottom."""
 
     def __init__(self, layout: torch.memory_format) -> None:
         self.layout = layout
-        self.first = 0  # row of the image at which `map` begins
+        self.first = 0  # the image's row at which `map` begins
         self.map: Tensor | None = None  # [N, C, h, W]
-        self.kept: Tensor | None = None  # what `forget` left
+        self.kept: Tensor | None = None  # buffer of the rows that `forget` kept
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Rows of the image, as a view [N, C, h, W]."""
@@ -34,12 +34,12 @@ class Rows:
         self.map = new if self.map is None else torch.cat([self.map, new], dim=2)
 
     def fill(self, like: Tensor, work: Callable[[Tensor], Any], spoilt: tuple[int, int] = (0, 0)) -> None:
-        """Add rows that are written where they will stand, which spares a copy.
+        """Add rows that `work` writes in place, without a copy.
 
         Args:
-            like: a tensor of the size and kind of what is added, [N, C, h, W].
-            work: writes it, into [N, C, spoilt[0] + h + spoilt[1], W].
-            spoilt: rows above and below that need not be right afterwards.
+            like: a tensor with shape, dtype and device of the new rows, [N, C, h, W].
+            work: writes into a tensor [N, C, spoilt[0] + h + spoilt[1], W].
+            spoilt: rows above and below the new ones that `work` may overwrite with wrong values.
         """
         n, c, h, w = like.shape
         held = 0 if self.map is None else self.map.shape[2]
@@ -51,24 +51,24 @@ class Rows:
         self.map = joined[:, :, : held + h]
 
     def forget(self, until: int) -> None:
-        """Let go of the rows above row `until` of the image."""
+        """Drop the rows above row `until` of the image."""
         rest = self.map[:, :, until - self.first :]
         if self.kept is None or self.kept.shape != rest.shape:
             self.kept = rest.clone(memory_format=self.layout)
-        else:  # again and again into the same memory: glibc before 2.38 does not fill its gaps with aligned blocks
+        else:  # reuse the memory: glibc before 2.38 does not fill gaps of the heap with aligned blocks
             self.kept.copy_(rest)
         self.map, self.first = self.kept, until
 
 
 class Stream:
-    """A folded network on its way down an image: rows go in, the rows that they complete come out.
+    """A folded network applied to an image from top to bottom: each call takes rows and returns those completed.
 
-    A convolution completes a row once it has the row below. So each lags one row behind the one before it and keeps
-    the rows that it needs again: however few go in at a time, nothing is computed twice but two rows a unit.
+    A convolution can compute a row once it has the input row below. So each convolution lags one row behind the
+    previous one and keeps the rows that it needs again; per strip only two rows of each unit are computed twice.
 
     Args:
         folded: the network.
-        height: rows of the image. Above the first and below the last of them every layer sees zeros.
+        height: rows of the image. Above its first and below its last row every layer is padded with zeros.
     """
 
     def __init__(self, folded: Folded, height: int) -> None:
@@ -80,12 +80,12 @@ class Stream:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:
-        """The image's next rows [N, 1, h, W] → the rows that are complete now [N, 1, h', W], h' ≥ 0.
+        """The image's next rows [N, 1, h, W] → the newly completed rows [N, 1, h', W], h' ≥ 0.
 
         Raises:
-            ValueError: there are more rows than the image has.
+            ValueError: more rows came than the image has.
         """
-        folded, rows = self.folded, (self.end, self.end + x.shape[2])  # those of the image that a layer adds
+        folded, rows = self.folded, (self.end, self.end + x.shape[2])  # the newest rows of the current layer
         self.end, nothing = rows[1], x[:, :, :0]
         if self.end > self.height:
             raise ValueError(f"{self.end} rows came of an image of {self.height}")
@@ -105,7 +105,7 @@ class Stream:
                 H = identity[rows[0] : rows[1]]
                 following[0].fill(H, lambda out, H=H, norm=norm: activate(H, norm, out))
                 if folded.rectified:
-                    H.relu_()  # from here on it is an identity only
+                    H.relu_()  # from here on used as an identity only
                 del H
                 for u, unit in enumerate(units):
                     chain = self.identities[b][u + 1] if unit.keep else None
@@ -124,12 +124,12 @@ class Stream:
             return y
 
     def _complete(self, rows: tuple[int, int], reach: int) -> tuple[int, int]:
-        """Rows that `reach` convolutions complete with the `rows` that their input adds; first = end: none."""
+        """The rows that `reach` convolutions complete when `rows` are added to their input; none if first = end."""
         first, end = rows
         return max(first - reach, 0), end if end == self.height else max(end - reach, 0)
 
     def _rows(self, conv: Convolution, a: Rows, first: int, end: int, relu: bool = True) -> Tensor:
-        """Rows first … end - 1 of a convolution of all that `a` holds, from row first - 1 on."""
+        """Rows first … end - 1 of the convolution of `a.map`, which must have row first - 1 (or be the top)."""
         padded = first == 0 or end == self.height
         y = conv(a.map, relu=relu, padded=padded)
         above = first - a.first - (not padded)
@@ -138,7 +138,7 @@ class Stream:
     def _convolve(
         self, conv: Convolution, a: Rows, rows: tuple[int, int], relu: bool
     ) -> tuple[Tensor, tuple[int, int]]:
-        """The rows [N, C', h, W] of a convolution that `rows`, the newest of `a`, complete; and which they are."""
+        """The rows [N, C', h, W] of a convolution completed by `rows`, the newest of `a`; and their (first, end)."""
         first, end = rows = self._complete(rows, 1)
         y = a.map
         if first < end:
@@ -149,7 +149,10 @@ class Stream:
     def _unit(
         self, unit: Unit, a: Rows, identity: Rows, chain: Rows | None, following: Rows, rows: tuple[int, int]
     ) -> tuple[int, int]:
-        """Add the rows that `rows`, the newest of `a`, complete: of ReLU(norm(H^u)), and of H^u to a `chain`."""
+        """Add the unit's rows completed by `rows`, the newest of `a`: ReLU(norm(H^u)) to `following`, H^u to `chain`.
+
+        Returns (first, end) of the rows.
+        """
         conv_a, conv_b, norm, _ = unit
         first, end = self._complete(rows, 2)
         if first == end:
@@ -160,7 +163,7 @@ class Stream:
         padded = not (above and below)
         spoilt = (above, below) if padded else (0, 0)
         H = identity[first:end]
-        scale = norm[0] if norm and chain is None else None  # as the norm does that is folded into conv_b
+        scale = norm[0] if norm and chain is None else None  # s·H⁰ of `Folded`: the norm is folded into conv_b
 
         def add(out: Tensor) -> None:
             inner = out[:, :, spoilt[0] : spoilt[0] + end - first]

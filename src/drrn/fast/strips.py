@@ -1,4 +1,4 @@
-"""How much of an image goes through at a time: strips and tiles by the memory that is free."""
+"""Dividing an image into strips and tiles that fit the free memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from drrn.fast.prepared import Prepared
 from drrn.fast.stream import MAPS
 
-ROOM = 1_000_000_000  # bytes that feature maps may take, when twice as many are free
-WHOLE_BYTES = 80_000_000  # of one map on a CPU: a smaller image goes at once, with `freed_memory_kept`
-STRIP_BYTES = 12_000_000  # of one map of a larger one: glibc keeps blocks below 32 MB by itself
-STRIP_ROWS = 24  # or about so many, where a map of them is larger; two of each unit's 48 are computed twice
-TILE_PIXELS = 1 << 24  # of the strip of an image that tiles make up
+ROOM = 1_000_000_000  # maximum bytes of feature maps on a CPU; at most half of the free memory is used
+WHOLE_BYTES = 80_000_000  # of a feature map on a CPU: up to this size an image is not divided
+STRIP_BYTES = 12_000_000  # of a strip's feature map: glibc reuses blocks below 32 MB by itself
+STRIP_ROWS = 24  # minimum, also above STRIP_BYTES; of the 48 rows of a unit's two convolutions 2 are computed twice
+TILE_PIXELS = 1 << 24  # of a row of tiles, which the caller has in memory
 
 
 def free_room(device: torch.device) -> int:
@@ -25,7 +25,7 @@ def free_room(device: torch.device) -> int:
         free = torch.cuda.mem_get_info(device)[0]
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if free < max(2 * ROOM, cached):
-            torch.cuda.empty_cache()  # what PyTorch keeps for later
+            torch.cuda.empty_cache()  # PyTorch's cached blocks
         return torch.cuda.mem_get_info(device)[0] // 2
     return min(ROOM, available_memory() // 2)
 
@@ -36,26 +36,24 @@ def at_once(ready: Prepared, shape: tuple[int, int], room: int) -> bool:
 
 
 def most_rows(ready: Prepared, width: int, room: int) -> int:
-    """Rows that may go through a stream at a time; 0 or less where what the layers keep needs more than `room`, or
-    where rows come all at once.
-    """
+    """Maximum rows of a strip; 0 or less if the layers' kept rows exceed `room`, or if rows must come all at once."""
     if not ready.streams:
         return 0
     return (room // (width * ready.pixel_bytes) - _kept_rows(ready)) // MAPS
 
 
 def _kept_rows(ready: Prepared) -> int:
-    """Rows of a map that the layers keep, for each by which they lag: a unit four of its input, and four of an
-    identity, two of them beside the new map that they are copied to. And some at the edges of the maps in work.
+    """Rows of feature maps that all layers keep, at most. A unit, which lags two rows, keeps four rows of its input
+    and four of an identity, two of which are copied. 4 · MAPS are for the edges of the maps being computed.
     """
     return 4 * ready.receptive_radius + 4 * MAPS
 
 
 def strips(ready: Prepared, shape: tuple[int, int], room: int) -> list[tuple[int, int]]:
-    """The rows (first, end) of an image [H, W] that go through a stream together: on a CPU, few enough to be fast.
+    """Divide an image [H, W] into strips (first, end): on a CPU, small enough to be fast.
 
-    A map has at most WHOLE_BYTES, or else STRIP_BYTES, or STRIP_ROWS where those are more. The last strip is lower
-    than the others, since with it every layer makes up for its lag.
+    A feature map of a strip has at most STRIP_BYTES, but at least STRIP_ROWS; an image of at most WHOLE_BYTES is not
+    divided. The last strip is lower than the others, since with it every layer makes up for its lag.
     """
     height, width = shape
     rows, on_cpu = most_rows(ready, width, room), ready.device.type == "cpu"
@@ -72,9 +70,9 @@ def strips(ready: Prepared, shape: tuple[int, int], room: int) -> list[tuple[int
 
 
 def tile_shape(ready: Prepared, shape: tuple[int, int], room: int) -> tuple[int, int]:
-    """(h, w) of equal tiles of an image [H, W], each computed within `room`, whichever way it is turned.
+    """(h, w) of equal tiles of an image [H, W], each computed within `room` bytes, transposed or not.
 
-    At least twice the receptive radius: a tile computes at most four times what it adds.
+    A side is at least twice the receptive radius, so that with its margin a tile has at most four times its own area.
     """
     (height, width), radius = shape, ready.receptive_radius
     if ready.streams:
@@ -86,12 +84,12 @@ def tile_shape(ready: Prepared, shape: tuple[int, int], room: int) -> tuple[int,
 
 
 def _equal(length: int, most: int) -> int:
-    """The size of the fewest equal parts of at most so many."""
+    """The length of equal parts of at most `most`, as few as possible."""
     return -(-length // -(-length // most))
 
 
 def available_memory() -> int:
-    """Bytes of memory that can still be had: of the machine, or of the control group if that allows less."""
+    """Bytes of available memory: the machine's, or the control group's if that is less."""
     available = psutil.virtual_memory().available
     try:
         group = Path("/sys/fs/cgroup")

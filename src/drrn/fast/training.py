@@ -1,9 +1,9 @@
-"""Training without waiting: the network compiled as a whole, BatchNorm's averages and the check for NaN outside it.
+"""Fast training: the network compiled as a whole, BatchNorm's averages and the check for NaN outside of it.
 
-What it is worth (one H200, B1U9, batch 128, bf16; docs/performance.md): compiled as a whole a step takes 0.62 to
-0.65 of the eager one's time. It can be compiled once for all steps since nothing in it changes: BatchNorm's momentum,
-another number at every step, is applied outside. A step that waits for the GPU to say that its loss is finite
-leaves the card idle for as long as Python needs to launch the next one.
+On one H200 (B1U9, batch 128, bf16; docs/performance.md) a compiled step takes 0.62 to 0.65 of an eager one's time.
+One compilation serves all steps, since no number in the graph changes: BatchNorm's momentum, different at every step,
+is applied outside. And no step waits for the GPU to check that the loss is finite: the GPU would be idle while Python
+launches the next step.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ log = logging.getLogger(__name__)
 
 
 class InTraining:
-    """`network` as training calls it: the same result and gradients; BatchNorm's statistics are handed out.
+    """`network` for training: same result and gradients, but BatchNorm's running averages are updated by `follow`.
 
     It is a copy that shares the network's parameters. Each of its BatchNorms writes the mean and the unbiased
-    variance of a batch into buffers of its own; `follow` lets the network's running averages follow them. So no
-    number changes in what is compiled, a unit that is computed twice (`checkpointing`) averages nothing twice, and
-    a bad batch can be left out.
+    variance of a batch into buffers of its own; `follow` averages them into the network's running statistics. So no
+    number in the compiled graph changes, a unit that is recomputed (`checkpointing`) is averaged once, and a bad
+    batch can be left out.
 
     Args:
         network: on its device, in its memory layout.
-        compiled: through `torch.compile`, once for each shape.
-        checkpointing: the `residual(H, u)` of its blocks keeps H alone and is computed again for the gradient.
+        compiled: use `torch.compile`, once for each shape.
+        checkpointing: the `residual(H, u)` of its blocks stores only H and is recomputed in the backward pass.
 
     Raises:
         UserError: `checkpointing` for a network without such blocks.
@@ -62,19 +62,19 @@ class InTraining:
         if checkpointing:
             blocks = [module for module in shadow.modules() if hasattr(module, "residual")]
             if not blocks:
-                raise UserError(f"speed.checkpointing = True: {type(network).__name__} has nothing to compute twice")
+                raise UserError(f"speed.checkpointing = True: {type(network).__name__} does not support it")
             for block in blocks:
                 block.residual = functools.partial(
                     checkpoint, block.residual, use_reentrant=False, preserve_rng_state=False
                 )
         self.run: Callable[[Tensor], Tensor] = shadow
         if compiled:
-            torch.compiler.reset()  # of a sweep's earlier points: it compiles one `forward` eight times and no more
-            torch._dynamo.config.optimize_ddp = False  # it would split the network where DDP's buckets end
+            torch.compiler.reset()  # forget a sweep's earlier points: Dynamo compiles one `forward` eight times only
+            torch._dynamo.config.optimize_ddp = False  # it would split the graph at DDP's buckets
             self.run = torch.compile(shadow, dynamic=False, fullgraph=True)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What `network(x)` gives in training."""
+        """`network(x)` in training mode."""
         y = self.run(x)
         if self.batch:
             with torch.no_grad():
@@ -84,7 +84,7 @@ class InTraining:
     def of_all_processes(self, loss: Tensor, trainer: Trainer) -> tuple[Tensor, list[Tensor]]:
         """A step's loss over the whole batch, and BatchNorm's statistics of its micro-batches.
 
-        Each process has seen its own share only: what all have is their mean, in one message.
+        Both are averaged over the processes, each of which has its own share of the batch, in one all-reduce.
         """
         if trainer.world_size == 1:
             return loss, self.statistics
@@ -95,12 +95,12 @@ class InTraining:
 
     @torch.no_grad()
     def follow(self, statistics: Sequence[Tensor], momenta: Sequence[float], good: Tensor) -> None:
-        """Let the network's running averages follow batches; on the device, without waiting for it.
+        """Average the statistics of batches into the network's running statistics, on the device, without waiting.
 
         Args:
-            statistics: of the batches, as `self.statistics` had them (of several processes: their mean).
-            momenta: what a batch's statistics weigh, in the same order.
-            good: a truth value on the device; False leaves everything as it is.
+            statistics: of the batches, as in `self.statistics` (of several processes: their mean).
+            momenta: BatchNorm's momentum for each batch.
+            good: a boolean tensor on the device; False leaves everything unchanged.
         """
         self.statistics = []
         if not statistics:
@@ -114,15 +114,15 @@ class InTraining:
 
 
 def norms_of(network: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorms of a network; `trainer.sync_batchnorm` puts others in their place."""
+    """The BatchNorms of a network, SyncBatchNorm (`trainer.sync_batchnorm`) included."""
     return [module for module in network.modules() if isinstance(module, _BatchNorm)]
 
 
 class Latch:
-    """The first step that was not finite, kept on the device: reading it waits, asking it at each step does not.
+    """The first non-finite step, stored on the device: `read` waits for the device, `check` at each step does not.
 
-    From that step on `good` stays False, and the fused solvers, which take its opposite as `found_inf`, leave
-    weights and momentum as they are.
+    From that step on `check` returns False, and the fused solvers, which get its negation as `found_inf`, leave
+    weights and momentum unchanged.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -130,7 +130,7 @@ class Latch:
         self.facts = torch.zeros(3, device=device)
 
     def check(self, step: int, gamma: float, loss: Tensor, norm: Tensor, both: bool = True) -> Tensor:
-        """Whether this step and all before it are good: a truth value on the device.
+        """Whether this step and all before it are finite: a boolean tensor on the device.
 
         Args:
             step, gamma: of the optimiser.
@@ -144,15 +144,15 @@ class Latch:
         return self.step < 0
 
     def read(self) -> tuple[int, float, float, float] | None:
-        """Step, loss, norm of the gradient and γ of the first bad step; None if all were good. It waits."""
+        """Step, loss, gradient norm and γ of the first non-finite step, or None. Waits for the device."""
         step = int(self.step.item())
         return None if step < 0 else (step, *self.facts.tolist())
 
 
 def worth_compiling(network: nn.Module, x: Tensor) -> bool:
-    """What `speed.compile=auto` means: on a GPU that Triton has kernels for, and each process by itself.
+    """Whether `speed.compile=auto` compiles: on a GPU that Triton supports, without SyncBatchNorm.
 
-    Triton needs a C compiler; PyTorch's smaller images have none. Then a line says that nothing is compiled.
+    Triton needs a C compiler, which PyTorch's smaller Docker images lack; a warning says so.
     """
     if x.device.type != "cuda" or any(isinstance(m, nn.SyncBatchNorm) for m in network.modules()):
         return False

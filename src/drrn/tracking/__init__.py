@@ -1,4 +1,4 @@
-"""Where metrics go besides the run record."""
+"""Loggers: destinations of a run's metrics besides its record."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """A place where a run is watched. It never decides over the run.
+    """Base of the loggers of a run; a failure of one never ends the run.
 
-    Whatever it raises (no account, no network, a full or read-only folder, a service that was killed) is said once,
-    in the run's log and in `state["problem"]`. From then on it is only ended; training continues.
+    Its first error (no account, no network, a full or read-only folder, a killed service) is written to the run's log
+    and to `state["problem"]`. From then on it is only asked to finish; training continues.
     """
 
-    title: str  # for people
-    state: dict[str, Any]  # what the run record keeps of it
+    title: str  # for messages
+    state: dict[str, Any]  # its part of the run record
 
     def attempt(self, what: str, call: Callable[..., Any], *arguments: Any, **more: Any) -> bool:
-        """Whether a call succeeded; `what` was tried, for people."""
+        """Call `call(*arguments, **more)`; whether it succeeded. `what` names the attempt in the message."""
         if self.state["problem"] is not None and what != "finish":
             return False
         try:
             call(*arguments, **more)
-        except Exception as error:  # every kind: the tracker's own, the disk's, the socket's
+        except Exception as error:  # of any kind: the tracker's own, the disk's, the socket's
             self.complain(f"{self.title} failed at {what}: {type(error).__name__}: {error}")
             return False
         return True
 
     def complain(self, problem: str) -> None:
-        """Say what went wrong first."""
+        """Note and log the first problem."""
         if self.state["problem"] is None:
             self.state["problem"] = problem
             log.warning("%s. What it has is kept; the run and its record continue without it.", problem)

@@ -1,6 +1,6 @@
-"""Where a run's metrics go besides its record: any number of loggers.
+"""The loggers of a run: any number of destinations of its metrics besides its record.
 
-W&B is ours (wandb_run.py); TensorBoard, CSV, MLflow and whatever is a Lightning Logger are named by `_target_`.
+W&B is ours (wandb_run.py); TensorBoard, CSV, MLflow and any other Lightning Logger are named by `_target_`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Tracking:
 
     Args:
         config: the checked configuration.
-        folder: the run's; loggers that take a `save_dir` get it where none is given.
-        record: the run record; `tracking` is kept here: each logger's kind and `problem`, None or what went wrong
-            first, of W&B its mode and folder too. Of several, the second and later ones are in `also`.
-        first: whether this is the process that writes; the others log nothing.
+        folder: the run's; the default `save_dir` of loggers that have one.
+        record: the run record; its `tracking` is written here: each logger's kind and `problem` (None or its first
+            error), for W&B also mode and folder. The second logger and later ones are in its list `also`.
+        first: whether this is rank 0; the other ranks log nothing.
 
     Raises:
-        UserError: a `_target_` that is no Logger, or does not take its arguments.
+        UserError: a `_target_` that is no Logger, or refuses its arguments.
     """
 
     def __init__(self, config: Config, folder: Path, record: dict[str, Any], first: bool = True) -> None:
@@ -48,7 +48,7 @@ class Tracking:
         ]
 
     def start(self, module: SuperResolution) -> list[Logger]:
-        """The loggers for Lightning's Trainer. The last one writes the rows that the others may lose."""
+        """Start the loggers for Lightning's Trainer. The last one is `Rows`, for rows that the others may lose."""
         if not self.first:
             return [Rows(None)]
         rows = Rows(self.folder / FILE, module, self.config.data.batch_size)
@@ -59,38 +59,39 @@ class Tracking:
         first, *also = [one.state for one in self.made] or [{"kind": "none"}]
         if also:
             first["also"] = also
-        self.record["tracking"] = first  # each keeps its own part up to date
+        self.record["tracking"] = first  # each logger updates its own `state`
         return [*(one.logger for one in self.made), rows]
 
     def callbacks(self) -> list[Callback]:
-        """What shows pictures while the run trains, if that was asked and a logger is there."""
+        """The callback for pictures at validations, if `logger.pictures_every` is set and there is a logger."""
         every = self.config.logger.pictures_every
         return [ValidationPictures(every, self.made)] if every is not None and self.made else []
 
     def results(self, module: SuperResolution) -> None:
-        """What a finished evaluation leaves: scores, their table, pictures."""
+        """Log the final evaluation: scores, their table, pictures."""
         drawn = pictures(module, "test") if self.made else {}
         for one in self.made:
             one.results(drawn)
 
     def finish(self) -> None:
-        """End the tracking of the run that is over; `record["tracking"]` may change."""
+        """End the loggers of a finished run; `record["tracking"]` may change."""
         for one in reversed(self.made):  # W&B last: it may wait for its service
             one.finish(self.record["status"] == "failed")
 
 
 class Other(Tracker):
-    """A logger that is named by `_target_`.
+    """A logger named by `_target_`.
 
-    Its own methods are wrapped: none of them ends a run, and each row comes once. CSV's have the optimiser step and
-    `patches_seen` as columns; the others' only axis is patches seen, so that runs of different batches compare.
+    Its methods are wrapped, so that none of them ends a run and each row is logged once. CSV rows have the optimiser
+    step and `patches_seen` as columns; the others' x-axis is patches seen, so that runs of different batch sizes
+    compare.
 
     Args:
         name, node: of the configuration: `logger.NAME={_target_: …, argument: value}`.
-        run: what the logger itself called this run at an earlier start; None: nothing.
+        run: the logger's own id of this run from an earlier start, or None.
 
     Raises:
-        UserError: it is no Logger, or does not take these arguments.
+        UserError: the class is no Logger, or refuses these arguments.
     """
 
     WRAPPED = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
@@ -99,21 +100,21 @@ class Other(Tracker):
         key = f"logger.{name}"
         kind, _ = resolve(key, node, Logger)
         offered = {"save_dir": str(folder), "run_name": run_name(config), "run_id": run}
-        if str(node.get("tracking_uri")).startswith("sqlite:"):  # MLflow without a server: files beside its database
+        if str(node.get("tracking_uri")).startswith("sqlite:"):  # MLflow without a server: files next to its database
             offered["artifact_location"] = str(Path(config.output).resolve() / "mlflow")
         taken = inspect.signature(kind).parameters
         self.logger = make(key, node, Logger, **{key: value for key, value in offered.items() if key in taken})
-        self.keeps_id = "run_id" in taken  # MLflow's: the same run when it is resumed
+        self.keeps_id = "run_id" in taken  # MLflow: a resumed run continues its MLflow run
         self.title, self.state = key, {"kind": name, "problem": None}
         self.own = {method: getattr(self.logger, method) for method in self.WRAPPED}
 
     def start(self, record: dict[str, Any], rows: Rows) -> None:
-        """Wrap the logger, and give it the configuration once."""
+        """Wrap the logger's methods, and log the configuration."""
         self.record, self.rows = record, rows
         for method in self.WRAPPED:
             setattr(self.logger, method, partial(self.attempt, method, self.own[method]))
         self.logger.log_metrics = lambda metrics, step=None: self._log(rows.new(metrics, rows.step), rows.step)
-        self.logger.log_hyperparams = lambda *_, **__: None  # Lightning would give it the module's
+        self.logger.log_hyperparams = lambda *_, **__: None  # Lightning would log the module's
         self.attempt("log_hyperparams", self.own["log_hyperparams"], record["config"])
         if self.keeps_id:
             self.attempt("start", lambda: self.state.update(run=self.logger.version))
@@ -126,7 +127,7 @@ class Other(Tracker):
             self.attempt("log_metrics", self.own["log_metrics"], row, int(where["patches_seen"]))
 
     def results(self, drawn: dict[str, np.ndarray]) -> None:
-        """Scores as metrics; their table and pictures where the logger can show them."""
+        """Log scores as metrics; their table and pictures where the logger can show them."""
         steps, patches = self.record["budget"]["steps"], self.record["budget"]["patches"]
         self._log(test_means(self.record), steps)
         self.attempt("results", self._table, patches)
@@ -137,7 +138,7 @@ class Other(Tracker):
         self.attempt("finish", self.own["finalize"], "failed" if failed else "success")
 
     def show(self, drawn: dict[str, np.ndarray]) -> None:
-        """Pictures of the weights of now, where the logger can show them."""
+        """Log pictures made with the current weights, where the logger can show them."""
         self.attempt("pictures", self._pictures, drawn, int(self.rows.place(self.rows.step)["patches_seen"]))
 
     def _pictures(self, drawn: dict[str, np.ndarray], patches: int) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation gives to the loggers: mean scores and pictures."""
+"""An evaluation's mean scores and pictures, for the loggers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drrn.module import SuperResolution
 
 log = logging.getLogger(__name__)
 
-PICTURES = 3  # test images drawn side by side: the first of the first set, so that runs can be compared
+PICTURES = 3  # the first images of the first set: the same in all runs, to be compared
 
 
 def test_means(record: dict[str, Any]) -> dict[str, float]:
@@ -37,7 +37,7 @@ def pictures(module: SuperResolution, stage: str) -> dict[str, np.ndarray]:
 
     Args:
         module: with the weights to show.
-        stage: "test" or "validate": the first set of the one or the other, at its middle scale.
+        stage: "test" or "validate"; its first set is shown at its middle scale.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -56,15 +56,15 @@ def pictures(module: SuperResolution, stage: str) -> dict[str, np.ndarray]:
             canvas = FigureCanvasAgg(draw(side_by_side(path, scale, run, low=low, degradation=data.data.degradation)))
             canvas.draw()
             drawn[f"pictures/{first}_x{scale}/{path.stem}"] = np.asarray(canvas.buffer_rgba())
-    except Exception as error:  # no reason to lose the scores
+    except Exception as error:  # the scores must not be lost for a picture
         log.warning("no picture of %s for the loggers: %s: %s", first, type(error).__name__, error)
     return drawn
 
 
 class ValidationPictures(Callback):
-    """Shows pictures at the validations whose step is a multiple of `every` (`logger.pictures_every`).
+    """Log pictures at the validations whose step is a multiple of `every` (`logger.pictures_every`).
 
-    It comes before callbacks that average weights: they take the average out at the end of the same hook.
+    It precedes callbacks that average weights: in the same hook they restore the weights that are trained.
     """
 
     def __init__(self, every: int, loggers: list[Any]) -> None:

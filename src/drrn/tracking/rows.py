@@ -1,4 +1,4 @@
-"""The rows that a run has logged, in a file of its own: no kill loses them, and no tracker decides what is kept."""
+"""A run's logged rows in a file of our own, so that neither a kill nor a logger's failure loses them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FILE = "rows.jsonl"
 
 
 class Rows(Logger):
-    """The last of a run's loggers: writes each row to the run's folder as it comes, `{"step": 3, "train/loss": …}`.
+    """The last of a run's loggers: append each row to a file in the run's folder, `{"step": 3, "train/loss": …}`.
 
-    What a start that was killed had logged beyond its last checkpoint is done again when the run resumes, and comes
-    out the same: it is not written again, nor given to the other loggers (`new`).
+    A resumed run repeats the steps that a killed start had logged after its last checkpoint, with the same results:
+    their rows are neither written again nor given to the other loggers (`new`).
 
     Args:
-        path: of the file; its rows are those of the earlier starts. None: nothing is read or written.
-        module: in training, it knows the steps.
+        path: of the file, with the rows of earlier starts. None: nothing is read or written.
+        module: the module in training, which has the step.
         batch_size: pairs of a step.
     """
 
@@ -46,12 +46,11 @@ class Rows(Logger):
 
     @property
     def step(self) -> int:
-        """Optimiser steps done: Lightning's own count is one behind while it validates, another behind after a
-        resume."""
+        """Optimiser steps done; Lightning's count for loggers is too low in validations and resumed runs."""
         return self.module.trainer.global_step
 
     def place(self, step: int) -> dict[str, float]:
-        """A number of optimiser steps as patches and as passes over the data."""
+        """A number of optimiser steps, converted to patches and epochs."""
         return {"patches_seen": step * self.batch_size, "epoch": step / self.module.hparams["steps_per_epoch"]}
 
     def _read(self) -> None:
@@ -69,10 +68,10 @@ class Rows(Logger):
             self.earlier.append((step, row))
             self.last |= {key: max(step, self.last.get(key, -1)) for key in row}
         if whole < len(content):
-            os.truncate(self.path, whole)  # what a kill or a full disk cut off
+            os.truncate(self.path, whole)  # remove the line that a kill or a full disk cut off
 
     def new(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
-        """Those metrics that no earlier start has logged at this step; the test's scores come from the record."""
+        """The metrics that no earlier start has logged at this step; the test's scores come from the record."""
         return {
             key: value
             for key, value in metrics.items()
@@ -80,7 +79,7 @@ class Rows(Logger):
         }
 
     def log_hyperparams(self, *arguments: Any, **more: Any) -> None:
-        """They are in the record."""
+        """Nothing: the record has them."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self.path is None or not (row := self.new(metrics, self.step)):

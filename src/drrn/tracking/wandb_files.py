@@ -1,4 +1,4 @@
-"""W&B's own files of a run: read back, mended."""
+"""Reading and repairing W&B's own files of a run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def runs(folder: Path, wandb_id: str) -> list[Path]:
 
 
 def messages(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """The messages of a W&B file, each with the place where it ends; stops at the first that is damaged or cut.
+    """The messages of a W&B file, each with the offset of its end, up to the first damaged or truncated one.
 
     The file is a LevelDB log: 32 KB blocks of fragments, each with CRC-32, length and kind (whole, first, middle,
-    last). wandb 0.31 has its reader in Go only.
+    last). wandb 0.31 has a reader in Go only.
     """
-    at, message = 7, b""  # after the file's own header
+    at, message = 7, b""  # the file's header has 7 bytes
     while at + 7 <= len(content):
         if 32768 - at % 32768 < 7:  # too little is left of the block for a fragment's header
             at += 32768 - at % 32768
@@ -55,8 +55,10 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def mend(path: Path) -> None:
-    """Cut off the unfinished message that a killed process or a full disk left, set a file without any aside:
-    `wandb sync` stops at such a file, and then uploads none of the later legs."""
+    """Truncate an unfinished last message (process killed, disk full); rename the folder of a file without messages.
+
+    `wandb sync` would stop at such a file, and upload none of the later legs.
+    """
     content = path.read_bytes()
     whole = max((at for at, _ in messages(content)), default=0)
     if whole == 0:
@@ -74,5 +76,5 @@ def history(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def ended(path: Path) -> bool:
-    """Whether a W&B file holds a run up to its end."""
+    """Whether a W&B file has the record of its run's exit."""
     return path.is_file() and any(record.WhichOneof("record_type") == "exit" for record in records(path))

@@ -23,22 +23,22 @@ from drrn.tracking.wandb_files import ended, history, mend, runs
 
 log = logging.getLogger(__name__)
 
-FINISH_SECONDS = 180  # for uploading at the end (logger.mode=online); what is left stays on the disk
+FINISH_SECONDS = 180  # for uploading at the end (logger.mode=online); the rest stays on the disk
 ARTIFACTS = {"none": (), "weights": ("weights",), "checkpoints": ("weights", "checkpoint")}
 
 
 class WandB(Tracker, Logger):
     """A run of ours as one W&B run, however often it is interrupted.
 
-    W&B's step is the optimiser step and its x-axis `patches_seen`. The history of all legs together holds every
-    metric at every step once: what a killed leg's file misses is logged again from `rows`, and steps that are done
-    again are not.
+    A leg is W&B's part of one start. W&B's step is the optimiser step and its x-axis `patches_seen`. The history of
+    all legs together has every metric at every step once: rows missing in a killed leg's file are logged again from
+    `rows`, and repeated steps are not.
 
     Args:
         config: the checked configuration.
         folder: the run's folder; W&B's files go to `wandb/` below it.
-        record: the run record. Its `wandb_id` says which W&B run to resume.
-        rows: what earlier starts have logged, and where the training is.
+        record: the run record; its `wandb_id` is the W&B run to resume.
+        rows: the rows of earlier starts, and the current step.
     """
 
     title = "W&B"
@@ -54,7 +54,7 @@ class WandB(Tracker, Logger):
         self.attempt("start", self._start)
 
     def log_hyperparams(self, *arguments: Any, **more: Any) -> None:
-        """The W&B run was started with the whole configuration."""
+        """Nothing: `wandb.init` got the whole configuration."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """A training or validation line; the test's scores come from the record (`results`)."""
@@ -74,21 +74,21 @@ class WandB(Tracker, Logger):
             for step, row in history(path):
                 self.logged |= {key: max(step, self.logged.get(key, -1)) for key in row}
             mend(path)
-        # W&B names a leg's folder by the second of its start, and loses the rows of a second leg in one folder.
+        # W&B names a leg's folder by the second of its start; two legs in one folder would lose rows.
         while legs and f"{datetime.fromtimestamp(time.time()):%Y%m%d_%H%M%S}" in legs[-1].parent.name:
             time.sleep(0.05)
         arguments = self._about()
         arguments["settings"] = wandb.Settings(
             silent=True,
-            console="off",  # train.log has what was said; captured output would pass through W&B's service
+            console="off",  # train.log has the output; captured, it would pass through W&B's service
             finish_timeout=FINISH_SECONDS,
             finish_timeout_raises=True,
         )
         if mode == "online":
             try:
-                _end_service()  # its settings may be those of an earlier run
+                _end_service()  # it may have the settings of an earlier run
                 wandb.setup(wandb.Settings(mode="online", silent=True))
-                if not wandb.login(prompt=False, verify=False):  # `init` would ask at a terminal, and wait
+                if not wandb.login(prompt=False, verify=False):  # `init` would prompt at a terminal, and wait
                     raise RuntimeError("no account is configured (`wandb login`)")
                 self.run = wandb.init(**arguments, mode=mode)
             except Exception as error:
@@ -108,7 +108,7 @@ class WandB(Tracker, Logger):
             log.info("W&B is offline; `wandb sync %s` uploads it", self.folder / "wandb/offline-run-*")
 
     def _about(self) -> dict[str, Any]:
-        """What the W&B run says of itself: arguments of `wandb.init`."""
+        """Arguments of `wandb.init`: names, tags and configuration of the W&B run."""
         config, record = self.config, self.record
         model, structure, steps = config.model, record["structure"], self.rows.module.hparams["max_steps"]
         sizes = [] if isinstance(model, dict) else [f"B{model.B}", f"U{model.U}"]
@@ -136,17 +136,17 @@ class WandB(Tracker, Logger):
         }
 
     def show(self, drawn: Mapping[str, np.ndarray]) -> None:
-        """Pictures of a validation, in the row of its step."""
+        """Log pictures of a validation, in the row of its step."""
         self.attempt("pictures", lambda: self.run.log(_images(drawn), step=self.rows.step))
 
     def results(self, drawn: Mapping[str, np.ndarray]) -> None:
-        """What a finished evaluation leaves. The scores come first: the rest may fail where they do not."""
+        """Log the final evaluation, scores first: media and artifacts are more likely to fail."""
         self.attempt("results", self._scores)
         self.attempt("results", self._media, drawn)
         self.attempt("results", self._artifacts)
 
     def _scores(self) -> None:
-        """A row of its own, after all others, and the run's summary: means by set and scale, budget, status."""
+        """Log means by set and scale in a last row of their own; these, budget and status in the run's summary."""
         record = self.record
         means = test_means(record)
         last = max([record["budget"]["steps"], *self.logged.values()]) + 1
@@ -155,13 +155,13 @@ class WandB(Tracker, Logger):
         self.run.summary.update({**means, **budget, "status": record["status"]})
 
     def _media(self, drawn: Mapping[str, np.ndarray]) -> None:
-        """Into the same row: the table of all images' scores, and pictures."""
+        """Log the table of all images' scores, and pictures, in the row of `_scores`."""
         import wandb
 
         columns, rows = score_table(self.record)
         table = wandb.Table(columns=columns, data=rows)
         before = os.environ.get("WANDB_DATA_DIR")
-        # W&B uploads the table later from a copy there: in the run's folder, not in somebody's home.
+        # W&B uploads the table later from a copy in this directory: the run's folder, not the user's home.
         os.environ.setdefault("WANDB_DATA_DIR", str(self.folder.resolve() / "wandb"))
         try:
             self.run.log({"scores": table, **_images(drawn)})
@@ -170,7 +170,7 @@ class WandB(Tracker, Logger):
                 del os.environ["WANDB_DATA_DIR"]
 
     def _artifacts(self) -> None:
-        """The weights, or also the last checkpoint (weights and momentum), with aliases for status and step."""
+        """Log the weights, and for "checkpoints" the last checkpoint too, with aliases for status and step."""
         import wandb
 
         steps = self.record["budget"]["steps"]
@@ -179,22 +179,22 @@ class WandB(Tracker, Logger):
         for kind in ARTIFACTS[self.config.logger.artifacts]:
             path = self.folder / files[kind]
             artifact = wandb.Artifact(f"{self.folder.name}-{kind}", "model", metadata=about)
-            artifact.add_file(str(path), policy="immutable")  # uploaded from where it is, not from a copy
+            artifact.add_file(str(path), policy="immutable")  # uploaded in place, without a copy
             self.run.log_artifact(artifact, aliases=[self.record["status"], f"step{steps}"])
             log.info("W&B artifact %s: %.1f MB", artifact.name, path.stat().st_size / 1e6)
 
     def finish(self, failed: bool) -> None:
-        """End the W&B run, and make sure that its file on the disk is whole."""
+        """End the W&B run, and check that its file on the disk is complete."""
         folder = self.state["folder"]
         if self.run is not None:
             self.attempt("finish", self.run.finish, exit_code=int(failed))
-        _end_service()  # which writes what is left
+        _end_service()  # it writes the remaining rows
         if folder is not None:
             path = self.folder / folder / f"run-{self.record['wandb_id']}.wandb"
             if not ended(path):
-                self.complain(f"{path} is not whole: is the disk full?")
+                self.complain(f"{path} is incomplete: is the disk full?")
             if self.state["mode"] == "online" and self.state["problem"] is not None:
-                log.warning("Upload what W&B does not have: wandb sync %s", path.parent)
+                log.warning("Upload the rest with: wandb sync %s", path.parent)
 
 
 def _images(drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -204,8 +204,8 @@ def _images(drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _end_service() -> None:
-    """End W&B's service process: a run's last rows are on the disk, and the next run starts its own."""
-    with suppress(Exception):  # the import too: a signal may have ended the first one half-way
+    """End W&B's service process, so that a run's last rows are on the disk and the next run starts its own."""
+    with suppress(Exception):  # the import too: a signal may have interrupted the first one
         import wandb
 
         wandb.teardown()
