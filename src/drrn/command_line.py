@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_type_hints
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from drrn import __version__
 from drrn.help import closest
 from drrn.launch import launch
@@ -81,6 +83,4 @@ def plain_words(arguments: Sequence[str]) -> list[str]:
 
 def quoted(word: str) -> str:
     """Any word in the grammar of Hydra's command line."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
     return QuotedString(word, Quote.single).with_quotes()

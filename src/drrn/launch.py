@@ -10,9 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from drrn.errors import UserError, printable
+from drrn.help import explained, show, unknown_option, unnamed_group
 
 
 def launched() -> bool:
@@ -35,9 +39,6 @@ def refusing() -> Iterator[None]:
     Hydra lets SystemExit pass and would introduce anything else by "Error executing job with overrides". In a
     multirun the refusal is the job's result, which the sweeper gathers.
     """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
     if HydraConfig.initialized():
         os.chdir(HydraConfig.get().runtime.cwd)
     try:
@@ -70,10 +71,6 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ:  # salloc, without srun: one process,
         os.environ["SLURM_JOB_NAME"] = "interactive"  # which Lightning knows by this name
-    from hydra.errors import HydraException
-
-    from drrn.help import explained, show, unknown_option, unnamed_group
-
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # Hydra wants them first
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
