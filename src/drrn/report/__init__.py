@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-OF_NETWORKS = {  # what is about networks, not about runs
+OF_NETWORKS = {  # studies of networks, not of runs
     "fig2": "Fig. 2: structures, drawn from the networks themselves",
     "table1": "Table 1: strategies of ResNet, VDSR, DRCN and DRRN",
     "networks": "Every network: weights, operations, time, memory, scores",
@@ -15,8 +15,8 @@ class Study(NamedTuple):
     """A figure or table of the paper."""
 
     title: str
-    sweep: str | None  # the file of sweeps/ with its points; None: every run that there is
-    ablation: bool  # whether its points vary B, U and the switches alone; else all of the network
+    sweep: str | None  # the file of its points in sweeps/; None: it shows every run
+    ablation: bool  # whether its points vary only B, U and the switches; else the whole network
     curves: bool  # whether its learning curves are drawn too
 
 
@@ -27,5 +27,5 @@ STUDIES = {
     "fig1": Study("Fig. 1: PSNR against weights and depth", "fig1", False, False),
     "fig9": Study("Fig. 9: shallow, deep and very deep", "fig1", False, False),
     "curves": Study("Learning curves", None, True, False),
-    "runs": Study("What ran: PSNR by depth, B and U", None, False, True),
+    "runs": Study("Runs: PSNR by depth, B and U", None, False, True),
 }

@@ -1,4 +1,4 @@
-"""What the figures share: panels with a title and an origin, axes' limits, names beside points."""
+"""Shared parts of the figures: panels with a title and an origin, axis limits, labels of points."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 from drrn.report import STUDIES
 from drrn.report.groups import RunGroup
 
-# Okabe and Ito's palette, for colour-blind eyes too; the paper's blue, green, cyan and red where it has them.
+# Okabe and Ito's colour-blind-safe palette; the paper's blue, green, cyan and red where the palette has them.
 COLOURS = {"VDSR": "#0072B2", "DRRN_NS": "#009E73", "DRRN_C": "#56B4E9", "DRRN_NS_C": "#CC79A7", "DRRN": "#D55E00"}
 MARKERS = {"VDSR": "s", "DRRN_NS": "^", "DRRN_C": "D", "DRRN_NS_C": "v", "DRRN": "o"}
 GREY = "#6b6b6b"
@@ -60,8 +60,8 @@ def canvas(
     return figure, axes
 
 
-AROUND = [(side * x, 3 * y) for side in (1, -1) for x in (7, 16, 28) for y in range(-16, 17)]  # places of names
-AT_THE_RIGHT = [(7, -y) for y in range(150)]  # in the order of the points
+AROUND = [(side * x, 3 * y) for side in (1, -1) for x in (7, 16, 28) for y in range(-16, 17)]  # offsets of labels
+AT_THE_RIGHT = [(7, -y) for y in range(150)]  # only downwards: labels keep the points' order
 
 
 def name_points(
@@ -69,10 +69,10 @@ def name_points(
     named: dict[Axes, list[tuple[float, float, str, str]]],
     places: Sequence[tuple[float, float]] = AROUND,
 ) -> None:
-    """Names beside points (x, y, text, colour) in data coordinates: each at the nearest place that hides nothing,
+    """Label points (x, y, text, colour), x and y in data coordinates, each at the nearest offset that hides nothing,
     inside its panel if there is room.
 
-    An empty text names nothing but keeps others' names off its point. Call it once the axes have their limits.
+    A point with an empty text gets no label, and labels do not cover it. Call this after the axes' limits are set.
     """
     figure.draw_without_rendering()  # so that the layout is settled
     unit = figure.dpi / 72  # pixels in a point
@@ -88,7 +88,7 @@ def name_points(
                 arrowprops={"arrowstyle": "-", "color": "#b0b0b0", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
                 annotation_clip=False,
             )  # fmt: skip
-            name.get_window_extent()  # so that its transform is settled: below, its text alone counts
+            name.get_window_extent()  # sets its transform; below, only the text's own extent is used
             for bounded, step in itertools.product((True, False), steps):
                 name.set_position(step)
                 name.set_horizontalalignment("left" if step[0] > 0 else "right")
@@ -100,14 +100,14 @@ def name_points(
 
 
 def limits(values: Iterable[float], share: float = 0.18) -> tuple[float, float]:
-    """An axis that holds values with room around them."""
+    """Limits of an axis: the values' range, widened by a share of it at both ends."""
     values = list(values)
     room = max((max(values) - min(values)) * share, 0.02)
     return min(values) - room, max(values) + room
 
 
 def in_psnr(axis: Axes, which: str = "y") -> None:
-    """A panel's axis of PSNR: ticks that differ as printed, without an offset written elsewhere."""
+    """Format an axis for PSNR in dB: tick labels are whole values, without a common offset."""
     scale = getattr(axis, f"{which}axis")
     scale.set_label_text("PSNR (dB)")
     scale.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))

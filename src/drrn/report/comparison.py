@@ -1,4 +1,4 @@
-"""Which image a comparison shows, and what is set side by side on it (Fig. 7)."""
+"""Comparison pictures (Fig. 7): the choice of the image, and the results shown side by side."""
 
 from __future__ import annotations
 
@@ -32,17 +32,16 @@ FIG7 = {
 
 
 def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "") -> list[Picture]:
-    """SideBySide side by side: of the image asked for, or of the last one that the runs were tested on.
+    """Draw crops side by side, of the requested image or else of the last image that the runs were tested on.
 
-    Runs of a network that enlarges by another scale are left out, and so are those of another degradation than the
-    last one's, by which the image is degraded. Checkpoints, which do not say theirs, get bicubic. So does an image of
-    no pair, where the runs are of ready pairs.
+    The image is degraded as in the last run; runs of another degradation, and networks of another scale, are left
+    out. Bicubic is the degradation for checkpoints, which do not store theirs, and for an image without a ready pair.
 
     Returns:
-        The picture, written to `config.output`; none if no run has got as far.
+        The picture, also written to `config.output`; an empty list if no run has scores.
 
     Raises:
-        UserError: an image or the weights of a run are not there, the box is not inside the image, a checkpoint
+        UserError: the image or the weights of a run are missing, the box is not inside the image, a checkpoint
             enlarges by another scale, or the runs' degradation is not defined for the scale.
     """
     tested = [record for record in records if record.get("scores")]
@@ -58,7 +57,7 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "
     files = files or [Path(record["path"]).with_name(WEIGHTS) for record in tested]
     loaded = {file: load_network(file) for file in files}
     names = {file: about.get("origin") or printable(file.stem) for file, (_, about) in loaded.items()}
-    if len(set(names.values())) < len(names):  # two networks of one name: call them by their folders
+    if len(set(names.values())) < len(names):  # two networks have one name: add their folders
         names = {file: printable(f"{file.parent.name}/{file.stem}") for file in files}
     path, scale, box = _chosen(config, tested)
     if degradation == READY and config.compare and not (path.parent.name == "HR" and is_ready(path.parent.parent)):
@@ -92,7 +91,7 @@ def _degradation(record: dict[str, Any]) -> str:
 
 
 def _others(folders: dict[str, str], path: Path, scale: int) -> dict[str, NDArray[np.float64]]:
-    """Name → Y [H, W] in 0…1 of what another program made of an image."""
+    """Other programs' results for an image: name → Y [H, W] in 0…1."""
     height, width = modcrop(read_luminance(path), scale).shape
     result = {}
     for name, folder in folders.items():

@@ -1,4 +1,4 @@
-"""What a report consists of: tables, studies with their figures, pictures, and the page that gathers them."""
+"""The parts of a report: tables, studies with their figures, pictures, and the page that gathers them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 def write_report(config: ReportConfig, records: list[dict[str, Any]], command: str) -> None:
-    """Studies, or whatever the records and files of scores allow, as files and on one page, made by a command.
+    """Write the requested studies, or else all that the records and scores allow, to files and to one page.
 
-    No run of a study that is asked for, and files that cannot be read, are a UserError.
+    The page shows `command`. A UserError if no run belongs to the requested studies, or a file cannot be read.
     """
     sections, refused = [], None
     if config.study:
@@ -46,12 +46,12 @@ def write_report(config: ReportConfig, records: list[dict[str, Any]], command: s
             try:
                 sections += study_sections(["runs"], config, records)
             except UserError as error:  # runs that do not compare still have their tables
-                sections.append(Section("runs", "What ran", [Part("Not drawn", [], [str(error)])]))
+                sections.append(Section("runs", "Runs", [Part("Not drawn", [], [str(error)])]))
         if records or config.compare:
             try:
                 if pictures := compare(config, records):
                     sections.append(Section("pictures", "Pictures", [Part("Crops side by side", [], pictures)]))
-            except UserError as error:  # the rest is worth its page
+            except UserError as error:  # the page is written without it
                 refused = error
     if sections:
         page = Path(config.output) / "index.html"
@@ -66,7 +66,7 @@ def tables_part(config: ReportConfig, records: list[dict[str, Any]], measured: l
     measured = [m for record in records for m in from_record(record)] + measured
     if not config.scores and len({departures(m.protocol) for m in measured}) > 1:
         measured = [m for m in measured if not departures(m.protocol)]
-        print("beside the paper's numbers stand the runs of its protocol alone; all are in the table of runs")
+        print("only runs of the paper's protocol are compared with its numbers; the table of runs has all")
     tables = {"runs": runs_table(records)} if records else {}
     if config.scores or {m.set_name for m in measured} & {row["dataset"] for row in paper_numbers("table2")}:
         tables["table2"] = benchmark_table(measured, ("psnr", "ssim"), "table2")
@@ -79,17 +79,17 @@ def tables_part(config: ReportConfig, records: list[dict[str, Any]], measured: l
         tables["table4"] = ablation_table(measured)
     for name, table in tables.items():
         write_table(table, Path(config.output) / name)
-    return Part("What was measured", [], list(tables.values()))
+    return Part("Measurements", [], list(tables.values()))
 
 
 def networks_section(study: str, config: ReportConfig, records: list[dict[str, Any]]) -> Section:
-    """Fig. 2, Table 1 or the table of all networks: to files, and for the page."""
+    """Write Fig. 2, Table 1 or the table of all networks to files; return its section of the page."""
     title, stem = OF_NETWORKS[study], Path(config.output) / study
     if study == "fig2":
         figure = fig2()
         files = [path.name for path in save(figure, stem)]
         print(f"written: {stem}.png, .pdf")
-        said = "ResNet and VDSR with six convolutions of their own, DRCN and DRRN with some that are used again."
+        said = "ResNet and VDSR have six different convolutions; DRCN and DRRN use some of theirs repeatedly."
         block = Picture(title, f"{title}. {said}", svg(figure), svg(fig2(stacked=True)), files)
     else:
         found = everything([Path(path) for path in config.scores], records)
@@ -99,7 +99,7 @@ def networks_section(study: str, config: ReportConfig, records: list[dict[str, A
 
 
 def study_sections(studies: list[str], config: ReportConfig, records: list[dict[str, Any]]) -> list[Section]:
-    """Studies, drawn from the runs that belong to them, wherever they are; a UserError if there are none."""
+    """Sections of the studies, drawn from the runs that belong to them; a UserError if no run does."""
     commands = {study: f"{script('train')} sweeps={STUDIES[study].sweep}" for study in studies}
     found = {study: run_groups(study, records) for study in studies}
     if studies and not any(found.values()):
@@ -115,14 +115,14 @@ def study_sections(studies: list[str], config: ReportConfig, records: list[dict[
 
 
 def study_part(config: ReportConfig, group: RunGroup, command: str) -> Part:
-    """Figures, tables and pictures of one run group: to files, and for the page."""
+    """Write the figures, tables and pictures of one run group to files; return its part of the page."""
     output, origin = Path(config.output), [*group.origin(), group.summary()]
     if group.missing:
-        origin.append(f"Not there yet: {', '.join(group.missing)}. {command} with this recipe runs what is missing.")
+        origin.append(f"Missing: {', '.join(group.missing)}. To run them, give {command} with this recipe.")
     points, components = points_table(group), []
     if group.study == "table4" and group.finished:
         components = [ablation_table([m for run in group.finished for m in from_record(run)])]
-        components[0].notes[:1] = group.origin()  # which names the protocol too
+        components[0].notes[:1] = group.origin()  # it names the protocol too
     write_table(components[0] if components else points, output / group.stem)
     pictures = _figures(group, output)
     points.notes = ["Each number links to the run's record."]
@@ -140,7 +140,7 @@ def study_part(config: ReportConfig, group: RunGroup, command: str) -> Part:
     if group.study != "runs":
         deepest = max((run["structure"]["depth"] for run in group.finished), default=0)
         shown = [run for run in group.finished if run["structure"]["depth"] == deepest]
-        try:  # a picture holds no more than five
+        try:  # a picture has room for five
             blocks += compare(config, shown[:5], f"{group.stem}-")
         except UserError as error:
             blocks.append(f"No pictures: {error}")
@@ -154,7 +154,7 @@ def _figures(group: RunGroup, output: Path) -> list[Picture]:
     if STUDIES[group.study].curves:
         drawings.append((f"{group.stem}-curves", f"{title}: learning curves", replace(group, study="curves")))
     measured = [f"{point.name} {mean:.2f} dB" for point in group.points if (mean := point.mean()) is not None]
-    said = f"{' '.join(group.origin())} Our means: {', '.join(measured)}."  # for those who do not see it
+    said = f"{' '.join(group.origin())} Our means: {', '.join(measured)}."  # the alternative text
     for stem, name, shown in drawings:
         if (figure := draw(shown)) is not None:
             files = [path.name for path in save(figure, output / stem)]

@@ -1,4 +1,4 @@
-"""Which network is better than which: paired differences over images, their bootstrap, the spread of seeds."""
+"""Differences between networks, paired over images: the mean, its bootstrap interval, the spread over seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drrn.report.groups import PLACE, Place, Point, RunGroup, in_paper
 from drrn.report.measurements import MISSING, set_size, signed
 from drrn.report.tables import Table
 
-# What Sec. 4.5 compares at one depth: the first is the better one in the paper.
+# The comparisons of Sec. 4.5, at equal depth: (better in the paper, worse) → the component that differs.
 CLAIMS = {
     ("DRRN_NS", "VDSR"): "local residuals",
     ("DRRN", "DRRN_NS"): "recursive",
@@ -26,7 +26,7 @@ RESAMPLES = 10_000
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
     """The percentile bootstrap's 95 % interval of the mean of paired differences [images].
 
-    An image is drawn with its pair. The same differences give the same interval.
+    Images are resampled, each with its pair. The random generator has a fixed seed.
     """
     drawn = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
     low, high = np.quantile(differences[drawn].mean(1), [0.025, 0.975])
@@ -34,7 +34,7 @@ def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def image_psnr(point: Point, place: Place) -> dict[int, dict[str, float]]:
-    """Seed → image, in the order of names → PSNR, of the finished runs that were scored on the whole of a set."""
+    """Seed → image (sorted by name) → PSNR in dB, of the finished runs that were scored on the whole set."""
     result = {}
     for run in point.finished():
         rows = {row["image"]: row["psnr"] for row in run.get("scores", ()) if (row["set"], row["scale"]) == place}
@@ -45,7 +45,7 @@ def image_psnr(point: Point, place: Place) -> dict[int, dict[str, float]]:
 
 
 def most_images(group: RunGroup) -> Place | None:
-    """The set with the most images that every finished point was scored on, ×3 before other scales."""
+    """The largest set, with a scale, on which every finished point was scored; ×3 before other scales."""
     points = [point for point in group.points if point.finished()]
     scored = [{(r["set"], r["scale"]) for run in p.finished() for r in run.get("scores", ())} for p in points]
     common = set.intersection(*scored) if scored else set()
@@ -57,7 +57,7 @@ def most_images(group: RunGroup) -> Place | None:
 
 
 def pairs(group: RunGroup) -> list[tuple[Point, Point, str]]:
-    """What is compared with what, and what for; the first of each is expected to be the better one."""
+    """Pairs of points to compare, each with what it shows; the first point is expected to be better."""
     points = [point for point in group.points if point.finished()]
     if group.study in ("fig8", "table4"):
         return [
@@ -75,9 +75,9 @@ def pairs(group: RunGroup) -> list[tuple[Point, Point, str]]:
 
 
 def differences_table(group: RunGroup) -> Table | None:
-    """Each pair's difference with its 95 % interval over images, its spread over seeds, and the paper's.
+    """Each pair's difference with its 95 % interval over images, its spread over seeds, and the paper's difference.
 
-    None where the runs have no common set of three images or more.
+    None if the runs have no common set of at least three images.
     """
     place = most_images(group)
     paper, rows = printed(*PLACE), []

@@ -1,8 +1,7 @@
-"""Fig. 6, Fig. 8 and Table 4 drawn from a study's runs, the paper's points beside them; any grid; curves.
+"""Fig. 6, Fig. 8 and Table 4 from a study's runs, beside the paper's points; figures of any runs; learning curves.
 
-Every figure says what it was drawn from (`RunGroup.origin`). Points of the paper that stand only in its
-pictures have no number and are not drawn as one. Panels stand side by side, or one below the other for a narrow
-screen (`stacked`).
+Every figure states its origin (`RunGroup.origin`). The paper shows some points in a picture only, without a number:
+they are marked without a value. Panels are side by side, or one below the other for a narrow screen (`stacked`).
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from drrn.report.tables import SWITCHES, VARIANTS
 
 
 def draw(group: RunGroup, stacked: bool = False) -> Figure | None:
-    """A study's figure of one run group; None where no finished run has what it shows."""
+    """A study's figure of one run group; None if no finished run has the scores that it shows."""
     if group.study != "curves" and not any(point.values() for point in group.points):
         return None
     figure = DRAWINGS[group.study](group, stacked)
     if figure is not None:
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # settled: each of its files need not settle it again
+        figure.set_layout_engine("none")  # final: saving each file would compute it again
     return figure
 
 
@@ -85,9 +84,9 @@ def _plane(axis: Axes, points: list[tuple[int, int, float | None]], without: str
 
 
 def _coloured(axis: Axes, points: list[tuple[int, int, float]]) -> None:
-    """Points of the plane by their PSNR, its bar, and the number beside each."""
+    """Points of the plane coloured by PSNR, a colour bar, and the value beside each point."""
     B, U, psnr = zip(*points, strict=True)
-    room = max(0.005, (0.1 - (max(psnr) - min(psnr))) / 2)  # a bar of less than 0.1 dB shows noise as if it were much
+    room = max(0.005, (0.1 - (max(psnr) - min(psnr))) / 2)  # in a range below 0.1 dB, noise would look large
     drawn = axis.scatter(B, U, c=psnr, s=58, cmap="viridis", zorder=3, vmin=min(psnr) - room, vmax=max(psnr) + room,
                          edgecolors="#222222", linewidths=0.7)  # fmt: skip
     bar = axis.get_figure().colorbar(drawn, ax=axis, pad=0.02, aspect=28)
@@ -104,7 +103,7 @@ def _coloured(axis: Axes, points: list[tuple[int, int, float]]) -> None:
 
 
 def fig8(group: RunGroup, stacked: bool) -> Figure:
-    """PSNR by depth, a line a variant through the means over seeds, each seed a small point."""
+    """PSNR by depth: one line per variant through the means over seeds, one small point per seed."""
     figure, paper, ours = _beside_the_paper(group, stacked)
     printed = [row for row in paper_numbers("fig8") if row["psnr"]]
     for index, name in enumerate(VARIANTS):
@@ -118,12 +117,12 @@ def fig8(group: RunGroup, stacked: bool) -> Figure:
         axis.set_xticks([16, 22, 28], ["16\nB3U2", "22\nB3U3", "28\nB3U4"])
         axis.set(xlim=(14.2, 29.8), xlabel="depth d", ymargin=0.15)
         in_psnr(axis)
-    paper.legend(fontsize=7.5, frameon=False, loc="upper left")  # it prints every variant at d = 28, at the right
+    paper.legend(fontsize=7.5, frameon=False, loc="upper left")  # the right is taken: every variant is at d = 28
     return figure
 
 
 def _by_depth(axis: Axes, points: list[Point], offset: float, style: dict[str, object]) -> None:
-    """A line through the means, and a small point for each of several seeds."""
+    """A line through the means, and a small point for each seed if there are several."""
     points = sorted((point for point in points if point.values()), key=lambda point: point.depth)
     if points:
         axis.plot([p.depth + offset for p in points], [p.mean() for p in points], linewidth=1.4, **style)
@@ -163,7 +162,7 @@ def table4(group: RunGroup, stacked: bool) -> Figure:
 
 
 def own(group: RunGroup, stacked: bool) -> Figure:
-    """Whatever ran: PSNR by depth in Fig. 8's form, and a B–U plane in Fig. 6's for each family that varies both."""
+    """All runs: PSNR by depth as in Fig. 8, and a B–U plane as in Fig. 6 for each family that varies both."""
     families: dict[str, list[Point]] = defaultdict(list)
     for point in group.points:
         if point.values():
@@ -175,7 +174,7 @@ def own(group: RunGroup, stacked: bool) -> Figure:
     for index, (name, points) in enumerate(sorted(families.items())):
         style = {"color": COLOURS.get(name, colours[index % 10]), "marker": MARKERS.get(name, "o"), "markersize": 6}
         lines = defaultdict(list)
-        for point in points:  # a line a B, as in Fig. 8
+        for point in points:  # one line per B, as in Fig. 8
             lines[point.model.get("B") if point.model.get("U") else None].append(point)
         for number, line in enumerate(lines.values()):
             _by_depth(first, line, 0, {**style, "label": None if number else name})
@@ -191,7 +190,7 @@ def own(group: RunGroup, stacked: bool) -> Figure:
 
 
 def curve(run: dict, place: tuple[str, int] = PLACE) -> tuple[list[int], list[float]]:
-    """Patches seen and mean PSNR of a run's validation on a set and scale, step by step."""
+    """A run's learning curve on a set and scale: patches seen and mean PSNR in dB, one item per validation."""
     rows = defaultdict(list)
     for row in run.get("validation", ()):
         if (row["set"], row["scale"]) == place and math.isfinite(row["psnr"]):
@@ -203,7 +202,7 @@ def curve(run: dict, place: tuple[str, int] = PLACE) -> tuple[list[int], list[fl
 
 
 def curves(group: RunGroup, stacked: bool) -> Figure | None:
-    """PSNR by patches seen: a panel a variant, coloured by depth, a line a seed."""
+    """PSNR by patches seen: one panel per variant, one line per run, coloured by depth."""
     lines = [(point, *curve(run, group.place)) for point in group.points for run in point.finished()]
     lines = [line for line in lines if len(line[1]) > 1]
     if not lines:

@@ -17,21 +17,21 @@ from drrn.report.measurements import set_size
 from drrn.report.records import recipe
 
 ABLATION = ("B", "U", "weight_sharing", "multi_path")
-# What else a DRRN of the paper has; other widths and norms have names of their own.
+# The paper's other arguments of DRRN; another width or norm changes the structure's name.
 USUAL = {"features": 128, "norm": "batch", "bias": True, "rectified_identity": False, "input_relu": True}
 Place = tuple[str, int]  # a set and a scale
-PLACE: Place = ("Set5", 3)  # what Fig. 6, Fig. 8 and Table 4 measure
-PAPER_PATCHES = 71 * 6536 * 128  # what the authors' B1U9 had seen when they published it (conf/budget/paper.yaml)
+PLACE: Place = ("Set5", 3)  # of Fig. 6, Fig. 8 and Table 4
+PAPER_PATCHES = 71 * 6536 * 128  # seen in the training of the authors' published B1U9 (conf/budget/paper.yaml)
 
 
 def structure(model: dict[str, Any]) -> dict[str, Any]:
-    """A network's name and arguments in full: earlier records leave out what came later."""
+    """A network's name and all its arguments: an older record gets the defaults of newer ones."""
     held = model_of(model)
     return {"network": DEFAULT, **asdict(held)} if isinstance(held, ModelConfig) else held
 
 
 def in_paper(model: dict[str, Any]) -> str:
-    """The paper's name of a structure of any width (`paper.network_of`): DRRN_NS_B3U4, VDSR_d28, DRCN."""
+    """The paper's name of a structure, whatever its width (`paper.network_of`): DRRN_NS_B3U4, VDSR_d28, DRCN."""
     return structure_name(model | USUAL) if model["network"] == DEFAULT else model["network"].upper()
 
 
@@ -41,7 +41,7 @@ def variant(model: dict[str, Any]) -> str:
 
 
 def family(name: str) -> str:
-    """A structure's name without its size, that of networks of other B and U too: DRRN_NS_B3U4_16f → DRRN_NS_16f."""
+    """A structure's name without B, U and depth: DRRN_NS_B3U4_16f → DRRN_NS_16f."""
     return re.sub(r"_(B\d+U\d+|d\d+)", "", name)
 
 
@@ -53,9 +53,9 @@ class Point:
     model: dict[str, Any]  # `structure`
     depth: int
     weights: int  # k, convolution weights
-    place: Place  # where its numbers are measured
-    planned: bool = False  # a point of the study's own, not one that another study adds
-    runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # seed → record; the finished one of two
+    place: Place  # the set and scale of its scores
+    planned: bool = False  # whether the study's file in sweeps/ lists it
+    runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # seed → record; see `add`
 
     def __post_init__(self) -> None:
         model, self.variant = self.model, variant(self.model)
@@ -67,7 +67,7 @@ class Point:
             self.short = self.name.partition("_")[0] + (f" {model['features']}f" if "features" in model else "")
 
     def add(self, record: dict[str, Any]) -> None:
-        """Take a run; of two of one seed, the finished one. Two with different scores are a UserError."""
+        """Add a run; of two with one seed, keep the finished one. Two with different scores are a UserError."""
         there = self.runs.get(record["seed"])
         if there is None or there["status"] != "finished" == record["status"]:
             self.runs[record["seed"]] = record
@@ -81,9 +81,9 @@ class Point:
         return [run for _, run in sorted(self.runs.items()) if run["status"] == "finished"]
 
     def values(self, place: Place | None = None) -> dict[int, float]:
-        """Seed → PSNR, the mean over the whole set (a part of a set is not the set), of the finished runs.
+        """Seed → mean PSNR in dB of the finished runs that were scored on the whole set.
 
-        An infinite one (an image without an error) has no place on an axis.
+        An infinite PSNR (an image without an error) is left out: no axis can show it.
         """
         place = place or self.place
         return {
@@ -101,35 +101,35 @@ class Point:
         return statistics.fmean(values.values()) if values else None
 
     def status(self, seed: int) -> str:
-        """What became of a run: its record's word, or "missing"; "not scored" without the whole of the set."""
+        """The status in a run's record, "missing" without a record, "not scored" if finished and not in `values`."""
         status = self.runs[seed]["status"] if seed in self.runs else "missing"
         return "not scored" if status == "finished" and seed not in self.values() else status
 
 
 @dataclass
 class RunGroup:
-    """A study under one recipe: every point, run or not."""
+    """A study under one recipe: all its points, trained or not."""
 
     study: str
     digest: str
     points: list[Point]
     place: Place = PLACE
-    tries: list[RunGroup] = field(default_factory=list)  # of this recipe, of so few steps that they are not drawn
+    tries: list[RunGroup] = field(default_factory=list)  # of this recipe, with too few steps to be drawn
 
     def __post_init__(self) -> None:
         self.stem = f"{self.study}-{self.digest}"  # of its files
         self.seeds = sorted({seed for point in self.points for seed in point.runs})
         self.runs = [run for point in self.points for run in point.runs.values()]
-        self.finished = [run for point in self.points for run in point.finished()]  # what figures are drawn from
+        self.finished = [run for point in self.points for run in point.finished()]  # shown in figures
         planned = {run["config"]["trainer"]["max_steps"] for run in self.runs}
         self.steps = sorted({run["budget"]["steps"] for run in self.finished} or planned)  # each number once
-        self.states = {  # what became of the plan
+        self.states = {  # the status of each planned run
             (point.name, seed): point.status(seed) for point in self.points if point.planned for seed in self.seeds
         }
 
     @property
     def missing(self) -> list[str]:
-        """What the study lacks: "DRRN_B3U8_16f s2 (failed)"."""
+        """The planned runs that are not finished: "DRRN_B3U8_16f s2 (failed)"."""
         return [
             f"{name} s{seed}" + (f" ({status})" if status != "missing" else "")
             for (name, seed), status in self.states.items()
@@ -137,7 +137,7 @@ class RunGroup:
         ]
 
     def summary(self) -> str:
-        """How much of the plan is there: "18 of 20 runs finished, 1 failed, 1 missing."."""
+        """The number of planned runs by status: "18 of 20 runs finished, 1 failed, 1 missing."."""
         states = Counter(self.states.values())
         if not states:
             return f"{counted(len(self.finished), 'finished run')}."
@@ -149,11 +149,11 @@ class RunGroup:
         return f"{self.place[0]} ×{self.place[1]}"
 
     def short(self) -> str:
-        """The recipe in a few words: what a panel's title says."""
+        """The recipe in a few words, for a panel's title."""
         return ", ".join([*self.widths(), f"{self.share()} of the paper's patches"])
 
     def widths(self) -> list[str]:
-        """["16 features"], or ["16 and 64 features"]; [] where no network of it has a width."""
+        """["16 features"], or ["16 and 64 features"]; [] if no network of the group has a width."""
         widths = {point.model.get("features") for point in self.points if point.runs} - {None}
         return [f"{listed(sorted(widths))} features"] if widths else []
 
@@ -163,9 +163,9 @@ class RunGroup:
         return listed([f"{100 * steps * batch / PAPER_PATCHES:.2g} %" for steps in self.steps])
 
     def origin(self) -> list[str]:
-        """What every figure says of itself: length, recipe, seeds, protocol, commit.
+        """The text below every figure: length, recipe, seeds, protocol, commit.
 
-        So that a small study can't pass for the paper's.
+        It keeps a small study from passing for the paper's.
         """
         runs = self.finished or self.runs
         config = runs[0]["config"]

@@ -1,4 +1,4 @@
-"""The ledger: every number that the paper prints, and what was measured, trained or counted here of it."""
+"""The ledger: every number that the paper prints, beside ours: measured, trained or counted here."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from drrn.sets import registered_sets
 from drrn.weights.shipped import shipped
 
 QUOTED, REMEASURED, TRAINED, COUNTED = STATES = ("quoted", "re-measured", "trained here", "counted")
-SCORES = DATA / "ledger"  # files of scores that come with the package
+SCORES = DATA / "ledger"  # scores files of the package
 
 
 class Published(NamedTuple):
-    """Weights that others publish: the paper's method that they are of, their file, what to know."""
+    """Weights that others published: the paper's name of the method, the file, a note."""
 
     method: str
     file: str
@@ -55,7 +55,7 @@ PUBLISHED = {
 
 
 class Source(NamedTuple):
-    """Where a number of ours comes from; of several measurements, all their commands (&&) and digests (blanks)."""
+    """The origin of a number of ours; several measurements' commands are joined by &&, their digests by blanks."""
 
     state: str = QUOTED
     command: str = ""
@@ -64,7 +64,7 @@ class Source(NamedTuple):
 
 
 class Ours(NamedTuple):
-    """What was measured here of a method on a set at a scale."""
+    """Our measurement of a method on a set at a scale."""
 
     values: dict[str, float]  # means by metric
     source: Source
@@ -87,7 +87,7 @@ class Entry(NamedTuple):
 
 
 def write_ledger(scores: list[Path], records: list[dict[str, Any]], output: Path, command: str) -> None:
-    """Write ledger.csv, ledger.md and ledger.html to a folder, of `everything`, made by a command."""
+    """Write the ledger of `everything` to a folder: ledger.csv, .md and .html, the last two with `command`."""
     entries = list(ledger(everything(scores, records)))
     columns = [*Entry._fields[:-2], *Source._fields, "note"]
     flat = Table("The ledger", columns, [[*entry[:-2], *entry.source, entry.note] for entry in entries])
@@ -102,7 +102,7 @@ def write_ledger(scores: list[Path], records: list[dict[str, Any]], output: Path
 
 
 def everything(scores: list[Path], records: list[dict[str, Any]]) -> Found:
-    """`measured` of these, of data/ledger, and of the records and files of scores beside the shipped weights."""
+    """`measured` from these, from data/ledger, and from the records and scores beside the shipped weights."""
     beside = [path.with_suffix(".json") for path in shipped().values()]
     contents = {path: json.loads(path.read_bytes()) for path in beside if path.is_file()}
     runs = [str(path) for path, content in contents.items() if "config" in content]
@@ -111,7 +111,7 @@ def everything(scores: list[Path], records: list[dict[str, Any]]) -> Found:
 
 
 def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
-    """Means over whole sets: of bicubic and published weights first, then of the longest trainings."""
+    """Means over whole sets, of the longest trainings; those of bicubic and published weights come before them."""
     trained: dict[tuple, list[Measurement]] = defaultdict(list)
     first: Found = {}
     of_runs = [m for record in records if record["status"] == "finished" for m in from_record(record)]
@@ -126,7 +126,7 @@ def measured(files: list[Path], records: list[dict[str, Any]]) -> Found:
             trained[method, *place].append(m)
         elif Path(m.source) in files and (m.method == "Bicubic" or (published and m.steps is None)):
             key = (published.method if published else "Bicubic", *place)
-            if key not in first or first[key].values.keys() <= m.values.keys():  # fewer metrics take none away
+            if key not in first or first[key].values.keys() <= m.values.keys():  # fewer metrics replace none
                 first[key] = Ours(m.values, _source(m, published), published.note if published else "")
     return {place: _trained(those) for place, those in trained.items()} | first
 
@@ -142,14 +142,14 @@ def _trained(those: list[Measurement]) -> Ours:
 
 
 def _joined(sources: list[Source]) -> Source:
-    """The source of a number that several measurements make."""
+    """The source of a number computed from several measurements."""
     state = TRAINED if any(source.state == TRAINED for source in sources) else sources[0].state
     _, commands, weights, records = (dict.fromkeys(filter(None, column)) for column in zip(*sources, strict=True))
     return Source(state, " && ".join(commands), " ".join(weights), " ".join(records))
 
 
 def _source(m: Measurement, published: Published | None = None) -> Source:
-    """How a run is trained again, or bicubic, published weights or those that were trained here are scored again."""
+    """A measurement's source: the command trains the run again, or scores bicubic or the weights again."""
     path = Path(m.source)
     state, record = TRAINED if m.steps is not None else REMEASURED, sha256(path)
     if m.method == "Bicubic":
@@ -168,13 +168,13 @@ def _source(m: Measurement, published: Published | None = None) -> Source:
 
 
 def _short(path: Path) -> str:
-    """A path in the clone; of a file elsewhere, its folder and name."""
+    """A path relative to the clone; for a file elsewhere, its folder and name."""
     inside = path.resolve().is_relative_to(HOME)
     return str(path.resolve().relative_to(HOME) if inside else Path(*path.parts[-2:]))
 
 
 def _scoring(m: Measurement, method: str, scales: bool) -> str:
-    """The command that makes a file of scores again."""
+    """The command that writes a scores file again."""
     content = json.loads(Path(m.source).read_bytes())
     command = f"{script('evaluate')} {method} 'sets=[{','.join(content['sets'])}]' 'metrics=[{','.join(m.values)}]'"
     measured = sorted({row["scale"] for row in content["scores"] if row["weights"] == m.weights})
@@ -182,7 +182,7 @@ def _scoring(m: Measurement, method: str, scales: bool) -> str:
 
 
 def _of_paper(name: str) -> str | None:
-    """The paper's name of a trained network of its size; None for another width."""
+    """The paper's name of a network trained at the paper's size; None for another width."""
     name = re.sub(r"_(noBN|nobias|rectified|noinputReLU)", "", name)
     name = {"VDSR_d20_64f": "VDSR"}.get(name, re.sub(r"_x\d$", "", name))
     whole = r"VDSR(_d\d+)?|DRRN(_NS)?(_C)?_B\d+U\d+|SRCNN|FSRCNN|ESPCN|DRCN|RED30"
@@ -219,7 +219,7 @@ def _scored(place: str, what: str, printed: str, row: dict[str, str], metric: st
 
 
 def _counted_of(place: str, network: str, row: dict[str, str]) -> Iterator[Entry]:
-    """Weights and layers that a row prints, counted of the network as it is built here."""
+    """Entries of the weights and layers that a row prints, counted on the network built here."""
     built = built_here(network)
     if row["depth"] and row.get("group") != "shallow":
         yield _count(place, f"{network}, layers", row["depth"], built and built.depth)
@@ -243,7 +243,7 @@ def _count(place: str, what: str, printed: str, ours: Any, note: str = "") -> En
 
 @cache
 def built_here(network: str) -> Any:
-    """A network of the paper, of which only the shapes are made; None if it is no member here."""
+    """A network of the paper, with shapes but no values; None if this package does not have it."""
     drrn, vdsr = re.fullmatch(r"DRRN(_NS)?(_C)?_B(\d+)U(\d+)", network), re.fullmatch(r"VDSR_d(\d+)", network)
     name = "drrn" if drrn else "vdsr_wide" if vdsr else network.lower()
     if not (drrn or vdsr or name in NETWORKS or name == "vdsr"):
@@ -257,7 +257,7 @@ def built_here(network: str) -> Any:
 
 
 def _of_text(row: dict[str, str], found: Found) -> Entry:
-    """A number of the text: a margin between two methods, or what is counted or set here."""
+    """The entry of a number in the paper's text: a margin between two methods, a count or a setting."""
     kind, *names = row["key"].split(" ")
     entry = Entry("Text", f"{row['where']}: {row['what']}", row["value"], note=row["note"])
     if kind == "margin":
@@ -273,7 +273,7 @@ def _of_text(row: dict[str, str], found: Found) -> Entry:
 
 
 def _setting(key: str) -> float:
-    """What the files of conf/ with the paper's settings say."""
+    """The value of a key, "group.name", in the files of conf/ with the paper's settings."""
     group, _, name = key.partition(".")
     files = {"data": "train291", "model": "drrn", "optim": "paper"}
     return OmegaConf.load(Path(CONF) / group / f"{files[group]}.yaml")[name]
@@ -299,7 +299,7 @@ ABOUT = [
 
 
 def _tables(entries: list[Entry]) -> list[Table]:
-    """How many numbers have which state; a table a place, with the numbers of its sources; the sources."""
+    """Tables of: the numbers counted by state; the entries of each place, with the sources' numbers; the sources."""
     sources = list(dict.fromkeys(entry.source for entry in entries if entry.source.command))
     number = {source: str(index) for index, source in enumerate(sources, 1)}
     places: dict[str, list[Entry]] = defaultdict(list)

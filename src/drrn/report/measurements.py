@@ -14,7 +14,7 @@ from drrn.protocol import describe, means
 from drrn.report.records import read_scores
 from drrn.sets import registered_sets
 
-MISSING = "–"  # a cell that nobody has measured
+MISSING = "–"  # a cell without a measurement
 
 
 @dataclass
@@ -23,15 +23,15 @@ class Measurement:
 
     method: str  # the structure's name ("DRRN_B1U9") or "Bicubic"
     seed: int | None
-    steps: int | None  # optimiser steps of its training; None where the file does not say
+    steps: int | None  # optimiser steps of its training; None if the file does not have them
     set_name: str
     scale: int
     images: int
     values: dict[str, float]  # by metric
     protocol: dict[str, Any]
     source: str
-    weights: str | None = None  # SHA-256, where the file says
-    experiment: str | None = None  # what seeds may be averaged over: equal for runs that differ by their seed alone
+    weights: str | None = None  # SHA-256, if the file has it
+    experiment: str | None = None  # digest, equal for runs that differ only in the seed: those may be averaged
 
 
 def from_record(record: dict[str, Any]) -> list[Measurement]:
@@ -50,7 +50,7 @@ def from_record(record: dict[str, Any]) -> list[Measurement]:
 
 
 def from_scores(path: Path) -> list[Measurement]:
-    """Measurements of a file of src/evaluate.py; a UserError if it is none."""
+    """Measurements in a scores file of src/evaluate.py; a UserError for any other file."""
     content = read_scores(path)
     methods = {method["weights"]: method for method in content["methods"]}
     result = []
@@ -65,7 +65,7 @@ def from_scores(path: Path) -> list[Measurement]:
 
 
 def one_protocol(measurements: list[Measurement]) -> dict[str, Any]:
-    """The protocol that all measurements share; a UserError if they do not: their numbers do not compare."""
+    """The protocol of all measurements; a UserError if there are several, whose numbers do not compare."""
     first = measurements[0]
     for other in measurements[1:]:
         if other.protocol != first.protocol:
@@ -79,8 +79,8 @@ def one_protocol(measurements: list[Measurement]) -> dict[str, Any]:
 def by_method(measurements: list[Measurement]) -> dict[tuple[str, str], dict[tuple[str, int], list[Measurement]]]:
     """(method, heading) → (set, scale) → measurements, one for each seed.
 
-    Only runs of one experiment are averaged. Where a method was trained in several ways, the headings end in
-    the digest of the experiment, which its run's folder and record name too.
+    Only runs of one experiment are averaged. If a method was trained in several ways, the headings end in
+    the digest of the experiment, which the run's folder and record contain too.
     """
     keys = dict.fromkeys((m.method, m.steps, m.experiment) for m in measurements)
     groups: dict = defaultdict(lambda: defaultdict(list))
@@ -95,7 +95,7 @@ def by_method(measurements: list[Measurement]) -> dict[tuple[str, str], dict[tup
 
 
 def set_size(set_name: str, counted: int) -> int:
-    """How many images a set has: as the registry lists them, or as many as were counted of a folder."""
+    """Number of images in a set: the registry's, or `counted` for a folder that the registry does not list."""
     return registered_sets().get(set_name, counted)
 
 
@@ -109,6 +109,6 @@ def over_seeds(values: list[float], metric: str) -> str:
 
 
 def signed(difference: float, digits: int) -> str:
-    """A difference with its sign, a true minus."""
+    """A difference with its sign, + or − (U+2212)."""
     text = f"{difference:+.{digits}f}"
     return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")

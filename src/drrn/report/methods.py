@@ -15,14 +15,14 @@ from drrn.report.canvas import COLOURS, GREY, canvas, in_psnr, limits, name_poin
 from drrn.report.groups import PLACE, Place, Point, RunGroup
 
 BLUE = "#0072B2"
-BELOW = 7.0  # dB below the paper's lowest: a point of ours that is lower is named, not drawn
+BELOW = 7.0  # dB below the paper's lowest point; our points below that are listed, not drawn
 DRRN_WEIGHTS = 297_000  # as the paper prints them: "297K" in data/paper/fig1.csv
 OTHERS = {"shallow": "#7b5ea7", "deep": "#009E73"}  # Fig. 9's groups; the very deep ones are grey
-Named = list[tuple[float, float, str, str]]  # what `name_points` names
+Named = list[tuple[float, float, str, str]]  # points of `name_points`
 
 
 def depth_marker(depth: float) -> str:
-    """Fig. 1's: a triangle below 5 layers, a star at about 20, a circle from 30."""
+    """Fig. 1's marker: a triangle below 5 layers, a star at about 20, a circle from 30."""
     return "^" if depth < 5 else "*" if depth < 30 else "o"
 
 
@@ -46,7 +46,7 @@ def fig1(group: RunGroup, stacked: bool) -> Figure:
 
 
 def fig9(group: RunGroup, stacked: bool) -> Figure:
-    """Shallow methods (no network), deep and very deep ones by depth, on Set5 and Set14 ×3."""
+    """PSNR of shallow methods (no network), deep and very deep networks by depth, on Set5 and Set14 ×3."""
     others = [
         ("*", GREY, "other very deep networks"),
         ("^", OTHERS["deep"], "deep networks"),
@@ -66,14 +66,14 @@ def fig9(group: RunGroup, stacked: bool) -> Figure:
 
 
 def _x(row: dict[str, str], what: str) -> int | None:
-    """Depth, −5 without a network; or weights, of which the paper prints how many times `DRRN_WEIGHTS` they are."""
+    """Depth (−5 without a network), or weights, which the paper prints as a multiple of `DRRN_WEIGHTS`."""
     if what == "weights":
         return DRRN_WEIGHTS * int(row["times_drrn_weights"]) if row["times_drrn_weights"] else None
     return -5 if row.get("group") == "shallow" else int(row["depth"]) if row["depth"] else None
 
 
 def _methods(axis: Axes, rows: list[dict[str, str]], what: str, group: RunGroup, place: Place) -> Named:
-    """The paper's methods and ours by "weights" or "depth"; what is to be named on the axis."""
+    """Draw the paper's methods and ours by "weights" or "depth"; return the points to label."""
     named, absent, elsewhere = [], [], set()
     for row in rows:
         x, printed = _x(row, what), row["psnr"] or row.get("psnr_elsewhere")
@@ -111,7 +111,7 @@ def _mark(axis: Axes, x: float, y: float, marker: str, colour: str, ours: Point 
 
 
 def whose(group: RunGroup, others: list[tuple[str, str, str]]) -> list[Line2D]:
-    """A legend: whose points, and other (marker, colour, text)."""
+    """Legend entries: the paper's DRRN, ours, and `others` (marker, colour, text)."""
 
     def entry(marker: str, colour: str, label: str, **more: object) -> Line2D:
         style = {"linestyle": "none", "markersize": 6, "marker": marker, "color": colour, "label": label}

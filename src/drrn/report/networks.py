@@ -1,4 +1,4 @@
-"""Networks beside each other, no figure of runs: Table 1, and the table of every network that is a member."""
+"""Tables that compare networks: Table 1, and the table of every network of the package."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from drrn.report.measurements import MISSING
 from drrn.report.studies import preset
 from drrn.report.tables import Table
 
-SIDE = 288  # pixels of the result that time and memory are of, both ways
-# Every network as its paper has it: name → conf/model and changes, the paper's name of it.
+SIDE = 288  # pixels a side of the result, for time and memory
+# Every network as its own paper defines it: name → file of conf/model, changes to it, its name in DRRN's paper.
 MEMBERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "SRCNN 9-1-5": ("srcnn", {}, "SRCNN"),
     "FSRCNN": ("fsrcnn", {}, "FSRCNN"),
@@ -35,21 +35,21 @@ MEMBERS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def sizes(model: dict[str, Any]) -> tuple[str, str, str]:
-    """Depth, weights and multiply-adds for a pixel of the result, as cells."""
+    """Depth, weights and multiply-adds per pixel of the result, as cells."""
     its = count(model)
     return str(its.depth), f"{its.conv_weights:,}", f"{its.output / 2:,.0f}"
 
 
 def quoted(method: str, place: tuple[str, int], metrics: tuple[str, ...] = ("psnr",)) -> str:
-    """What the paper prints of a method."""
+    """The paper's scores of a method."""
     row = printed(*place).get(method, {})
     return " / ".join(row[metric] for metric in metrics if metric in row) or MISSING
 
 
 def table1(found: Found, groups: list[RunGroup]) -> Table:
-    """Table 1: what each network does, what it costs, what it reaches on Set5 ×3.
+    """Table 1: each network's strategies, its cost and its PSNR on Set5 ×3.
 
-    Run groups of Fig. 1, networks of any width under one recipe, have a column each.
+    Each run group of Fig. 1 (networks of any width under one recipe) has a column.
     """
     groups = [group for group in groups if group.finished]
     columns = ["method", "strategies", "formula", "depth", "weights", "multiply-adds a pixel", "paper", "ours"]
@@ -97,20 +97,20 @@ def networks_table(found: Found) -> Table:
 
 
 def cost(model: dict[str, Any]) -> tuple[float, int, str]:
-    """Enlarging to 288²: milliseconds, bytes of tensors alive at once, and of what the time is."""
+    """The cost of enlarging to 288²: milliseconds, peak bytes of all tensors, and the device."""
     gpu = torch.cuda.is_available()
     network = build(model).eval().to("cuda" if gpu else "cpu")
     side = SIDE // getattr(network, "scale", 1)
     x = torch.from_numpy(np.random.default_rng(0).random((side, side), np.float32)).to("cuda" if gpu else "cpu")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # whose time is the same beside other work
+    torch.set_num_threads(1)  # its CPU time does not depend on other load
     try:
         clock = time.perf_counter if gpu else time.process_time
         super_resolve(network, x[:48, :48])
         times = []
         for _ in range(2):
             began = clock()
-            super_resolve(network, x).sum().item()  # which waits for a GPU
+            super_resolve(network, x).sum().item()  # item() waits for a GPU
             times.append(clock() - began)
         with TensorBytes() as alive:
             super_resolve(network, x)

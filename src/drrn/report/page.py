@@ -1,6 +1,6 @@
 """One self-contained HTML page: figures, tables, pictures, links to the records.
 
-No network, no script: style and images stand in the file, so that it can be opened from disk or sent to somebody.
+It needs no network and no script: style and images are embedded, so it can be opened from disk or sent to somebody.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from drrn.report.tables import Table
 
 @dataclass
 class Picture:
-    """A figure on the page: a wide and, where there is one, a narrow form, as data addresses."""
+    """A figure on the page, in a wide and perhaps a narrow form, as data URLs."""
 
     title: str
     alt: str
@@ -33,10 +33,10 @@ class Picture:
 
 @dataclass
 class Part:
-    """What the page says of one run group, or of one table."""
+    """The page's part about one run group or one table."""
 
     title: str
-    origin: list[str] = field(default_factory=list)  # what it was made from
+    origin: list[str] = field(default_factory=list)  # lines of `RunGroup.origin`
     blocks: list[Picture | Table | str] = field(default_factory=list)  # one below the other
 
 
@@ -51,23 +51,23 @@ class Section:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as the address of an SVG; its letters are shapes, so that it looks the same everywhere."""
+    """A figure as the data URL of an SVG; its letters are paths, so it looks the same everywhere."""
     content = io.BytesIO()
-    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "drrn"}):  # the same records, the same file
+    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "drrn"}):  # equal records give equal files
         figure.savefig(content, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def png(path: Path) -> str:
-    """A PNG file as an address."""
+    """A PNG file as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def write_page(page: Path, title: str, sections: list[Section], command: str) -> None:
-    """Write a page, made by a command, of sections in order; one without parts is listed as not run yet."""
+    """Write a page of sections, which shows `command`; a section without parts is listed as not run yet."""
 
     def link(path: Path) -> str:
-        """The address of a file: relative, and quoted, so that no name is taken for a scheme or a query."""
+        """A file's URL relative to the page, quoted, so that no name is parsed as a scheme or a query."""
         return quote(os.fsencode(Path(os.path.relpath(path, page.parent)).as_posix()))
 
     loader = PackageLoader("drrn.report", ".")

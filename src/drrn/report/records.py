@@ -1,7 +1,7 @@
-"""Run records and files of scores, checked before anything is made of them.
+"""Read run records and scores files, and check their content.
 
-A record that is damaged or foreign is named and left out, and the others are reported. A file that the user named
-himself is refused instead.
+A damaged or foreign record below a folder is named on stderr and left out. If the user named the file itself, it is
+a UserError.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from drrn.identity import run_group, structure_name
 from drrn.metrics import METRICS
 from drrn.runs.record import FILE, LARGEST, read_record
 
-# What is asked of a file, as far as reports read it: a type, several, a list of one kind, or a dict of them. A key
-# that ends in "?" may be absent.
+# The parts of a file that reports read, with their types: a type, several, a list of one kind, or a dict. A key that
+# ends in "?" is optional.
 SET_AND_SCALE = {"set": str, "scale": int}
 PROTOCOL = {"name": str, "version": int, "crop": (int, NoneType), "color": str, "rounding": str}
 RECORD = {
@@ -59,13 +59,13 @@ SCORES = {
 
 
 def read_runs(places: list[str]) -> list[dict[str, Any]]:
-    """The run records in folders, by path, or in the files named; each gains `path`.
+    """Read the run records below folders, sorted by path, or in the files named; add `path` to each.
 
-    What is damaged below a folder is named on standard error and left out, and so is a run that was refused before
-    its first step.
+    A damaged record below a folder is named on stderr and left out, and so is a run that was refused before its
+    first step.
 
     Raises:
-        UserError: a file that is named itself is damaged, a folder holds no record, or none is left.
+        UserError: a file of `places` is damaged, a folder has no record, or no record is left.
     """
     records, refused, left_out = [], [], 0
     for place in map(Path, places):
@@ -93,7 +93,7 @@ def read_runs(places: list[str]) -> list[dict[str, Any]]:
 
 
 def _was_refused(record: dict[str, Any]) -> bool:
-    """Whether a run ended by an error of the user's before its first step: nothing of it was trained."""
+    """Whether a run ended with a user error before its first step."""
     return record["status"] == "failed" and record.get("ended_by") == "user error" and "budget" not in record
 
 
@@ -107,7 +107,7 @@ def _checked_record(path: Path) -> dict[str, Any]:
 
 
 def _check_whole(record: dict[str, Any]) -> None:
-    """Refuse what contradicts itself, and a DRRN with an argument that is not known here: it is another network."""
+    """Raise ValueError for a record that contradicts itself, or a DRRN with an unknown argument (another network)."""
     model, known = record["config"]["model"], ModelConfig.__dataclass_fields__
     drrn = model.get("network", "drrn") == "drrn"
     if drrn and (unknown := sorted(set(model) - {"network", *known})):
@@ -152,7 +152,7 @@ def recipe(config: dict[str, Any]) -> str:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """A file of src/evaluate.py; a UserError if it is none, or damaged."""
+    """Read a scores file of src/evaluate.py; a UserError if it is damaged or another file."""
     try:
         check_regular(path, LARGEST)
         content = checked(json.loads(path.read_bytes()), SCORES)
@@ -165,10 +165,10 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def checked(content: Any, kinds: dict[str, Any]) -> dict[str, Any]:
-    """A file's content, its words made fit to be printed.
+    """Check a file's content against `kinds`; return it with unprintable characters escaped.
 
     Raises:
-        ValueError: something is of another kind than asked, a metric is no number, or a number is not finite.
+        ValueError: a value has another type, a metric is no number, or a number is not finite.
         RecursionError: it is nested too deeply.
     """
     content = _tidy(content)
@@ -177,7 +177,7 @@ def checked(content: Any, kinds: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tidy(value: Any, name: str = "") -> Any:
-    """Words without escapes, but for the names of image files, by which they are found again."""
+    """Escape unprintable characters in strings, except in image names, by which files are found again."""
     metric = name.removeprefix("bicubic_") in METRICS
     if metric and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise ValueError(f"its {name} is no number")
@@ -194,7 +194,7 @@ def _tidy(value: Any, name: str = "") -> Any:
 
 def _check(value: Any, kind: Any, where: str) -> None:
     allowed = type(kind) if isinstance(kind, dict | list) else (int, float) if kind is float else kind
-    if not isinstance(value, allowed) or isinstance(value, bool):  # no key here is a truth value
+    if not isinstance(value, allowed) or isinstance(value, bool):  # no key here has a bool
         raise ValueError(f"{where} is {str(value)[:40]!r}, of another type than this project writes")
     if isinstance(kind, list):
         for item in value:

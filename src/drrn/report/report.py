@@ -1,4 +1,4 @@
-"""What `report.py` is asked for."""
+"""The configuration of report.py, its checks, and the call that makes the report."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from drrn.weights.shipped import weights_file
 
 @dataclass
 class ReportConfig:
-    """What conf/report.yaml documents."""
+    """The keys of conf/report.yaml."""
 
     runs: Any = key("a folder of runs, or a list of them; null: none (study: runs)")
     study: Any = key("fig1, fig2, fig6, fig8, fig9, table1, table4, networks, curves, runs, or a list")
     scores: list[str] = key("files of src/evaluate.py")
-    output: str = key("tables (.md, .csv, .tex), pictures, a study's index.html")
+    output: str = key("folder of tables (.md, .csv, .tex), pictures and the page index.html")
     compare: str | None = key("img059, 253027, ppt3 (Fig. 7), or the path of an image")
-    scale: int | None = key("of the comparison; null: the preset's, else 3", at_least=2)
+    scale: int | None = key("scale of the comparison; null: the preset's, else 3", at_least=2)
     box: list[int] | None = key("[left, top, width, height] of the enlarged part", at_least=0)
     checkpoint: list[str] = key(
         "networks of the comparison, files or names of shipped weights; else those of the runs"
     )
-    others: dict[str, Any] | None = key("images of other programs beside them: {SelfEx: FOLDER}")
+    others: dict[str, Any] | None = key("other programs' results in the comparison: {SelfEx: FOLDER}")
     root: str = key("where the sets are, or are downloaded to")
     ledger: bool = key("every number of the paper, and ours: ledger.csv, .md, .html", default=False)
 
 
 def check(cfg: DictConfig) -> ReportConfig:
-    """The configuration; what is wrong with it is a UserError by key, before anything heavy is imported."""
+    """The checked configuration; a UserError names a wrong key before anything heavy is imported."""
     config = typed(ReportConfig, cfg)
     config.study = paths("study", config.study)
     for study in config.study:
@@ -69,12 +69,12 @@ def check(cfg: DictConfig) -> ReportConfig:
 
 
 def report(config: ReportConfig, command: str) -> None:
-    """Write everything that the given records and files allow; `command` is what pages say that they were made by.
+    """Write everything that the given records and files allow; pages show `command`.
 
     Raises:
-        UserError: no run that belongs to a study, or files that cannot be read.
+        UserError: no run belongs to a requested study, or a file cannot be read.
     """
-    from drrn.report.contents import write_report  # with Matplotlib, which a refusal need not wait for
+    from drrn.report.contents import write_report  # imports Matplotlib: only after the checks
     from drrn.report.ledger import write_ledger
     from drrn.report.records import read_runs
 

@@ -1,7 +1,7 @@
-"""Fig. 2: structures drawn from the networks themselves, a graph of what their `forward` does.
+"""Fig. 2: structures drawn from the networks themselves, as graphs of their `forward`.
 
-`graph` runs a network once and keeps the convolutions and the sums, as the paper does: activations and BatchNorm are
-left out. Convolutions of one weight have one colour. What is supervised in training is light blue.
+`graph` runs a network once and records its convolutions and sums; like the paper, it leaves out activations and
+BatchNorm. Convolutions that share a weight have one colour. Outputs with a loss in training are light blue.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Node:
 
     kind: str  # "x", "conv", "sum"
     inputs: list[Node] = field(default_factory=list)
-    weight: int | None = None  # of a convolution: which
+    weight: int | None = None  # id of a convolution's weight
     supervised: bool = False
     rank: int = 0  # steps from the input on the longest path
     column: int = 0
@@ -50,13 +50,13 @@ class Node:
 
 
 class Recorder(TorchFunctionMode):
-    """Follows tensors through whatever functions a network calls."""
+    """Records the node of every tensor that the functions called by a network return."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
         self.nodes = [Node("x")]
         self.made_by: dict[int, Node] = {id(x): self.nodes[0]}
-        self.alive: list[Any] = [x]  # so that no id is given twice
+        self.alive: list[Any] = [x]  # so that no id is reused
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -64,12 +64,12 @@ class Recorder(TorchFunctionMode):
         sources = [self.made_by[id(tensor)] for tensor in given if id(tensor) in self.made_by]
         if not isinstance(result, Tensor) or not sources:
             return result
-        name, node = getattr(function, "__name__", ""), sources[0]  # of an activation, a norm, a multiple: the same
+        name, node = getattr(function, "__name__", ""), sources[0]  # a norm or the like keeps its input's
         if name in CONVOLUTIONS:
             node = Node("conv", sources[:1], id(args[1]))
         elif name in SUMS and len(sources) > 1:
             node = Node("sum", sources)
-        elif name in ("cat", "stack"):  # what DRCN returns in training: each part is supervised
+        elif name in ("cat", "stack"):  # DRCN's output in training: each part has a loss
             for source in sources:
                 source.supervised = True
         if node not in self.nodes:
@@ -80,7 +80,7 @@ class Recorder(TorchFunctionMode):
 
 
 def graph(network: nn.Module) -> list[Node]:
-    """What a network's `forward` does in training, in the order in which it does it, with a place for each node."""
+    """The nodes of a network's `forward` in training, in the order of execution, each with its place."""
     x = torch.rand(2, 1, 16, 16)
     with torch.no_grad(), Recorder(x) as recorder:
         y = network.train()(x)
@@ -96,7 +96,7 @@ def graph(network: nn.Module) -> list[Node]:
 
 
 def fig2(stacked: bool = False) -> Figure:
-    """The four structures that the paper sets beside each other; two by two on a narrow screen."""
+    """The paper's four structures side by side; two by two on a narrow screen."""
     figure = Figure(figsize=(4.3, 10.4) if stacked else (9.6, 5.4), dpi=160)
     FigureCanvasAgg(figure)
     graphs = {name: graph(build(structure)) for name, structure in PANELS.items()}
@@ -137,12 +137,12 @@ def draw(axis: Axes, name: str, nodes: list[Node], deepest: int) -> None:
 
 
 def bend(source: Node, node: Node) -> float:
-    """An arrow's curvature: around what is between, to the left in a column, to the right to another one."""
+    """An arrow's curvature around nodes in between: to the left within a column, to the right between columns."""
     steps, same = node.rank - source.rank, node.column == source.column
     return (0.4 if same else -0.5) if steps > 2 - same else 0.0
 
 
 def extent(nodes: list[Node]) -> tuple[float, float]:
-    """Left and right end of what is drawn: an arc is as wide as half its curvature times its length."""
+    """Left and right limit of the drawing: an arc's width is half its curvature times its length."""
     arcs = [0.5 * bend(source, node) * (node.rank - source.rank) for node in nodes for source in node.inputs]
     return -0.6 - max(0, *arcs), 0.6 + max(node.place[0] for node in nodes) - min(0, *arcs)

@@ -1,8 +1,8 @@
-"""Which runs make a study: chosen by structure and recipe, whatever folder they are in.
+"""The runs of a study, chosen by structure and recipe, whatever folder they are in.
 
 One finished run may serve several studies: Fig. 8's DRRN_B3U4 is Fig. 6's and Table 4's. Runs of one recipe (solver,
-length, data, and whatever else the study does not vary) are a *run group*; runs of two groups never meet in one mean,
-line or figure. A study's points stand in sweeps/, once.
+length, data, and everything else that the study does not vary) are a *run group*; a mean, line or figure never mixes
+two groups. A study's points are listed only in sweeps/.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TRY = 0.05  # of the longest run of a recipe: a shorter one is a try
 
 
 def planned(study: str) -> list[dict[str, Any]]:
-    """The structures of a study, the points of its file in sweeps/; a UserError where that is not installed."""
+    """The structures of a study, from its file in sweeps/; a UserError if there is no such file."""
     sweep = STUDIES[study].sweep
     if sweep is None:
         return []
@@ -44,22 +44,22 @@ def planned(study: str) -> list[dict[str, Any]]:
 
 
 def preset(name: str, **changes: Any) -> dict[str, Any]:
-    """A network of the paper in full: conf/model/<name>.yaml, of ×3 where it is of one scale, and changes to it."""
-    around = {"trainer": {"max_steps": 1}, "data": {"scales": [PLACE[1]]}}  # what conf/model takes from elsewhere
+    """All arguments of a network: conf/model/<name>.yaml with changes; a network of one scale gets ×3."""
+    around = {"trainer": {"max_steps": 1}, "data": {"scales": [PLACE[1]]}}  # conf/model interpolates these
     model = OmegaConf.to_container(OmegaConf.merge(around, _preset(name), changes), resolve=True)
     return structure({key: value for key, value in model.items() if key not in (*around, "checkpointing")})
 
 
 def _preset(name: str) -> DictConfig:
     content = OmegaConf.load(Path(CONF) / "model" / f"{name}.yaml")
-    below = [base for base in content.pop("defaults", ()) if base != "_self_"]  # which is the last, in all of them
+    below = [base for base in content.pop("defaults", ()) if base != "_self_"]  # it is the last in all of them
     return OmegaConf.merge(*map(_preset, below), content)
 
 
 def run_groups(study: str, records: list[dict[str, Any]]) -> list[RunGroup]:
     """The runs of a study, one `RunGroup` for each recipe; the longest first.
 
-    What differs from a longer group in nothing but its few steps is in its `tries`.
+    A group is in the `tries` of a longer one if it differs from it only in its length, which is below `TRY` of it.
 
     Raises:
         UserError: runs of one recipe were trained on different images or measured by different protocols, or a run is
@@ -90,18 +90,18 @@ def run_groups(study: str, records: list[dict[str, Any]]) -> list[RunGroup]:
 
 
 def _place(runs: list[dict[str, Any]]) -> Place:
-    """Where most of the runs were measured, Set5 ×3 before others and ×3 before other scales."""
+    """The set and scale with the most scored runs; Set5 ×3 comes before all others."""
     rows = [(row["set"], row["scale"]) for run in runs for row in run.get("means") or ()]
     return max(rows, key=lambda place: (place == PLACE, rows.count(place), place[1] == PLACE[1]), default=PLACE)
 
 
 def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]], place: Place) -> list[Point]:
-    """The study's points, run or not, and what else it shows of the runs of one recipe."""
+    """The study's points, trained or not, and the other networks that it shows, with their runs of one recipe."""
     trained: dict[str, Point] = {}
     for record in records:
         name, depth, weights = (record["structure"][key] for key in ("name", "depth", "conv_weights"))
         trained[name] = Point(name, structure(record["config"]["model"]), depth, weights, place)
-    # The plan says B, U and the variant; width, norm and the like are the recipe's, where it has one of each.
+    # The plan sets B, U and the variant. An untrained point takes each other argument that all trained DRRNs share.
     drrns = [point.model for point in trained.values() if point.model["network"] == "drrn"]
     settled = {key for key in drrns[0] if len({model[key] for model in drrns}) == 1} if drrns else set()
     points: dict[str, Point] = {}
@@ -129,7 +129,7 @@ def _same_point(planned: dict[str, Any], other: dict[str, Any]) -> bool:
 
 @cache
 def _described(items: tuple[tuple[str, Any], ...]) -> tuple[str, dict[str, Any], int, int]:
-    """Name, structure, depth and convolution weights of a network that nobody has trained."""
+    """Name, structure, depth and convolution weights of an untrained network."""
     from drrn.layers import conv_weights
     from drrn.networks import on_paper
 
@@ -177,7 +177,7 @@ def points_table(group: RunGroup) -> Table:
 
 
 def _run_cell(point: Point, seed: int, values: dict[int, float]) -> Cell:
-    """A run's PSNR, or what became of it; the page links it to its record."""
+    """A run's PSNR or else its status, with the path of its record, which the page links to."""
     run, status = point.runs.get(seed), point.status(seed)
     cell = Cell(over_seeds([values[seed]], "psnr") if seed in values else status)
     cell.path, cell.bad = Path(run["path"]) if run else None, status != "finished"

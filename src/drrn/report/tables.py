@@ -19,7 +19,7 @@ from drrn.paper import paper_numbers
 from drrn.protocol import departures, describe
 from drrn.report.measurements import MISSING, Measurement, by_method, one_protocol, over_seeds, set_size, signed
 
-# Structures that the paper calls otherwise; the second is Kim's own VDSR, whose numbers Table 2 cites.
+# Structures with another name in the paper; the second is Kim's own VDSR, whose numbers Table 2 cites.
 IN_PAPER = {"VDSR_d20_64f": "VDSR", "VDSR_d20_64f_noBN_noinputReLU": "VDSR"}
 VARIANTS = ("VDSR", "DRRN_NS_C", "DRRN_NS", "DRRN_C", "DRRN")  # Table 4's, from the plainest to the paper's
 SWITCHES = ("local_residual", "recursive", "multi_path")  # Table 4's columns
@@ -27,7 +27,7 @@ IN_LATEX = {"×": r"$\times$", "±": r"$\pm$", "−": "$-$", "–": "--", "✓":
 
 
 class Cell(str):
-    """A cell that the page links to a file, or shows as something that went wrong."""
+    """A cell that the page links to a file or marks as bad."""
 
     path: Path | None = None
     bad: bool = False
@@ -42,11 +42,11 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
-    keys: int = 1  # columns at the left that say what a row is
-    blocks: list[int] | None = None  # of the others, how many belong together; None: each stands alone
+    keys: int = 1  # number of leading columns that identify a row
+    blocks: list[int] | None = None  # how many of the other columns stay together each time; None: 1
 
     def pieces(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
-        """Columns and rows in parts that a terminal of so many columns holds, the keys at the left of each."""
+        """Columns and rows, split to fit a terminal of `width` characters; each part has the key columns."""
         cells = [[*head.split(), *column] for head, *column in zip(self.columns, *self.rows, strict=True)]
         sizes = [3 + max(map(len, column)) for column in cells]  # a heading may be broken between its words
         parts: list[list[int]] = [[]]
@@ -116,14 +116,14 @@ def write_table(table: Table, stem: Path) -> None:
 
 
 def benchmark_table(measurements: list[Measurement], metrics: Sequence[str], name: str | None = None) -> Table:
-    """Means of every method by set and scale; beside Table 2 or Table 3, the paper's numbers and the difference.
+    """Means of every method by set and scale; for Table 2 and Table 3 with the paper's numbers and the differences.
 
-    Every cell of the paper for the methods that we have measured is there; one that we have not measured, or
-    the paper does not have, is shown as missing. `name` is "table2", "table3", or None for metrics of no table.
+    A measured method has all the sets and scales of the paper; a number that we have not measured, or that the
+    paper does not print, is shown as missing. `name` is "table2", "table3", or None for metrics of no table.
     """
     protocol = one_protocol(measurements)
     groups, rows = by_method(measurements), paper_numbers(name) if name and _as_the_paper(protocol) else []
-    paper = {(r["method"], r["dataset"], int(r["scale"])): r for r in rows}  # all of bicubic's low resolution
+    paper = {(r["method"], r["dataset"], int(r["scale"])): r for r in rows}  # all with bicubic degradation
     methods = {IN_PAPER.get(method, method) for method, _ in groups}
     known = bool((methods - {"Bicubic"} or methods) & {method for method, *_ in paper})
     places = list(dict.fromkeys((d, s) for _, d, s in paper)) if known else []
@@ -143,7 +143,7 @@ def benchmark_table(measurements: list[Measurement], metrics: Sequence[str], nam
 
 
 def _as_the_paper(protocol: dict[str, Any]) -> bool:
-    """Whether the low resolution is the paper's: else its numbers are of other images."""
+    """Whether the low resolution is made as in the paper; otherwise the paper's numbers do not apply."""
     return protocol.get("degradation", BI) == BI
 
 
@@ -179,7 +179,7 @@ def _notes(protocol: dict[str, Any], groups: dict) -> list[str]:
 def ablation_table(measurements: list[Measurement]) -> Table:
     """Table 4: the components turned on and off at B3U4, Set5 ×3: paper, ours, difference.
 
-    Networks of other widths stand in for the 128-feature ones under their own names, and are not compared.
+    A network of another width than 128 features has a row under its own name, without a difference.
     """
     protocol = one_protocol(measurements)
     groups = by_method(measurements)
@@ -199,9 +199,9 @@ def ablation_table(measurements: list[Measurement]) -> Table:
 
 
 def runs_table(records: list[dict[str, Any]]) -> Table:
-    """What was run: structure, depth, weights, steps, and every metric for every set and scale.
+    """The runs: depth, weights, steps, and every metric for every set and scale.
 
-    Bicubic has a row for each protocol, so that a run stands beside the bicubic of its own degradation.
+    Bicubic has a row for each protocol, so that a run can be compared with bicubic on its own degradation.
     """
     finished = [r for r in records if r.get("means")]
     if not finished:
@@ -210,7 +210,7 @@ def runs_table(records: list[dict[str, Any]]) -> Table:
     metrics = [k for k in METRICS if any(k in row for r in finished for row in r["means"])]
     names = [record["name"] for record in finished]
     lines: list[list[Any]] = []  # name, depth, weights, steps, scores by place
-    bicubic: dict[str, dict[tuple[str, int], str]] = {}  # by what a protocol does otherwise than the paper's
+    bicubic: dict[str, dict[tuple[str, int], str]] = {}  # by `departures` of the protocol
 
     def cell(row: dict[str, Any], prefix: str = "") -> str:
         return " / ".join(over_seeds([row[prefix + k]] if prefix + k in row else [], k) for k in metrics)
