@@ -86,12 +86,12 @@ def test_heic_is_read_where_the_plugin_is(tmp_path, monkeypatch):
     assert np.abs(photo.pixels.astype(int) - PIXELS).mean() < 5
     assert photo.exif[271] == "maker"
     heif.from_bytes("RGB;16", (18, 16), np.full((16, 18, 3), 30_000, "<u2").tobytes()).save(path)
-    assert read_photo(path).notes == ["of its more than 8 bits a channel 8 are read"]
+    assert read_photo(path).notes == ["it has more than 8 bits a channel; 8 are read"]
 
 
 def test_a_depth_that_pillow_shortens_is_said(tmp_path):
     (tmp_path / "deep.ppm").write_bytes(b"P6 9 8 65535\n" + (PIXELS.astype(">u2") * 257).tobytes())
-    assert read_photo(tmp_path / "deep.ppm").notes == ["of its more than 8 bits a channel 8 are read"]
+    assert read_photo(tmp_path / "deep.ppm").notes == ["it has more than 8 bits a channel; 8 are read"]
 
 
 def test_the_folder_above_the_input_may_be_the_output(tmp_path, monkeypatch):

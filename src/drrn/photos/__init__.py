@@ -1,1 +1,1 @@
-"""People's files: read, enlarged, written."""
+"""Users' image files: reading, enlarging, writing."""

@@ -31,16 +31,16 @@ def upscale(
             [H, W] or [H, W, C] with C = 1…4 channels (grey, grey + alpha, RGB, RGBA) of uint8, uint16, or floating
             in 0…1.
         scale: above 1; may be a fraction. Sides become scale × side, rounded.
-        network: as `drrn.load` gives it, or what `drrn.load` takes, None being the best that is shipped; "bicubic"
-            for none. For many images, load it once.
+        network: a network of `drrn.load`, an argument for `drrn.load` (None: the best shipped weights), or "bicubic".
+            For many images, load it once.
         precision: as in `drrn.inference.super_resolve`.
 
     Returns:
-        A PIL image for one, an array of the same kind and number of dimensions for an array.
+        A PIL image for a PIL image, an array of the same dtype and number of dimensions for an array.
 
     Raises:
         ValueError: an image of another kind, or a scale that is not above 1, or not the network's.
-        UserError: weights that cannot be had, or a precision that the device lacks.
+        UserError: the weights cannot be loaded, or the device lacks the precision.
     """
     if not scale > 1:
         raise ValueError(f"scale = {scale}: must be above 1")

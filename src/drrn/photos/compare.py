@@ -18,14 +18,14 @@ from drrn.errors import printable
 from drrn.photos.enlarge import RESULT_FACTOR, enlarge
 from drrn.photos.read import read_photo
 
-SIDE = 1600  # pixels: of a larger result the page shows the middle, since it holds both pictures without loss
+SIDE = 1600  # pixels: the page shows the middle of a larger result, since it embeds both pictures without loss
 
 
 def write_page(path: Path, source: Path, target: Path, method: str, max_pixels: int) -> None:
-    """One HTML file that needs nothing else: `source` by bicubic and what `method` made of it, `target`, read back.
+    """Write one self-contained HTML file: `source` enlarged by bicubic, and `target`, the result of `method`.
 
     Raises:
-        UserError: a picture cannot be read, or the page not be written.
+        UserError: a picture cannot be read, or the page cannot be written.
     """
     photo, after = read_photo(source, max_pixels), read_photo(target, RESULT_FACTOR * max_pixels)
     size = after.pixels.shape[:2]
@@ -46,7 +46,7 @@ def write_page(path: Path, source: Path, target: Path, method: str, max_pixels: 
 
 
 def data_url(pixels: NDArray[Any], icc: bytes | None) -> str:
-    """A picture [H, W, C] as a PNG of 8 bits inside an address."""
+    """A picture [H, W, C] as the data URL of an 8-bit PNG."""
     if pixels.dtype.kind == "f":
         pixels = np.clip(pixels, 0, 1) * 255
     elif pixels.dtype == np.uint16:

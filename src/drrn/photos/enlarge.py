@@ -14,8 +14,8 @@ from drrn.matlab import resize_matrix, rgb2ycbcr, ycbcr2rgb
 if TYPE_CHECKING:
     from torch import nn
 
-RESULT_FACTOR = 16  # a result has at most so many times max_pixels
-INVISIBLE = 2**-18  # an opacity that is 0 in 8 and 16 bits
+RESULT_FACTOR = 16  # the largest result: this many times max_pixels
+INVISIBLE = 2**-18  # an opacity that rounds to 0 in 8 and 16 bits
 CHUNK = 1 << 20  # pixels that are converted or encoded at a time
 
 
@@ -36,20 +36,20 @@ def enlarge(
 ) -> Iterator[NDArray[Any]]:
     """Super-resolve an image, colour as in the paper: Y by the network, Cb and Cr by bicubic.
 
-    A grey image is its own Y (0…255), colour goes through MATLAB's `rgb2ycbcr` (Y in 16…235), unrounded, as in
-    the evaluation protocol. Alpha is enlarged by bicubic. Colours that it hides never show: they are filled from
-    what is visible around them for a network, and without one colours are interpolated weighted by alpha. The whole
-    image is mapped on the whole result, so at a fractional scale no border is lost. Only strips are ever in memory.
+    A grey image is its own Y (0…255); colour is converted by MATLAB's `rgb2ycbcr` (Y in 16…235), unrounded, as in
+    the evaluation protocol. Alpha is enlarged by bicubic. Colours of transparent pixels never show: a network gets
+    the nearest visible colour instead, and bicubic weights colours by alpha. The whole image is mapped to the whole
+    result, so a fractional scale loses no border. Only strips are in memory at a time.
 
     Args:
         pixels: [H, W, C], uint8, uint16 or float32 as in `Photo`.
-        size: (H', W') of the result; of a network that takes the low-resolution image, `scale` times [H, W].
+        size: (H', W') of the result; for a network that takes the low-resolution image, `scale` times [H, W].
         network: None enlarges everything by bicubic.
         tile, self_ensemble, progress, room, precision: as in `drrn.inference.super_resolve_strips`.
 
     Yields:
         Strips [h, W', C] of the result from the top, of the same dtype, rounded half up and clipped to its range;
-        floating pixels are clipped to 0…1, or to the image's own extremes where they lie outside.
+        floating pixels are clipped to 0…1, extended to the image's own minimum and maximum.
     """
     clear = pixels.shape[2] in (2, 4)
     if clear and network is not None:
@@ -87,15 +87,15 @@ def enlarge(
 
 
 def fill_hidden(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Give pixels of alpha 0 the colour of the nearest visible one, since networks look at neighbours.
+    """Give pixels of alpha 0 the colour of the nearest visible one, since a network reads neighbours.
 
     (A network is not linear, so its result cannot be divided by an enlarged alpha.)
 
     Args:
-        pixels: [H, W, C], alpha last; left as they are.
+        pixels: [H, W, C], alpha last; not changed.
 
     Returns:
-        The same where nothing or everything is hidden; otherwise a copy.
+        `pixels` itself if nothing or everything is hidden; otherwise a copy.
     """
     hidden = pixels[..., -1] <= 0
     if not hidden.any() or hidden.all():
@@ -107,12 +107,12 @@ def fill_hidden(pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 class _Planes:
-    """An image's Y, Cb, Cr (or grey) and alpha, interpolated some rows at a time; `weighted`: colours by alpha."""
+    """An image's Y, Cb, Cr (or grey) and alpha, interpolated some rows at a time; `weighted`: by alpha."""
 
     def __init__(self, pixels: NDArray[Any], size: tuple[int, int], weighted: bool) -> None:
         self.pixels, self.weighted, self.colour = pixels, weighted, pixels.shape[2] >= 3
         self.weights = [resize_matrix(n, new / n, new) for n, new in zip(pixels.shape, size, strict=False)]
-        self.top = 1.0 if pixels.dtype.kind == "f" else float(np.iinfo(pixels.dtype).max)  # of an opacity
+        self.top = 1.0 if pixels.dtype.kind == "f" else float(np.iinfo(pixels.dtype).max)  # full opacity
         self.low, self.high = 0.0, self.top
         if pixels.dtype.kind == "f":
             self.low, self.high = min(self.low, float(pixels.min())), max(self.high, float(pixels.max()))
@@ -121,12 +121,12 @@ class _Planes:
         return (part - np.float64(self.low)) / (self.high - self.low)
 
     def own(self, which: slice, first: int, last: int) -> NDArray[np.float64]:
-        """Rows first…last of some planes of Y, Cb, Cr, or of grey, as they are [h, W, C], 0…1."""
+        """Rows first…last of planes of Y, Cb, Cr, or of grey, not enlarged: [h, W, C], 0…1."""
         part = self._unit(self.pixels[first:last, :, : 3 if self.colour else 1])
         return (rgb2ycbcr(part) if self.colour else part)[..., which]
 
     def interpolated(self, which: slice, first: int, last: int) -> NDArray[np.float64]:
-        """Rows first…last of the result of some planes [h, W', C], 0…1."""
+        """Rows first…last of the enlarged planes [h, W', C], 0…1."""
         a, b = self._needed(first, last)
         own = self.own(which, a, b)
         plain = self._resized(own, first, last)
@@ -137,22 +137,22 @@ class _Planes:
         return np.divide(sums, seen, out=plain, where=seen > INVISIBLE)
 
     def alpha(self, first: int, last: int) -> NDArray[np.float64]:
-        """Rows first…last of the result's alpha [h, W', 1], 0…1."""
+        """Rows first…last of the enlarged alpha [h, W', 1], 0…1."""
         a, b = self._needed(first, last)
         return self._resized(self._unit(self.pixels[a:b, :, -1:]), first, last)
 
     def stored(self, result: NDArray[np.float64]) -> NDArray[Any]:
-        """0…1 → the image's own range and type, clipped, rounded half up."""
+        """0…1 → the image's own range and dtype, clipped, rounded half up."""
         result = np.clip(result, 0, 1) * (self.high - self.low) + self.low
         return (np.floor(result + 0.5) if self.pixels.dtype.kind == "u" else result).astype(self.pixels.dtype)
 
     def _needed(self, first: int, last: int) -> tuple[int, int]:
-        """The rows of the image, (first, end), that rows first…last of the result are made of."""
+        """The image's rows, (first, end), from which rows first…last of the result are computed."""
         indices = self.weights[0][first:last].indices
         return int(indices.min()), int(indices.max()) + 1
 
     def _resized(self, part: NDArray[np.float64], first: int, last: int) -> NDArray[np.float64]:
-        """Rows first…last of what `imresize` would make of the image, of those `_needed` [h, W, C] → [h', W', C]."""
+        """Rows `_needed` of the image [h, W, C] → rows first…last of its `imresize` [h', W', C]."""
         a, b = self._needed(first, last)
         lines = self.weights[0][first:last, a:b] @ part.reshape(b - a, -1)  # [h', W·C]
         lines = lines.reshape(last - first, *part.shape[1:]).swapaxes(0, 1)  # [W, h', C]

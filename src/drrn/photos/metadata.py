@@ -1,4 +1,4 @@
-"""What an image file says besides its pixels: colour information, resolution, text. Read here, as raw as possible."""
+"""Metadata of an image file: colour information, resolution, text, kept as raw bytes where possible."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ COLOUR = (b"gAMA", b"cHRM", b"cICP", b"sRGB", b"mDCV", b"cLLI")  # chunks of PNG
 TEXT = (b"tEXt", b"zTXt", b"iTXt")
 XMP = 700  # tag of TIFF
 XMP_KEYWORD = b"XML:com.adobe.xmp"
-ELSEWHERE = (XMP_KEYWORD, b"Raw profile type exif", b"Raw profile type APP1")  # texts that `Photo` keeps otherwise
-SRGB = (  # what every format means when it says nothing
+ELSEWHERE = (XMP_KEYWORD, b"Raw profile type exif", b"Raw profile type APP1")  # in other fields of `Photo`
+SRGB = (  # the chunks of sRGB, every format's default
     (b"gAMA", struct.pack(">I", 45455)),
     (b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)),
 )
@@ -29,7 +29,7 @@ Chunks = list[tuple[bytes, bytes]]
 
 
 def colour_and_text(path: Path, notes: list[str]) -> Chunks:
-    """A PNG's chunks of colour and text (name, content), as they are; damaged and huge ones are added to `notes`."""
+    """A PNG's colour and text chunks (name, payload), unparsed; `notes` gains a line for each damaged or huge one."""
     found: Chunks = []
     for name, length, content, right in png_chunks(path, COLOUR + TEXT):
         if name not in COLOUR + TEXT:
@@ -44,13 +44,13 @@ def colour_and_text(path: Path, notes: list[str]) -> Chunks:
 
 
 def lost_chunks(chunks: Chunks, kind: str) -> list[str]:
-    """A note that names the chunks that another format has no place for; none where nothing is lost."""
+    """A note that names the chunks that another format cannot store; [] if none is lost."""
     lost = dict.fromkeys(name.decode() for name, data in chunks if name != b"sRGB" and (name, data) not in SRGB)
     return [f"{kind} has no place for {', '.join(lost)} of PNG: left out"] if lost else []
 
 
 def resolution(info: dict[str, Any], exif: Image.Exif | None) -> tuple[float, float] | None:
-    """Pixels an inch across and down, if Pillow's `info` or EXIF (WebP, AVIF, HEIC) says so and it makes sense."""
+    """Pixels per inch across and down, of Pillow's `info` or EXIF (WebP, AVIF, HEIC); None if missing or absurd."""
     dpi = info.get("dpi")
     try:
         if dpi is None and exif is not None and X_RESOLUTION in exif:
@@ -65,14 +65,14 @@ def resolution(info: dict[str, Any], exif: Image.Exif | None) -> tuple[float, fl
 
 
 def with_resolution(exif: Image.Exif | None, dpi: tuple[float, float]) -> Image.Exif:
-    """EXIF data that say a resolution."""
+    """EXIF data with a resolution in pixels per inch."""
     exif = Image.Exif() if exif is None else exif
     exif[X_RESOLUTION], exif[Y_RESOLUTION], exif[RESOLUTION_UNIT] = (*dpi, INCH)
     return exif
 
 
 def upright_xmp(xmp: Any) -> bytes | None:
-    """XMP with an orientation of 1, since the pixels are turned."""
+    """XMP with an orientation of 1, since the pixels are turned upright."""
     if not isinstance(xmp, bytes | str) or not xmp:
         return None
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
@@ -87,15 +87,15 @@ def exif_and_orientation(image: Image.Image, notes: list[str]) -> tuple[Image.Ex
         keep = image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF") and len(exif) > 0
         exif.pop(ORIENTATION, None)
         if keep:
-            exif.tobytes()  # that it can be written
-    except Exception:  # it is nothing that a picture needs
+            exif.tobytes()  # raises if it cannot be written
+    except Exception:  # Pillow raises many kinds; the picture is readable without it
         notes.append("its EXIF data are damaged and left out")
         return None, 1
     return (exif if keep else None), orientation if orientation in range(1, 9) else 1
 
 
 def exif_bytes(exif: Image.Exif, shape: tuple[int, int, int], longest: int | None) -> bytes | None:
-    """EXIF data with the new size; None if they cannot be written."""
+    """EXIF data with the new size, serialised; None if that fails or takes more than `longest` bytes."""
     try:
         inner = exif.get_ifd(EXIF_IFD)
         if EXIF_WIDTH in inner:

@@ -1,4 +1,4 @@
-"""What `upscale.py` may be told, and which file becomes which: all that can be refused before the work."""
+"""The configuration of upscale.py and its jobs, an output for each input: all checks before the work."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from drrn.help import script
 from drrn.schema import key
 from drrn.weights.shipped import weights_file
 
-is_folder = os.path.isdir  # False for what no file system takes as a name, where Path.is_dir raises
+is_folder = os.path.isdir  # False for a name that no file system allows, where Path.is_dir raises
 
 
 @dataclass
 class Options:
-    """What `conf/upscale.yaml` may hold."""
+    """The keys of conf/upscale.yaml."""
 
     input: Any = key("a file, a folder with its structure, or a list of both")
     output: str | None = key("a file for one input (its suffix is the format), else a folder; null: photo_x2.png")
     scale: float | None = key("sides become scale × side, rounded; may be a fraction", above=1)
     checkpoint: str | None = key("weights.safetensors, .ckpt or a shipped name; null: the best shipped")
-    method: str = key("what enlarges", choices=("network", "bicubic"))
-    compare: bool = key("beside each result, a page with a slider between bicubic and it")
+    method: str = key("how to enlarge", choices=("network", "bicubic"))
+    compare: bool = key("write a page beside each result, with a slider between bicubic and it")
     overwrite: bool = key("replace outputs that exist; otherwise they are skipped")
     suffix: str | None = key("format of outputs without a name, .png; null: in a folder the input's own")
     quality: int = key("of JPEG and WebP", at_least=1, below=101)
     self_ensemble: bool = key("average over the 8 orientations: a little better, 8 times slower")
-    tile: int | None = key("side of a tile, pixels; null: strips by the memory there is", at_least=1)
+    tile: int | None = key("side of a tile, pixels; null: strips that fit the free memory", at_least=1)
     device: str = key("auto, cpu, cuda, cuda:1, mps")
-    precision: str = key("of the network; auto: bf16 where it is fast", choices=("auto", "float32", "tf32", "bf16"))
-    threads: int | None = key("of the CPU; null: as many as cores are free", at_least=1, below=2**10)
+    precision: str = key("of the network; auto: bf16 if it is fast here", choices=("auto", "float32", "tf32", "bf16"))
+    threads: int | None = key("of the CPU; null: one per free core", at_least=1, below=2**10)
     max_pixels: int = key("largest input; results at most 16 times as many", at_least=1)
 
 
@@ -49,12 +49,12 @@ class Job(NamedTuple):
 
     @property
     def page(self) -> Path:
-        """Of `compare`."""
+        """The page of `compare`."""
         return self.target.with_name(f"{self.target.name}.html")
 
 
 def check(options: Options) -> None:
-    """What no single key's limits say: a UserError by the key's name."""
+    """Check the rules between keys; a UserError names the key."""
     for name in ("input", "scale"):
         if getattr(options, name) in (None, "", []):
             raise UserError(f"{name} is missing: {script('upscale')} input=photo.jpg scale=2")
@@ -69,11 +69,11 @@ def check(options: Options) -> None:
 
 
 def plan(options: Options) -> list[Job]:
-    """Which file becomes which, in the order of the inputs, each input once.
+    """The jobs in the order of the inputs, each input once.
 
     Raises:
-        UserError: no input that exists, a folder without images, one file for several, two inputs for one output, an
-            output that is an input, is of no format or could not be written.
+        UserError: no input exists, a folder has no images, one output is a file for several inputs, or an output is
+            an input, is the output of another input, has an unknown format or cannot be written.
     """
     if options.suffix is not None and options.suffix.lower() not in FORMATS:
         raise UserError(f"suffix = {options.suffix!r}: allowed are {', '.join(FORMATS)}")
@@ -103,13 +103,13 @@ def plan(options: Options) -> list[Job]:
         for folder in dict.fromkeys([output, *folders] if output else folders):
             check_output("output", folder, folder=True)
     check_targets([job for job in found.values() if not job.wrong], set(found))
-    if not any(map(os.path.lexists, sources)):  # where some do, those are enlarged
+    if not any(map(os.path.lexists, sources)):  # if some do, those are enlarged
         raise UserError(f"input = {', '.join(map(str, sources))}: no such file or folder")
     return list(found.values())
 
 
 def jobs_of(source: Path, output: Path | None, one: bool, options: Options) -> Iterator[Job]:
-    """What becomes of a file or a folder; `output` is a folder, or with `one` a file; None: beside the input."""
+    """Jobs of a file or a folder; `output` is a folder, or with `one` a file; None: beside the input."""
     beside = source if source.name not in ("", "..") else Path(os.path.abspath(source))  # noqa: PTH100 — links stay
     if is_folder(source):
         folder = output or beside.with_name(f"{beside.name}_x{options.scale:g}")
@@ -119,13 +119,13 @@ def jobs_of(source: Path, output: Path | None, one: bool, options: Options) -> I
         yield Job(source, output)
     elif output is not None:
         yield Job(source, output / named(Path(source.name), options.suffix))
-    else:  # TIFF may hold what PNG cannot; to be saved without loss is what an enlarged JPEG deserves
+    else:  # TIFF may hold what PNG cannot; everything else, JPEG too, becomes PNG, which is lossless
         own = source.suffix if source.suffix.lower() in (".tif", ".tiff") else ".png"
         yield Job(source, beside.with_name(f"{beside.stem}_x{options.scale:g}{options.suffix or own}"))
 
 
 def members(folder: Path, output: Path) -> list[tuple[Path, Path, str | None]]:
-    """All in a folder that looks like an image, but for earlier results: (path, its place there, what is wrong)."""
+    """Image files in a folder, without earlier results: (path, path in the folder, why it cannot be read or None)."""
     from drrn.sets import find_images
 
     root, results = Path(os.path.realpath(folder)), Path(os.path.realpath(output))
@@ -137,7 +137,7 @@ def members(folder: Path, output: Path) -> list[tuple[Path, Path, str | None]]:
                 continue
             kind = OTHER_FORMATS.get(path.suffix.lower())
             if kind and path.is_file():
-                wrong = None  # a set would not have it; Pillow reads it
+                wrong = None  # not allowed in a set, but Pillow reads it
             elif path.suffix.lower() in OTHER_FORMATS:
                 wrong = f"is not read: save it as one of {', '.join(FORMATS)} first"
             images.append((path, path.relative_to(folder), wrong))
@@ -149,13 +149,13 @@ def members(folder: Path, output: Path) -> list[tuple[Path, Path, str | None]]:
 
 
 def named(place: Path, suffix: str | None) -> Path:
-    """The result's place: with `suffix`, else the input's own, or .png for a format that is only read."""
+    """The result's path: with `suffix`, else the input's own, or .png for a format that is only read."""
     own = ".png" if place.suffix.lower() in OTHER_FORMATS else place.suffix
     return place.with_suffix(suffix or own)
 
 
 def check_targets(jobs: list[Job], inputs: set[str]) -> None:
-    """Refuse results that share a place, or take one of the inputs' (real paths)."""
+    """Refuse two results with one path, and a result that would overwrite one of `inputs` (real paths)."""
     same = {(s.st_dev, s.st_ino) for s in (job.source.stat() for job in jobs if job.source.exists())}
     taken: dict[str, Path] = {}
     for source, target, _ in jobs:

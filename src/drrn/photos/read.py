@@ -1,10 +1,10 @@
-"""People's images: reading what comes, losing nothing in silence.
+"""Read users' images; a note tells of each loss.
 
-`drrn.images` reads benchmarks; here are the files that people have: PNG, JPEG, WebP, TIFF and BMP (read and written),
-GIF, PPM, JPEG 2000, AVIF and, with the plugin pillow-heif, HEIC (read), with 8 or 16 bits or floating pixels, grey or
-colour, with palettes, transparency, profiles and orientations.
+`drrn.images` reads benchmarks; this module reads the files that people have: PNG, JPEG, WebP, TIFF and BMP (read and
+written), GIF, PPM, JPEG 2000, AVIF and, with the plugin pillow-heif, HEIC (read), with 8 or 16 bits or floating
+pixels, grey or colour, with palettes, transparency, profiles and orientations.
 
-What becomes of what:
+Conversions:
 
 | read | kept as |
 |---|---|
@@ -15,7 +15,7 @@ What becomes of what:
 | CMYK | 8-bit RGB: through its profile to sRGB, or by Pillow's plain formula if it has none |
 | floating TIFF | 32-bit floating TIFF; values outside 0…1 are mapped to 0…1 for the network and back |
 
-Colour profile, EXIF, XMP, resolution and PNG's colour and text chunks are kept where the result's format can.
+Colour profile, EXIF, XMP, resolution and PNG's colour and text chunks are kept if the result's format can store them.
 
 Refused by name: NaN or infinity, 32-bit integers, Lab, premultiplied 16-bit alpha.
 
@@ -110,7 +110,7 @@ def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
 
 
 def _read_pillow(path: Path, max_pixels: int) -> Photo:
-    """What Pillow knows."""
+    """Read a file by Pillow, or by tifffile if Pillow misreads it."""
     with contextlib.suppress(ImportError):
         from pillow_heif import register_heif_opener
 
@@ -123,12 +123,12 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
         raw = str(raw[0]) if raw else ""
         bits = image.tag_v2.get(258, (8,)) if kind == "TIFF" else (8,)  # BitsPerSample
         if kind == "TIFF" and image.tag_v2.get(284) == 2 and max(bits) > 8:
-            return _read_tifffile(path, max_pixels)  # planes of more than 8 bits, which Pillow muddles
+            return _read_tifffile(path, max_pixels)  # Pillow misreads planes of more than 8 bits
         check_whole(path, image)
         white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0
         shortened = _is_shortened(path, image)
         image.load()
-        info, notes = dict(image.info), ["of its more than 8 bits a channel 8 are read"] if shortened else []
+        info, notes = dict(image.info), ["it has more than 8 bits a channel; 8 are read"] if shortened else []
         exif, orientation = exif_and_orientation(image, notes)
         try:
             several = getattr(image, "is_animated", False)
@@ -151,7 +151,7 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
         elif mode in ("1", "L", "LA", "RGB", "RGBA"):
             pixels = np.asarray(image.convert("L") if mode == "1" else image)
             pixels = pixels.reshape(*pixels.shape[:2], -1)
-            if isinstance(transparent, int):  # Pillow stretches few-bit greys, but not the one declared transparent
+            if isinstance(transparent, int):  # Pillow scales few-bit greys, but not the transparent one
                 transparent *= {"1": 255, "L;2": 85, "L;4": 17}.get(raw, 1)
         else:
             raise UserError(f"{path}: pixels of the kind {mode} are not read; save it as RGB or grey first")
@@ -167,13 +167,13 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
 def _sixteen_bits(
     path: Path, image: Image.Image, raw: str, bits: tuple[int, ...], white_is_zero: bool
 ) -> NDArray[np.uint16] | None:
-    """The pixels of a picture of 16 bits [H, W, C], decoded by Pillow, whose word `raw` is; None for others."""
+    """Pixels [H, W, C] of a 16-bit picture; None for others. `raw` is Pillow's raw mode."""
     if raw == "LA;16B":  # 4 bytes a pixel, which Pillow shortens to 8 bits
         return _decode_as(path, "RGBA").view(">u2").astype(np.uint16)
     if image.mode in ("RGB", "RGBA") and raw.split(";")[-1] in ("16B", "16L", "16N"):
         if raw.startswith("RGBa"):
             raise UserError(f"{path}: 16 bits with premultiplied alpha; save it with plain alpha first")
-        # Pillow keeps one byte of two: the other one is what it keeps in the other byte order.
+        # Pillow keeps one byte of two; decoding in the other byte order keeps the other byte.
         little = raw.endswith("L") or (raw.endswith("N") and sys.byteorder == "little")
         pixels = np.asarray(image).astype(np.uint16)
         image.close()
@@ -184,18 +184,18 @@ def _sixteen_bits(
         if tuple(bits) not in ((8,), (16,)):
             raise UserError(f"{path} has {bits[0]} bits a pixel: 8 and 16 are read")
         pixels = np.asarray(image).astype(np.uint16)[..., None]
-        return 65535 - pixels if white_is_zero else pixels  # with 8 bits Pillow does it
+        return 65535 - pixels if white_is_zero else pixels  # Pillow inverts 8 bits itself
     if image.mode == "I" and image.format == "PPM":
         return np.asarray(image).astype(np.uint16)[..., None]
     return None
 
 
 def _is_shortened(path: Path, image: Image.Image) -> bool:
-    """Whether Pillow shortens a colour picture to 8 bits without a word; only where it does not tell the depth."""
+    """Whether Pillow silently reduces a picture to 8 bits a channel, in a format whose depth it does not report."""
     with path.open("rb") as file:
         start = file.read(1 << 16)
     if image.format == "PPM":
-        args = image.tile[0].args  # of a depth of 8 bits the name alone
+        args = image.tile[0].args  # for 8 bits, only the raw mode's name
         return image.mode == "RGB" and not isinstance(args, str) and args[-1] > 255
     if image.format == "JPEG2000":  # the codestream's SIZ, 42 bytes before the depth of its first channel
         depth = start[start.find(b"\xff\x4f\xff\x51") + 42 :][:1]
@@ -207,7 +207,7 @@ def _is_shortened(path: Path, image: Image.Image) -> bool:
 
 
 def _decode_as(path: Path, rawmode: str) -> NDArray[np.uint8]:
-    """The file's pixels decoded once more, its bytes taken for another arrangement of the same length."""
+    """Decode the file's pixels again, by another raw mode of the same length."""
     with Image.open(path, formats=("PNG", "TIFF")) as image:
         image.tile = [
             tile._replace(args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:]))
@@ -217,7 +217,7 @@ def _decode_as(path: Path, rawmode: str) -> NDArray[np.uint8]:
 
 
 def _cmyk_to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes | None]:
-    """A CMYK picture as RGB, and the profile of that."""
+    """A CMYK picture as RGB, and the profile of the RGB picture."""
     if icc and icc[16:20] == b"CMYK":
         try:
             srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
@@ -265,11 +265,11 @@ def _read_tifffile(path: Path, max_pixels: int) -> Photo:
 
 
 def _finished(path: Path, photo: Photo, orientation: int, several: bool) -> Photo:
-    """The photo upright, by an EXIF orientation 1…8, if all its values are numbers; `several`: its file has more."""
+    """Turn a photo upright by its EXIF orientation 1…8; refuse NaN. `several`: its file has more pictures."""
     pixels = photo.pixels
     if pixels.dtype.kind == "f" and (bad := pixels.size - np.count_nonzero(np.isfinite(pixels))):
         raise UserError(f"{path}: {bad:,} of {pixels.size:,} values are NaN or infinite; replace them first")
-    if orientation >= 5:  # the stored rows are what is seen as columns
+    if orientation >= 5:  # stored rows are displayed as columns
         pixels, photo.dpi = pixels.swapaxes(0, 1), photo.dpi and photo.dpi[::-1]
     if orientation in (3, 4, 7, 8):  # bottom to top
         pixels = pixels[::-1]

@@ -1,4 +1,4 @@
-"""Enlarge photographs file by file: say what becomes of each, count, stop cleanly."""
+"""Enlarge photographs file by file: print each outcome, count, stop cleanly."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import nn
 
-MEMORY = 2_000_000_000  # bytes beside the loaded image, everything included
-WORKING = 600_000_000  # of these, what strips, decoders, encoders and the weights take
+MEMORY = 2_000_000_000  # bytes for everything except the loaded image
+WORKING = 600_000_000  # of these, bytes for strips, decoders, encoders and weights
 PAPER_SCALES = [2, 3, 4]
 STREAMED = (".png", ".tif", ".tiff")  # results that are written strip by strip
 
 
 def upscale(options: Options, jobs: list[Job]) -> int:
-    """Enlarge every file; what fails is said on stderr and the others are done.
+    """Enlarge every file; a failure is reported on stderr, and the other files are still enlarged.
 
     Returns:
         The exit code: 0 all done, 1 some file failed, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
@@ -50,7 +50,7 @@ def upscale(options: Options, jobs: list[Job]) -> int:
                     results[enlarge_job(job, count, tools)] += 1
                     bars.advance(files)
     except Stopped as stop:
-        said = "stopped; nothing is left of the file in hand, the finished ones stay"
+        said = "stopped; the unfinished file is removed, the finished ones stay"
         print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
         return 128 + stop.args[0]
     if results["skipped"] and len(jobs) > 1:
@@ -61,17 +61,17 @@ def upscale(options: Options, jobs: list[Job]) -> int:
 
 
 class Tools(NamedTuple):
-    """What every file is enlarged with."""
+    """The options, network and progress bars for all files."""
 
     options: Options
     network: nn.Module | None  # on its device; None: bicubic
     precision: str
-    name: str  # of the network, for people
+    name: str  # of the network, for display
     bars: Progress
 
 
 def enlarge_job(job: Job, count: str, tools: Tools) -> str:
-    """Enlarge one file and say what became of it: "done", "skipped" or "failed"."""
+    """Enlarge one file, print the outcome and return it: "done", "skipped" or "failed"."""
     start, outcome, options = time.monotonic(), "done", tools.options
     try:
         if job.wrong:
@@ -99,7 +99,7 @@ def enlarge_job(job: Job, count: str, tools: Tools) -> str:
 
 
 def progress_bars() -> Progress:
-    """For a terminal; elsewhere they are off."""
+    """Progress bars, disabled if stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -112,7 +112,7 @@ def progress_bars() -> Progress:
 
 
 def prepare(options: Options) -> tuple[nn.Module, str, str]:
-    """The network on its device, the precision that it computes in, its name; a UserError if one cannot be had."""
+    """The network on its device, its precision and its name; a UserError if one of them is not available."""
     from drrn.fast.threads import Watch
 
     watch = Watch()
@@ -131,7 +131,7 @@ def prepare(options: Options) -> tuple[nn.Module, str, str]:
     if options.scale not in scales:
         print(
             f"scale {options.scale:g} is outside the scales that these weights were trained for "
-            f"({', '.join(map(str, scales))}): expect less of them",
+            f"({', '.join(map(str, scales))}): expect lower quality",
             file=sys.stderr,
         )
     where = str(device)
@@ -144,10 +144,10 @@ def prepare(options: Options) -> tuple[nn.Module, str, str]:
 
 
 def enlarge_file(source: Path, target: Path, tools: Tools) -> tuple[str, list[str]]:
-    """Enlarge one file: what was done, in a line, and notes for the user.
+    """Enlarge one file; return a line for the user (files and sizes) and notes on what was lost.
 
     Raises:
-        UserError: naming the file and what is wrong.
+        UserError: it names the file and the reason.
     """
     from drrn.photos.enlarge import RESULT_FACTOR, enlarge, result_size
     from drrn.photos.read import read_photo
@@ -180,7 +180,7 @@ def enlarge_file(source: Path, target: Path, tools: Tools) -> tuple[str, list[st
     how = {"tile": options.tile, "self_ensemble": options.self_ensemble, "room": room, "precision": precision}
 
     def computed() -> Iterator[NDArray[Any]]:
-        """The result; what goes wrong in it is no failure of writing."""
+        """The result's strips; an error here is reported as one of computing, not of writing."""
         try:
             yield from enlarge(photo.pixels, size, network, progress=progress, **how)
         except (MemoryError, RuntimeError) as error:
@@ -195,7 +195,7 @@ def enlarge_file(source: Path, target: Path, tools: Tools) -> tuple[str, list[st
 
 
 def room_beside(canvas: int, network: nn.Module) -> int:
-    """Bytes that feature maps may take when a result of so many bytes is in memory too."""
+    """Bytes available for feature maps while a result of `canvas` bytes is in memory."""
     from drrn.fast.strips import ROOM, free_room
 
     device = next(network.parameters()).device
@@ -204,7 +204,7 @@ def room_beside(canvas: int, network: nn.Module) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """`device` as torch's; a UserError if torch has no such device here."""
+    """The torch device of a name; a UserError if it is not available."""
     import torch
 
     if name == "auto":
@@ -219,12 +219,12 @@ def choose_device(name: str) -> torch.device:
 
 
 class Stopped(BaseException):
-    """A signal, of this number, ended the work. What was half written is cleaned up on the way out."""
+    """Raised by a signal, with its number, so that half-written files are removed on the way out."""
 
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP raise `Stopped`, a second one ends the process; what nohup has ignored stays so."""
+    """Raise `Stopped` on Ctrl-C, SIGTERM and SIGHUP; a second one ends the process. Ignored signals stay so."""
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {n: h for n in numbers if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
 

@@ -23,22 +23,22 @@ from drrn.photos.read import Photo
 
 Strips = Iterator[NDArray[Any]]
 Shape = tuple[int, int, int]  # H, W, C
-Beside = dict[str, Any]  # what a file says beside its pixels, by Pillow's names
-LONGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels of a side that the format can hold
+Beside = dict[str, Any]  # metadata by Pillow's names
+LONGEST = {"JPEG": 65_500, "WEBP": 16_383}  # the format's limit in pixels a side
 
 
 def stored_dtype(path: Path, dtype: np.dtype, channels: int, size: tuple[int, int]) -> np.dtype:
-    """The pixel type with which a format can hold a result; asked before hours are spent on computing it.
+    """The dtype in which a format can store a result; called before hours are spent on computing it.
 
     Args:
         path: its suffix names the format.
         dtype, channels, size: of the result, as in `Photo`; size is (H, W).
 
     Returns:
-        `dtype`, or uint8 where a format has no 16 bits.
+        `dtype`, or uint8 if the format has no 16 bits.
 
     Raises:
-        UserError: another suffix, or the format cannot hold transparency, floating pixels or the size.
+        UserError: the suffix is unknown, or the format cannot store transparency, floating pixels or the size.
     """
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
@@ -59,7 +59,7 @@ def stored_dtype(path: Path, dtype: np.dtype, channels: int, size: tuple[int, in
 def write_photo(
     path: Path, strips: Strips, shape: Shape, dtype: np.dtype, photo: Photo, quality: int = 95
 ) -> list[str]:
-    """Write an image that arrives in strips, whole or not at all, with what another's file says beside its pixels.
+    """Write an image that arrives in strips, with a photo's metadata; the file appears whole or not at all.
 
     PNG and TIFF (deflated) are written as the strips come; JPEG, WebP and BMP hold the result in memory, 4 bytes a
     pixel.
@@ -67,12 +67,12 @@ def write_photo(
     Args:
         path: its suffix names the format; its folder is made.
         strips, shape: [h, W, C] from the top; (H, W, C) of the whole.
-        dtype: what `stored_dtype` said.
-        photo: whose profile, resolution, EXIF data, XMP and chunks are kept where the format can hold them.
+        dtype: of `stored_dtype`.
+        photo: its profile, resolution, EXIF data, XMP and chunks are kept if the format can store them.
         quality: 1…100 of JPEG and WebP. JPEG keeps the colours' full resolution.
 
     Returns:
-        What the format could not hold, in words for the user.
+        Notes for the user on what the format could not store.
 
     Raises:
         UserError: the file cannot be written (a full disk, no permission); nothing is left behind.
@@ -97,11 +97,11 @@ def write_photo(
 
 
 def _beside(photo: Photo, kind: str, shape: Shape) -> tuple[Beside, list[str]]:
-    """What a format holds of what a photograph says beside its pixels, by Pillow's names, and notes on the rest."""
+    """The part of a photo's metadata that a format can store, by Pillow's names, and notes on the rest."""
     notes = [] if kind == "PNG" else lost_chunks(photo.chunks, kind)
     said = {"icc_profile": photo.icc, "xmp": photo.xmp, "dpi": photo.dpi}
     exif = photo.exif
-    if kind == "WEBP" and photo.dpi:  # its one place for a resolution
+    if kind == "WEBP" and photo.dpi:  # EXIF is its only place for a resolution
         exif = with_resolution(exif, photo.dpi)
     if exif is not None and kind in ("PNG", "JPEG", "WEBP"):
         said["exif"] = exif_bytes(exif, shape, 65_000 if kind == "JPEG" else None)
@@ -125,7 +125,7 @@ def _write_pillow(file: BinaryIO, strips: Strips, shape: Shape, kind: str, quali
     for strip in strips:
         canvas.paste(Image.fromarray(strip[..., 0] if channels == 1 else strip), (0, top))
         top += len(strip)
-    # Without a descriptor Pillow writes through Python; by itself it overlooks a write that a full disk cut short.
+    # Without a descriptor Pillow writes through Python; with one it misses a write that a full disk cut short.
     bare = SimpleNamespace(write=file.write, flush=file.flush)
     canvas.save(bare, kind, quality=quality, subsampling=0, **beside)
 
@@ -165,7 +165,7 @@ def _write_tiff(file: BinaryIO, strips: Strips, shape: Shape, dtype: np.dtype, b
 
 
 def _in_rows(strips: Strips, rows: int) -> Strips:
-    """The same rows in strips of `rows` each; the last may be lower."""
+    """The same rows in strips of `rows` rows each; the last may have fewer."""
     held: list[NDArray[Any]] = []
     for strip in strips:
         held.append(strip)
@@ -211,7 +211,7 @@ def _write_png(file: BinaryIO, strips: Strips, shape: Shape, dtype: np.dtype, be
 
 
 def _png_filtered(rows: NDArray[np.uint8], previous: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
-    """Each row by PNG's filter Paeth: what the best filter of each row would save beside it is below a hundredth.
+    """Apply PNG's filter Paeth to each row; the best filter for each row would save less than 1 % more.
 
     Args:
         rows: [n, bytes]. previous: the row above them [1, bytes]. step: bytes to the pixel on the left.
