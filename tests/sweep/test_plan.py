@@ -283,7 +283,7 @@ def test_a_signal_ends_the_sweep_with_its_table(
     words = ("train", "-m", "model.U=1,2,3", "model.features=2", f"output={tmp_path}")
     code, out, _ = entry_point(*words, "trainer.max_steps=1")
     assert code == (stop.code if isinstance(stop, SystemExit) else 130)
-    rows = {line.split()[0]: line for line in out.split("What became of it")[1].splitlines() if "DRRN" in line}
+    rows = {line.split()[0]: line for line in out.split("Outcome")[1].splitlines() if "DRRN" in line}
     for name, word in (("B1U1", "done"), ("B1U2", "interrupted"), ("B1U3", "not started")):
         assert word in rows[f"DRRN_{name}_2f"]
     assert "1 of 3 runs done" in out

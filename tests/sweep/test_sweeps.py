@@ -339,7 +339,7 @@ def test_runs_that_are_the_same_are_run_once_and_ranked_wherever_hydra_goes(
     assert code == 0, out + err
     records = finished_runs(tmp_path / "here")
     assert len(records) == 2
-    table = out.split("What became of it")[1]
+    table = out.split("Outcome")[1]
     assert "2 of 2 runs done" in table
     assert "python src/report.py runs=here/main" in table
     for record in records:

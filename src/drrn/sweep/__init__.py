@@ -1,1 +1,1 @@
-"""Sweeps: the plan, its cost, what became of each point, the machine shared out."""
+"""Sweeps: the plan, its cost, the outcome of each job, the machine shared among jobs."""

@@ -1,4 +1,4 @@
-"""What a point costs: bytes counted, seconds measured."""
+"""The cost of a run: bytes are counted, seconds are measured."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from drrn.optimisers import configured
 from drrn.runs.lightning import quiet_lightning
 from drrn.sets import image_files, is_absent
 
-MORE = 0.2  # seconds: a timed step is made longer (a larger batch, a larger image) until it takes so many
-PATIENCE = 4.0  # seconds: no further step is timed then
-TIMED = 5  # steps timed at a point; the fastest counts, the others were disturbed
+MORE = 0.2  # seconds: the batch or image is enlarged until a step takes at least this
+PATIENCE = 4.0  # seconds: after them no further step is timed
+TIMED = 5  # steps timed for a run; the fastest counts, since the others were disturbed
 
 
 def micro_batch(config: Config) -> int:
-    """Pairs that one device holds at a time: the batch over devices and accumulation, as far as numbers say."""
+    """Pairs in one forward pass on one device: the batch divided by devices (1 if not a number) and accumulation."""
     trainer = config.trainer
     devices = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
     return max(1, config.data.batch_size // (trainer.accumulate_grad_batches * devices * trainer.num_nodes))
 
 
 def count_bytes(config: Config) -> int:
-    """Bytes of all tensors that are alive at the peak of an optimiser step, on one device.
+    """Peak bytes of all tensors in an optimiser step, on one device.
 
-    The real network takes the step with tensors that have shapes and no contents, so this costs a second
-    whatever the network's size, and sees what autocast and checkpointing change.
+    The real network runs the step on fake tensors (shapes without values), so this takes about a second for a network
+    of any size, and includes the effects of autocast and checkpointing.
     """
     sides = pair_sides(config.model, config.data.patch_size)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
@@ -58,7 +58,7 @@ def count_bytes(config: Config) -> int:
 
 @dataclass
 class Speed:
-    """Measured on this machine for one point: seconds an optimiser step, operations a second in evaluation."""
+    """Measured on this machine for one run: seconds per optimiser step, operations per second in evaluation."""
 
     step: float
     evaluation: float
@@ -67,14 +67,14 @@ class Speed:
 def measure(config: Config, threads: int | None = None) -> Speed:
     """Time a few optimiser steps on random pairs: the real network, loss, solver, precision and device.
 
-    The batch is doubled until a step takes `MORE` seconds or the batch is whole; a part is scaled up.
+    The batch is doubled until a step takes `MORE` seconds or the batch is whole; a smaller batch's time is scaled up.
 
     Args:
-        config: what to time. Of several devices one is timed, with its share of the batch.
-        threads: CPU threads to compute with, as many as a job of the sweep will have.
+        config: the run to time. Of several devices one is timed, with its share of the batch.
+        threads: CPU threads of a job of the sweep; None: torch's.
 
     Raises:
-        UserError: this machine does not have what `trainer.*` asks for, or not the memory.
+        UserError: this machine lacks the device or precision of `trainer.*`, or the memory.
     """
     trainer, speed, whole = config.trainer, config.speed, micro_batch(config)
     sides = pair_sides(config.model, config.data.patch_size)
@@ -87,7 +87,7 @@ def measure(config: Config, threads: int | None = None) -> Speed:
         network, device = fabric.setup_module(module.network).module, fabric.device
         if trainer.channels_last:
             network.to(memory_format=torch.channels_last)
-        optim = replace(config.optim, lr=1e-12)  # random pairs teach nothing: the weights stay where they are
+        optim = replace(config.optim, lr=1e-12)  # random pairs must not change the weights
         optimiser, _ = configured(network, optim, 1, 1, fused=device.type in ("cpu", "cuda"))
         kind = next(network.parameters()).dtype
         compiled = speed.compile
@@ -107,8 +107,8 @@ def measure(config: Config, threads: int | None = None) -> Speed:
             return now(device) - start
 
         end = time.perf_counter() + PATIENCE
-        size = whole if compiled else min(4, whole)  # every size would be compiled
-        step(size)  # prepares its kernels
+        size = whole if compiled else min(4, whole)  # each size would be compiled anew
+        step(size)  # warm-up
         while size < whole and step(size) < MORE:
             size = min(2 * size, whole)
             step(size)
@@ -124,7 +124,7 @@ def measure(config: Config, threads: int | None = None) -> Speed:
 
 
 def evaluation_speed(network: nn.Module, config: Config, device: torch.device) -> float:
-    """Operations a second of the network on whole images in float32: larger ones until one takes `MORE` seconds."""
+    """Operations per second of the network on whole images in float32, enlarged until one takes `MORE` seconds."""
     side, best = 32, 0.0
     network.float().eval()
     with torch.no_grad():
@@ -140,7 +140,7 @@ def evaluation_speed(network: nn.Module, config: Config, device: torch.device) -
 
 
 def now(device: torch.device) -> float:
-    """The time when a device has done what it was given."""
+    """The clock, in seconds, once a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -149,7 +149,7 @@ def now(device: torch.device) -> float:
 def evaluation_pixels(config: Config, first: int) -> int:
     """Pixels that the network sees in the validations after step `first` and in the final evaluation.
 
-    A set that is not here yet counts 0: nothing is downloaded for a plan.
+    A missing set counts 0: a plan downloads nothing.
     """
     data, trainer, root = config.data, config.trainer, Path(config.data.root)
 

@@ -1,4 +1,4 @@
-"""The machine's cores and GPUs, shared among several runs at once, and how those runs are told to end."""
+"""The machine's cores and GPUs, shared among several runs at once, and the signals that end those runs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from omegaconf import DictConfig
 from drrn.errors import UserError
 from drrn.fast.threads import allowed_cores
 
-ENDED = "ended"  # the file in the shared folder that says: begin nothing more
-LAST_STEP = 60.0  # seconds that a run has to keep its last step when the sweep's process is gone
+ENDED = "ended"  # a file in the shared folder; while it exists, no job begins
+LAST_STEP = 60.0  # seconds for a run to save its last step when the sweep's process has died
 
 
 def threads(n: int) -> int | None:
-    """CPU threads of each of n jobs; None for what torch takes by itself."""
+    """CPU threads of each of n jobs; None for torch's default."""
     return None if n == 1 or "OMP_NUM_THREADS" in os.environ else max(1, len(allowed_cores()) // n)
 
 
 def workers(launcher: DictConfig) -> int:
-    """Jobs that a launcher works on at a time, else 1; a UserError where its configuration gives no number."""
+    """Jobs that a launcher runs at a time (1 if it has no `n_jobs`); a UserError if `n_jobs` is no number."""
     n = launcher.get("n_jobs", 1)
     if type(n) is not int or n == 0:
         raise UserError(f"hydra.launcher.n_jobs = {n}: jobs at a time, or -1 for one a core")
@@ -40,8 +40,8 @@ def workers(launcher: DictConfig) -> int:
 
 
 class Ended(Exception):
-    """Ctrl-C or a signal ended a job in another process. Hydra takes an Exception home, and joblib then lets
-    the other jobs save their checkpoints, where it would kill them for a KeyboardInterrupt."""
+    """Ctrl-C or a signal ended a job in another process. It is an Exception, which Hydra returns as the job's result,
+    while the other jobs save their checkpoints; for a KeyboardInterrupt joblib would kill them."""
 
 
 class NotBegun(Ended):
@@ -49,34 +49,34 @@ class NotBegun(Ended):
 
 
 class OwnPart:
-    """A task for joblib's processes: each works on its own n-th of the cores, and on its own GPU.
+    """A task for joblib's processes: each uses its own n-th of the cores, and its own GPU.
 
-    A process takes the first free of n lock files and keeps it: CUDA cannot change its device later. The kernel
-    gives it back when the process ends. A terminal's Ctrl-C reaches the sweep's process alone, which passes every
-    signal on (`tell`), wherever it came from. A process whose sweep is gone keeps its step and ends.
+    A process locks the first free one of n lock files until it ends, since CUDA cannot change its device later. A
+    terminal's Ctrl-C reaches only the sweep's process, which forwards every signal (`tell`). If the sweep's process
+    dies, the others save their last step and exit.
 
     Args:
-        task: what Hydra calls with a job's configuration.
+        task: the function that Hydra calls with a job's configuration.
         n: jobs at a time.
     """
 
     lock: Any = None  # of this process
-    busy = False  # whether this process works on a job
+    busy = False  # whether this process runs a job
 
     def __init__(self, task: Callable[[DictConfig], Any], n: int) -> None:
         self.task, self.n, self.sweep = task, n, os.getpid()
 
     @cached_property
     def folder(self) -> Path:
-        """What the sweep and its processes share, from the first job on until the last of them ends."""
+        """The folder that the sweep shares with its processes, from the first job until the last process ends."""
         return Path(tempfile.mkdtemp(prefix="drrn-sweep-"))
 
     def __call__(self, cfg: DictConfig) -> Any:
-        """Do the task on this process's part of the machine.
+        """Run the task on this process's part of the machine.
 
         Raises:
             Ended: a signal ended it.
-            NotBegun: the sweep was told to end, or another of its jobs.
+            NotBegun: a signal had ended the sweep or another job before.
         """
         OwnPart.busy = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -86,29 +86,29 @@ class OwnPart:
                 raise NotBegun("the sweep was ended")
             return self.task(cfg)
         except (KeyboardInterrupt, SystemExit) as error:
-            with suppress(OSError):  # gone with the sweep
+            with suppress(OSError):  # the sweep has removed the folder
                 (self.folder / ENDED).touch()
             raise Ended(f"{type(error).__name__}: {error}") from error
         finally:
             self._idle()
 
     def _idle(self) -> None:
-        """Wait for a job: a signal would break that."""
+        """Ignore signals while this process waits for a job: they would break joblib."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         OwnPart.busy = False
 
     def take(self) -> None:
-        """Keep this process, at its start and before it uses torch, to the first part of the machine that is free."""
+        """Bind this process to the first free part of the machine; called at its start, before it uses torch."""
         self._idle()
-        os.setpgid(0, 0)  # out of the terminal's reach
+        os.setpgid(0, 0)  # the terminal's signals no longer reach it
         (self.folder / str(os.getpid())).touch()  # for `tell`
         threading.Thread(target=self._end_with_sweep, daemon=True).start()
         for number in itertools.cycle(range(self.n)):
             with suppress(Timeout):
                 OwnPart.lock = FileLock(self.folder / f"{number}.lock").acquire(timeout=0.05).lock
                 break
-        # loky leaves its own way to start processes as the default, which the processes of a run do not know.
+        # loky leaves its own start method as the default, which a run's own subprocesses do not have.
         multiprocessing.set_start_method(None, force=True)
         every, gpus = allowed_cores(), visible_gpus()
         mine = every[number :: self.n] or [every[number % len(every)]]
@@ -119,7 +119,7 @@ class OwnPart:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
 
     def _end_with_sweep(self) -> None:
-        """End this process when the sweep's is gone, however that ended; a run may keep its step first."""
+        """End this process when the sweep's process has ended in any way; a run may save its last step first."""
         while os.getppid() == self.sweep:
             time.sleep(0.5)
         if OwnPart.busy:
@@ -131,7 +131,7 @@ class OwnPart:
         os._exit(1)
 
     def tell(self, number: int) -> None:
-        """Pass a signal on to the processes that work on this task, and let none begin another job."""
+        """Send a signal to the processes of this task, and let none begin another job."""
         import psutil
 
         (self.folder / ENDED).touch()
@@ -146,16 +146,16 @@ def _exit(number: int, frame: Any) -> None:
 
 @contextmanager
 def stoppable(task: Any) -> Iterator[list[int]]:
-    """SIGTERM ends the sweep as Ctrl-C does, with its table. Yields the signals that come.
+    """Let SIGTERM end the sweep as Ctrl-C does, with the closing table. Yields the list of signals received.
 
     Args:
-        task: what the launcher calls. An `OwnPart` passes the signal on to joblib's processes, and the sweep waits
-            until they have kept their steps. A second signal is passed on too, which ends them at once; a third
-            one ends the sweep without them. Any other task, in this process, handles both signals for itself.
+        task: the launcher's task. An `OwnPart` forwards the signal to joblib's processes, and the sweep waits until
+            they have saved their steps. A second signal is forwarded too and ends them at once; a third ends the
+            sweep without waiting. Any other task runs in this process and handles both signals itself.
     """
     told: list[int] = []
     parts = task if isinstance(task, OwnPart) else None
-    folder = parts and parts.folder  # before the processes are given the task
+    folder = parts and parts.folder  # created before the task is pickled for the processes
 
     def tell(number: int, frame: Any) -> None:
         told.append(number)
@@ -163,7 +163,7 @@ def stoppable(task: Any) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         parts.tell(number)
         again = "ends them at once" if len(told) == 1 else "kills them"
-        with suppress(OSError):  # no print: it may be what was interrupted
+        with suppress(OSError):  # no print: the signal may have interrupted one
             os.write(2, f"\nwaiting for the runs to keep their steps; Ctrl-C again {again}\n".encode())
 
     handlers = {signal.SIGTERM: tell, signal.SIGINT: tell} if parts else {signal.SIGTERM: _exit}
@@ -180,7 +180,7 @@ def stoppable(task: Any) -> Iterator[list[int]]:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES says, or the numbers of all GPUs; nothing is started on them."""
+    """The GPUs of CUDA_VISIBLE_DEVICES, or the numbers of all GPUs; CUDA is not initialised."""
     if (said := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in said.split(",") if gpu not in ("", "-1")]
     import torch

@@ -1,4 +1,4 @@
-"""What became of the jobs of a sweep: from records' statuses and the kinds of what was raised."""
+"""The outcome of each job of a sweep, from its record's status and the type of the error that it raised."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from drrn.sweep.plan import Job, console, new_table
 
 
 def by_signal(record: dict[str, Any]) -> bool:
-    """Whether a record says that a signal ended its run; those of before `ended_by` have it as their error."""
+    """Whether a signal ended a record's run; a record older than `ended_by` has an error instead."""
     if (ended_by := record.get("ended_by")) is not None:
         return ended_by.partition(" ")[0] == "signal"
     return record.get("status") == "stopped" and "error" in record
 
 
 def outcome(job: Job) -> tuple[str, str]:
-    """What became of a job, a word, and the reason where there is one."""
+    """A job's outcome in a word, and the reason, "" if there is none."""
     record, touched, raised = job.record, job.written() != job.stamp, job.raised
     if job.before == "finished":
         return "skipped", "was finished"
@@ -47,18 +47,18 @@ def outcome(job: Job) -> tuple[str, str]:
 
 
 def in_a_line(error: BaseException) -> str:
-    """An error's kind and text, for people; of a trace from another process its last line, where the text is."""
+    """An error's type and text in a line; of another process's traceback, the last line."""
     lines = [line for line in str(error).splitlines() if line and not line.startswith(("-", "You can check"))]
     text = lines[-1] if any("Traceback" in line for line in lines) else " ".join(lines)
     return f"{type(error).__name__}: {text}"
 
 
 def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
-    """The closing table, the best PSNR first, and the command that draws it."""
+    """Print the closing table, the best PSNR first, and the command that draws the runs."""
     means = [scores_of(job.config) for job, _, _ in rows]
     known = [mean for mean in means if mean]
     heading = f"PSNR\n{known[0]['set']} ×{known[0]['scale']}" if known else "PSNR"
-    table = new_table("What became of it")
+    table = new_table("Outcome")
     table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("above\nbicubic", justify="right", no_wrap=True)
     table.add_column("outcome", no_wrap=True)
@@ -66,7 +66,7 @@ def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
     best_first = sorted(zip(rows, means, strict=True), key=lambda pair: -pair[1].get("psnr", float("-inf")))
     for (job, word, reason), mean in best_first:
         scores = (f"{mean['psnr']:.2f}", f"{mean['psnr'] - mean['bicubic_psnr']:+.2f}") if mean else ("", "")
-        table.add_row(Text(job.name), *scores, word, Text(reason))  # Text: brackets in it are no markup
+        table.add_row(Text(job.name), *scores, word, Text(reason))  # Text: rich parses no markup in it
     console().print(table)
     good = sum(word in ("done", "skipped", "resumed", "retried") for _, word, _ in rows)
     print(f"{good} of {counted(len(rows), 'run')} done, under {folder}")
@@ -75,7 +75,7 @@ def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
 
 
 def what_draws(job: Job) -> str:
-    """What report.py is given for the runs of a job's sweep: the study of the paper, or the runs' folder."""
+    """report.py's override for the runs of a job's sweep: the study of the paper, or the runs' folder."""
     study, output = job.config.study, job.config.output
     if study in STUDIES:
         return f"study={study}" + (f" runs={output}" if output != "runs" else "")

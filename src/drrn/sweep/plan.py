@@ -1,8 +1,8 @@
-"""What a sweep will cost before it starts.
+"""The plan of a sweep, with the cost of each job, before it starts.
 
-Operations and memory are counted, seconds are measured: a few real optimiser steps of the cheapest and of the
-costliest job, on this machine, and a straight line in the operations for the jobs between. What a job is (new,
-finished, to be resumed, failed before) is read from the records, which every launcher leaves behind.
+Operations and memory are counted. Seconds are measured in a few optimiser steps of the cheapest and of the costliest
+job, on this machine, and interpolated linearly in the operations for the other jobs. A job's state (new, finished, to
+be resumed, failed before) comes from its run's record, which every launcher leaves behind.
 """
 
 from __future__ import annotations
@@ -23,60 +23,60 @@ from drrn.identity import run_dir, structure_name
 from drrn.networks import count, pair_sides
 from drrn.runs.record import FILE, done_before, read_record
 
-SHORT = 800  # steps: a sweep of fewer is not worth timing
+SHORT = 800  # steps: a sweep with fewer in all is not timed
 
 
 @dataclass(eq=False)
 class Job:
-    """One run of a sweep: what it was before the sweep, what it costs, what the launcher brought back."""
+    """One run of a sweep: its state before the sweep, its cost, and the error that it raised."""
 
     config: Config
-    overrides: list[str] = field(default_factory=list)  # what the command line would say for it alone
+    overrides: list[str] = field(default_factory=list)  # the command line for this run alone
     before: str = "new"  # or "finished", "resume", "failed"
     first: int = 0  # the step from which it resumes
-    seconds: float | None = None  # None where it could not be estimated
+    seconds: float | None = None  # None without an estimate
     bytes: int | None = None  # as `seconds`
-    differs: str = ""  # what tells it from jobs of the same structure and seed
-    stamp: int = 0  # when its record was last written before the sweep, in nanoseconds; 0 if there was none
-    raised: BaseException | None = None  # what the launcher brought back from it
+    differs: str = ""  # the overrides in which it differs from jobs of the same structure and seed
+    stamp: int = 0  # `written` before the sweep
+    raised: BaseException | None = None  # the error that the launcher returned for it
 
     def __post_init__(self) -> None:
         self.folder = run_dir(self.config)
 
     @property
     def name(self) -> str:
-        """`DRRN_B1U9 s1`, and the structure too where the run has a name of its own."""
+        """`DRRN_B1U9 s1`; for a run with a name of its own, that name with this one in brackets."""
         name = f"{structure_name(self.config.model)} s{self.config.seed} {self.differs}".rstrip()
         return name if self.config.name is None else f"{self.config.name} ({name})"
 
     @property
     def steps(self) -> int:
-        """Optimiser steps that are left; of a run measured in epochs none are known before its data is."""
+        """Optimiser steps that are left; 0 for a run with `max_epochs`, whose steps depend on its data."""
         if self.before == "finished" or self.config.trainer.max_epochs is not None:
             return 0
         return max(0, self.config.trainer.max_steps - self.first)
 
     @property
     def record(self) -> dict[str, Any]:
-        """The run's record; empty if there is none that can be read."""
+        """The run's record; {} if there is none or it cannot be read."""
         try:
             return read_record(self.folder / FILE)
         except UserError:
             return {}
 
     def written(self) -> int:
-        """When its record was last written, in nanoseconds; 0 if there is none."""
+        """The time of its record's last change, in nanoseconds; 0 if there is none."""
         file = self.folder / FILE
         return file.stat().st_mtime_ns if file.is_file() else 0
 
 
 def job_of(config: Config, overrides: Sequence[str] = ()) -> Job:
-    """A job as its records and checkpoints say it is now; what is left to do is not estimated yet."""
+    """A job with its state from its record and checkpoints; `make_plan` estimates its cost."""
     job = Job(config, list(overrides))
     job.stamp = job.written()
     if done_before(job.config) is not None:
         job.before, job.seconds, job.bytes = "finished", 0.0, 0
-    elif (record := job.record) and config.ckpt_path is not None:  # null starts afresh
+    elif (record := job.record) and config.ckpt_path is not None:  # null: it starts from scratch
         checkpoints = sorted(job.folder.glob("checkpoints/step*.ckpt"))
         job.first = int(checkpoints[-1].stem.removeprefix("step")) if checkpoints else 0
         job.before = "failed" if record.get("status") == "failed" else "resume"
@@ -84,7 +84,7 @@ def job_of(config: Config, overrides: Sequence[str] = ()) -> Job:
 
 
 def name_differences(jobs: Sequence[Job]) -> None:
-    """Give jobs of one name what differs in their overrides: `optim.lr=0.1`."""
+    """Set `differs` of jobs that have the same name to the overrides that they do not share: `optim.lr=0.1`."""
     names = [job.name for job in jobs]
     for job, name in zip(jobs, names, strict=True):
         alike = [other.overrides for other, its in zip(jobs, names, strict=True) if its == name]
@@ -94,7 +94,7 @@ def name_differences(jobs: Sequence[Job]) -> None:
 
 @dataclass
 class Plan:
-    """The jobs of a sweep, how many are worked on at a time, and why there are no estimates."""
+    """The jobs of a sweep, how many run at a time, and the reason if there are no estimates."""
 
     jobs: list[Job]
     workers: int
@@ -102,28 +102,28 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Until the last job is done; None if it is not known."""
+        """Estimated time until the last job is done; None if a job has no estimate."""
         seconds = [job.seconds for job in self.jobs]
         return None if None in seconds else max(sum(seconds) / self.workers, *seconds, 0)
 
 
 def make_plan(jobs: list[Job], workers: int = 1, threads: int | None = None, always: bool = False) -> Plan:
-    """Fill in the `seconds` and `bytes` of jobs, of which so many are worked on at a time with so many threads each.
+    """Estimate the `seconds` and `bytes` of jobs, of which `workers` run at a time with `threads` threads each.
 
-    `always`: even if that takes longer than a small share of the sweep.
+    `always`: also for a sweep of fewer steps than `SHORT`.
     """
     work = [job for job in jobs if job.before != "finished"]
     if not work:
         return Plan(jobs, workers, "")
     if any(job.config.trainer.max_epochs is not None for job in work):
-        note = "trainer.max_epochs: the steps are known when the patches are there, so no time is estimated"
+        note = "trainer.max_epochs: the number of steps depends on the patches, so no time is estimated"
     elif not always and sum(job.steps for job in work) < SHORT:
         return Plan(jobs, workers, "too short to be worth estimating; plan=only does it")
     else:
         note = estimate(work, threads)
-    from drrn.sweep.cost import count_bytes, micro_batch  # with Lightning, which a finished sweep need not wait for
+    from drrn.sweep.cost import count_bytes, micro_batch  # imports Lightning: not for a finished sweep
 
-    known: dict[str, int] = {}  # the bytes of jobs that differ in nothing that matters to them
+    known: dict[str, int] = {}  # bytes, by everything that they depend on
     for job in work:
         c = job.config
         speed = (c.speed.checkpointing, c.trainer.precision)
@@ -139,10 +139,10 @@ def operations(config: Config) -> float:
 
 
 def estimate(work: list[Job], threads: int | None) -> str:
-    """Fill in the seconds of jobs: the cheapest and the costliest are timed, a line joins them.
+    """Estimate the seconds of jobs: the cheapest and the costliest are timed, the others interpolated.
 
     Returns:
-        Why there are none; "" where there are.
+        The reason if there is no estimate, else "".
     """
     from drrn.sweep.cost import evaluation_pixels, measure
 
@@ -164,7 +164,7 @@ STATES = {"new": "new", "finished": "finished: skipped", "resume": "to be resume
 
 
 def print_plan(plan: Plan) -> None:
-    """The plan as a table on the standard output."""
+    """Print the plan as a table."""
     table = new_table("Plan")
     table.add_column("state", overflow="fold")
     for heading in ("d", "k", "operations\n/step", "steps", "time", "memory\nGB"):
@@ -205,7 +205,7 @@ def new_table(title: str) -> Table:
 
 
 def console() -> Console:
-    """The terminal at its width; a file or pipe at 130 columns, where rich would assume 80."""
+    """A console with the terminal's width, or 130 columns for a file or pipe (rich's default is 80)."""
     out = Console()
     return out if out.is_terminal else Console(width=130)
 

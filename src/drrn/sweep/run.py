@@ -23,7 +23,7 @@ from drrn.sweep.plan import Job, job_of, make_plan, name_differences, print_plan
 def run_sweep(
     asked: Sequence[tuple[Config, list[str]]], launcher: Launcher, hydra: DictConfig, n: int
 ) -> list[JobReturn]:
-    """Print the plan, run every job once, n at a time, say what became of each.
+    """Print the plan, run every job once, n at a time, and print the outcomes.
 
     Args:
         asked: each job's checked configuration and its overrides. The same run twice is one job.
@@ -33,17 +33,17 @@ def run_sweep(
 
     Raises:
         UserError: jobs failed (all the others have run).
-        SystemExit: the sweep was stopped; what became of its jobs has been printed.
+        SystemExit: a signal ended the sweep; the outcomes have been printed.
     """
     plan, *others = {config.plan for config, _ in asked}
     if others:
-        raise UserError("plan is one for the whole sweep: give it once")
+        raise UserError("plan has several values, but one plan is for the whole sweep: give it once")
     unique: dict[Path, Job] = {}
     for config, overrides in asked:
         unique.setdefault(run_dir(config), job_of(config, overrides))
     jobs = list(unique.values())
     name_differences(jobs)
-    first = first_process()  # of several that torchrun or Slurm started: the one that speaks
+    first = first_process()  # of torchrun's or Slurm's processes, only the first prints
     if plan != "none" and first:
         print_plan(make_plan(jobs, n, threads(n), always=plan == "only"))
     if plan == "only":
@@ -56,7 +56,7 @@ def run_sweep(
         with stoppable(getattr(launcher, "task_function", None)) as told:
             results = launch(jobs, launcher, hydra.hydra.sweeper.max_batch_size)
     except KeyboardInterrupt as error:
-        raise SystemExit(128 + next(iter(told), signal.SIGINT)) from error  # as a shell has it; no traceback
+        raise SystemExit(128 + next(iter(told), signal.SIGINT)) from error  # a shell's exit code; no traceback
     finally:
         rows += [(job, *outcome(job)) for job in jobs]
         if first:
@@ -70,10 +70,10 @@ def run_sweep(
 
 
 def launch(jobs: Sequence[Job], launcher: Launcher, batch: int | None) -> list[JobReturn]:
-    """Hand jobs to the launcher, `batch` at a time (None: all); `raised` of each is what it raised.
+    """Pass jobs to the launcher, `batch` at a time (None: all), and set the `raised` of each to its error.
 
-    A job that dies (killed, out of memory) takes joblib's other jobs with it: what had not begun by then is
-    launched again, as long as something has begun.
+    If a job's process dies (killed, out of memory), joblib's other jobs die with it. The jobs that had not begun are
+    launched again; if none had begun, all of the batch have failed.
     """
     results: list[JobReturn] = []
     waiting = list(jobs)

@@ -1,1 +1,1 @@
-"""Weights on disk: ours, the ports', Caffe's; export."""
+"""Weights on disk: ours, the ports', Caffe's, MATLAB's; export."""

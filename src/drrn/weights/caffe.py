@@ -1,4 +1,4 @@
-"""Caffe's networks, as much of them as this family needs."""
+"""Caffe's files of this family's networks (`.caffemodel`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from drrn.weights.files import OVERSHOOT, Foreign
 
 
 def path_of_layers(B: int, U: int, weight_sharing: bool) -> Iterator[tuple[str, str, str]]:
-    """(Caffe's convolution, ours, BatchNorm before it) along `DRRN`'s longest path; shared ones come again."""
+    """(Caffe's convolution, ours, BatchNorm before it) along `DRRN`'s longest path; shared ones are repeated."""
     for b in range(B):
         yield f"conv{b + 1}", f"blocks.{b}.conv", f"blocks.{b}.norm"
         for u in range(U):
@@ -32,12 +32,12 @@ def path_of_layers(B: int, U: int, weight_sharing: bool) -> Iterator[tuple[str, 
     yield "conv_end", "conv_rec", "norm_rec"
 
 
-# ---------------------------------------------------------------------- caffe.proto, what matters of it
+# ---------------------------------------------------------------------- caffe.proto, the fields used here
 
 PARAMETERS = (
     "convolution_param={}:Convolution batch_norm_param=139:BatchNorm relu_param={}:ReLU eltwise_param={}:Eltwise"
 )
-# Message → fields, NAME=NUMBER:TYPE, with * where they repeat. Names are bytes: they may be no UTF-8.
+# Message → fields, NAME=NUMBER:TYPE, repeated ones with *. Names are bytes, since they may not be UTF-8.
 PROTO = {
     "Net": "name=1:bytes layers=2:V1Layer* layer=100:Layer*",
     "Layer": f"name=1:bytes type=2:bytes bottom=3:bytes* blobs=7:Blob* {PARAMETERS.format(106, 123, 110)}",
@@ -54,7 +54,7 @@ PROTO = {
 
 
 def _net() -> type:
-    """The class of NetParameter, of BVLC/caffe's caffe.proto."""
+    """The message class of NetParameter (BVLC/caffe, caffe.proto)."""
     file = FileDescriptorProto(name="drrn/caffe.proto", package="drrn")
     for message, fields in PROTO.items():
         described = file.message_type.add(name=message)
@@ -73,7 +73,7 @@ Net = _net()
 
 
 def _text(value: bytes) -> str:
-    """A name, made fit to be printed."""
+    """A name with unprintable characters escaped, at most 100 bytes."""
     return printable(value[:100].decode(errors="replace"))
 
 
@@ -86,7 +86,7 @@ class Layer(NamedTuple):
 
 UNIT = r"conv(\d{1,4})_(\d{1,4})([ab])"
 V1_TYPES = {4: "Convolution", 18: "ReLU", 25: "Eltwise"}  # V1LayerParameter.LayerType
-# What a layer's parameters must be where they are given: 3×3, padding 1, no stride, groups or dilation; a sum.
+# The required values of a layer's parameters, if given: 3×3, padding 1, no stride, groups or dilation; a sum.
 SETTINGS: dict[str, tuple[str, dict[str, float]]] = {
     "Convolution": (
         "convolution_param",
@@ -100,10 +100,10 @@ SETTINGS: dict[str, tuple[str, dict[str, float]]] = {
 
 
 def caffe_layers(data: bytes) -> tuple[str, list[Layer]]:
-    """NetParameter → its name and its layers, in the new list (`layer`) or the old (`layers`).
+    """NetParameter → its name and its layers, from the new list (`layer`) or the old one (`layers`).
 
     Raises:
-        ValueError: no layers, damaged, or a layer set to what this family of networks does not have.
+        ValueError: damaged, without layers, or a layer has a setting that no network of this family has.
     """
     try:
         net = Net.FromString(data)
@@ -116,11 +116,11 @@ def caffe_layers(data: bytes) -> tuple[str, list[Layer]]:
 
 
 def _layer(layer: Any) -> Layer:
-    """LayerParameter or V1LayerParameter → Layer; of an unknown type, by its blobs."""
+    """LayerParameter or V1LayerParameter → Layer; an unknown type is inferred from its blobs."""
     title = _text(layer.name)
     blobs = [_blob(blob, title) for blob in layer.blobs]
     type_ = V1_TYPES.get(layer.type, "") if isinstance(layer.type, int) else _text(layer.type)
-    if blobs and not type_:  # the old list knows no BatchNorm and no Scale
+    if blobs and not type_:  # the old list has no types for BatchNorm and Scale
         kernels = blobs[0].dim() == 4 and blobs[0].shape[-2:] == (3, 3)
         type_ = "Convolution" if kernels else "BatchNorm" if len(blobs) == 3 else "Scale"
     if blobs and type_ not in ("Convolution", "BatchNorm", "Scale"):
@@ -138,7 +138,7 @@ def _layer(layer: Any) -> Layer:
 
 
 def _blob(blob: Any, title: str) -> Tensor:
-    """BlobProto → float32 tensor; its shape, or num, channels, height and width; its data, or double_data."""
+    """BlobProto → float32 tensor, of `shape` or (num, channels, height, width), from `double_data` or `data`."""
     raw = blob.double_data or blob.data
     values = np.fromiter(raw, np.float32, len(raw))
     shape = list(blob.shape.dim) if blob.HasField("shape") else [blob.num, blob.channels, blob.height, blob.width]
@@ -148,7 +148,7 @@ def _blob(blob: Any, title: str) -> Tensor:
 
 
 class Convolution(NamedTuple):
-    """A convolution of a Caffe network with what stands before it."""
+    """A convolution of a Caffe network, with the BatchNorm and the ReLU before it."""
 
     name: str
     weight: Tensor  # [out, in, 3, 3]; Caffe correlates, as torch does
@@ -158,11 +158,11 @@ class Convolution(NamedTuple):
 
 
 def read_caffe(data: bytes, U: int | None) -> Foreign:
-    """A `.caffemodel` of the DRRN family.
+    """Read a `.caffemodel` of the DRRN family.
 
-    Layers follow one another as Caffe runs them. Names say the structure: `conv{b}` and `conv{b}_{u}a`,
-    `conv{b}_{u}b`, `conv_end` is a DRRN, anything else a chain of convolutions (U = 0, VDSR). Caffe stores shared
-    convolutions once for each layer that uses them; if these copies differ, it is the network without weight sharing.
+    Layers are listed in Caffe's order of execution. Their names tell the structure: `conv{b}`, `conv{b}_{u}a`,
+    `conv{b}_{u}b`, `conv_end` are a DRRN's, others a chain of convolutions (U = 0, VDSR). Caffe stores a shared
+    convolution once for each layer that uses it; if the copies differ, it is the network without weight sharing.
     """
     name, layers = caffe_layers(data)
     convolutions = _convolutions(layers)
@@ -171,9 +171,9 @@ def read_caffe(data: bytes, U: int | None) -> Foreign:
         raise ValueError(f"it has U = {found_U}, not {U}")
     notes = _differing_copies(convolutions)
     shared, first_relu = not notes, convolutions[0].relu
-    if not any(c.relu for c in convolutions):  # only layers with weights were kept in the file
+    if not any(c.relu for c in convolutions):  # the file contains only layers with weights
         first_relu = convolutions[0].norm is not None
-        notes.append("the file lists no ReLU: one is taken to stand before every convolution")
+        notes.append("the file lists no ReLU: one is assumed before every convolution")
     elif bare := [c.name for c in convolutions[1:] if not c.relu]:
         raise ValueError(f"there is no ReLU before {', '.join(bare[:3])}")
     if not first_relu:
@@ -205,7 +205,7 @@ def read_caffe(data: bytes, U: int | None) -> Foreign:
 
 
 def _structure(names: list[str]) -> tuple[int, int]:
-    """Convolutions by name, in order → (B, U); refused: a DRRN of which some are missing, or are in another order."""
+    """Names of convolutions, in order → (B, U); a ValueError if a DRRN's are incomplete or in another order."""
     units = [m for name in names if (m := re.fullmatch(UNIT, name))]
     if not units:
         return len(names) - 1, 0
@@ -216,7 +216,7 @@ def _structure(names: list[str]) -> tuple[int, int]:
 
 
 def _differing_copies(convolutions: list[Convolution]) -> list[str]:
-    """What to say if the convolutions of a block's units are not the same; empty if they are."""
+    """A note if the convolutions of a block's units differ; [] if they are equal."""
     by_name = {c.name: c for c in convolutions}
     for c in convolutions:
         if (m := re.fullmatch(UNIT, c.name)) is None:
@@ -241,7 +241,7 @@ def _convolutions(layers: list[Layer]) -> list[Convolution]:
         if layer.type == "BatchNorm":
             if len(blobs) != 3 or blobs[2].numel() != 1:
                 raise ValueError(f"BatchNorm {layer.name!r} needs mean, variance and a scale factor")
-            # Running sums: the factor is what they have to be divided by, and 0 before the first step.
+            # Caffe stores running sums, to be divided by the factor, which is 0 before the first step.
             factor = 1 / blobs[2].item() if blobs[2].item() else 0.0
             norm = nn.BatchNorm2d(blobs[0].numel()).state_dict()
             norm |= {"running_mean": blobs[0].flatten() * factor, "running_var": blobs[1].flatten() * factor}

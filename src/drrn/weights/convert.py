@@ -1,4 +1,4 @@
-"""What `convert.py` does."""
+"""The configuration of convert.py, its checks, and the conversion."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ WRITTEN = {".safetensors": "drrn", ".onnx": "onnx", ".pt2": "torch_export"}  # b
 
 @dataclass
 class ConvertConfig:
-    """What conf/convert.yaml documents."""
+    """The keys of conf/convert.yaml."""
 
     input: str | None = key(".caffemodel, .mat, .pth, .ckpt, .safetensors")
     output: str | None = key(".safetensors, .onnx, .pt2")
     form: str | None = key("null: recognised by content", choices=tuple(dict.fromkeys((*READ, *WRITTEN.values()))))
-    U: int | None = key("residual units, where neither file nor name says", at_least=0)
+    U: int | None = key("residual units, if neither the file nor its name tells them", at_least=0)
     scales: list[int] | None = key(
-        "that the weights were trained for, where the file is silent", at_least=2, distinct=True
+        "that the weights were trained for, if the file does not tell", at_least=2, distinct=True
     )
     scale: int | None = key(
-        "of .onnx and .pt2: RGB in, RGB enlarged by it out; null: only Y, as the network", at_least=2
+        "of .onnx and .pt2: from RGB to RGB enlarged by it; null: only Y, as the network", at_least=2
     )
     info: bool = key("print what the file holds")
-    overwrite: bool = key("write over output if it is there")
+    overwrite: bool = key("replace the output if it exists")
 
 
 def check(cfg: DictConfig) -> ConvertConfig:
-    """The configuration; what is wrong with it is a UserError by key, before anything heavy is imported."""
+    """The checked configuration; a UserError names a wrong key before anything heavy is imported."""
     config = typed(ConvertConfig, cfg)
     if config.input is None:
         raise UserError("input is missing: name the weight file to read")
@@ -54,9 +54,9 @@ def check(cfg: DictConfig) -> ConvertConfig:
         return config
     output = Path(config.output)
     if output.suffix not in WRITTEN:
-        raise UserError(f"output = {config.output!r}: its suffix says what to write, one of {', '.join(WRITTEN)}")
+        raise UserError(f"output = {config.output!r}: its suffix names the format, one of {', '.join(WRITTEN)}")
     if config.form not in (None, *READ, WRITTEN[output.suffix]):
-        raise UserError(f"form = {config.form!r} and output = {config.output!r}: they say two different things")
+        raise UserError(f"form = {config.form!r} and output = {config.output!r}: they name two different forms")
     if config.scale is not None and output.suffix not in (".onnx", ".pt2"):
         raise UserError(f"scale = {config.scale}: only .onnx and .pt2 are written for one; leave it out")
     check_output("output", output)
@@ -66,7 +66,7 @@ def check(cfg: DictConfig) -> ConvertConfig:
 
 
 def convert(config: ConvertConfig) -> None:
-    """Read `input`, say what is to be known, write `output`; a UserError where one of these fails."""
+    """Read `input`, print notes and information, write `output`; a UserError if one of these fails."""
     form, network, about = read(config)
     for note in [] if form == "drrn" else about["notes"]:
         print(f"note: {printable(note)}")
@@ -84,7 +84,7 @@ def convert(config: ConvertConfig) -> None:
         if getattr(network, "scale", config.scale) != config.scale:
             raise UserError(f"scale = {config.scale}: {config.input} enlarges by {network.scale}")
         if about.get("scales") and config.scale not in about["scales"]:
-            print(f"note: it was trained for scales {about['scales']}: expect less of it")
+            print(f"note: it was trained for scales {about['scales']}: expect lower quality")
         facts["scales"], network = [config.scale], Enlarger(network, config.scale)
     difference = write(output, network, model, facts)
     said = f"from {form}" if difference is None else f"differs from ours by at most {difference:.1e}"
@@ -92,7 +92,7 @@ def convert(config: ConvertConfig) -> None:
 
 
 def read(config: ConvertConfig) -> tuple[str, nn.Module, dict[str, Any]]:
-    """The input as (form, network, what is known of it); a UserError if it cannot be read."""
+    """Read the input: (form, network, metadata); a UserError if it cannot be read."""
     from drrn.networks import structure
     from drrn.weights.foreign import read_foreign, recognise
     from drrn.weights.ours import build, load_network
@@ -122,7 +122,7 @@ def read(config: ConvertConfig) -> tuple[str, nn.Module, dict[str, Any]]:
 
 
 def describe(path: Path, form: str, network: nn.Module, about: dict[str, Any]) -> str:
-    """What a file holds, a line each: form, structure, d, k, norm, origin, and whether it fits the paper."""
+    """A file's content, one fact per line: form, structure, d, k, norm, origin, departures from the paper."""
     from drrn.layers import conv_weights
 
     model = about["model"]
@@ -146,7 +146,7 @@ def describe(path: Path, form: str, network: nn.Module, about: dict[str, Any]) -
 
 
 def departures_from_paper(values: Mapping[str, Any]) -> list[str]:
-    """Where a structure is none of the paper's (Sec. 3 and 4, and the authors' release); empty if it is one."""
+    """The departures of a structure from the paper's (Sec. 3 and 4, and the authors' release); [] if none."""
     model = model_of(values)
     if not isinstance(model, ModelConfig):
         return [f"it is no DRRN but {structure_name(values)}"]

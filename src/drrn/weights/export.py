@@ -1,4 +1,4 @@
-"""Our networks for other programs: ONNX, and torch.export's program (what torch recommends over TorchScript)."""
+"""Export of our networks: ONNX, and torch.export's program (which torch recommends over TorchScript)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from drrn.identity import Structure
 from drrn.matlab import YCBCR_FROM_RGB, YCBCR_OFFSET, resize_matrix
 from drrn.networks import structure
 
-SIZES = ((24, 20), (3, 17), (41, 50))  # height and width, on which an exported network is held against ours
+SIZES = ((24, 20), (3, 17), (41, 50))  # height and width, at which an exported network is compared with ours
 TOLERANCE = 1e-5  # on a scale of 0…1
 
-# How to use an exported network, by what it takes: it goes into the file.
-COLOUR = "only Y goes through the network; Cb and Cr are enlarged bicubically, then ycbcr2rgb"
+# How to use an exported network, by the kind of its input: metadata of the file.
+COLOUR = "only Y is the network's input; Cb and Cr are enlarged bicubically, then ycbcr2rgb"
 USE = {
     "interpolated": {
         "input": "x [N, 1, height, width] float32: luminance Y / 255 of the low-resolution image (MATLAB's "
@@ -48,8 +48,8 @@ USE = {
 
 
 class Enlarger(nn.Module):
-    """A network of luminance with all that is around it: a low-resolution RGB image in, the enlarged one out, as by
-    `photos.enlarge`; the scale is a whole number."""
+    """A network of luminance with the colour conversion and bicubic around it: from a low-resolution RGB image to the
+    enlarged one, as by `photos.enlarge`; the scale is a whole number."""
 
     input = "rgb"
 
@@ -76,7 +76,7 @@ class Enlarger(nn.Module):
         return F.conv2d(ycbcr - self.offset, self.back).clamp(0, 1)
 
     def bicubic(self, x: Tensor) -> Tensor:
-        """MATLAB's imresize: each of a pixel's s² results by a kernel of its own, borders mirrored; [N, C, h, w]."""
+        """MATLAB's imresize of [N, C, h, w]: one 5×5 kernel for each of a pixel's s² results, borders mirrored."""
         x = torch.cat([x[..., 1:2], x[..., :1], x, x[..., -1:], x[..., -2:-1]], -1)
         x = torch.cat([x[..., 1:2, :], x[..., :1, :], x, x[..., -1:, :], x[..., -2:-1, :]], -2)
         results = F.conv2d(x.flatten(0, 1)[:, None], self.cubic)  # [N · C, s², h, w]
@@ -84,16 +84,16 @@ class Enlarger(nn.Module):
 
 
 def facts(network: nn.Module, model: Structure, about: dict[str, Any]) -> dict[str, Any]:
-    """What an exported file says: how to use it, its scales, and as `drrn` what our own files say."""
+    """Metadata of an exported file: how to use it, its scales, and as `drrn` the metadata of our own files."""
     return {**USE[network.input], "scales": about.get("scales") or [], "drrn": {"model": structure(model), **about}}
 
 
 def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> float:
-    """Write a network as ONNX with a free number of images, height and width, shared weights once.
+    """Write a network as ONNX with dynamic batch size, height and width; shared weights are stored once.
 
     Args:
         network: in evaluation mode, or an `Enlarger` of it.
-        model, about: its structure and what else is known of it, for the metadata.
+        model, about: its structure and other metadata.
 
     Returns:
         The largest difference to our output under onnxruntime, at several sizes.
@@ -108,18 +108,18 @@ def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[st
     except ImportError as error:
         raise UserError(f"ONNX needs {error.name}: pip install 'drrn[export]'") from error
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, of which nothing is used
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing, which is not used
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.onnx.export(
             program(network), input_names=["x"], output_names=["y"], opset_version=18, verbose=False
         )
     proto = exported.model_proto
-    proto.ir_version = 8  # what opset 18 needs: programs with an ONNX Runtime of 2023 read it
+    proto.ir_version = 8  # opset 18 needs it, and an ONNX Runtime of 2023 reads it
     graph = proto.graph
     del graph.value_info[:]
     for part in (graph, *graph.node, *graph.input, *graph.output):
-        del part.metadata_props[:]  # where in torch's graph each of them was
+        del part.metadata_props[:]  # each one's place in torch's graph
     times = f"{network.scale}*" if network.input != "interpolated" else ""
     for part, factor in ((graph.input[0], ""), (graph.output[0], times)):
         for axis, name in ((0, "N"), (2, f"{factor}height"), (3, f"{factor}width")):
@@ -136,23 +136,23 @@ def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[st
 
 
 def export_program(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> float:
-    """Write a network as torch.export's program (.pt2), which `torch.export.load(path).module()` runs.
+    """Write a network as torch.export's program (.pt2), to be run by `torch.export.load(path).module()`.
 
-    Arguments, result and errors as of `export_onnx`; the metadata are the extra file `drrn.json`.
+    Arguments, result and errors are those of `export_onnx`; the metadata are in the extra file `drrn.json`.
     """
     exported = program(network)
     said = json.dumps(facts(network, model, about), ensure_ascii=False)
     difference = largest_difference(network, exported.module())
-    content = io.BytesIO()  # torch.export.save wants the suffix .pt2 of a path
+    content = io.BytesIO()  # a path would need the suffix .pt2
     torch.export.save(exported, content, extra_files={"drrn.json": said})
     write_whole(path, content.getvalue())
     return difference
 
 
 def program(network: nn.Module) -> torch.export.ExportedProgram:
-    """The network's graph for any number of images of any size from 2×2 on, without where its source is."""
+    """The network's graph for any batch size and any image size from 2×2 on, without paths of its source."""
     free = {0: torch.export.Dim("N"), 2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
-    example = torch.zeros(2, 3 if network.input == "rgb" else 1, *SIZES[0])  # an N of 1 would be taken for fixed
+    example = torch.zeros(2, 3 if network.input == "rgb" else 1, *SIZES[0])  # an N of 1 would become a constant
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.export.export(network, (example,), dynamic_shapes=(free,))
@@ -162,10 +162,10 @@ def program(network: nn.Module) -> torch.export.ExportedProgram:
 
 
 def largest_difference(network: nn.Module, other: Callable[[Tensor], Tensor]) -> float:
-    """Between the outputs of a network and of its exported form, at `SIZES`, on values beyond 0…1 too.
+    """The largest difference between the outputs of a network and its exported form, at `SIZES`, for −0.1…1.1.
 
     Raises:
-        UserError: it is above `TOLERANCE` (of the largest value, where that is above 1).
+        UserError: it is above `TOLERANCE` (relative to the largest output if that is above 1).
     """
     worst = 0.0
     generator = torch.Generator().manual_seed(1)

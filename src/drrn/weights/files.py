@@ -1,4 +1,4 @@
-"""A weight file's bytes, what kind of container they are, and what a reader finds in it."""
+"""A weight file's bytes, the kind of their container, and the content of a foreign file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ OVERSHOOT = "no ReLU before the first convolution: negative overshoot of the bic
 
 
 class Foreign(NamedTuple):
-    """What a foreign file holds, in our terms."""
+    """The content of a foreign file, in our terms."""
 
     model: Structure
     state: dict[str, Tensor]  # the network's state dict, not yet checked against the structure
     origin: str
-    scales: list[int]  # that it was trained for; empty if nobody says
-    notes: list[str]  # what its reader should know
+    scales: list[int]  # of its training; empty if unknown
+    notes: list[str]  # for the user
 
 
 def read_bytes(path: Path) -> bytes:
@@ -37,9 +37,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def container(data: bytes) -> str:
-    """By the first bytes: "zip" and "legacy" (torch's two), "safetensors", "matlab", else "protobuf".
+    """The container, by its first bytes: "zip" and "legacy" (torch's two), "safetensors", "matlab", else "protobuf".
 
-    Containers that are known and not read are a ValueError.
+    A known container without a reader is a ValueError.
     """
     if data[:4] == b"PK\x03\x04":
         return "zip"

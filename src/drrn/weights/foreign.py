@@ -1,4 +1,4 @@
-"""Weights that others trained, read without running anything that their files say.
+"""Weights that others trained, read without running any code from their files.
 
 Their form is recognised by content: "caffe", "matlab", or one of `PORTS`, a pickle in one of torch's two containers.
 """
@@ -55,11 +55,11 @@ def read_foreign(path: Path, form: str, U: int | None = None, scales: list[int] 
 
     Args:
         path, form: the file and one of `FORMS`.
-        U: residual units of a block, which shared weights do not show; None: of a file name that says B1U25.
-        scales: of an FSRCNN, which does not show it; None: of a file name that says scale3.
+        U: residual units per block, which shared weights do not show; None: from a file name with B1U25.
+        scales: of an FSRCNN, whose weights do not show it; None: from a file name with scale3.
 
     Raises:
-        UserError: the file is damaged, hostile or not of this form, or U is not to be known.
+        UserError: the file is damaged, hostile or not of this form, or U or the scale is unknown.
     """
     data = read_bytes(path)
     try:

@@ -1,8 +1,7 @@
-"""MATLAB's files (v5 to v7): as much of them as networks need.
+"""MATLAB's files (v5 to v7): the parts that networks need.
 
-Format: MathWorks, "MAT-File Format" (R2023a), chapter 1. `scipy.io.loadmat` takes the memory that a file of 184
-bytes asks for (2.3 GB, measured) before it looks whether the file holds it; here every size is held against what
-is there.
+Format: MathWorks, "MAT-File Format" (R2023a), chapter 1. `scipy.io.loadmat` allocates the size that an array
+declares (2.3 GB for a file of 184 bytes, measured); this reader first checks every size against the file's bytes.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from drrn.weights.files import OVERSHOOT, Foreign
 NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # mi… types
 MATRIX, COMPRESSED = 14, 15
 CELL, STRUCT, DOUBLE, UINT64 = 1, 2, 6, 15  # mx… classes; DOUBLE to UINT64 are arrays of numbers
-COMPLEX = 0x08  # of an array's flags
-DEEPEST = 10  # cells in structs in cells
-INFLATION = 64  # real weights hardly become smaller; zlib can make a thousand bytes of one
+COMPLEX = 0x08  # a bit of an array's flags
+DEEPEST = 10  # levels of cells and structs
+INFLATION = 64  # the largest ratio; weights hardly compress, but zlib can inflate a byte to a thousand
 
 
 class Reader:
-    """Elements of a file, in its byte order: each a type and its bytes."""
+    """Parses a file's elements (type, bytes) in its byte order."""
 
     def __init__(self, order: str, size: int) -> None:
         self.order = order  # "<" or ">"
-        self.room = INFLATION * size + 1  # bytes that compressed elements may still become
+        self.room = INFLATION * size + 1  # bytes left for inflated elements
 
     def integers(self, data: memoryview, kind: str = "u4") -> list[int]:
-        """The whole numbers in some bytes."""
+        """Parse bytes as integers."""
         return np.frombuffer(data, self.order + kind).tolist()
 
     def elements(self, data: memoryview) -> list[tuple[int, memoryview]]:
-        """The elements that follow one another in some bytes; compressed ones are inflated."""
+        """Parse bytes as a sequence of elements; compressed ones are inflated."""
         found, at = [], 0
         while len(data) - at >= 8:
             kind, size = self.integers(data[at : at + 8])
@@ -64,7 +63,7 @@ class Reader:
         return memoryview(content)
 
     def matrix(self, data: memoryview, depth: int = 0) -> tuple[str, Any]:
-        """miMATRIX → (name, what it is): an array of numbers, a list of a cell's contents, a dict of a struct's."""
+        """miMATRIX → (name, value): an array of numbers, a list for a cell, a dict for a struct."""
         parts = self.elements(data)
         if len(parts) < 3 or depth > DEEPEST:
             raise ValueError("an array without shape or name, or too deep")
@@ -94,7 +93,7 @@ class Reader:
 
     def _inner(self, parts: list[tuple[int, memoryview]], depth: int) -> list[Any]:
         if any(kind != MATRIX for kind, _ in parts):
-            raise ValueError("what a cell or a struct holds is no array")
+            raise ValueError("an item of a cell or a struct is no array")
         return [self.matrix(data, depth + 1)[1] for _, data in parts]
 
 
@@ -102,7 +101,7 @@ def read_variables(data: bytes) -> dict[str, Any]:
     """The variables of a file by name: arrays (Fortran order), lists for cells, dicts for structs.
 
     Raises:
-        ValueError: damaged, larger than its bytes allow, or something that is no data.
+        ValueError: the file is damaged, a size exceeds its bytes, or a variable is no data.
     """
     reader = Reader("<" if data[126:128] == b"IM" else ">", len(data))
     try:
@@ -113,10 +112,10 @@ def read_variables(data: bytes) -> dict[str, Any]:
 
 
 def read_vdsr(data: bytes, U: int | None) -> Foreign:
-    """VDSR of its authors (J. Kim et al., CVPR 2016): struct `model` with the cells `weight` and `bias`.
+    """Read the VDSR of its authors (J. Kim et al., CVPR 2016): struct `model` with the cells `weight` and `bias`.
 
-    A layer's filters stand as [3, 3, in, out] and its biases as [out, 1]. MATLAB's convolution layers (MatConvNet)
-    correlate, as torch does. The first layer takes its input as it is.
+    A layer's filters are [3, 3, in, out] and its biases [out, 1]. MATLAB's convolution layers (MatConvNet)
+    correlate, as torch does. There is no ReLU before the first layer.
     """
     if U:
         raise ValueError(f"it is a VDSR, which has U = 0, not {U}")

@@ -1,4 +1,4 @@
-"""Weights on disk: one safetensors file that says what network it holds.
+"""Our weights on disk: one safetensors file, with its network's structure in the metadata.
 
 The metadata key `drrn` is JSON: {"format": 1, "model": {arguments of the network, and its name as `network` if it is
 no DRRN}, "scales": […], "origin": …, …, "digest": SHA-256 of the tensors}.
@@ -26,16 +26,16 @@ from drrn.weights.files import container, read_bytes
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
 
 FORMAT = 1
-MOST_FACTS = 10_000  # values in what a file says of itself
-# What a file may say of itself, and as what; another type is refused.
+MOST_FACTS = 10_000  # values in a file's metadata
+# The known keys of a file's metadata, with their types; another type is refused.
 FACTS = {"format": int, "model": dict, "digest": str, "origin": str, "scales": list, "source": dict, "notes": list,
          "seed": int, "steps": int, "experiment": str}  # fmt: skip
 
 
 def save_weights(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> None:
-    """Write a network's parameters and BatchNorm statistics, shared ones once, as safetensors, whole or not at all.
+    """Write a network's parameters and BatchNorm statistics as safetensors; the file appears whole or not at all.
 
-    Its structure is `model`; `about` has some of `FACTS`.
+    Shared parameters are stored once. `model` is the network's structure, `about` more metadata, of `FACTS`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     facts = {"format": FORMAT, "model": structure(model), **about, "digest": digest(tensors)}
@@ -44,7 +44,7 @@ def save_weights(path: Path, network: nn.Module, model: Structure, about: dict[s
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values, in the order of the names."""
+    """SHA-256 over names, dtypes, shapes and values, sorted by name."""
     sha = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -55,14 +55,14 @@ def digest(state: dict[str, Tensor]) -> str:
 def build(model: Structure, state: dict[str, Tensor]) -> nn.Module:
     """A network in evaluation mode from its structure and its state dict, float32.
 
-    The structure is held against the tensors before memory is taken for it.
+    The structure is checked against the tensors before memory is allocated.
 
     Raises:
-        ValueError: they do not fit together, or a value is not finite.
+        ValueError: structure and tensors do not match, or a value is not finite.
     """
     if isinstance(model, ModelConfig):
         model.rules()  # its depth
-    for key, value in structure(model).items():  # even without memory, 10⁹ layers take for ever to build
+    for key, value in structure(model).items():  # even on the meta device, 10⁹ layers would take forever
         if isinstance(value, int) and value > 10 * DEEPEST:
             raise ValueError(f"{key} = {value:,}: more than any network has")
     network = on_paper(model)
@@ -81,7 +81,7 @@ def build(model: Structure, state: dict[str, Tensor]) -> nn.Module:
 
 
 def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A network in evaluation mode and what its file says of it.
+    """Load a network in evaluation mode, and its file's metadata.
 
     Reads our safetensors and our Lightning checkpoints, distinguished by content; neither can execute code.
 
@@ -125,22 +125,22 @@ def _read_lightning(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def checked_facts(about: Any) -> dict[str, Any]:
-    """What a file says of itself, made fit to be printed; a ValueError where this project does not write it so."""
+    """Check a file's metadata and make its `origin` printable; a ValueError if this project does not write such."""
     if not isinstance(about, dict):
-        raise ValueError("what it says of itself is no dict")
+        raise ValueError("its metadata are no dict")
     pending = [about]
-    for value in pending:  # grows as it goes: in a pickle few bytes may stand for any number of values
+    for value in pending:  # grows in the loop: in a pickle, few bytes can reference any number of values
         if not isinstance(value, dict | list | tuple | str | int | float | None):
-            raise ValueError(f"what it says of itself holds a {type(value).__name__}")
+            raise ValueError(f"its metadata contain a {type(value).__name__}")
         pending += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
         if len(pending) > MOST_FACTS:
-            raise ValueError(f"what it says of itself has more than {MOST_FACTS:,} values")
+            raise ValueError(f"its metadata have more than {MOST_FACTS:,} values")
     for key, kind in FACTS.items():
         value = about.get(key)
         if not isinstance(value, kind) and (value is not None or key == "model"):
-            raise ValueError(f"what it says of its {key} is not as this project writes it")
+            raise ValueError(f"its {key} in the metadata has another type than this project writes")
     if not all(type(scale) is int and scale > 1 for scale in about.get("scales") or ()):
-        raise ValueError("what it says of its scales is not as this project writes it")
+        raise ValueError("its scales in the metadata are not whole numbers above 1")
     name, _ = arguments_of(about["model"])
     hints = get_type_hints(schema(name))
     for key, value in about["model"].items():
@@ -152,12 +152,12 @@ def checked_facts(about: Any) -> dict[str, Any]:
 
 
 def initial_state(path: Path, model: Structure) -> dict[str, Tensor]:
-    """What a fine-tuning starts from: the state dict of a file of ours, whose structure has to be `model`.
+    """The initial state dict of a fine-tuning, from a file of ours, whose structure has to be `model`.
 
-    A network of one scale may come from another scale, where its tensors have the same shapes.
+    A network of one scale may start from another scale's weights, if its tensors have the same shapes.
 
     Raises:
-        UserError: the file cannot be read, or holds another structure; the text says what to type.
+        UserError: the file cannot be read, or has another structure; the text says what to type.
     """
     network, about = load_network(path)
     held, asked = structure(model_of(about["model"])), structure(model)

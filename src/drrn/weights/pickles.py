@@ -1,11 +1,11 @@
-"""torch's pickles, read by Python's own unpickler with every opcode taken out that calls, imports or hashes.
+"""torch's pickles, read by Python's own unpickler; opcodes that call, import or hash are removed or replaced.
 
-What is left knows tensors, plain containers and the names of the ports' modules; a module becomes the dict of its
-attributes. Sizes are held against what the file has before memory is taken for them.
+The remaining opcodes build tensors, plain containers and the ports' modules; a module becomes the dict of its
+attributes. Sizes are checked against the file's bytes before memory is allocated.
 
-`find_class` alone is not safe: BUILD sets attributes on what it returns, and whatever the file makes a key of is
-hashed (nested tuples: for ever), by `torch.load(weights_only=True)` too; the unpickler in C takes memory by an index
-in the file. In `pickle._Unpickler`, the one in Python, each opcode can be replaced.
+Overriding `find_class` alone is not safe: BUILD sets attributes on its result, and every dict key in the file is
+hashed (nested tuples take forever), by `torch.load(weights_only=True)` too; the unpickler in C allocates memory by an
+index in the file. In `pickle._Unpickler`, the one in Python, each opcode can be replaced.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import Tensor
 
 from drrn.weights.files import LIMIT, container
 
-# ---------------------------------------------------------------------- what stands for what a pickle names
+# ---------------------------------------------------------------------- substitutes for a pickle's names
 
 
 @dataclass(eq=False)
 class Storage:
-    """The numbers behind tensors: torch.FloatStorage and its like, read when a tensor needs them."""
+    """The numbers of tensors, like torch.FloatStorage; they are read when a tensor needs them."""
 
     dtype: torch.dtype
     numel: int
@@ -47,7 +47,7 @@ class Stored(NamedTuple):
     stride: Any
 
     def tensor(self) -> Tensor:
-        """The tensor, floating ones as float32; a ValueError if it, or its storage, reaches too far."""
+        """The tensor, floating ones as float32; a ValueError if it exceeds its storage, or the storage the file."""
         storage, offset = self.storage, count(self.offset)
         if not isinstance(self.size, tuple) or len(self.size) > 4 or len(self.size) != len(self.stride):
             raise ValueError("a tensor of an impossible size")
@@ -63,7 +63,7 @@ class Stored(NamedTuple):
 
 
 class Module(NamedTuple):
-    """What a pickled torch.nn.Module becomes: its attributes."""
+    """The substitute for a pickled torch.nn.Module: its attributes."""
 
     attributes: dict[str, Any]
 
@@ -85,14 +85,14 @@ MODULES = {"DRRN", "RecursiveBlock", "ResidualUnit", "ConvLayer", "Net", "VDSR",
 
 
 def _stored(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
-    """`torch._utils._rebuild_tensor`, and `_v2` with requires_grad, hooks and metadata after it."""
+    """`torch._utils._rebuild_tensor`, and `_v2` with further arguments: requires_grad, hooks, metadata."""
     base, storage = storage
     if not isinstance(storage, Storage):
         raise TypeError("a tensor without a storage")
     return Stored(storage, base + count(offset), size, stride)
 
 
-# What a pickle may call, and what is called instead.
+# The functions that a pickle may call → the function called instead.
 CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): lambda pairs=(): {dict_key(key): value for key, value in pairs},
     ("torch._utils", "_rebuild_tensor"): _stored,
@@ -115,7 +115,7 @@ def dict_key(key: Any) -> Any:
 
 
 def count(value: Any) -> int:
-    """A size, a stride or an offset; a ValueError if it is none."""
+    """Check a size, a stride or an offset; a ValueError if it is no count."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
         raise ValueError("a size, stride or offset that is not a count")
     return value
@@ -124,7 +124,7 @@ def count(value: Any) -> int:
 # ---------------------------------------------------------------------- the unpickler
 
 CODES = {opcode.name: ord(opcode.code) for opcode in pickletools.opcodes}
-# Opcodes that are Python's own here: they push values, keep the stack and the memo, and make tuples and lists.
+# Opcodes with Python's own implementation: they push values, keep the stack and the memo, and make tuples and lists.
 PLAIN = """
 PROTO FRAME STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE
 INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE
@@ -138,7 +138,7 @@ class _Refusing(dict):
 
 
 class _Inert(pickle._Unpickler):
-    """Calls what `CALLS` has, constructs a `Module`, and nothing else."""
+    """Calls only functions of `CALLS`, and constructs only `Module`."""
 
     def __init__(self, file: io.BytesIO, persistent: Callable[[Any], Any] | None) -> None:
         super().__init__(file, encoding="latin-1")
@@ -146,7 +146,7 @@ class _Inert(pickle._Unpickler):
             self.persistent_load = persistent
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name, which is never looked up; a ValueError for what these networks do not have."""
+        """The substitute for a name, which is never imported; a ValueError for a name that these networks lack."""
         if (module, name) in CALLS:
             return CALLS[module, name]
         if module in ("torch", "torch.cuda") and name in STORAGES:
@@ -162,7 +162,7 @@ class _Inert(pickle._Unpickler):
     def _call(self) -> None:
         arguments, function = self.stack.pop(), self.stack[-1]
         if function not in CALLS.values():
-            raise TypeError("a call of what is no function")
+            raise TypeError("a call of something that is no function")
         self.stack[-1] = function(*arguments)
 
     def _new(self) -> None:
@@ -176,12 +176,12 @@ class _Inert(pickle._Unpickler):
         if isinstance(self.stack[-1], Module) and isinstance(attributes, dict):
             self.stack[-1].attributes.update(attributes)
         elif not isinstance(self.stack[-1], dict | Stored):
-            raise TypeError("attributes for what has none")
+            raise TypeError("attributes for an object that has none")
 
     def _fill(self, items: list[Any]) -> None:
-        """Keys and values in turn, for the dict on top."""
+        """Add alternating keys and values to the dict on top of the stack."""
         if not isinstance(self.stack[-1], dict):
-            raise TypeError("items for what is no dict")
+            raise TypeError("items for an object that is no dict")
         self.stack[-1].update((dict_key(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
 
     def _dict(self) -> None:
@@ -208,18 +208,18 @@ class _Inert(pickle._Unpickler):
 
 
 def unpickle(file: io.BytesIO, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """One pickle from a file's position on, as data: nothing is imported, called or constructed.
+    """Read one pickle from a file's position on, as data: nothing of it is imported, called or constructed.
 
     Args:
-        file: left after the pickle's STOP.
-        persistent: what a persistent id stands for.
+        file: it is read up to the pickle's STOP.
+        persistent: the function from a persistent id to its object.
 
     Returns:
-        None, bool, int, float, str, bytes, list, tuple, dict, `Stored`, `Module`, or what stands for a name; sets as
-        lists.
+        None, bool, int, float, str, bytes, list (for a set too), tuple, dict, `Stored`, `Module`, or the substitute
+        for a name.
 
     Raises:
-        ValueError: damaged, or something else is in it, by name.
+        ValueError: it is damaged, or contains something else, which the text names.
     """
     try:
         return _Inert(file, persistent).load()
@@ -234,7 +234,7 @@ def _persistent(identity: Any, storages: dict[str, Storage]) -> Any:
     """A persistent id of torch → (offset, storage), or a module's class.
 
     ("storage", torch.FloatStorage, key, location, numel[, view]) with view None or (key, offset, numel) of a
-    part, in files of 2017; ("module", class, file, source) is the class with its source, which is left alone.
+    part, in files of 2017; ("module", class, file, source) is the class with its source, which is not read.
     """
     kind, name, *rest = identity
     if kind == "module":
@@ -250,10 +250,10 @@ def _persistent(identity: Any, storages: dict[str, Storage]) -> Any:
 
 
 def read_torch(data: bytes) -> Any:
-    """The object in a file of `torch.save`, as `unpickle` gives it, from either of torch's containers.
+    """The object in a file of `torch.save`, as `unpickle` returns it, from either of torch's containers.
 
     Raises:
-        ValueError: damaged, compressed, of another byte order, or something that is not read here.
+        ValueError: it is damaged, compressed, big-endian, or contains something that is not read here.
     """
     storages: dict[str, Storage] = {}
     if container(data) == "legacy":
@@ -282,9 +282,9 @@ def read_torch(data: bytes) -> Any:
 
 
 def _read_legacy(file: io.BytesIO, storages: dict[str, Storage]) -> Any:
-    """torch before 1.6: pickles of a magic number, protocol 1001, the system and the object, then the storages.
+    """A file of torch before 1.6: pickles of a magic number, protocol 1001, system and object, then the storages.
 
-    These are a pickled list of keys, then for each an int64 count and the numbers.
+    The storages are a pickled list of keys, then for each key an int64 count and the numbers.
     """
     unpickle(file)  # the magic number, known from `container`
     protocol, system = unpickle(file), unpickle(file)
@@ -314,7 +314,7 @@ def is_lightning(root: Any) -> bool:
 def named_tensors(root: Any) -> dict[str, Stored]:
     """The parameters and buffers of an unpickled module or state dict.
 
-    Either may stand under `model` or `state_dict` in a dict; DataParallel's `module.` is dropped.
+    Either may be the item `model` or `state_dict` of a dict; DataParallel's prefix `module.` is dropped.
     """
     if isinstance(root, dict):
         root = root.get("model", root.get("state_dict", root))
@@ -323,7 +323,7 @@ def named_tensors(root: Any) -> dict[str, Stored]:
         tensors = {str(name): value for name, value in root.items()}
     elif isinstance(root, Module):
         pending = [("", root)]
-        for prefix, module in pending:  # grows as it goes
+        for prefix, module in pending:  # grows in the loop
             if not isinstance(module, Module) or len(pending) > 10_000 or len(prefix) > 1000:
                 raise ValueError("modules that are not a network's")
             held = {**module.attributes.get("_parameters", {}), **module.attributes.get("_buffers", {})}
@@ -337,7 +337,7 @@ def named_tensors(root: Any) -> dict[str, Stored]:
 
 
 def read_tensors(stored: dict[str, Stored]) -> dict[str, Tensor]:
-    """Their values; a ValueError if one reaches too far, or all are larger than any network."""
+    """Read tensors; a ValueError if one exceeds its storage, or all together exceed `LIMIT` bytes."""
     if sum(s.storage.numel * s.storage.dtype.itemsize for s in stored.values()) > LIMIT:
         raise ValueError(f"its tensors ask for more than {LIMIT:,} bytes")
     return {name: s.tensor() for name, s in stored.items()}

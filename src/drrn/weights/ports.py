@@ -1,7 +1,7 @@
-"""The networks of common PyTorch ports: how each names its tensors, and what they are here.
+"""The networks of common PyTorch ports: their tensors' names, and the conversion to ours.
 
-A port is an entry of `PORTS`: the pattern of its tensors' names, and a function of the tensors and of
-what is said of the file beside it.
+A port is an entry of `PORTS`: the pattern of its tensors' names, and a function of the tensors and of facts
+that the file does not contain (`Said`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ RECTIFIED = "its in-place ReLUs make every identity a ReLU's output: kept so (re
 
 
 class Said(NamedTuple):
-    """What is said of a file beside it."""
+    """Facts about a file from its name and the command line."""
 
     stem: str  # of its name
     U: int | None = None
     scales: list[int] | None = None
 
     def its_scales(self) -> list[int]:
-        """As asked for, else as the file is called: …_scale3…, …_x3….; else none."""
+        """The scales of the command line, else of the file's name (…_scale3…, …_x3…), else []."""
         named = re.search(r"(?:scale|[_-]x)(\d)(?!\d)", self.stem)
         return self.scales or ([int(named[1])] if named else [])
 
@@ -41,7 +41,7 @@ class Port(NamedTuple):
 
 
 def shared_units(form: str, B: int, U: int | None, stem: str) -> int:
-    """U of a network whose file cannot show it: as asked, or as the file is called."""
+    """U of a network whose file cannot show it: from the command line, else from the file's name."""
     named = re.search(r"B(\d{1,4})_?U(\d{1,4})(?!\d)", stem)
     if U is None and named is None:
         raise UserError(
@@ -57,7 +57,7 @@ def shared_units(form: str, B: int, U: int | None, stem: str) -> int:
 
 
 def renamed(tensors: dict[str, Tensor], ours: dict[str, str]) -> dict[str, Tensor]:
-    """Tensors by our names: parts of their names → parts of ours, one after the other."""
+    """Rename tensors: replace each part of their names by ours, one after the other."""
     for theirs, mine in ours.items():
         tensors = {name.replace(theirs, mine): tensor for name, tensor in tensors.items()}
     return tensors
@@ -107,7 +107,7 @@ def read_srcnn(tensors: dict[str, Tensor], said: Said) -> Foreign:
 
 
 def read_fsrcnn(tensors: dict[str, Tensor], said: Said) -> Foreign:
-    """FSRCNN as PyTorch ports have it; a PReLU's one slope, where it has one for all channels, is each channel's."""
+    """FSRCNN as PyTorch ports have it; if a PReLU has one slope for all channels, it is repeated for each."""
     scales = said.its_scales()
     if len(scales) != 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Weights by name: those that lie in data/weights/, each with its record, are part of the package."""
+"""Shipped weights by name: the files of data/weights/, each with its record, are part of the package."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FOLDER = DATA / "weights"
 
 
 def shipped(scale: float = 3) -> dict[str, Path]:
-    """Name → file of the weights that are shipped, the best on Set5 at a scale first by their records.
+    """Name → file of the shipped weights, sorted by the PSNR on Set5 at a scale in their records, the best first.
 
-    Where no record has the scale, ×3 counts.
+    If no record has the scale, ×3 is used.
     """
 
     def psnr(path: Path, scale: float) -> float:
@@ -34,12 +34,12 @@ def shipped(scale: float = 3) -> dict[str, Path]:
 
 
 def weights_file(checkpoint: str | Path | None, scale: float = 3, key: str = "checkpoint") -> Path:
-    """The file that a checkpoint means: a path, the name of shipped weights, or None for the best of them at a scale.
+    """The file of a checkpoint: a path, the name of shipped weights, or None for the best of them at a scale.
 
     Args:
-        checkpoint: what the configuration has at `key`.
-        scale: what is to be enlarged by.
-        key: its name, for messages.
+        checkpoint: the value of `key` in the configuration.
+        scale: the scale by which images will be enlarged.
+        key: the name of the key, for messages.
 
     Raises:
         UserError: there is neither such a file nor such a name.
@@ -58,13 +58,13 @@ def weights_file(checkpoint: str | Path | None, scale: float = 3, key: str = "ch
 
 
 def load(checkpoint: str | Path | None = None, scale: float = 3) -> nn.Module:
-    """A network in evaluation mode, float32, on the CPU.
+    """Load a network in evaluation mode, float32, on the CPU.
 
     Args:
         checkpoint: a path, the name of shipped weights, or None for the best of them at `scale`.
 
     Raises:
-        UserError: there is no such file, or it holds no weights of this package.
+        UserError: there is no such file, or it contains no weights of this package.
     """
     from drrn.weights.ours import load_network
 
