@@ -390,7 +390,7 @@ def test_scales_and_u_are_taken_from_the_command_and_the_name(tmp_path) -> None:
     ({"output": None}, "output is missing"),
     ({"output": "w.txt"}, r"w\.txt"),
     ({"form": "keras"}, "keras"),
-    ({"form": "onnx"}, "two different things"),
+    ({"form": "onnx"}, "two different forms"),
     ({"U": -1}, "U = -1"),
     ({"U": 0}, "at least 1"),
     ({"scales": [1]}, "scales"),
