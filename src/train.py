@@ -18,7 +18,7 @@ from drrn.config import Config
 from drrn.home import CONF
 from drrn.launch import launch, refusing
 from drrn.runs.request import request
-from drrn.runs.run import train
+from drrn.runs.start import start
 
 KEYS = Config
 
@@ -37,7 +37,7 @@ def main(cfg: DictConfig) -> float | None:
 
             print_plan(make_plan([job_of(config)], always=True))
         else:
-            train(config)
+            start(config)
             from drrn.sweep.outcome import scores_of
 
             return scores_of(config).get("psnr")

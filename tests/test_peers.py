@@ -30,7 +30,7 @@ from drrn.optimisers import configured
 from drrn.pairs import low_pairs
 from drrn.red30 import RED30
 from drrn.resnet import ResNet
-from drrn.runs import run as train
+from drrn.runs import start as train
 from drrn.runs.checkpoints import newest_checkpoint
 from drrn.srcnn import SRCNN
 from drrn.weights.ours import initial_state, load_network, save_weights
@@ -356,9 +356,9 @@ def run(request: pytest.FixtureRequest, configure: Callable, tmp_path_factory: p
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(SuperResolution, "training_step", training_step)
                 with pytest.raises(Killed):
-                    train.train(config)
+                    train.start(config)
             assert newest_checkpoint(run_dir(config) / "checkpoints").name == "step00000004.ckpt"
-        train.train(config)
+        train.start(config)
         folders.append(run_dir(config))
     straight, resumed = folders
     assert (straight / "weights.safetensors").read_bytes() == (resumed / "weights.safetensors").read_bytes()

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from drrn.errors import UserError
 from drrn.identity import run_dir
 from drrn.module import SuperResolution
-from drrn.runs import run as train
+from drrn.runs import start as train
 from drrn.runs.callbacks import make_callbacks
 from drrn.runs.checkpoints import newest_checkpoint
 from drrn.runs.record import FILE, read_record
@@ -50,7 +50,7 @@ def last(folder: Path) -> dict[str, Any]:
 def plain(configure: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run without a callback."""
     config = configure(*SIX, f"output={tmp_path_factory.mktemp('plain')}")
-    train.train(config)
+    train.start(config)
     return run_dir(config)
 
 
@@ -63,15 +63,15 @@ def test_an_average_of_the_weights_is_validated_scored_saved_and_resumed(
     with pytest.MonkeyPatch.context() as patch:
         weights = lambda module, stage: drawn.append(module.network.conv_rec.weight.detach().clone()) or {}  # noqa: E731
         patch.setattr("drrn.tracking.results.pictures", weights)
-        train.train(straight)
+        train.start(straight)
     again = configure(*SIX, *ema, f"output={tmp_path / 'stopped'}")
     for steps in (3, 6):  # in the middle, and when only the evaluation is left
         with pytest.MonkeyPatch.context() as patch:
             stopped_after(steps, patch)
             with pytest.raises(SystemExit):
-                train.train(again)
+                train.start(again)
         assert last(run_dir(again))["global_step"] == steps
-    train.train(again)
+    train.start(again)
     one, two = last(run_dir(straight)), last(run_dir(again))
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(one[key][name], tensor) for name, tensor in two[key].items())
@@ -109,12 +109,12 @@ def test_early_stopping_finishes_a_run_and_its_patience_is_resumed(configure: Ca
     with pytest.MonkeyPatch.context() as patch:
         stopped_after(5, patch)
         with pytest.raises(SystemExit):
-            train.train(config)
-    train.train(config)
+            train.start(config)
+    train.start(config)
     record = read_record(run_dir(config) / FILE)
     assert (record["status"], record["ended_by"], record["budget"]["steps"]) == ("finished", "callback", 6)
     before = (run_dir(config) / FILE).stat().st_mtime_ns
-    train.train(config)  # it is finished
+    train.start(config)  # it is finished
     assert (run_dir(config) / FILE).stat().st_mtime_ns == before
 
 
@@ -124,8 +124,8 @@ def test_a_monitor_logs_what_it_watches_in_the_same_run(plain: Path, configure: 
     with pytest.MonkeyPatch.context() as patch:
         stopped_after(3, patch)
         with pytest.raises(SystemExit):
-            train.train(config)
-    train.train(config)
+            train.start(config)
+    train.start(config)
     rates = {}
     for path in (run_dir(config) / "csv").rglob("metrics.csv"):
         with path.open() as file:
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_ones_own_and_a_timer_leave_the_run_as_it_is(
         *SIX, "callbacks=[best_checkpoint,timer]", "+callbacks.best_checkpoint.save_last=true", f"output={tmp_path}"
     )
     assert run_dir(config).name == plain.name
-    train.train(config)
+    train.start(config)
     folder = run_dir(config)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         "step00000005.ckpt",
@@ -198,14 +198,14 @@ def test_a_callback_that_watches_what_no_run_logs_is_refused_before_the_first_st
 ) -> None:
     stop = "+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:SET_x3/psnr,mode:max}"
     with pytest.raises(UserError, match=r"callbacks.stop.monitor = 'SET_x3/psnr'.*there are validate/psnr"):
-        train.train(configure(*SIX, stop, f"output={tmp_path}"))
+        train.start(configure(*SIX, stop, f"output={tmp_path}"))
     assert not [*tmp_path.rglob("*.ckpt")]
 
 
 def test_a_state_that_cannot_be_read_again_is_refused_when_it_is_written(configure: Callable, tmp_path: Path) -> None:
     config = configure(*SIX, f"+callbacks.odd={{_target_:{__name__}.Odd}}", f"output={tmp_path}")
     with pytest.raises(UserError, match="callbacks: Odd keeps a PosixPath in its state"):
-        train.train(config)
+        train.start(config)
 
 
 def test_what_changes_weights_or_length_is_part_of_what_a_run_is(configure: Callable) -> None:

@@ -35,7 +35,7 @@ from drrn.fast.training import InTraining
 from drrn.identity import run_dir
 from drrn.module import SuperResolution
 from drrn.patches import Patches, ShuffledBatches
-from drrn.runs import run as train
+from drrn.runs import start as train
 from drrn.runs.lightning import trainer_arguments
 from drrn.runs.processes import Processes, broadcast, failure, note_failure
 from drrn.runs.record import FILE, read_record
@@ -92,7 +92,7 @@ def overrides(sets: Path, tiny_images: Path, point: dict[str, Any]) -> list[str]
 def alone(configure: Callable, output: Path, *arguments: str) -> Path:
     """Train in this one process; the run's folder."""
     config = configure(*arguments, f"output={output}", tiny=False)
-    train.train(config)
+    train.start(config)
     return run_dir(config)
 
 

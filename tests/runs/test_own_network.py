@@ -14,7 +14,7 @@ from drrn.errors import UserError
 from drrn.home import CONF
 from drrn.identity import run_dir
 from drrn.networks import NETWORKS
-from drrn.runs import run as train
+from drrn.runs import start as train
 from drrn.runs.record import FILE, read_record
 from drrn.runs.request import request
 from drrn.weights.ours import load_network
@@ -126,4 +126,4 @@ def test_processes_that_share_a_batchnorm_of_ones_own_are_another_run(toy: str, 
 def test_drrn_needs_no_name(configure: Callable) -> None:
     assert run_dir(configure("model.network=drrn")) == run_dir(configure())
     with pytest.raises(UserError, match="model"):
-        train.train(configure("model.network=nope"))
+        train.start(configure("model.network=nope"))

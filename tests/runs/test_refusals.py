@@ -14,7 +14,7 @@ import torch
 from conftest import TINY
 from drrn.errors import UserError
 from drrn.identity import run_dir
-from drrn.runs import run as train
+from drrn.runs import start as train
 from drrn.runs.checkpoints import Damaged, read_checkpoint
 from drrn.runs.record import FILE, read_record
 
@@ -84,7 +84,7 @@ def test_a_record_of_the_run_itself_that_is_none_is_named(content: str, configur
     else:
         path.write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError) as refusal:
-        train.train(config)
+        train.start(config)
     assert str(path) in str(refusal.value)
     assert [p.name for p in path.parent.iterdir()] == [FILE]
 
@@ -101,7 +101,7 @@ def bomb(path: Path) -> Path:
 def test_what_would_be_read_for_ever_is_no_checkpoint(configure: Callable, tmp_path: Path) -> None:
     path = bomb(tmp_path / "bomb.ckpt")
     with pytest.raises(UserError, match=r"bomb\.ckpt' cannot be resumed from"):
-        train.train(configure(f"output={tmp_path}", f"ckpt_path={path}"))
+        train.start(configure(f"output={tmp_path}", f"ckpt_path={path}"))
     with zipfile.ZipFile(tmp_path / "large.ckpt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         for number in range(3):
             file.writestr(f"archive/{number}", bytes(400_000_000))
@@ -118,12 +118,12 @@ def test_what_would_be_read_for_ever_is_no_checkpoint(configure: Callable, tmp_p
 
 def test_a_checkpoint_beyond_the_end_is_refused_with_both_numbers(configure: Callable, tmp_path: Path) -> None:
     config = configure("trainer.max_steps=2", f"output={tmp_path}")
-    train.train(config)
+    train.start(config)
     path = run_dir(config) / "checkpoints/step00000002.ckpt"
     with pytest.raises(UserError, match=r"is of step 2, beyond trainer\.max_steps = 1"):
-        train.train(configure(f"ckpt_path={path}", f"output={tmp_path}"))
+        train.start(configure(f"ckpt_path={path}", f"output={tmp_path}"))
     with pytest.raises(UserError, match=r"was trained with model\.U=9, and resuming keeps that"):
-        train.train(configure(f"ckpt_path={path}", "model.U=1", "trainer.max_steps=3", f"output={tmp_path}"))
+        train.start(configure(f"ckpt_path={path}", "model.U=1", "trainer.max_steps=3", f"output={tmp_path}"))
 
 
 def test_afresh_keeps_what_was_finished_under_another_name(
@@ -132,7 +132,7 @@ def test_afresh_keeps_what_was_finished_under_another_name(
     config = configure(f"output={tmp_path}")
     folder = run_dir(config)
     for afresh in (False, True, True):
-        train.train(configure(f"output={tmp_path}", *["ckpt_path=null"] * afresh))
+        train.start(configure(f"output={tmp_path}", *["ckpt_path=null"] * afresh))
         assert read_record(folder / FILE)["status"] == "finished"
     assert {path.name for path in folder.iterdir() if path.name[0] not in "."} == {
         "checkpoints", "checkpoints.1", "checkpoints.2", "record.json", "record.1.json", "record.2.json", "train.log",

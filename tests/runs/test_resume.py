@@ -26,7 +26,7 @@ from drrn.errors import UserError
 from drrn.home import CONF
 from drrn.identity import run_dir
 from drrn.module import SuperResolution
-from drrn.runs import run as train
+from drrn.runs import start as train
 from drrn.runs.checkpoints import NEEDED, Damaged, newest_checkpoint, read_checkpoint
 from drrn.runs.journal import warn_of_differences
 from drrn.runs.record import FILE, read_record
@@ -61,7 +61,7 @@ def straight(configure: Callable, tmp_path_factory: pytest.TempPathFactory) -> C
     def run(*overrides: str) -> Path:
         if overrides not in done:
             config = configure(*SIX, *overrides, f"output={tmp_path_factory.mktemp('straight')}")
-            train.train(config)
+            train.start(config)
             done[overrides] = run_dir(config)
         return done[overrides]
 
@@ -125,7 +125,7 @@ def test_a_signal_keeps_the_step_and_the_same_command_resumes(
     with pytest.MonkeyPatch.context():
         send(number, method, at)
         with pytest.raises(SystemExit) as stopped:
-            train.train(config)
+            train.start(config)
     assert stopped.value.code == 128 + number
     assert [signal.getsignal(s) for s in StopSignals.SIGNALS] == before
     record = read_record(folder / FILE)
@@ -134,7 +134,7 @@ def test_a_signal_keeps_the_step_and_the_same_command_resumes(
     assert checkpoint(folder)["global_step"] == kept
     assert f"stopped by {number.name} at step {kept}; the same command resumes from there: python" in caplog.text
 
-    train.train(config)  # `send` sends once
+    train.start(config)  # `send` sends once
     compare(straight(*overrides), folder)
     assert read_record(folder / FILE)["ended_by"] is None
     assert "error" not in read_record(folder / FILE)
@@ -205,7 +205,7 @@ def test_a_signal_while_workers_are_forked_is_not_swallowed(
     os.register_at_fork(before=in_the_callback)
     config = configure(*SIX, f"output={tmp_path}", "data.num_workers=2")
     with pytest.raises(SystemExit) as stopped:
-        train.train(config)
+        train.start(config)
     assert forks
     assert stopped.value.code == 143
     assert read_record(run_dir(config) / FILE)["ended_by"] == "signal SIGTERM"
@@ -245,7 +245,7 @@ def test_a_signal_while_the_patches_are_built_ends_the_run_at_once(
     monkeypatch.setattr("drrn.datamodule.prepare_patches", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     config = configure(*SIX, f"output={tmp_path}")
     with pytest.raises(SystemExit) as stopped:
-        train.train(config)
+        train.start(config)
     assert stopped.value.code == 143
     assert read_record(run_dir(config) / FILE)["status"] == "stopped"
 
@@ -275,7 +275,7 @@ def test_what_fails_because_of_a_signal_is_a_stop(
     monkeypatch.setattr(SuperResolution, "training_step", training_step)
     config = configure(*SIX, f"output={tmp_path}")
     with pytest.raises(SystemExit) as stopped:
-        train.train(config)
+        train.start(config)
     assert stopped.value.code == 143
     assert read_record(run_dir(config) / FILE)["status"] == "stopped"
 
@@ -304,9 +304,9 @@ def test_slow_steps_are_kept_one_by_one_and_not_waited_for(
     config = configure(*SIX, f"output={tmp_path}")
     send(signal.SIGTERM, "training_step", 3)
     with pytest.raises(SystemExit):
-        train.train(config)
+        train.start(config)
     assert checkpoint(run_dir(config))["global_step"] == 3  # the fourth was given up
-    train.train(config)
+    train.start(config)
     compare(straight(), run_dir(config))
 
 
@@ -377,7 +377,7 @@ def test_a_run_killed_and_terminated_for_real_is_resumed_bit_for_bit(
     assert read_record(folder / FILE)["status"] == "stopped"
     config = configure(*SIX, *overrides, f"output={tmp_path / 'runs'}", f"data.patches={tmp_path / 'patches'}")
     assert run_dir(config) == folder
-    train.train(config)
+    train.start(config)
     compare(straight(*overrides), folder)
 
 
@@ -403,9 +403,9 @@ def test_a_death_in_a_validation_does_not_lose_it(straight: Callable, configure:
         with pytest.MonkeyPatch.context() as patch:
             die(patch, method, at)
             with pytest.raises(Dead):
-                train.train(config)
+                train.start(config)
         assert checkpoint(run_dir(config))["global_step"] == at
-    train.train(config)
+    train.start(config)
     compare(straight(), run_dir(config))
 
 
@@ -419,7 +419,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
         with pytest.MonkeyPatch.context() as patch:
             die(patch, "training_step", at)
             with pytest.raises(Dead):
-                train.train(config)
+                train.start(config)
         newest = folder / f"step{at:08d}.ckpt"
         content = bytearray(newest.read_bytes())
         middle = content.index(b"PK", len(content) // 3)
@@ -428,7 +428,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
         with pytest.raises(Damaged):
             read_checkpoint(newest)
         (folder / f".{newest.name}.123.partial").write_bytes(b"half")  # of a killed process
-    train.train(config)
+    train.start(config)
     assert caplog.text.count("using the one before it") == 2
     assert sorted(path.name for path in folder.iterdir()) == [
         "step00000003.damaged", "step00000005.ckpt", "step00000005.damaged", "step00000006.ckpt",
@@ -472,7 +472,7 @@ def test_what_is_no_checkpoint_of_a_training_is_not_gone_on_from(
     with pytest.raises(Damaged, match="optimizer_states"):
         read_checkpoint(path)
     with pytest.raises(UserError, match="cannot be resumed from: it has no optimizer_states"):
-        train.train(configure(*SIX, f"output={tmp_path}", f"ckpt_path={path}"))
+        train.start(configure(*SIX, f"output={tmp_path}", f"ckpt_path={path}"))
 
 
 def test_a_full_disk_keeps_the_checkpoints_there_are(
@@ -490,7 +490,7 @@ def test_a_full_disk_keeps_the_checkpoints_there_are(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
         with pytest.raises(UserError, match=r"step00000003\.ckpt could not be written.*No space left"):
-            train.train(config)
+            train.start(config)
     folder = run_dir(config) / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step00000001.ckpt", "step00000002.ckpt"]
     assert read_checkpoint(folder / "step00000002.ckpt")["global_step"] == 2
@@ -512,9 +512,9 @@ def test_the_time_of_earlier_starts_is_counted(
     with monkeypatch.context() as patch:
         die(patch, "on_validation_epoch_end", 4)
         with pytest.raises(Dead):
-            train.train(config)
+            train.start(config)
     clock[0] = 1000.0
-    train.train(config)
+    train.start(config)
     assert read_record(run_dir(config) / FILE)["budget"]["seconds"] == 60
 
 
@@ -532,10 +532,10 @@ def test_checkpoints_are_resumed_with_other_accumulation(
 ) -> None:
     """From a file of another run, at an odd step: the micro-batches of a step stay together."""
     config = configure(*SIX, f"output={tmp_path}", "trainer.max_steps=3")
-    train.train(config)
+    train.start(config)
     path = run_dir(config) / "checkpoints/step00000003.ckpt"
     other = configure(*SIX, f"output={tmp_path}", "trainer.accumulate_grad_batches=2", f"ckpt_path={path}")
-    train.train(other)
+    train.start(other)
     assert read_record(run_dir(other) / FILE)["budget"]["steps"] == 6
     rows = logged(run_dir(other))
     assert [int(step) for step, kind in sorted(rows) if kind == "train/clipped"] == [4, 5, 6]
@@ -571,7 +571,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(configure: Callable, tmp_path
     try:
         holder.stdout.readline()
         with pytest.raises(UserError, match="DRRN_B1U2_2f s1 is being trained by another process"):
-            train.train(config)
+            train.start(config)
         assert [path.name for path in folder.iterdir()] == [".lock"]
     finally:
         holder.kill()

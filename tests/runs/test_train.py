@@ -26,7 +26,7 @@ from drrn.images import read_luminance
 from drrn.module import SuperResolution
 from drrn.patches import Patches
 from drrn.protocol import prepare, score
-from drrn.runs import run as train
+from drrn.runs import start as train
 from drrn.runs.record import FILE, read_record
 from drrn.weights.ours import load_network
 from started import Started
@@ -47,7 +47,7 @@ FOUR = (
 
 def trained(config: Config) -> Path:
     """Train; the run's folder."""
-    train.train(config)
+    train.start(config)
     return run_dir(config)
 
 
@@ -170,7 +170,7 @@ def test_what_is_logged(straight: tuple[Config, Path]) -> None:
 def test_a_finished_run_is_recognised(straight: tuple[Config, Path], capsys: pytest.CaptureFixture) -> None:
     config, folder = straight
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    train.train(config)
+    train.start(config)
     assert f"is finished: {folder / FILE}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
@@ -180,7 +180,7 @@ def test_a_run_that_another_study_finished_is_recognised(
 ) -> None:
     config, folder = straight
     elsewhere = replace(config, study="another")
-    train.train(elsewhere)
+    train.start(elsewhere)
     assert f"is finished: {folder / FILE}" in capsys.readouterr().out
     assert not run_dir(elsewhere).exists()
 
@@ -227,7 +227,7 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(
     overrides = (*FOUR, "data.scales=[2,3]", f"output={tmp_path}", f"data.num_workers={workers}")
     interrupt(at)
     with pytest.raises(Interruption):
-        train.train(configure(*overrides))
+        train.start(configure(*overrides))
     folder = run_dir(configure(*overrides))
     record = read_record(folder / FILE)
     assert (record["status"], record["ended_by"]) == ("failed", "error")
@@ -250,7 +250,7 @@ def test_accumulated_steps_are_resumed_bit_for_bit(configure: Callable, interrup
     straight = trained(configure(*overrides, f"output={tmp_path / 'straight'}"))
     interrupt(3)
     with pytest.raises(Interruption):
-        train.train(configure(*overrides, f"output={tmp_path / 'interrupted'}"))
+        train.start(configure(*overrides, f"output={tmp_path / 'interrupted'}"))
     interrupt(None)
     again = trained(configure(*overrides, f"output={tmp_path / 'interrupted'}"))
     assert_same_state(straight, again)
@@ -306,7 +306,7 @@ def test_a_run_can_be_started_afresh(
     overrides = (*FOUR, "data.scales=[2,3]", f"output={tmp_path}")
     interrupt(3)
     with pytest.raises(Interruption):
-        train.train(configure(*overrides))
+        train.start(configure(*overrides))
     steps: list[int] = []
     interrupt(None)
     real = SuperResolution.training_step
@@ -328,7 +328,7 @@ def test_what_was_logged_before_an_interruption_is_kept(
     overrides = (*FOUR, f"output={tmp_path}", "logger=csv")
     interrupt(2)
     with pytest.raises(Interruption):
-        train.train(configure(*overrides))
+        train.start(configure(*overrides))
     interrupt(None)
     folder = trained(configure(*overrides))
     gammas = []
@@ -345,7 +345,7 @@ def test_a_run_that_failed_in_its_evaluation_does_not_train_again(
     with monkeypatch.context() as patch:
         patch.setattr(SuperResolution, "test_step", lambda *_: (_ for _ in ()).throw(Interruption("no memory")))
         with pytest.raises(Interruption):
-            train.train(config)
+            train.start(config)
     folder = run_dir(config)
     assert read_record(folder / FILE)["status"] == "failed"
     assert (folder / "weights.safetensors").is_file()
@@ -370,7 +370,7 @@ def test_a_loss_that_diverges_is_recorded_with_what_to_try(configure: Callable, 
     ]
     before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     with pytest.raises(Diverged):
-        train.train(config)
+        train.start(config)
     assert [
         (logger.level, logger.propagate, logger.handlers) for logger in loggers
     ] == before  # as a notebook had them
@@ -406,7 +406,7 @@ def test_a_run_whose_data_is_refused_has_a_record_that_says_so(configure: Callab
     (tmp_path / "empty").mkdir()
     config = configure(f"output={tmp_path / 'runs'}", f"data.val=[{tmp_path / 'empty'}]")
     with pytest.raises(UserError, match="holds no image"):
-        train.train(config)
+        train.start(config)
     record = read_record(run_dir(config) / FILE)
     assert record["status"] == "failed"
     assert "holds no image" in record["error"]
@@ -585,7 +585,7 @@ def test_patches_that_are_changed_in_place_end_the_run(
 
     monkeypatch.setattr(Patches, "__getitem__", read_after_a_change)
     with pytest.raises(UserError, match="was changed while it was in use"):
-        train.train(config)
+        train.start(config)
     (path,) = (tmp_path / "runs").rglob(FILE)
     assert read_record(path)["status"] == "failed"
     assert sorted(path.parent.glob("checkpoints/*"))[-1].name in ("step00000004.ckpt", "step00000006.ckpt")
@@ -599,4 +599,4 @@ def test_an_interrupted_run_is_not_resumed_with_other_images(configure: Callable
     begun = {"format": 1, "status": "running", "patches": "tiny-0123456789.h5", "wandb_id": "abc"}
     write_json(run_dir(config) / FILE, begun)
     with pytest.raises(UserError, match=r"tiny-0123456789\.h5 and would be resumed with"):
-        train.train(config)
+        train.start(config)

@@ -279,7 +279,7 @@ def test_a_signal_ends_the_sweep_with_its_table(
             raise stop
         write(config, "finished")
 
-    monkeypatch.setattr(train, "train", fake)
+    monkeypatch.setattr(train, "start", fake)
     words = ("train", "-m", "model.U=1,2,3", "model.features=2", f"output={tmp_path}")
     code, out, _ = entry_point(*words, "trainer.max_steps=1")
     assert code == (stop.code if isinstance(stop, SystemExit) else 130)
@@ -301,7 +301,7 @@ def test_failed_runs_are_named_with_their_reasons(
             raise UserError("no image is as large as a patch")
         write(config, "finished")
 
-    monkeypatch.setattr(train, "train", fake)
+    monkeypatch.setattr(train, "start", fake)
     code, out, err = entry_point("train", "-m", "model.U=1,2", "plan=none", f"output={tmp_path}")
     assert code == 2
     assert "no image is as large as a patch" in out

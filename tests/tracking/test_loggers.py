@@ -18,7 +18,7 @@ from test_tracking import FOUR, TRAINING, Interruption, before_step, fail, store
 from drrn.config import CSV
 from drrn.errors import UserError
 from drrn.identity import run_dir
-from drrn.runs import run as train
+from drrn.runs import start as train
 from drrn.runs.record import FILE
 from drrn.targets import resolve
 from drrn.tracking.wandb_files import history, runs
@@ -44,7 +44,7 @@ def several(configure: Callable, tmp_path_factory: pytest.TempPathFactory) -> tu
     loggers = (*loggers, "logger.pictures_every=2")
     config = configure(*(word for word in FOUR if not word.startswith("logger")), *loggers)
     with before_step(3, fail), pytest.raises(Interruption):
-        train.train(config)
+        train.start(config)
     return trained(config)
 
 
@@ -160,7 +160,7 @@ def test_a_logger_that_comes_later_gets_what_was_logged_before(configure: Callab
     """W&B beside a run that was begun without it."""
     none = (*(word for word in FOUR if not word.startswith("logger")), f"output={tmp_path}")
     with before_step(3, fail), pytest.raises(Interruption):
-        train.train(configure(*none, "logger=none"))
+        train.start(configure(*none, "logger=none"))
     folder, record = trained(configure(*none, "logger=wandb"))
     kept = union(folder, record["wandb_id"])
     assert {place: value for place, value in kept.items() if place in lines(folder)} == lines(folder)
@@ -326,7 +326,7 @@ def test_a_run_without_wandb_needs_no_wandb(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = configure(f"logger={logger}", f"output={tmp_path}")
-    train.train(config)
+    train.start(config)
     record = json.loads((run_dir(config) / FILE).read_text())
     assert record["status"] == "finished"
     assert record["versions"]["wandb"] is None

@@ -29,7 +29,7 @@ from PIL import Image
 from drrn.config import Config
 from drrn.identity import run_dir
 from drrn.module import SuperResolution
-from drrn.runs import run as train
+from drrn.runs import start as train
 from drrn.runs.record import FILE, read_record
 from drrn.tracking import wandb_run
 from drrn.tracking.loggers import Tracking
@@ -54,7 +54,7 @@ class Interruption(Exception):
 
 def trained(config: Config) -> tuple[Path, dict[str, Any]]:
     """Train; the run's folder and record."""
-    train.train(config)
+    train.start(config)
     return run_dir(config), read_record(run_dir(config) / FILE)
 
 
@@ -218,7 +218,7 @@ def first_leg(configure: Callable, tmp_path_factory: pytest.TempPathFactory) -> 
     output = tmp_path_factory.mktemp("leg")
     config = configure(*FOUR, f"output={output}")
     with before_step(3, fail), pytest.raises(Interruption):
-        train.train(config)
+        train.start(config)
     (path,) = runs(run_dir(config), read_record(run_dir(config) / FILE)["wandb_id"])
     assert [step for step, _ in history(path)] == [1, 2, 3]
     assert stored(path, "exit")[0].exit_code == 1

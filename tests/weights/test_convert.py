@@ -29,7 +29,7 @@ from drrn.home import CONF
 from drrn.identity import structure_name
 from drrn.model import DRRN
 from drrn.networks import NETWORKS
-from drrn.runs import run as train
+from drrn.runs import start as train
 from drrn.runs.request import request
 from drrn.weights import convert as command
 from drrn.weights.export import Enlarger
@@ -656,7 +656,7 @@ def test_training_starts_from_the_file(tiny_images, tmp_path) -> None:
             return request(compose("config", [*arguments, *more]), more)
 
     with pytest.raises(UserError, match=r"model\.U=1"):
-        train.train(config("model.U=2"))
+        train.start(config("model.U=2"))
     with pytest.raises(UserError, match="init_from and ckpt_path"):
         config(f"ckpt_path={path}")
     with pytest.raises(UserError, match=r"nowhere\.ckpt"):
@@ -666,7 +666,7 @@ def test_training_starts_from_the_file(tiny_images, tmp_path) -> None:
     assert config().model == model  # nothing else about the network has to be typed
     assert not (tmp_path / "runs").exists()
 
-    train.train(config())
+    train.start(config())
     [folder] = (tmp_path / "runs" / "main").iterdir()
     after = load_network(folder / "weights.safetensors")[0].state_dict()
     before = network.state_dict()

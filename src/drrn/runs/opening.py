@@ -8,28 +8,33 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
 
 from drrn.config import Config
-from drrn.disk import check_output, locked
-from drrn.errors import UserError
+from drrn.disk import locked
+from drrn.errors import UserError, counted
 from drrn.fast.threads import Watch
-from drrn.help import script
-from drrn.identity import run_dir, run_name
+from drrn.identity import run_dir
 from drrn.launch import launched
-from drrn.runs.record import FILE, done_before, own_record
+from drrn.losses import loss_of
+from drrn.networks import on_paper
+from drrn.optimisers import configured
+from drrn.runs.callbacks import make_callbacks
+from drrn.runs.checkpoints import check_resumable, set_aside
+from drrn.runs.journal import log_to, recorded, warn_of_differences
+from drrn.runs.lightning import trainer_arguments
+from drrn.runs.processes import Processes, broadcast
+from drrn.runs.record import FILE, already, done_before, own_record, run_record
+from drrn.runs.stop import StopSignals
+from drrn.tracking.loggers import Tracking
+from drrn.weights.ours import initial_state
 from drrn.weights.shipped import weights_file
-
-if TYPE_CHECKING:  # torch and Lightning are imported only when there is something to train
-    from lightning.pytorch import Callback
-
-    from drrn.runs.processes import Processes
-    from drrn.runs.stop import StopSignals
-    from drrn.tracking.loggers import Tracking
 
 log = logging.getLogger("drrn.train")
 
@@ -55,65 +60,15 @@ class Run:
 
 
 @contextmanager
-def tried(config: Config) -> Iterator[Config]:
-    """The configuration for `trainer.fast_dev_run=n`: n steps, n images a set, no logger, a temporary folder."""
-    extra = dict(config.trainer_extra or {})
-    steps = extra.pop("fast_dev_run", False)
-    if not isinstance(steps, int) or steps < 0:
-        raise UserError(f"trainer.fast_dev_run = {steps}: true, or a number of steps")
-    if not steps:
-        yield config
-        return
-    length = {"max_steps": int(steps), "max_epochs": None, "val_check_interval": int(steps), "log_every_n_steps": 1}
-    with TemporaryDirectory() as folder:
-        yield replace(
-            config,
-            output=folder,
-            ckpt_path=None,
-            trainer=replace(config.trainer, **length),
-            trainer_extra={**extra, "limit_val_batches": int(steps), "limit_test_batches": int(steps)},
-            logger=replace(config.logger, wandb=False),
-            logger_extra={},
-        )
-    print("trainer.fast_dev_run: the run works; nothing of it is kept")
-
-
-@contextmanager
-def open_run(config: Config, train: Callable[[Config], None]) -> Iterator[Run | None]:
+def open_run(config: Config, watch: Watch, start: Callable[[Config], None]) -> Iterator[Run | None]:
     """Open a run: folder, lock, log, record and signals. Yields None if there is nothing to do in this process.
 
-    If the run needs several processes, they are started here and each calls `train`. An unwritable folder, arguments
-    that Lightning refuses and a run that another process is training are UserErrors, before any work.
+    If the run needs several processes, they are started here and each calls `start(config)`. Arguments that Lightning
+    refuses and a run that another process is training are UserErrors, before any work. `watch` has looked at the
+    machine since the command started.
     """
-    folder = run_dir(config)
+    folder, initial = run_dir(config), None
     earlier, finished = own_record(folder), done_before(config)
-    if finished is not None and not launched():
-        print(_again(config, finished))
-        yield None
-        return
-    check_output("output", folder, folder=True)
-    watch = Watch()
-    from drrn.runs.lightning import quiet_lightning
-
-    with quiet_lightning(), _opened(config, train, watch, earlier, finished) as run:
-        yield run
-
-
-@contextmanager
-def _opened(
-    config: Config, train: Callable[[Config], None], watch: Watch, earlier: dict[str, Any], finished: Path | None
-) -> Iterator[Run | None]:
-    from drrn.networks import on_paper
-    from drrn.runs.callbacks import make_callbacks
-    from drrn.runs.journal import log_to, recorded, warn_of_differences
-    from drrn.runs.lightning import trainer_arguments
-    from drrn.runs.processes import Processes, broadcast
-    from drrn.runs.stop import StopSignals
-    from drrn.tracking.loggers import Tracking
-    from drrn.weights.ours import initial_state
-
-    folder = run_dir(config)
-    initial = None
     if config.init_from is not None:
         initial = initial_state(weights_file(config.init_from, key="init_from"), config.model)
     said = _prepare_torch(config, watch, earlier)
@@ -122,13 +77,13 @@ def _opened(
     network = on_paper(config.model)
     _try_on_paper(config, network)
     if processes.to_be_started:
-        processes.start(train, config, folder / FILE)
+        processes.start(start, config, folder / FILE)
         yield None
         return
     processes.join()
     earlier, finished = broadcast(lambda: (earlier, finished))
     if finished is not None:
-        print(_again(config, finished))
+        print(already(config, finished))
         yield None
         return
     record = _new_record(config, network, earlier, processes)
@@ -149,8 +104,6 @@ def _opened(
             for left in [*folder.glob(".*.partial"), *folder.glob("checkpoints/.*.partial")]:
                 left.unlink()  # a killed process was writing it
             if config.ckpt_path is None:
-                from drrn.runs.checkpoints import set_aside
-
                 set_aside(folder)
         with recorded(folder / FILE, record, stop, tracking):
             yield Run(config, folder, record, earlier, processes, stop, callbacks, tracking, initial)
@@ -158,10 +111,6 @@ def _opened(
 
 def _try_on_paper(config: Config, network: Any) -> None:
     """Refuse a loss, solver, schedule or checkpoint that does not fit, before patches or a folder are made."""
-    from drrn.losses import loss_of
-    from drrn.optimisers import configured
-    from drrn.runs.checkpoints import check_resumable
-
     loss_of(network, config.optim.loss)
     configured(network, config.optim, steps_per_epoch=1, max_steps=1, fused=False)
     if config.ckpt_path not in (None, "last") and not any(run_dir(config).glob("checkpoints/step*.ckpt")):
@@ -169,17 +118,8 @@ def _try_on_paper(config: Config, network: Any) -> None:
         check_resumable(Path(config.ckpt_path), config, steps)
 
 
-def _again(config: Config, finished: Path) -> str:
-    return (
-        f"{run_name(config)} is finished: {finished}. Delete its folder or give ckpt_path=null to train it again; "
-        f"{script('evaluate')} scores its weights on other sets."
-    )
-
-
 def _prepare_torch(config: Config, watch: Watch, earlier: dict[str, Any]) -> str | None:
     """Set TF32 and the number of threads; return a log line on these, None if processes share the machine."""
-    import torch
-
     torch.backends.cudnn.allow_tf32 = config.trainer.tf32  # PyTorch's own default is True
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     if config.speed.compile is True and not torch.cuda.is_available() and not which(os.environ.get("CXX", "g++")):
@@ -189,12 +129,10 @@ def _prepare_torch(config: Config, watch: Watch, earlier: dict[str, Any]) -> str
     before = (earlier.get("machine") or {}).get("threads") if config.ckpt_path is not None else None
     number, why = watch.choose(config.threads, before)
     torch.set_num_threads(number)
-    return f"{number} thread{'s' if number > 1 else ''}: {why}"
+    return f"{counted(number, 'thread')}: {why}"
 
 
 def _new_record(config: Config, network: Any, earlier: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    from drrn.runs.record import run_record
-
     record = run_record(config, network)
     for key in ("budget", "scores", "means", "validation", "tracking"):  # a resumed run's, until there are new ones
         if key in earlier and config.ckpt_path is not None:

@@ -15,6 +15,7 @@ from drrn.config import Config
 from drrn.disk import check_regular
 from drrn.environment import environment
 from drrn.errors import UserError
+from drrn.help import script
 from drrn.identity import experiment, run_dir, run_name, structure_name
 from drrn.targets import OF_OUR_SOLVERS
 
@@ -48,6 +49,14 @@ def own_record(folder: Path) -> dict[str, Any]:
 def done_before(config: Config) -> Path | None:
     """The record of this run if it is finished already; None if it must be trained (also with `ckpt_path=null`)."""
     return None if config.ckpt_path is None else finished_record(run_dir(config))
+
+
+def already(config: Config, finished: Path) -> str:
+    """The message of a start of a run that is finished."""
+    return (
+        f"{run_name(config)} is finished: {finished}. Delete its folder or give ckpt_path=null to train it again; "
+        f"{script('evaluate')} scores its weights on other sets."
+    )
 
 
 def finished_record(folder: Path) -> Path | None:

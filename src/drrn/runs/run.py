@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
 
 from drrn.config import Config
+from drrn.datamodule import SuperResolutionData
+from drrn.disk import write_whole
 from drrn.errors import UserError, counted
+from drrn.fast.memory import freed_memory_kept
+from drrn.fast.threads import Watch
+from drrn.fast.training import memory_errors
 from drrn.identity import WEIGHTS, checkpoint_name, run_name
-from drrn.runs.opening import Run, open_run, tried
+from drrn.module import SuperResolution
+from drrn.networks import structure
+from drrn.protocol import means
+from drrn.runs.callbacks import refuse_unknown_monitors
+from drrn.runs.checkpoints import Checkpoints, check_resumable, newest_checkpoint
+from drrn.runs.lightning import PlainProgress, TerminalProgress, ended_early, lightnings_refusals, quiet_lightning
+from drrn.runs.opening import Run, open_run
+from drrn.runs.processes import broadcast
 from drrn.runs.record import FILE
-
-if TYPE_CHECKING:  # torch and Lightning are imported only when there is something to train
-    from lightning.pytorch import Trainer
-
-    from drrn.datamodule import SuperResolutionData
-    from drrn.module import SuperResolution
+from drrn.weights.ours import save_weights
 
 log = logging.getLogger("drrn.train")
 
 
-def train(config: Config) -> None:
-    """Train, evaluate and record one network.
-
-    Raises:
-        UserError: the record has the status "failed" and the error.
-        Stopped: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; the status is "stopped", and the same command resumes.
-    """
-    with tried(config) as config, open_run(config, train) as run:
+def train(config: Config, watch: Watch, start: Callable[[Config], None]) -> None:
+    """Train, evaluate and record one network; arguments as of `open_run`, errors as of `runs.start.start`."""
+    with quiet_lightning(), open_run(config, watch, start) as run:
         if run is None:  # it was finished before, or child processes have trained it
             return
         data = prepare_data(run)
@@ -41,10 +47,6 @@ def train(config: Config) -> None:
 
 def prepare_data(run: Run) -> SuperResolutionData:
     """Download images and build patches where missing; a UserError if the run began with other patches."""
-    from lightning.pytorch import seed_everything
-
-    from drrn.datamodule import SuperResolutionData
-
     config, record, earlier = run.config, run.record, run.earlier
     seed_everything(config.seed, workers=True, verbose=False)
     data = SuperResolutionData(config)
@@ -61,11 +63,6 @@ def prepare_data(run: Run) -> SuperResolutionData:
 
 def build_module(run: Run, data: SuperResolutionData) -> SuperResolution:
     """The Lightning module of the run, with initial weights."""
-    import torch
-
-    from drrn.module import SuperResolution
-    from drrn.networks import structure
-
     config = run.config
     module = SuperResolution(structure(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)
     module.about = {
@@ -86,17 +83,12 @@ def build_module(run: Run, data: SuperResolutionData) -> SuperResolution:
 
 def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer:
     """Train up to the run's last step, from the newest checkpoint on; then load the last checkpoint into `module`."""
-    from drrn.fast.memory import freed_memory_kept
-    from drrn.fast.training import memory_errors
-    from drrn.runs.callbacks import refuse_unknown_monitors
-    from drrn.runs.lightning import lightnings_refusals
-
     config, record = run.config, run.record
     resume = _resume_from(run, data)
-    structure = record["structure"]
+    network = record["structure"]
     log.info(
         "%s: depth %d, %s; %s of %s, %s an epoch; writing to %s",
-        structure["name"], structure["depth"], counted(structure["conv_weights"], "convolution weight"),
+        network["name"], network["depth"], counted(network["conv_weights"], "convolution weight"),
         counted(data.max_steps, "step"), counted(config.data.batch_size, "pair"),
         counted(data.steps_per_epoch, "step"), run.folder,
     )  # fmt: skip
@@ -124,9 +116,6 @@ def fit(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer
 
 def _resume_from(run: Run, data: SuperResolutionData) -> Path | str | None:
     """The checkpoint to resume from: the run's own newest, or the one that `ckpt_path` names."""
-    from drrn.runs.checkpoints import check_resumable, newest_checkpoint
-    from drrn.runs.processes import broadcast
-
     asked = run.config.ckpt_path
 
     def choose() -> Path | str | None:
@@ -143,11 +132,6 @@ def _resume_from(run: Run, data: SuperResolutionData) -> Path | str | None:
 
 
 def _trainer(run: Run, data: SuperResolutionData, module: SuperResolution) -> Trainer:
-    from lightning.pytorch import Trainer
-
-    from drrn.runs.checkpoints import Checkpoints
-    from drrn.runs.lightning import PlainProgress, TerminalProgress
-
     config, terminal = run.config, sys.stderr.isatty()
     return Trainer(
         **run.processes.arguments,
@@ -169,11 +153,6 @@ def _take_last(run: Run, data: SuperResolutionData, module: SuperResolution, tra
 
     If the last validation was interrupted, it is run now and added to the checkpoint.
     """
-    import torch
-
-    from drrn.disk import write_whole
-    from drrn.runs.processes import broadcast
-
     step, last = trainer.global_step, run.checkpoints / checkpoint_name(trainer.global_step)
     if not broadcast(last.is_file):
         trainer.save_checkpoint(last)
@@ -189,12 +168,6 @@ def _take_last(run: Run, data: SuperResolutionData, module: SuperResolution, tra
 
 def score(run: Run, data: SuperResolutionData, module: SuperResolution, trainer: Trainer) -> None:
     """Save the weights, score them on every set and scale, and set the record's status."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    from drrn.protocol import means
-    from drrn.runs.lightning import ended_early
-    from drrn.weights.ours import save_weights
-
     record = run.record
     facts = {**module.about, "steps": trainer.global_step}
     rank_zero_only(save_weights)(run.folder / WEIGHTS, module.network, run.config.model, facts)
