@@ -50,15 +50,9 @@ def main() -> None:
     if name == "upscale":
         arguments = plain_words(arguments)
     sys.argv = [f"drrn {name}", *arguments]
-    inside = f"drrn.commands.{name}"  # src/NAME.py, as pyproject.toml installs it
-    launch(importlib.import_module(inside if _installed(inside) else name).main)
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a clone with src/ on the path
-        return False
+    # pyproject.toml installs src/NAME.py as drrn.commands.NAME; in a clone src/ is on the path.
+    installed = importlib.util.find_spec("drrn.commands") is not None
+    launch(importlib.import_module(f"drrn.commands.{name}" if installed else name).main)
 
 
 def plain_words(arguments: Sequence[str]) -> list[str]:
