@@ -17,12 +17,12 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import drrn
-from drrn.command_line import quoted
 from drrn.errors import Diverged, UserError
 
 
@@ -170,5 +170,5 @@ def literal(value: Any) -> str:
         return "[" + ",".join(map(literal, value)) + "]"
     words = ("null", "true", "false", "inf", "nan")  # which are no strings there
     if isinstance(value, str) and (value.lower() in words or not re.fullmatch(r"[A-Za-z_][\w./-]*", value)):
-        return quoted(value)
+        return QuotedString(value, Quote.single).with_quotes()
     return str(value)
