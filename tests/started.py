@@ -14,12 +14,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,17 @@ LOADED = [
     "drrn.sweep.outcome", "drrn.tracking.wandb_run", "drrn.weights.ours",
 ]  # fmt: skip
 
+RUN = subprocess.run
 OWN = ("WANDB_SERVICE", "PL_GLOBAL_SEED", "HYDRA_FULL_ERROR")  # what this process has set for itself
+
+
+def forking() -> multiprocessing.context.BaseContext:
+    """The context of processes that are forked from one that has imported LOADED, and has done nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for what that one imports
+        forkserver.set_forkserver_preload(LOADED)
+        forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
 
 
 class Started:
@@ -49,12 +60,8 @@ class Started:
         self.out, self.err = (Path(self._said.name, name) for name in ("out", "err"))
         self.out.touch()
         self.err.touch()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for what the server imports
-            forkserver.set_forkserver_preload(LOADED)
-            forkserver.ensure_running()
         environment = {key: value for key, value in os.environ.items() if key not in OWN} | environment
-        self._process = multiprocessing.get_context("forkserver").Process(
+        self._process = forking().Process(
             target=_begin,
             args=(script, [*map(str, words)], cwd, environment, self.out, self.err),
         )
@@ -91,6 +98,16 @@ class Started:
             with suppress(ProcessLookupError):
                 end(self.pid, signal.SIGKILL)
         self._process.join()
+
+
+def run(command: Sequence[str], env: dict[str, str] | None = None, **how: Any) -> subprocess.CompletedProcess:
+    """`subprocess.run([sys.executable, file of src/, …], text=True)` in a forked process; others as usual."""
+    program, path, *words = command
+    if program != sys.executable or not path.endswith(".py"):
+        return RUN(command, env=env, **how)
+    with Started(Path(path).name, *words, cwd=Path(how.get("cwd", Path.cwd())), **(env or {})) as process:
+        code, (out, err) = process.wait(), process.communicate()
+    return subprocess.CompletedProcess(command, code, out, err)
 
 
 def wait_for(what: Callable[[], object], seconds: float = 120) -> None:

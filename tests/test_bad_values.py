@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
@@ -203,7 +204,9 @@ def kinds(of: type, group: str = "") -> Iterator[tuple[str, Any, bool]]:
             yield f"{group}{name}", parts[0], type(None) in parts or kind is Any
 
 
-def composed(name: str) -> DictConfig:
+@cache
+def sound(name: str) -> DictConfig:
+    """What an entry point takes; its users copy it."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config" if name == "train" else name, SOUND[name])
 
@@ -225,6 +228,7 @@ def wrong_values(name: str, key: str, kind: Any, optional: bool) -> list[Any]:
 
 
 KEYS = [(name, *entry) for name in SOUND for entry in kinds(schema(name))]
+FIRST_OF_KIND = {(name, kind): key for name, key, kind, _ in reversed(KEYS)}.items()
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -240,10 +244,10 @@ def test_all_keys_are_here(name: str) -> None:
                 yield f"{group}{key}"
 
     earlier = {"model.network", "model.checkpointing", "trainer.compile", "trainer.cuda_graph"}  # names of speed.*
-    assert set(leaves(composed(name))) - earlier == set(ours)
+    assert set(leaves(sound(name))) - earlier == set(ours)
     limited = {key for key, kind in ours.items() if kind is not bool}
     assert limited == set(OUT_OF_RANGE[name]) | FREE[name]
-    checked(name, composed(name))  # as it is, it is taken
+    checked(name, sound(name).copy())  # as it is, it is taken
 
 
 @pytest.mark.parametrize(("name", "key", "kind", "optional"), KEYS, ids=[f"{name} {key}" for name, key, *_ in KEYS])
@@ -252,26 +256,42 @@ def test_every_key_refuses_what_it_cannot_be(
     key: str,
     kind: Any,
     optional: bool,
-    entry_point: Callable,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """All wrong values by the check that the entry point makes, the first of them by the entry point itself."""
+    """All wrong values by the check that the entry point makes."""
     monkeypatch.chdir(tmp_path)
-    values = wrong_values(name, key, kind, optional)
-    sound = composed(name)
-    for value in values:
-        cfg = sound.copy()
+    for value in wrong_values(name, key, kind, optional):
+        cfg = sound(name).copy()
         OmegaConf.update(cfg, key, value, merge=False)
         with pytest.raises(UserError) as refusal:
             checked(name, cfg)
         assert key in str(refusal.value), f"{key} = {value!r}: {refusal.value}"
         assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
 
+
+@pytest.mark.parametrize(
+    ("name", "key", "kind", "optional"),
+    [(name, key, kind, optional) for name, key, kind, optional in KEYS if ((name, kind), key) in FIRST_OF_KIND],
+    ids=str,
+)
+def test_every_entry_point_refuses_each_kind_of_value(
+    name: str,
+    key: str,
+    kind: Any,
+    optional: bool,
+    entry_point: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """By that check, with the exit code 2, and before it does anything; a key of each type."""
+    monkeypatch.chdir(tmp_path)
+    value = wrong_values(name, key, kind, optional)[0]
     work = "drrn.evaluation.evaluate" if name == "evaluate" else f"{name}.{name}"
-    monkeypatch.setattr(work, lambda *_: pytest.fail(f"{key}={values[0]!r} was taken"))
+    monkeypatch.setattr(work, lambda *_: pytest.fail(f"{key}={value!r} was taken"))
     others = [argument for argument in SOUND[name] if not argument.startswith(f"{key}=")]
-    code, out, err = entry_point(name, *others, f"{key}={literal(values[0])}")
+    code, out, err = entry_point(name, *others, f"{key}={literal(value)}")
     assert code == 2
     assert err.startswith(f"{name}.py: ")
     assert key in err

@@ -21,6 +21,8 @@ from drrn.model import DRRN
 from drrn.patch_build import prepare_patches
 from drrn.patches import Patches, Recipe
 from drrn.sets import image_files
+from started import forking
+from started import run as run_forked
 
 TINY = {
     "features": 2,
@@ -86,7 +88,9 @@ def nap(seconds: float) -> Callable[[], None]:
     return lambda: time.sleep(seconds)
 
 
-def test_things_take_turns_in_processes_of_their_own() -> None:
+def test_things_take_turns_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = forking()
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda _: context)
     times = bench.in_turn({"short": (nap, 0.01), "long": (nap, 0.2)}, 2)
     assert [len(t) for t in times.values()] == [2, 2]
     assert all(t >= 0.01 for t in times["short"])
@@ -204,6 +208,7 @@ def test_the_part_of_a_gpu_runs_through_without_one(tmp_path: Path, monkeypatch:
         return done[0]
 
     monkeypatch.setattr(bench_gpu, "through_train", once)
+    monkeypatch.setattr("subprocess.run", run_forked)
     rows = bench.main(["gpu"], TINY, tmp_path)
     assert len(done) == 3
     assert [row.what for row in rows if not row.value > 0] == []

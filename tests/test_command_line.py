@@ -92,7 +92,8 @@ def test_the_installed_command_works_in_any_folder(installed: Path, tmp_path: Pa
     assert all(f"drrn {name}" in drrn() for name in COMMANDS)
     assert "no command 'upscal'; did you mean upscale?" in drrn("upscal", code=2)
     assert "model.B" in drrn("train", "model.B=0", code=2)
-    assert "DRRN_B3U4" in drrn("train", "sweeps=table4", "+budget=cpu", "seed=1,2", "plan=only")
+    said = drrn("train", "sweeps=table4", "+budget=cpu", "seed=1,-1", code=2)
+    assert "sweeps=table4 +budget=cpu seed=-1; nothing has been started" in said  # both files are found
     said = drrn("evaluate", "method=bicubic", "sets=[demo_test]", "scales=[3]", "output=scores.json")
     assert "29.65" in said
     Image.fromarray(skimage.data.coffee()[:40, :60]).save(tmp_path / "photo (1).jpg")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -418,53 +419,98 @@ def test_what_the_machine_has_decides(monkeypatch):
     np.testing.assert_allclose(y, whole(network, x), rtol=0, atol=1e-5)
 
 
-def said_by(code: str) -> str:
-    """What a fresh process prints that runs the code."""
-    environment = {"PYTHONPATH": str(Path(inference.__file__).parents[1]), "PATH": ""}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-
-
-@pytest.mark.parametrize(("precision", "size"), [("float32", 4), ("bf16", 2)])
-def test_three_feature_maps_are_alive_at_the_peak(precision, size):
-    """In a process of its own, by the operating system's count."""
-    if not Path("/proc/self/status").is_file():
-        pytest.skip("the peak is read from Linux's /proc")
-    code = f"""
+# Each by the operating system's count, in a process of its own: a fork of one that has imported everything.
+MEASURED = {
+    "Stream float32": ("stream", "float32", 4),
+    "Stream bf16": ("stream", "bf16", 2),
+    "RED30": ("red30",),
+    "DRRN": ("strips", {"B": 1, "U": 4}),
+    "chain": ("strips", {"B": 2, "U": 2, "multi_path": False}),
+    "VDSR": ("strips", {"B": 10, "U": 0}),
+}
+MEASURE = """
+import json, os, sys
+import numpy as np
 import torch
+from drrn import inference
+from drrn.fast import strips as sizes
 from drrn.fast.folded import Folded
+from drrn.fast.prepared import prepared
 from drrn.fast.stream import MAPS, Stream
 from drrn.model import DRRN
-status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
-folded = Folded(DRRN(1, 2, features=32).eval(), "{precision}")
-Stream(folded, 64)(torch.rand(1, 1, 64, 64))
-before = status("VmRSS")
-Stream(folded, 1000)(torch.rand(1, 1, 1000, 1000))
-print((status("VmHWM") - before) / (1000 * 1000 * 32 * {size}), MAPS)
+from drrn.red30 import RED30
+
+def status(key):
+    return 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
+
+def stream(precision, size):
+    folded = Folded(DRRN(1, 2, features=32).eval(), precision)
+    Stream(folded, 64)(torch.rand(1, 1, 64, 64))
+    before = status("VmRSS")
+    Stream(folded, 700)(torch.rand(1, 1, 700, 700))
+    return (status("VmHWM") - before) / (700 * 700 * 32 * size), MAPS
+
+def red30():
+    ready = prepared(RED30(layers=7, features=16).train())
+    ready.open(64)(torch.rand(1, 1, 64, 64))
+    before = status("VmRSS")
+    ready.open(400)(torch.rand(1, 1, 400, 400))
+    return (status("VmHWM") - before) / (400 * 400 * 16 * 4), ready.maps
+
+def strips(structure):
+    network = DRRN(**structure, features=32).eval()
+    sizes.WHOLE_BYTES = sizes.STRIP_BYTES = 0
+    width = 6_000
+    row, shape, rows = 32 * 4 * width, (64, width), sizes.STRIP_ROWS
+    room = next(room for room in range(0, 10**9, row) if sizes.most_rows(prepared(network), width, room) == rows)
+    assert len(sizes.strips(prepared(network), shape, room)) > 3
+    inference.super_resolve(network, np.zeros((40, 40)))
+    x = np.ones(shape, np.float32)
+    before = status("VmRSS")
+    list(inference.super_resolve_strips(network, lambda a, b: x[a:b], shape, room=room))
+    return (status("VmHWM") - before) / room, 1
+
+for name, (what, *arguments) in json.loads(sys.argv[1]).items():
+    if (child := os.fork()) == 0:
+        print(json.dumps([name, *globals()[what](*arguments)]), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
 """
-    maps, said = map(float, said_by(code).split())
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, tuple[float, float]]:
+    """Each of MEASURED → the maps that were in memory at the peak, and those that are counted."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the peak is read from Linux's /proc")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(MEASURED)],
+        env={
+            "PYTHONPATH": str(Path(inference.__file__).parents[1]), "PATH": "", "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "65536",  # memory is given back at once: glibc's heap has gaps
+        },
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return {name: (found, said) for name, found, said in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_three_feature_maps_are_alive_at_the_peak(precision, measured):
+    maps, said = measured[f"Stream {precision}"]
     assert 2 < maps < said + 0.3
 
 
-def test_as_many_feature_maps_are_in_memory_as_a_network_keeps_for_its_skips():
-    """RED30's, counted, and beside it the operating system's count, of maps beyond glibc's 32 MB."""
-    if not Path("/proc/self/status").is_file():
-        pytest.skip("the peak is read from Linux's /proc")
-    code = """
-import torch
-from drrn.fast.prepared import prepared
-from drrn.red30 import RED30
-status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
-ready = prepared(RED30(layers=7, features=16).train())
-ready.open(64)(torch.rand(1, 1, 64, 64))
-before = status("VmRSS")
-ready.open(730)(torch.rand(1, 1, 730, 730))
-print((status("VmHWM") - before) / (730 * 730 * 16 * 4), ready.maps)
-"""
-    maps, said = map(float, said_by(code).split())
+def test_as_many_feature_maps_are_in_memory_as_a_network_keeps_for_its_skips(measured):
+    """RED30's, counted, and beside it the operating system's count."""
+    maps, said = measured["RED30"]
     assert said - 2 < maps < said + 0.3
     assert [prepared(network).maps for network in (RED30(features=16).double(), SRCNN())] == [11, 3]
+
+
+@pytest.mark.parametrize("name", ["DRRN", "chain", "VDSR"])
+def test_strips_take_the_room_that_they_were_given(name, measured):
+    """Neither more nor much less."""
+    assert 0.5 < measured[name][0] < 1.25
 
 
 def test_a_network_that_looks_at_its_values_is_counted_too():
@@ -474,41 +520,6 @@ def test_a_network_that_looks_at_its_values_is_counted_too():
 
     network, x = Brightened(), photograph(20, 30)
     np.testing.assert_allclose(super_resolve(network, x), whole(network, x), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "structure",
-    [{"B": 1, "U": 4}, {"B": 2, "U": 2, "multi_path": False}, {"B": 10, "U": 0}],
-    ids=["DRRN", "chain", "VDSR"],
-)
-def test_strips_take_the_room_that_they_were_given(structure):
-    """In a process of its own, by the operating system's count: neither more nor much less.
-
-    With maps beyond glibc's 32 MB, which come from the kernel one by one; its heap has gaps between smaller ones,
-    which the first strip leaves.
-    """
-    if not Path("/proc/self/status").is_file():
-        pytest.skip("the peak is read from Linux's /proc")
-    code = f"""
-import numpy as np
-from drrn import inference
-from drrn.fast import strips as sizes
-from drrn.fast.prepared import prepared
-from drrn.model import DRRN
-status = lambda key: 1024 * int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
-network = DRRN(**{structure}, features=32).eval()
-sizes.WHOLE_BYTES = sizes.STRIP_BYTES = 0
-row, shape = 32 * 4 * 18_000, (64, 18_000)
-rows = sizes.STRIP_ROWS
-room = next(room for room in range(0, 10**9, row) if sizes.most_rows(prepared(network), shape[1], room) == rows)
-assert len(sizes.strips(prepared(network), shape, room)) > 3
-inference.super_resolve(network, np.zeros((40, 40)))
-x = np.ones(shape, np.float32)
-before = status("VmRSS")
-list(inference.super_resolve_strips(network, lambda a, b: x[a:b], shape, room=room))
-print((status("VmHWM") - before) / room)
-"""
-    assert 0.5 < float(said_by(code)) < 1.25
 
 
 @pytest.mark.parametrize("x", [np.zeros((3, 4, 1)), np.zeros(5), np.zeros((0, 4))], ids=["3-D", "1-D", "empty"])

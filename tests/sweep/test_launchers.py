@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 from drrn.runs.record import FILE, read_record
 from drrn.sweep.machine import Ended, NotBegun, OwnPart, allowed_cores
+from started import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,11 +87,45 @@ def test_a_stopped_process_begins_no_further_job(monkeypatch: pytest.MonkeyPatch
         part(None)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
-def test_joblib_runs_two_at_a_time_and_a_signal_to_the_sweep_alone_ends_them(
-    number: signal.Signals, tiny_images: Path, tmp_path: Path
-) -> None:
-    """A short run is done; two long ones keep their step; killed outright, the sweep leaves no process behind."""
+KILLED = """
+import sys, time
+from pathlib import Path
+from joblib import Parallel, delayed
+from drrn.sweep.machine import OwnPart
+
+def work(path):
+    Path(path).touch()
+    try:
+        time.sleep(600)
+    except SystemExit:
+        Path(path + " is kept").touch()
+        raise
+
+task = OwnPart(work, 2)
+Parallel(n_jobs=2, backend="loky", pre_dispatch="n_jobs", batch_size=1, initializer=task.take)(
+    delayed(task)(path) for path in sys.argv[1:]
+)
+"""
+
+
+def test_a_sweep_that_is_killed_leaves_no_process_and_its_runs_keep_their_steps(tmp_path: Path) -> None:
+    """Two of three have begun; a run that is told to end by SIGTERM keeps its step (tests/runs/test_resume.py)."""
+    jobs, scratch = [tmp_path / name for name in "abc"], tmp_path / "scratch"
+    scratch.mkdir()
+    path = os.pathsep.join((str(ROOT / "src"), os.environ.get("PYTHONPATH", "")))
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, *jobs], env={**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": path}
+    ) as sweep:
+        wait_for(lambda: sum(job.exists() for job in jobs) == 2 or sweep.poll() is not None)
+        processes = psutil.Process(sweep.pid).children(recursive=True)
+        sweep.kill()
+    wait_for(lambda: not any(process.is_running() and process.status() != "zombie" for process in processes))
+    wait_for(lambda: not list(scratch.glob("drrn-sweep-*")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a is kept", "b", "b is kept", "scratch"]
+
+
+def test_joblib_runs_two_at_a_time_and_ctrl_c_ends_them(tiny_images: Path, tmp_path: Path) -> None:
+    """A short run is done; two long ones keep their step; the last is not begun."""
     data = (f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path}")
     long = "trainer.max_steps:1000000,trainer.val_check_interval:1000000,trainer.checkpoint_every:1000000"
     points = "[{model.B:1}," + ",".join(f"{{model.B:{B},{long}}}" for B in (2, 3, 4)) + "]"
@@ -111,7 +145,7 @@ def test_joblib_runs_two_at_a_time_and_a_signal_to_the_sweep_alone_ends_them(
     try:
         wait_for(lambda: said("finished:") == 1 and said("steps/s") == 2)
         processes = psutil.Process(sweep.pid).children(recursive=True)
-        os.kill(sweep.pid, number)
+        os.kill(sweep.pid, signal.SIGINT)
         out, _ = sweep.communicate()
         wait_for(lambda: not any(process.is_running() and process.status() != "zombie" for process in processes))
     finally:
@@ -122,20 +156,10 @@ def test_joblib_runs_two_at_a_time_and_a_signal_to_the_sweep_alone_ends_them(
     assert sorted(record["status"] for record in records.values()) == ["finished", "stopped", "stopped"]
     for folder in records:
         assert list(folder.glob("checkpoints/step*.ckpt"))
-    if number == signal.SIGINT:
-        assert sweep.returncode == 130
-        assert "1 of 4 runs done" in out
-        assert out.count("interrupted") == 2
-        assert out.count("not started") == 1
-
-
-def wait_for(there: Callable[[], bool]) -> None:
-    """However slow the machine is: three minutes at most."""
-    for _ in range(1800):
-        if there():
-            return
-        time.sleep(0.1)
-    pytest.fail("in vain")
+    assert sweep.returncode == 130
+    assert "1 of 4 runs done" in out
+    assert out.count("interrupted") == 2
+    assert out.count("not started") == 1
 
 
 def test_submitit_trains_in_a_job_of_its_own(sweep: Callable) -> None:

@@ -81,9 +81,9 @@ def test_the_counted_memory_is_the_memory_that_a_step_takes(configure: Callable)
     """In a process of its own, whose allocator gives memory back at once (glibc by default keeps up to twice)."""
     import json
 
-    size = ("model.U=4", "model.features=32", "data.batch_size=48")
+    size = ("model.U=4", "model.features=32", "data.batch_size=24")
     half, single = (configure(*size, f"trainer.precision={p}", tiny=False) for p in ("bf16-mixed", "32-true"))
-    words = [json.dumps(asdict(single.model)), "48", str(single.data.patch_size)]
+    words = [json.dumps(asdict(single.model)), "24", str(single.data.patch_size)]
     path = {"PYTHONPATH": str(ROOT / "src"), "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *words],

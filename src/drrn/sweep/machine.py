@@ -88,6 +88,7 @@ class OwnPart:
         except (KeyboardInterrupt, SystemExit) as error:
             with suppress(OSError):  # the sweep has removed the folder
                 (self.folder / ENDED).touch()
+            self._tidy()
             raise Ended(f"{type(error).__name__}: {error}") from error
         finally:
             self._idle()
@@ -127,8 +128,13 @@ class OwnPart:
         end = time.monotonic() + LAST_STEP
         while OwnPart.busy and time.monotonic() < end:
             time.sleep(0.1)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._tidy()
         os._exit(1)
+
+    def _tidy(self) -> None:
+        """Leave nothing of a sweep that is gone."""
+        if self.sweep not in (os.getpid(), os.getppid()):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def tell(self, number: int) -> None:
         """Send a signal to the processes of this task, and let none begin another job."""
