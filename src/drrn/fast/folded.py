@@ -1,6 +1,6 @@
 """DRRN folded for inference: BatchNorm into the convolutions, sums and ReLUs fused.
 
-Its speed-up is measured in docs/performance.md, "What is".
+Its speed-up is measured in docs/performance.md, "Measurements".
 """
 
 from __future__ import annotations
