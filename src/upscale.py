@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from drrn.home import CONF
 from drrn.launch import launch, refusing
 from drrn.photos.plan import Options, check, plan
-from drrn.photos.upscale import upscale
 from drrn.schema import typed
 
 KEYS = Options
@@ -26,7 +25,10 @@ def main(cfg: DictConfig) -> None:
     with refusing():
         options = typed(Options, cfg)
         check(options)
-        status = upscale(options, plan(options))
+        jobs = plan(options)
+        from drrn.photos.upscale import upscale  # with Pillow and SciPy, which a refusal need not wait for
+
+        status = upscale(options, jobs)
     sys.exit(status)
 
 

@@ -12,13 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drrn.errors import UserError, printable
-from drrn.photos.plan import Job, Options
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
+from drrn.errors import UserError, counted, printable
+from drrn.photos.compare import write_page
+from drrn.photos.enlarge import RESULT_FACTOR, enlarge, result_size
+from drrn.photos.plan import Job, Options
+from drrn.photos.read import read_photo
+from drrn.photos.write import stored_dtype, write_photo
+
+if TYPE_CHECKING:  # torch is imported only for a network that has something to enlarge
     import torch
-    from numpy.typing import NDArray
-    from rich.progress import Progress
     from torch import nn
 
 MEMORY = 2_000_000_000  # bytes for everything except the loaded image
@@ -85,8 +91,6 @@ def enlarge_job(job: Job, count: str, tools: Tools) -> str:
             for note in notes:
                 print(f"  {printable(job.source.name)}: {printable(note)}", flush=True)
         if options.compare and (options.overwrite or not job.page.exists()):
-            from drrn.photos.compare import write_page
-
             write_page(job.page, job.source, job.target, tools.name, options.max_pixels)
             print(f"{count}{printable(job.page)}: before and after", flush=True)
     except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's "out of memory" is the last
@@ -100,9 +104,6 @@ def enlarge_job(job: Job, count: str, tools: Tools) -> str:
 
 def progress_bars() -> Progress:
     """Progress bars, disabled if stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}", markup=False),  # brackets in a file's name are no markup
@@ -138,7 +139,7 @@ def prepare(options: Options) -> tuple[nn.Module, str, str]:
     if device.type == "cpu":
         threads = watch.choose(options.threads)
         torch.set_num_threads(threads.number)
-        where = f"{threads.number} thread{'s' if threads.number > 1 else ''} ({threads.why})"
+        where = f"{counted(threads.number, 'thread')} ({threads.why})"
     print(f"{precision} on {where}", flush=True)
     return network.to(device), precision, about.get("origin") or Path(options.checkpoint).stem
 
@@ -149,10 +150,6 @@ def enlarge_file(source: Path, target: Path, tools: Tools) -> tuple[str, list[st
     Raises:
         UserError: it names the file and the reason.
     """
-    from drrn.photos.enlarge import RESULT_FACTOR, enlarge, result_size
-    from drrn.photos.read import read_photo
-    from drrn.photos.write import stored_dtype, write_photo
-
     options, network, precision, _, bars = tools
     photo = read_photo(source, options.max_pixels)
     height, width, channels = photo.pixels.shape
