@@ -73,7 +73,7 @@ WRONG = {
     "no evaluation set": (["data.val=[]"], ["data.val is empty"]),
     "a training folder that is not there": (["data.train=[no/such/folder]"], ["data.train", "no/such/folder"]),
     "an evaluation folder that is not there": (["data.val=[Set5,no/such]"], ["data.val", "no/such"]),
-    "sets of one name": (["data.val=[Set5,./Set5]"], ["data.val", "one name"]),
+    "sets of one name": (["data.val=[Set5,./Set5]"], ["data.val", "the same name"]),
     "steps 0": (["trainer.max_steps=0"], ["trainer.max_steps = 0", "at least 1"]),
     "epochs 0": (["trainer.max_epochs=0"], ["trainer.max_epochs = 0", "above 0"]),
     "accumulation that does not divide": (
@@ -421,7 +421,7 @@ def test_speed_changes_no_run_and_has_its_earlier_names(configure, capsys) -> No
     for wrong in ("model.checkpointing=often", "trainer.compile=often", "speed.compile=often"):
         with pytest.raises(UserError, match=f"{wrong.replace('=', ' = ').replace('often', '.often.')}: allowed are"):
             configure(wrong)
-    with pytest.raises(UserError, match="what is compiled sees its own process"):
+    with pytest.raises(UserError, match="a compiled network sees its own process"):
         configure("speed.compile=true", "trainer.sync_batchnorm=true")
 
 

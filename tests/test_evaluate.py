@@ -273,7 +273,7 @@ def test_an_image_that_left_a_folder_leaves_its_means(
     (tmp_path / "val/camera.png").unlink()
     shutil.copy(tiny_images / "chelsea.png", tmp_path / "val/again.png")
     content, said = scored(entry_point, output, *arguments)
-    assert "1 scores left the file" in said
+    assert "1 scores removed" in said
     assert "1 of 5 scores computed" in said
     assert sorted(row["image"] for row in content["scores"] if row["set"] == "val") == ["again.png", "chelsea.png"]
     means = {row["set"]: row for row in content["means"]}

@@ -5,7 +5,7 @@
     network = load("weights.safetensors")
     big = upscale(image, 2, network)
 
-Names are loaded when they are used: `import drrn` alone takes no time.
+Names are imported on first use, so `import drrn` alone takes no time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`drrn train`, `drrn upscale`, …: the scripts of src/ as one command, wherever the package is installed.
+"""`drrn train`, `drrn upscale`, …: the scripts of src/ as one installed command.
 
-What follows the name is what the script takes, `key=value`. `drrn upscale` takes plain words too, `--key value`:
+Its arguments are those of the script, `key=value`. `drrn upscale` also accepts file names and `--key value`:
 
     drrn upscale photo.jpg -x 2
     drrn upscale holidays -x 3 -c weights.safetensors -o large --compare
@@ -36,7 +36,7 @@ KEY = re.compile(r"[+~]*[\w./@-]+=")
 
 
 def main() -> None:
-    """Run the command that the first word names."""
+    """Run the command named by the first argument."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name == "--version":
         print(f"drrn {__version__}")

@@ -1,9 +1,8 @@
-"""The configuration: what every key may be.
+"""The schema of the training configuration.
 
 Hydra composes `conf/` and the command line; `check` turns the result into the dataclasses below. It refuses an
-unknown key, a wrong type and a value out of range by the key's name, before anything heavy is imported. A key's
-type, limits and meaning stand beside each other; rules between keys are their group's `rules`. Defaults stand in
-`conf/`, once.
+unknown key, a wrong type and a value out of range by the key's name, before anything heavy is imported. Each field
+has a key's type, limits and meaning; rules between keys are their group's `rules`. Defaults are in `conf/`.
 """
 
 from __future__ import annotations
@@ -27,28 +26,28 @@ from drrn.schema import key, plain, typed
 from drrn.sets import is_set, known_sets
 from drrn.targets import check_node
 
-DEFAULT = "drrn"  # the network, where none is named
+DEFAULT = "drrn"  # the network if `model.network` is not given
 DEEPEST = 10_000  # layers; the paper's deepest network has 52
 
 
 @dataclass
 class ModelConfig:
-    """`drrn.model.DRRN`'s arguments."""
+    """Arguments of `drrn.model.DRRN`."""
 
     B: int = key("recursive blocks", at_least=1)
     U: int = key("residual units of a block; 0 is VDSR", at_least=0)
     features: int = key("filters of every convolution but the last", at_least=1, below=2**13)
     norm: str = key("normalisation before each ReLU", choices=("batch", "none"))
-    bias: bool = key("biases on the convolutions, as the release has them")
+    bias: bool = key("biases on the convolutions, as in the release")
     weight_sharing: bool = key("false: DRRN_NS")
-    multi_path: bool = key("false: DRRN_C, the identity of a unit is the unit before it")
-    rectified_identity: bool = key("ReLU on every identity: two ports' weights need it", default=False)
+    multi_path: bool = key("false: DRRN_C, a unit's identity is its own input")
+    rectified_identity: bool = key("ReLU on every identity, for the weights of two ports", default=False)
     input_relu: bool = key("ReLU before the first convolution; false: a port's VDSR", default=True)
 
     def rules(self) -> None:
-        """Depth."""
+        """Check the depth."""
         if (layers := depth(self.B, self.U)) > DEEPEST:
-            raise UserError(f"model.B = {self.B} and model.U = {self.U} make {layers:,} layers: at most {DEEPEST:,}")
+            raise UserError(f"model.B = {self.B} and model.U = {self.U} give {layers:,} layers: at most {DEEPEST:,}")
 
 
 @dataclass
@@ -57,23 +56,23 @@ class DataConfig:
 
     name: str = key("first part of the patch file's name")
     train: list[str] = key("image sets, paths of folders, or parts: BSD200@1-180")
-    val: list[str] = key("sets to measure on while it trains, folders or parts")
-    root: str = key("where the sets are, or are downloaded to")
-    patches: str = key("where patch files are kept")
-    scales: list[int] = key("of training and of the final evaluation, one network for all", at_least=2, distinct=True)
+    val: list[str] = key("validation sets, folders or parts")
+    root: str = key("folder of the sets; missing ones are downloaded to it")
+    patches: str = key("folder of the patch files")
+    scales: list[int] = key("of training and of the final test, one network for all", at_least=2, distinct=True)
     val_scales: list[int] = key("of the validations", at_least=2, distinct=True)
     patch_size: int = key("side of a patch, pixels", at_least=3)
     stride: int = key("pixels from patch to patch", at_least=1)
-    augment: str = key("where the 8 orientations are made: stored, or on the device", choices=("offline", "online"))
-    degradation: str = key("how the low resolution is made", default=BI, choices=tuple(DEGRADATIONS))
+    augment: str = key("the 8 orientations are stored, or made on the device", choices=("offline", "online"))
+    degradation: str = key("makes the low resolution", default=BI, choices=tuple(DEGRADATIONS))
     crops: int = key("random crops of each image an epoch; 0: stored patches", default=0, at_least=0)
     batch_size: int = key("pairs of an optimiser step, over all devices and micro-batches", at_least=1)
-    num_workers: int = key("processes that read patches", at_least=0, below=2**10)
-    test: list[str] | None = key("sets to score at its end, folders or parts; null: those of val", default=None)
-    test_metrics: list[str] | None = key("at its end, beside psnr and ssim: [ifc]", default=None, distinct=True)
+    num_workers: int = key("worker processes that read patches", at_least=0, below=2**10)
+    test: list[str] | None = key("test sets at the end of a run, folders or parts; null: those of val", default=None)
+    test_metrics: list[str] | None = key("of the test, beside psnr and ssim: [ifc]", default=None, distinct=True)
 
     def share(self, micro: int, processes: int = 1) -> int:
-        """Pairs of one process's micro-batch; a UserError where they do not divide the batch."""
+        """Pairs of one process's micro-batch; a UserError if the batch cannot be divided evenly."""
         if self.batch_size % (micro * processes):
             shares = f"{micro} micro-batches × {processes} processes"
             raise UserError(
@@ -84,11 +83,11 @@ class DataConfig:
 
     @property
     def test_sets(self) -> list[str]:
-        """The sets that are scored at the end."""
+        """Test sets at the end of a run."""
         return self.test or self.val
 
     def rules(self) -> None:
-        """Sets and metrics that exist."""
+        """Check that sets and metrics exist, and that crops, augmentation and degradation are compatible."""
         for name in ("train", "val", "test"):
             if getattr(self, name) is not None:
                 check_sets(f"data.{name}", getattr(self, name))
@@ -97,7 +96,7 @@ class DataConfig:
 
             check_names("data.test_metrics", self.test_metrics)
         if self.crops and self.augment == "offline":
-            raise UserError("data.crops and data.augment = 'offline': crops are turned on the device; give online")
+            raise UserError("data.crops and data.augment = 'offline': crops are augmented on the device; give online")
         if self.crops and self.degradation == READY:
             raise UserError("data.crops and data.degradation = 'ready': crops are degraded here; give data.crops=0")
         check_scales("data.scales", [*self.scales, *self.val_scales], self.degradation)
@@ -110,25 +109,25 @@ class OptimConfig:
     """Sec. 4.2 and its alternatives."""
 
     algorithm: str = key("solver", choices=tuple(OPTIMISERS))
-    lr: float = key("γ at the start", above=0)
+    lr: float = key("initial learning rate γ", above=0)
     momentum: float = key("of SGD; β₁ of Adam", at_least=0, below=1)
-    weight_decay: float = key("on everything, as in the release", at_least=0)
-    bias_lr_mult: float = key("rate of convolution biases, relative to lr", at_least=0)
+    weight_decay: float = key("of all parameters, as in the release", at_least=0)
+    bias_lr_mult: float = key("learning rate of convolution biases, relative to lr", at_least=0)
     theta: float = key("θ of the gradient clipping (the paper: 0.01; a translation: 1)", above=0)
-    clip: str = key("each gradient (paper), their common norm (release)", choices=("value", "norm", "none"))
+    clip: str = key("clips each gradient (paper) or their total norm (release)", choices=("value", "norm", "none"))
     schedule: str = key("of γ; step: a tenth instead of a half; cosine: to 0 over the run", choices=tuple(SCHEDULES))
     halve_every_epochs: float | None = key("epochs of the data; or halve_every_steps", above=0)
     halve_every_steps: int | None = key("optimiser steps", above=0)
     residual_scale: float = key("factor on the last convolution's first weights; 0: bicubic", at_least=0)
-    bn_average: float = key("what BatchNorm's averages keep at a batch; Caffe's: 0.999", at_least=0, below=1)
+    bn_average: float = key("decay of BatchNorm's running averages a batch; Caffe's: 0.999", at_least=0, below=1)
     loss: Any = key(f"{', '.join(LOSSES)}, {{_target_: another, …}}; null: the network's own", default=None)
-    last_lr_mult: float = key("rate of the last convolution, relative to lr", default=1.0, at_least=0)
-    warmup_steps: int = key("steps over which γ rises along a line", default=0, at_least=0)
+    last_lr_mult: float = key("learning rate of the last convolution, relative to lr", default=1.0, at_least=0)
+    warmup_steps: int = key("steps of a linear warm-up of γ", default=0, at_least=0)
     optimiser: Any = key("{_target_: another solver, …} instead of algorithm", default=None)
     scheduler: Any = key("{_target_: another schedule, …} instead of schedule", default=None)
 
     def rules(self) -> None:
-        """One schedule; what belongs to one solver; classes by name."""
+        """Check names and `_target_` nodes, that there is one schedule, and keys of a single solver."""
         if isinstance(self.loss, str) and self.loss not in LOSSES:
             raise UserError(f"optim.loss = {self.loss!r}: allowed are {', '.join(LOSSES)}")
         loss = None if isinstance(self.loss, str) else self.loss
@@ -143,40 +142,40 @@ class OptimConfig:
             )
         if self.scheduler is not None and self.warmup_steps:
             raise UserError(
-                f"optim.warmup_steps = {self.warmup_steps} and optim.scheduler: it is optim.schedule's; set it to 0"
+                f"optim.warmup_steps = {self.warmup_steps} and optim.scheduler: only optim.schedule has a warm-up"
             )
         if self.algorithm != "sgd" and self.bias_lr_mult != 1:
-            raise UserError(f"optim.bias_lr_mult = {self.bias_lr_mult}: it is the release's, for optim.algorithm=sgd")
+            raise UserError(f"optim.bias_lr_mult = {self.bias_lr_mult}: only optim.algorithm=sgd has it; set it to 1")
 
 
 @dataclass
 class TrainerConfig:
-    """Lightning's Trainer; the keys listed here are checked at once, others (`+trainer.x=…`) by Lightning."""
+    """Lightning's Trainer; the keys listed here are checked by us, others (`+trainer.x=…`) by Lightning."""
 
     accelerator: str = key("kind of device", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu"))
-    devices: Any = key("how many, which, -1 for all, or auto")
+    devices: Any = key("number of devices, a list of indices, -1 for all, or auto")
     num_nodes: int = key("machines", at_least=1)
-    # src/train.py starts the processes itself: no spawn, fork or notebook. Nothing sharded either: clipping by the
-    # norm would see a part of the gradient.
+    # src/train.py starts the processes itself: no spawn, fork or notebook. No sharded strategy either: clipping by
+    # the norm would see only a shard of the gradient.
     strategy: str = key(
-        "several processes",
+        "of several processes",
         choices=("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"),
     )
     precision: str = key("of training", choices=("32-true", "bf16-mixed", "16-mixed"))
     max_steps: int = key("optimiser steps of the run; B1U9 was published after 464,056", at_least=1)
     max_epochs: float | None = key("epochs of the data instead of max_steps; may be a fraction", above=0)
-    max_time: str | None = key("DD:HH:MM:SS, of each start: it stops then, resumable")
+    max_time: str | None = key("DD:HH:MM:SS after each start the run stops, resumable")
     accumulate_grad_batches: int = key("micro-batches of a step", at_least=1)
     val_check_interval: int = key("steps between validations", at_least=1)
     checkpoint_every: int = key("steps between checkpoints; the newest two are kept", at_least=1)
     log_every_n_steps: int = key("steps between rows of the log", at_least=1)
-    deterministic: bool = key("the same bits each time")
-    sync_batchnorm: bool = key("BatchNorm sees the batches of all GPUs")
+    deterministic: bool = key("bit-identical results in each run")
+    sync_batchnorm: bool = key("BatchNorm over the batches of all GPUs")
     channels_last: bool = key("memory layout; faster on CPUs and on tensor cores")
-    tf32: bool = key("TF32 for what is float32 in training, on GPUs that have it", default=False)
+    tf32: bool = key("TF32 for float32 operations in training, on GPUs that have it", default=False)
 
     def rules(self) -> None:
-        """Devices, time, and what excludes each other."""
+        """Check devices and max_time."""
         _check_devices(self.devices)
         if self.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", self.max_time):
             raise UserError(f"trainer.max_time = {self.max_time!r}: must be days:hours:minutes:seconds, 00:12:00:00")
@@ -184,39 +183,39 @@ class TrainerConfig:
 
 @dataclass
 class SpeedConfig:
-    """What changes time and memory of training, and nothing of its result but rounding."""
+    """Keys that change time and memory of training, and its result only by rounding."""
 
     compile: Any = key("torch.compile of the whole network: true, false; auto: on a GPU", default="auto")
-    checkpointing: bool = key("a third of the memory: feature maps are computed twice", default=False)
-    validation: str = key("in training; auto: bf16 where it is fast", choices=("float32", "auto"), default="float32")
+    checkpointing: bool = key("a third of the memory: feature maps are recomputed", default=False)
+    validation: str = key("precision; auto: bf16 where it is fast", choices=("float32", "auto"), default="float32")
 
     def rules(self) -> None:
-        """A truth value, or auto."""
+        """Check `compile`: a boolean, or auto."""
         if self.compile != "auto" and not isinstance(self.compile, bool):
             raise UserError(f"speed.compile = {self.compile!r}: allowed are auto, true, false")
 
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go besides the run record: W&B, whose keys these are; `Config.logger_extra` are the others."""
+    """W&B, as a logger besides the run record; `Config.logger_extra` has the other loggers."""
 
-    wandb: bool = key("Weights & Biases, or not", default=False)
+    wandb: bool = key("log to Weights & Biases", default=False)
     project: str = key("W&B's project")
     mode: str = key("W&B's mode", choices=("offline", "online", "disabled"))
     artifacts: str = key(
-        "what W&B keeps; with checkpoints the momentum too", choices=("none", "weights", "checkpoints")
+        "files that W&B stores; checkpoints have the momentum too", choices=("none", "weights", "checkpoints")
     )
     entity: str | None = key("user or team; null: WANDB_ENTITY, else your own", default=None)
-    tags: list[str] = key("beside the structure's, and WANDB_TAGS")
+    tags: list[str] = key("besides those of the structure and of WANDB_TAGS")
     notes: str | None = key("W&B's", default=None)
     job_type: str | None = key("W&B's", default=None)
     pictures_every: int | None = key(
-        "pictures at validations of such a multiple of steps; null: at the end alone", default=None, at_least=1
+        "steps; pictures at validations at its multiples; null: only at the end", default=None, at_least=1
     )
-    kind: str | None = key("one logger, as before there were several", default=None, choices=("wandb", "csv", "none"))
+    kind: str | None = key("a single logger; earlier records have it", default=None, choices=("wandb", "csv", "none"))
 
     def rules(self) -> None:
-        """What W&B itself refuses only when the training starts."""
+        """Refuse now what W&B would refuse only when the training starts."""
         if len(self.project) > 128 or set(self.project) & set("/\\#?%:"):
             raise UserError(f"logger.project = {self.project!r}: at most 128 characters, none of / \\ # ? % :")
         if any(len(tag) > 64 for tag in self.tags):
@@ -235,26 +234,26 @@ class Config:
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = MISSING
-    seed: int = key("fixes initial weights and the order of the patches", at_least=0, below=2**32)
-    threads: int | None = key("null: what is free, or OMP_NUM_THREADS", default=None, at_least=1, below=2**12)
-    name: str | None = key("for people and W&B; null: from the structure, DRRN_B1U9 s1")
+    seed: int = key("of initial weights and the order of the patches", at_least=0, below=2**32)
+    threads: int | None = key("CPU; null: OMP_NUM_THREADS or idle cores", default=None, at_least=1, below=2**12)
+    name: str | None = key("display name, also W&B's; null: from the structure, DRRN_B1U9 s1")
     study: str = key("folder and W&B group that runs share")
     output: str = key("a run is written to output/study/<structure>_s<seed>-<digest>")
-    ckpt_path: str | None = key("last: resume this run; or a checkpoint; null: afresh")
-    init_from: str | None = key("fine-tuning: weights, a file or a shipped name; the network is theirs", default=None)
-    plan: str = key("of a sweep, before it; only: nothing more", default="print", choices=("print", "only", "none"))
-    from_record: str | None = key("a record.json, trained again; keys beside it win", default=None)
+    ckpt_path: str | None = key("last: resume this run; or a checkpoint file; null: start afresh")
+    init_from: str | None = key("weights to fine-tune, a file or a shipped name, with their network", default=None)
+    plan: str = key("of a sweep, before it; only: print and stop", default="print", choices=("print", "only", "none"))
+    from_record: str | None = key("a record.json to train again; other keys override it", default=None)
     callbacks: dict[str, Any] | None = key("callbacks=[ema,timer], +callbacks.mine={_target_: …}", default=None)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     trainer_extra: dict[str, Any] | None = key("+trainer.NAME=…, for Lightning", default=None)
     logger_extra: dict[str, Any] | None = key("logger.NAME={_target_: a Logger of Lightning's kind, …}", default=None)
 
     def rules(self) -> None:
-        """What one group alone does not show; files that exist."""
+        """Check rules between groups, and that named files exist."""
         self.data.share(self.trainer.accumulate_grad_batches)
         if self.speed.compile is True and self.trainer.sync_batchnorm:
             raise UserError(
-                "speed.compile = True and trainer.sync_batchnorm = True: what is compiled sees its own process only"
+                "speed.compile = True and trainer.sync_batchnorm = True: a compiled network sees its own process only"
             )
         if self.ckpt_path not in (None, "last") and not Path(self.ckpt_path).is_file():
             raise UserError(f"ckpt_path = {self.ckpt_path!r}: no such file; give a checkpoint, `last` or null")
@@ -262,7 +261,7 @@ class Config:
             raise UserError(f"study = {self.study!r}: a name, or several with {os.sep} between them, below output")
         below = [(key, part) for key in ("output", "study") for part in Path(getattr(self, key)).parts]
         for where, part in (("name", self.name or ""), *below):
-            if len(os.fsencode(part)) > 200:  # a folder's name has a digest too, and ends at 255
+            if len(os.fsencode(part)) > 200:  # a digest is appended, and names have at most 255 bytes
                 raise UserError(f"{where} = {part[:20]}…: {len(os.fsencode(part))} bytes; at most 200")
         for group, nodes in (("callbacks", self.callbacks), ("logger", self.logger_extra)):
             for name, node in nodes.items():
@@ -275,7 +274,7 @@ class Config:
 
 
 def check(cfg: DictConfig) -> Config:
-    """A composed training configuration as typed dataclasses; `runs.request` resolves what names other files.
+    """Convert a composed training configuration to typed dataclasses; `runs.request` reads the files that it names.
 
     Raises:
         UserError: unknown key, wrong type, value out of range, or keys that contradict each other.
@@ -284,14 +283,14 @@ def check(cfg: DictConfig) -> Config:
     OmegaConf.set_struct(cfg, False)
     for group in ("trainer", "logger"):
         if f"{group}_extra" in cfg:
-            raise UserError(f"{group}_extra: what is beyond the keys of {group} is given as +{group}.NAME=…")
+            raise UserError(f"{group}_extra: further keys of {group} are given as +{group}.NAME=…")
     _old_names(cfg)
     extra, loggers = _beyond(cfg, "trainer", TrainerConfig), _beyond(cfg, "logger", LoggerConfig)
     other = _other_network(cfg)
     config = typed(Config, cfg)
     config.model, config.trainer_extra = other or config.model, extra or None
     config.logger_extra = {name: node for name, node in loggers.items() if node is not None}
-    if (kind := config.logger.kind) is not None:  # alone, as it was when there was one
+    if (kind := config.logger.kind) is not None:  # of versions with a single logger
         config.logger.wandb, config.logger.kind = kind == "wandb", None
         config.logger_extra = {"csv": CSV} if kind == "csv" else {}
     config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node is not None}
@@ -302,7 +301,7 @@ def check(cfg: DictConfig) -> Config:
 
 
 def _other_network(cfg: DictConfig) -> dict[str, Any] | None:
-    """Take the group `model` of a network that is not DRRN out of a configuration; a DRRN's loses `network` only."""
+    """Move the group `model` of a network other than DRRN out of a configuration; of DRRN remove `network` only."""
     if not OmegaConf.is_dict(cfg.get("model")):
         return None
     if cfg.model.get("network", DEFAULT) == DEFAULT:
@@ -316,7 +315,7 @@ def _other_network(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def _beyond(cfg: DictConfig, group: str, schema: type) -> dict[str, Any]:
-    """Take out of a group what its schema does not have: `+trainer.x`, `+logger.x`."""
+    """Move the keys that its schema lacks out of a group: `+trainer.x`, `+logger.x`."""
     if not OmegaConf.is_dict(cfg.get(group)):
         return {}
     known = {its.name for its in fields(schema)}
@@ -324,7 +323,7 @@ def _beyond(cfg: DictConfig, group: str, schema: type) -> dict[str, Any]:
 
 
 def _old_names(cfg: DictConfig) -> None:
-    """Keys of `speed` by the names that earlier versions and their records have for them."""
+    """Rename keys of earlier versions and their records to those of `speed`."""
     groups = {"": cfg} | {name: cfg[name] for name in ("model", "trainer") if OmegaConf.is_dict(cfg.get(name))}
     if groups.get("trainer", {}).pop("cuda_graph", None):
         print("trainer.cuda_graph is gone: on a GPU the network is compiled (speed.compile)", file=sys.stderr)
@@ -337,11 +336,11 @@ def _old_names(cfg: DictConfig) -> None:
 
 
 def check_sets(name: str, sets: Sequence[str]) -> None:
-    """Refuse image sets, named by the key `name`: none, two of one name, what is neither a known set nor a folder."""
+    """Refuse the image sets of the key `name` if there is none, two share a name, or one is unknown and no folder."""
     if not sets:
         raise UserError(f"{name} is empty: name at least one image set")
     if len({Path(one).name for one in sets}) < len(sets):
-        raise UserError(f"{name} = {sets}: two sets of one name; scores name a set by it alone")
+        raise UserError(f"{name} = {sets}: two sets have the same name, by which scores identify them")
     for one in sets:
         if one != printable(one):
             raise UserError(f"{name}: {one}: a name with bytes that are not UTF-8 or control codes; rename it")
@@ -351,7 +350,7 @@ def check_sets(name: str, sets: Sequence[str]) -> None:
 
 
 def _check_devices(devices: Any) -> None:
-    """`trainer.devices` as Lightning takes it: how many, which, all (-1) or auto."""
+    """Check `trainer.devices`: a number, a list of indices, -1 (all) or auto."""
     if isinstance(devices, str):
         good = devices == "auto" or re.fullmatch(r"-1|[1-9]\d*|\d+(,\d+)+", devices)
     elif isinstance(devices, list):

@@ -1,4 +1,4 @@
-"""Whole writes, locks, and what is asked of a file before it is read or written."""
+"""Atomic writes, locks, and checks of a file before it is read or written."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from drrn.errors import InUse, UserError
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
-    """Write to a temporary name beside `path`, flush it to the disk, then rename.
+    """Write to a temporary file next to `path`, flush it to the disk, then rename it.
 
-    Whatever happens, power failures included, `path` is the old file or the new one. What cannot be written is a
-    UserError. `content` is bytes, a text (in UTF-8; what of a file name is not becomes an escape) or a
-    function that writes to the path that it is given.
+    Whatever happens, power failures included, `path` is the old file or the new one. A write that fails is a
+    UserError. `content` is bytes, a text (written as UTF-8, with lone surrogates of file names escaped) or a function
+    that writes to a given path.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     where = f"{os.getpid()}-{threading.get_native_id()}"
-    partial = path.parent / f".{path.name[-40:]}.{where}.partial"  # short: names end at 255 bytes
+    partial = path.parent / f".{path.name[-40:]}.{where}.partial"  # shortened: names have at most 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
@@ -40,19 +40,19 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], Any]) -> Non
         _flush(path.parent)  # the new name
     except UserError:
         raise
-    except Exception as error:  # libraries raise their own kinds for a full or read-only disk
+    except Exception as error:  # libraries raise their own exceptions for a full or read-only disk
         raise UserError(f"{path} could not be written: {error}") from error
     finally:
-        with contextlib.suppress(OSError):  # what went wrong is being said
+        with contextlib.suppress(OSError):  # it must not replace the first error
             partial.unlink(missing_ok=True)
 
 
 def check_output(name: str, path: Path, folder: bool = False) -> None:
-    """Refuse, before the work, an output that could not be written after it. Nothing is left on the disk.
+    """Refuse an output that cannot be written, before the work that makes it. Nothing is left on the disk.
 
     Args:
-        name: the key that gives it, for the message.
-        path: of the file, or of the folder, that will be written; folders above it need not exist.
+        name: of its key, for the message.
+        path: of the file or folder to be written; folders above it need not exist.
         folder: whether it is a folder.
     """
     if "\0" in str(path) or (not folder and path.name in ("", "..")):
@@ -63,24 +63,24 @@ def check_output(name: str, path: Path, folder: bool = False) -> None:
             raise UserError(f"{name}: a name of {len(os.fsencode(long))} bytes ({long[:20]}…): at most 255")
         kind = path.stat().st_mode if os.path.lexists(path) else None
         if kind is not None and stat.S_ISDIR(kind) != folder:
-            raise UserError(f"{name} = {path}: is {'no folder' if folder else 'a folder: name a file in it'}")
+            raise UserError(f"{name} = {path}: it is {'no folder' if folder else 'a folder: name a file in it'}")
         if kind is not None and not folder and not stat.S_ISREG(kind):
-            raise UserError(f"{name} = {path}: is no regular file")
+            raise UserError(f"{name} = {path}: it is no regular file")
         place = path if kind is not None and folder else path.parent
         while not os.path.lexists(place):
             place = place.parent
-        with tempfile.TemporaryFile(dir=place):  # the honest question: rights, file systems and quotas all have a say
+        with tempfile.TemporaryFile(dir=place):  # the only sure test: permissions, file system and quota all count
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name} = {path}: cannot be written there: {reason}") from error
+        raise UserError(f"{name} = {path}: it cannot be written there: {reason}") from error
 
 
 def check_regular(path: Path, at_most: int) -> int:
     """The size in bytes of a file that is about to be read; links are followed.
 
-    What is missing, would be read for ever or fill the memory (pipes, devices, folders, files of more than `at_most`
-    bytes) is a UserError.
+    A missing file, one that is no regular file (reading a pipe or device may not end), and one of more than `at_most`
+    bytes is a UserError.
     """
     try:
         found = path.stat()
@@ -100,7 +100,7 @@ def sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """A file or a folder, to the disk."""
+    """Flush a file or a folder to the disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -109,15 +109,16 @@ def _flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, as `write_whole` does."""
+    """Write a JSON file with `write_whole`."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file; the kernel lets go of it when the process ends, however it ends. The file stays.
+    """Hold a lock file; the kernel releases the lock when the process ends, however it ends. The file stays.
 
-    Where another process holds it that is `InUse`; `what` says what that process does.
+    Raises:
+        InUse: another process holds the lock; `what` says what that process does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, machine, commit."""
+"""The environment of a result: versions, machine, commit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def git_commit() -> dict[str, Any] | None:
 
 
 def _version(package: str) -> str | None:
-    """None for what is not installed, such as wandb with `logger=csv`."""
+    """None for a package that is not installed; wandb is optional."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The error that only the user can mend, and texts that a terminal can show."""
+"""The user error, and texts that are safe to print."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import unicodedata
 
 
 def printable(text: object) -> str:
-    """A text without what a terminal obeys: escapes, controls, marks that turn the direction of reading.
+    """Escape the characters of a text that control a terminal: escapes, control codes, bidirectional marks.
 
-    The bytes of a file name that are not UTF-8 (lone surrogates in Python) are written as `\\xe9`, so that the text
-    can be printed and encoded anywhere; line breaks as `\\n`.
+    Bytes of a file name that are not UTF-8 (lone surrogates in Python) become `\\xe9`, so that the text can be
+    printed and encoded anywhere; line breaks become `\\n`.
     """
     return "".join(map(_printable, str(text)))
 
@@ -23,12 +23,12 @@ def _printable(letter: str) -> str:
 
 
 def counted(number: float, noun: str, several: str | None = None) -> str:
-    """ "1 image", "2,000 images"; `several` of a noun that takes no -s."""
+    """ "1 image", "2,000 images"; `several` is the plural of a noun without a regular one."""
     return f"{number:,} {noun if number == 1 else several or noun + 's'}"
 
 
 class UserError(Exception):
-    """Something only the user can mend: a wrong value, a missing file, a full disk.
+    """An error that only the user can mend: a wrong value, a missing file, a full disk.
 
     Its text names the value or file and says what to do. Entry points print it without a traceback.
     """
@@ -42,4 +42,4 @@ class Diverged(UserError):
 
 
 class InUse(UserError):
-    """Another process works on it at this moment."""
+    """Another process is using the same file or folder."""

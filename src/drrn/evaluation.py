@@ -1,6 +1,6 @@
 """Scoring bicubic, networks and other programs' images on image sets: jobs, workers, the table.
 
-The file of scores is `drrn.scores`; what a score is, `drrn.protocol`.
+The file of scores is in `drrn.scores`, the definition of a score in `drrn.protocol`.
 """
 
 from __future__ import annotations
@@ -43,42 +43,42 @@ from drrn.workers import end_with_parent
 
 
 class Method(NamedTuple):
-    """What is scored: bicubic, the network in a file, or the images in a folder."""
+    """A method to score: bicubic, the network in a file, or the images in a folder."""
 
     name: str
     structure: str  # "Bicubic", "DRRN_B1U9"
     weights: str | None = None  # their SHA-256
-    seed: int | None = None  # of its training, where the file says
+    seed: int | None = None  # of its training, if the file has it
     steps: int | None = None
-    experiment: str | None = None  # `identity.experiment`: equal for runs that differ by their seed alone
+    experiment: str | None = None  # `identity.experiment`: equal for runs that differ in the seed only
     checkpoint: Path | None = None
     folder: Path | None = None
-    input: str = "interpolated"  # of the network: or "low"
+    input: str = "interpolated"  # of the network; or "low"
     scale: int | None = None  # of a network of one scale
 
     def facts(self) -> dict[str, Any]:
-        """What the file of scores says of it."""
+        """Its entry in the file of scores."""
         return {key: getattr(self, key) for key in ("name", "weights", "structure", "seed", "steps", "experiment")}
 
 
 class Job(NamedTuple):
-    """One image at one scale by one method: what a worker computes."""
+    """A worker's task: one image at one scale by one method."""
 
     method: Method
     set_name: str  # its label
     scale: int
     path: Path
     digest: str  # SHA-256 of the image file
-    picture: Path | None  # where the super-resolved Y is kept
-    made: Path | None  # by another program
+    picture: Path | None  # file for the super-resolved Y
+    made: Path | None  # another program's result
 
     def key(self) -> tuple:
-        """A score's place; it holds for the image file of this digest alone."""
+        """Key of the score in `Scores.rows`; the score is valid for an image file with this digest only."""
         return (self.method.weights, self.set_name, self.scale, self.path.name)
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Score every image once, write `config.output` as it goes, print the means."""
+    """Score every image once, write `config.output` every few seconds, print the means."""
     departures = ("crop", "color", "rounding", "degradation", "precision")
     protocol = Protocol(**{name: getattr(config, name) for name in departures})
     if config.check_protocol:
@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> None:
     scores.add_methods([method.facts() for method in methods])
 
     def is_missing(job: Job) -> bool:
-        if config.degradation == READY or job.made is not None:  # somebody may have made other images since
+        if config.degradation == READY or job.made is not None:  # those images may have changed since
             return True
         no_picture = job.picture is not None and not job.picture.is_file()
         return no_picture or not set(config.metrics) <= set(scores.find(job.key(), job.digest))
@@ -110,27 +110,27 @@ def evaluate(config: EvaluateConfig) -> None:
         finally:
             scores.write(facts, complete)
     if scores.dropped:
-        print(f"{scores.dropped} scores left the file: their images are in the folders no longer", file=sys.stderr)
+        print(f"{scores.dropped} scores removed: their images are no longer in the folders", file=sys.stderr)
     asked = {job.key()[:3] for job in jobs}
     print_table(means([row for key, row in scores.rows.items() if key[:3] in asked]), config.metrics, scores.protocol)
     there = len(jobs) - len(missing)
     print(f"{len(missing)} of {len(jobs)} scores computed, {there} were there already: {printable(config.output)}")
 
 
-# ---------------------------------------------------------------------- what is to be done
+# ---------------------------------------------------------------------- methods and jobs
 
 
 def methods_of(config: EvaluateConfig) -> list[Method]:
-    """Bicubic, each network by a name of its own, or the images of a folder.
+    """The methods to score: bicubic, each network by a distinct name, or the images of a folder.
 
-    A file that holds no network, or one of another scale, is a UserError.
+    A file that has no network, or a network of another scale, is a UserError.
     """
     if config.method == "images":
         name = Path(config.folder).resolve().name
         return [Method(name, name, f"images of {name}", folder=Path(config.folder))]
     methods = [Method("bicubic", "Bicubic")] if config.method == "bicubic" else []
     methods += [network_in(Path(path)) for path in config.checkpoint]
-    if len({method.name for method in methods}) < len(methods):  # two networks of one name: call them by their path
+    if len({method.name for method in methods}) < len(methods):  # two have the same name: use their paths
         methods = [method._replace(name=str(method.checkpoint or method.name)) for method in methods]
     for method in methods:
         if method.scale not in (None, *config.scales):
@@ -139,7 +139,7 @@ def methods_of(config: EvaluateConfig) -> list[Method]:
 
 
 def network_in(path: Path) -> Method:
-    """The network of a file, called by its origin ("DRRN_B1U9 s1"), else by the file's name."""
+    """The network in a file, named by its origin ("DRRN_B1U9 s1"), else by the file's name."""
     from drrn.weights.ours import load_network
 
     network, about = load_network(path)
@@ -152,9 +152,9 @@ def network_in(path: Path) -> Method:
 def jobs_of(
     config: EvaluateConfig, methods: list[Method], label_of: Callable[[str, dict[Path, str]], str]
 ) -> list[Job]:
-    """Sets × images × scales × methods, each set by the label that `label_of` gives it (`Scores.add_set`).
+    """Sets × images × scales × methods; `label_of` gives a set's label (`Scores.add_set`).
 
-    A set that cannot be read, two pictures of one name, and one of another program that is missing are a UserError.
+    An unreadable set, two pictures with one file name, and a missing picture of another program are UserErrors.
     """
     jobs = []
     for name in config.sets:
@@ -174,7 +174,7 @@ def jobs_of(
                     jobs.append(Job(method, label, scale, path, digest, place, made))
     twice = [place for place, number in Counter(job.picture for job in jobs).items() if place and number > 1]
     if twice:
-        raise UserError(f"images: {twice[0]} would be the picture of two: evaluate them into two folders")
+        raise UserError(f"images: {twice[0]} would be the file of two pictures: evaluate them into two folders")
     return jobs
 
 
@@ -182,7 +182,7 @@ def jobs_of(
 
 
 def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Protocol) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Every job's scores as they come: in this process, or in `workers` processes, each job in one of them."""
+    """Score the jobs in this process, or in `workers` processes, and yield each result as it is ready."""
     threads = Watch().choose(config.threads).number if config.checkpoint and jobs else 1
     settings = (tuple(config.metrics), protocol, max(1, threads // config.workers))
     if config.workers == 1:
@@ -231,11 +231,11 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Protocol, threads:
 
 
 def made_by_another(job: Job, truth: NDArray[np.uint8], over: Sequence[str] = ()) -> NDArray[np.uint8]:
-    """Another program's picture in 8 bits, cropped to the scale as `truth` [H, W] or [H, W, 3] is.
+    """Another program's 8-bit picture, cropped to the scale like `truth` [H, W] or [H, W, 3].
 
-    Programs save grey results as RGB. Of a grey truth one of three equal channels is taken, since the Y of RGB is in
-    16…235 and that of a grey image in 0…255. `over` are the metrics that take its colours. Another size, or other
-    channels, are a UserError.
+    Programs save grey results as RGB. If the truth is grey, one of three equal channels is used, since the Y of RGB
+    is in 16…235 and that of a grey image in 0…255. `over` are the metrics that are taken over colour. Another size,
+    or other channels, are a UserError.
     """
     whole = read_pixels(job.made)
     made, (height, width) = modcrop(whole, job.scale), truth.shape[:2]
@@ -253,7 +253,7 @@ def made_by_another(job: Job, truth: NDArray[np.uint8], over: Sequence[str] = ()
 
 
 def run_network(checkpoint: Path, x: NDArray, threads: int, precision: str) -> NDArray:
-    """Super-resolve x [H, W] by the network in a file, on this worker's device; errors as of `super_resolve`."""
+    """Super-resolve x [H, W] with the network in a file, on this worker's device; errors of `super_resolve`."""
     from drrn.inference import super_resolve
 
     return super_resolve(_loaded(checkpoint, threads), x, precision=precision)
@@ -261,7 +261,7 @@ def run_network(checkpoint: Path, x: NDArray, threads: int, precision: str) -> N
 
 @cache
 def _loaded(checkpoint: Path, threads: int) -> Any:
-    """The network in a file, once in each process, on the process's device."""
+    """The network in a file, loaded once in each process, on the process's device."""
     import torch
 
     from drrn.weights.ours import load_network
@@ -275,7 +275,7 @@ def _loaded(checkpoint: Path, threads: int) -> Any:
 
 
 def check_bicubic(root: Path) -> None:
-    """A UserError unless bicubic on Set5 gives the numbers that the paper prints (Tab. 2)."""
+    """Raise a UserError unless bicubic on Set5 gives the numbers of the paper (Tab. 2)."""
     files = fetch("Set5", root)
     for row in paper_numbers("table2"):
         if (row["dataset"], row["method"]) != ("Set5", "Bicubic"):
@@ -293,7 +293,7 @@ def check_bicubic(root: Path) -> None:
 
 
 def print_table(rows: list[dict[str, Any]], metrics: list[str], protocol: dict[str, Any]) -> None:
-    """Means as a table: a row for each set and scale, a column for each method."""
+    """Print means as a table: a row for each set and scale, a column for each method."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     places: dict[tuple, dict[str, dict[str, Any]]] = defaultdict(dict)  # set and scale → method → its row
     for row in rows:

@@ -1,7 +1,7 @@
-"""What a command says of itself, and how it answers what it does not understand.
+"""`--help` of the commands, and one-line explanations of Hydra's errors.
 
-`--help` shows what the command does, two examples, its groups, and every key with its value and its meaning.
-Hydra's own errors become one line each, with what was probably meant.
+`--help` prints a command's docstring with examples, its groups, and every key with its value and meaning. The
+explanation of an error has a suggestion.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from drrn.home import CONF, HOME
 
-CONFIGS = {"train": "config", "prepare": "config"}  # the others' are called as they are
+CONFIGS = {"train": "config", "prepare": "config"}  # the other commands' files have the command's name
 GROUPS = {"train": None, "prepare": ("data",)}  # None: all of conf/ and sweeps/
-ADDED = ("budget",)  # groups that are in no defaults list
+ADDED = ("budget",)  # groups that no defaults list has
 EXAMPLES = {"train": "model.B=3", "prepare": "data=demo", "evaluate": "method=bicubic", "report": "study=fig6"}
 
 
@@ -32,12 +32,12 @@ def command() -> str:
 
 
 def script(name: str) -> str:
-    """How a command is typed here: `python src/report.py`, or `drrn report` where that was typed."""
+    """A command in the form that this one was typed in: `python src/report.py` or `drrn report`."""
     return f"drrn {name}" if sys.argv[0].startswith("drrn ") else f"python src/{name}.py"
 
 
 def show(about: str, schema: type, arguments: Sequence[str]) -> None:
-    """Print the help of the command that runs: `about`, its docstring, and its keys as `arguments` set them."""
+    """Print the help of the running command: its docstring `about`, and its keys with the values of `arguments`."""
     name = command()
     cfg = composed(CONFIGS.get(name, name), [a for a in arguments if not a.startswith("-")])
     lines = [re.sub(r"python src/(\w+)\.py", lambda match: script(match[1]), about.strip()), ""]
@@ -48,7 +48,7 @@ def show(about: str, schema: type, arguments: Sequence[str]) -> None:
     known = dict(meanings(schema)) | beside(cfg.hydra.runtime.choices)
     for key, value in flat(cfg):
         if name == "prepare" and not key.startswith("data."):
-            continue  # it takes any key of a training, and needs these
+            continue  # prepare.py accepts every key of a training, but uses these only
         text = f"  {key}={shown(value)}"
         lines.append(f"{text:34}  # {known[key]}" if key in known else text)
     lines += ["", "Hydra's own options: --hydra-help. More: README.md, docs/, conf/."]
@@ -56,7 +56,7 @@ def show(about: str, schema: type, arguments: Sequence[str]) -> None:
 
 
 def composed(config: str, overrides: Sequence[str] = ()) -> Any:
-    """A command's configuration as Hydra composes it."""
+    """Compose a command's configuration with Hydra."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -66,7 +66,7 @@ def composed(config: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def choices(name: str) -> Iterator[tuple[str, list[str]]]:
-    """A command's groups and what there is to choose."""
+    """A command's config groups and the options of each."""
     wanted = GROUPS.get(name, ())
     for folder in [*sorted(Path(CONF).iterdir()), HOME / "sweeps"]:
         if folder.is_dir() and folder.name != "hydra" and (wanted is None or folder.name in wanted):
@@ -74,7 +74,7 @@ def choices(name: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def flat(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a configuration with its value, `model.B`; none of Hydra's."""
+    """Every key of a configuration, as `model.B`, with its value; Hydra's own are left out."""
     for key in cfg:
         if key == "hydra":
             continue
@@ -86,14 +86,14 @@ def flat(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def shown(value: Any) -> str:
-    """As it is typed."""
+    """A value as it would be typed on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return "[" + ",".join(map(shown, value)) + "]" if OmegaConf.is_list(value) else str(value)
 
 
 def beside(chosen: Mapping[str, Any]) -> dict[str, str]:
-    """What the chosen files of conf/ say beside keys that no schema has: of another network, a callback, a logger."""
+    """Comments on keys without a schema (of other networks, callbacks, loggers), from the chosen files of conf/."""
     found: dict[str, str] = {}
     for group in ("model", "callbacks", "logger"):
         names = chosen.get(group) or []
@@ -110,7 +110,7 @@ def beside(chosen: Mapping[str, Any]) -> dict[str, str]:
 
 
 def meanings(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every key of a schema with its meaning and what is allowed."""
+    """Every key of a schema with its meaning and choices."""
     kinds = get_type_hints(schema)
     for its in fields(schema):
         if is_dataclass(kinds[its.name]):
@@ -121,14 +121,14 @@ def meanings(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def closest(word: str, words: Iterable[str]) -> str:
-    """`; did you mean model.B?`, or nothing."""
+    """`; did you mean model.B?` with the most similar of `words`, or ""."""
     by_small = {known.lower(): known for known in words}
     near = difflib.get_close_matches(word.lower(), by_small, n=1, cutoff=0.6)
     return f"; did you mean {by_small[near[0]]}?" if near else ""
 
 
 def explained(error: Exception, arguments: Sequence[str]) -> str:
-    """One of Hydra's errors in a line that says what to type."""
+    """Explain an error of Hydra's in one line that says what to type."""
     from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
     if isinstance(error, OverrideParseException):
@@ -190,7 +190,7 @@ def is_sweep(argument: str) -> bool:
 
 
 def unnamed_group(arguments: Sequence[str]) -> str | None:
-    """What is wrong with `model=5`, which Hydra answers with a ValueError; None if there is nothing of the kind."""
+    """Explain `model=5`, a group without a name, for which Hydra raises a ValueError; None if there is none."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     groups = dict(choices(command()))

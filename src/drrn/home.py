@@ -1,6 +1,6 @@
-"""Where the package's own files lie (conf/, sweeps/, data/): in the clone, or inside the installed package.
+"""Folders of the package's own files (conf/, sweeps/, data/): in the clone, or inside the installed package.
 
-In a clone images and patch files go to its data/ too; installed, they go to the user's cache.
+Images and patch files go to a clone's data/ too; those of an installed package go to the user's cache.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ HOME = _CLONE if (_CLONE / "conf" / "config.yaml").is_file() else _PACKAGE
 CONF = str(HOME / "conf")
 DATA = HOME / "data"  # registry.txt, paper/, weights/
 
-os.environ.setdefault("DRRN_HOME", str(HOME))  # where conf/config.yaml looks for sweeps/
+os.environ.setdefault("DRRN_HOME", str(HOME))  # conf/config.yaml finds sweeps/ by it
 if HOME == _PACKAGE:
     from platformdirs import user_cache_path
 
-    os.environ.setdefault("DRRN_DATA", str(user_cache_path("drrn") / "data"))  # conf/ names both
+    os.environ.setdefault("DRRN_DATA", str(user_cache_path("drrn") / "data"))  # conf/ reads both
     os.environ.setdefault("DRRN_PATCHES", str(user_cache_path("drrn") / "patches"))

@@ -1,4 +1,4 @@
-"""What a run is: the name of its structure, its identity, its folder and files."""
+"""The identity of a run, and the names made of it: structure, folder and files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from drrn.config import DEFAULT, Config, DataConfig, ModelConfig, OptimConfig, T
 from drrn.paper import depth
 from drrn.targets import OF_OUR_SOLVERS
 
-SHORT = {"features": "{}f", "scale": "x{}"}  # arguments of networks, in their names
-TRAINED = ("alpha_steps",)  # of how a network is trained, not of what it is
+SHORT = {"features": "{}f", "scale": "x{}"}  # an argument's form in the name of a network
+TRAINED = ("alpha_steps",)  # arguments that concern training only: not in the name
 WEIGHTS = "weights.safetensors"  # in a run's folder
-Structure = ModelConfig | dict[str, Any]  # what a network is: another than DRRN has its name as `network`
+Structure = ModelConfig | dict[str, Any]  # of a network; if it is not DRRN, `network` is its name
 
 
 def model_of(values: Mapping[str, Any]) -> Structure:
-    """`Config.model` from what a record or a weights file holds of it."""
+    """Convert the structure in a record or a weights file to `Config.model`."""
     arguments = {key: value for key, value in values.items() if (key, value) != ("network", DEFAULT)}
     return arguments if "network" in arguments else ModelConfig(**arguments)
 
 
 def structure_name(model: ModelConfig | Mapping[str, Any]) -> str:
-    """The paper's name of a structure: DRRN_B1U9, DRRN_NS_B3U4, DRRN_C_B3U2, VDSR_d20; departures follow.
+    """The paper's name of a structure, then what differs from the defaults: DRRN_NS_B3U4, VDSR_d20, DRRN_B1U9_nobias.
 
-    Another network is called by its class and what departs from its constructor: SRCNN, SRCNN_middle5, FSRCNN_x3.
+    Another network is named by its class and the arguments that are not the defaults: SRCNN_middle5, FSRCNN_x3.
     """
     if isinstance(model, Mapping):
         if model.get("network", DEFAULT) != DEFAULT:
@@ -64,8 +64,8 @@ def _name_of_another(model: Mapping[str, Any]) -> str:
     return "_".join(parts)
 
 
-# What does not change the result of a run, or only its rounding: left out of a run's identity, so that it
-# can be resumed with other workers, another logger or on another machine.
+# Keys that do not change the result of a run, or only its rounding. They are no part of its identity, so that it can
+# be resumed with other workers, another logger or on another machine.
 NOT_IDENTITY = {
     "data": ("root", "patches", "num_workers", "val_scales", "test", "test_metrics"),
     "trainer": (
@@ -73,7 +73,7 @@ NOT_IDENTITY = {
         "cuda_graph",
     ),
 }  # fmt: skip
-# Callbacks that watch a run, or end it resumably: no part of what it is.
+# Callbacks that observe a run or end it resumably: no part of its identity.
 WATCHING = {
     f"lightning.pytorch.callbacks.{name}"
     for name in (
@@ -82,8 +82,8 @@ WATCHING = {
     )
 }  # fmt: skip
 GROUPS = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "trainer": TrainerConfig}
-# Keys that came later, which are those with a default in the schema, and `network`: they count only where they are
-# used, so that earlier runs keep their folders.
+# Keys added in later versions: those with a default in the schema, and `network`. They enter the identity only if
+# they differ from the default, so that earlier runs keep their folders.
 LATER = {name: {its.name: its.default for its in fields(group)} for name, group in GROUPS.items()}
 LATER["model"]["network"] = DEFAULT
 
@@ -94,8 +94,8 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def _identity(whole: dict[str, Any], as_written: bool = False) -> dict[str, Any]:
-    """`identity` of a configuration as a record keeps it; `as_written`: as digests were made before both names of a
-    callback's class counted as one, and with keys that another library's solver does not read."""
+    """`identity` of a configuration in a record. `as_written` gives that of earlier versions, which distinguished the
+    two names of a callback's class and included keys that another library's solver does not read."""
     kept: dict[str, Any] = {"trainer_extra": whole["trainer_extra"], "seed": whole["seed"]}
     for group, defaults in LATER.items():
         items = (item for item in whole[group].items() if item[0] not in NOT_IDENTITY.get(group, ()))
@@ -103,14 +103,14 @@ def _identity(whole: dict[str, Any], as_written: bool = False) -> dict[str, Any]
     devices, nodes = whole["trainer"]["devices"], whole["trainer"]["num_nodes"]
     devices = str(len(devices) if isinstance(devices, list) else devices)
     shared_out = (devices, nodes) != ("1", 1) and not whole["trainer"]["sync_batchnorm"]
-    if shared_out and _normalises(whole["model"]):  # each process by its share of a batch
+    if shared_out and _normalises(whole["model"]):  # each process normalises its own share of a batch
         kept["processes"] = [devices, nodes]
-    kept["trainer"]["max_time"] = None  # a run that was stopped by it is resumed in the same folder
+    kept["trainer"]["max_time"] = None  # a run stopped by it resumes in the same folder with another one
     if "optimiser" in kept["optim"] and not as_written:
         kept["optim"] = {key: value for key, value in kept["optim"].items() if key not in OF_OUR_SOLVERS}
     if "crops" in kept["data"]:
-        kept["data"].pop("stride", None)  # of stored patches
-    # Callbacks that change weights or length; one that is not known here may.
+        kept["data"].pop("stride", None)  # only stored patches have one
+    # Unknown callbacks may change weights or length, so they count too.
     nodes = (whole.get("callbacks") or {}).values()
     if not as_written:
         nodes = [{**node, "_target_": _short(node["_target_"])} for node in nodes]
@@ -119,41 +119,41 @@ def _identity(whole: dict[str, Any], as_written: bool = False) -> dict[str, Any]
         kept["callbacks"] = sorted(counted, key=lambda node: json.dumps(node, sort_keys=True))
     if whole["init_from"] is not None:
         kept["init_from"] = whole["init_from"]
-    if whole["ckpt_path"] not in (None, "last"):  # resuming another run's file is a run of its own
+    if whole["ckpt_path"] not in (None, "last"):  # resuming another run's checkpoint is a run of its own
         kept["ckpt_path"] = whole["ckpt_path"]
     return kept
 
 
 def _short(target: str) -> str:
-    """Lightning's callbacks have two names, `…callbacks.Timer` and `…callbacks.timer.Timer`; nothing is imported to
-    tell, since a record may name what would run."""
+    """Shorten the second name of Lightning's callbacks, `…callbacks.timer.Timer`, to the first, `…callbacks.Timer`,
+    without an import: a record may name any module."""
     package = "lightning.pytorch.callbacks."
     return package + target.rpartition(".")[2] if target.startswith(package) else target
 
 
 def _normalises(model: dict[str, Any]) -> bool:
-    """Whether a structure has BatchNorm; of a network without a key for it, its modules say so."""
+    """Whether a structure has BatchNorm: by its key `norm`, else by the network's modules."""
     if "norm" in model or "network" not in model:
         return model.get("norm") == "batch"
     from torch.nn.modules.batchnorm import _BatchNorm
 
     from drrn.networks import NETWORKS, on_paper
 
-    known = model["network"] in NETWORKS  # a record may be of somebody else's
+    known = model["network"] in NETWORKS  # a record may have a network of another clone
     return known and any(isinstance(module, _BatchNorm) for module in on_paper(model).modules())
 
 
 def experiment(config: Config) -> str:
-    """A digest of what makes two runs the same experiment but for their seed: what may be averaged over seeds."""
+    """A digest of the identity without the seed: runs with the same one may be averaged over seeds."""
     return _digest({key: value for key, value in identity(config).items() if key != "seed"})
 
 
 def run_group(config: dict[str, Any], varied: Sequence[str] | None) -> str:
-    """A digest of what the points of a study share: a run's identity without its seed and what the study varies.
+    """A digest of what the points of a study share: the identity without the seed and the keys that the study varies.
 
     Args:
-        config: a run's configuration as its record keeps it (`asdict(Config)`).
-        varied: the keys of `model` that are the study's own: B and U for Fig. 6; None: the whole network.
+        config: a run's configuration from its record (`asdict(Config)`).
+        varied: keys of `model`, such as B and U for Fig. 6; None: all of `model`.
     """
     kept = {key: value for key, value in _identity(config).items() if key != "seed"}
     kept["model"] = {} if varied is None else {k: v for k, v in kept["model"].items() if k not in varied}
@@ -165,15 +165,15 @@ def _digest(kept: dict[str, Any]) -> str:
 
 
 def run_name(config: Config) -> str:
-    """For people and W&B: `DRRN_B1U9 s1`."""
+    """The display name, also W&B's: `name`, else `DRRN_B1U9 s1`."""
     return config.name or f"{structure_name(config.model)} s{config.seed}"
 
 
 def run_dir(config: Config) -> Path:
-    """Where a run lives, named by what it is and never by the clock: `runs/main/DRRN_B1U9_s1-3f2a9c01`."""
+    """The folder of a run, named by its identity and not by the time: `runs/main/DRRN_B1U9_s1-3f2a9c01`."""
     parent = Path(config.output) / config.study
     names = [run_name(config).replace(" ", "_").replace("/", "_")]
-    if isinstance(config.model, dict) and config.name is None:  # the name that such runs had before
+    if isinstance(config.model, dict) and config.name is None:  # the name of such runs in earlier versions
         values = (f"{key}{value}" for key, value in config.model.items() if key != "network")
         names.append("_".join([config.model["network"].upper(), *values, f"s{config.seed}"]))
     digests = [_digest(identity(config)), _digest(_identity(asdict(config), as_written=True))]
@@ -182,5 +182,5 @@ def run_dir(config: Config) -> Path:
 
 
 def checkpoint_name(step: int) -> str:
-    """The file of an optimiser step, in `checkpoints/` of a run's folder."""
+    """Name of an optimiser step's checkpoint, in `checkpoints/` of a run's folder."""
     return f"step{step:08d}.ckpt"

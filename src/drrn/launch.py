@@ -1,4 +1,4 @@
-"""How an entry point starts, refuses and exits."""
+"""Starting an entry point, printing its user errors, and its exit codes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from drrn.help import explained, show, unknown_option, unnamed_group
 
 
 def launched() -> bool:
-    """Whether torchrun, srun or `drrn.runs.processes` started this process with others."""
+    """Whether torchrun, srun or `drrn.runs.processes` started this process as one of several."""
     by_srun = "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
     return "TORCHELASTIC_RUN_ID" in os.environ or (by_srun and int(os.environ.get("SLURM_NTASKS", 1)) > 1)
 
 
 def first_process() -> bool:
-    """Whether this is the first of the processes that torchrun or srun started, or the only one."""
+    """Whether this is rank 0 of the processes that torchrun or srun started, or the only process."""
     return not launched() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Around the task of a Hydra entry point: a refusal is said in a line and exits with 2.
+    """Context for the task of a Hydra entry point: print a user error in one line and exit with 2.
 
-    Paths count from where the command was given, whatever `hydra.job.chdir` says.
+    Paths are relative to the directory where the command was started, also with `hydra.job.chdir`.
 
-    Hydra lets SystemExit pass and would introduce anything else by "Error executing job with overrides". In a
-    multirun the refusal is the job's result, which the sweeper gathers.
+    Hydra passes SystemExit on; before other exceptions it would print "Error executing job with overrides". In a
+    multirun the error is raised as the job's result, for the sweeper.
     """
     if HydraConfig.initialized():
         os.chdir(HydraConfig.get().runtime.cwd)
@@ -51,7 +51,7 @@ def refusing() -> Iterator[None]:
 
 def _refuse(reason: object) -> NoReturn:
     if isinstance(reason, PermissionError):
-        if reason.filename is None:  # of no file of the user's
+        if reason.filename is None:  # not about a file of the user's
             raise reason
         reason = f"{printable(reason.filename)}: {reason.strerror}"
     print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
@@ -59,18 +59,18 @@ def _refuse(reason: object) -> NoReturn:
 
 
 def launch(main: Callable[[], Any]) -> None:
-    """Run a Hydra entry point; what the user can mend is said in a line and exits with 2, no traceback.
+    """Run a Hydra entry point; a user error is printed in one line, without a traceback, and exits with 2.
 
-    `--help` shows the docstring of its module and the meanings of its `KEYS`, the schema.
+    `--help` prints the docstring of its module and the keys of its schema, `KEYS`.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises to us instead of printing for itself
-    with suppress(AttributeError):  # no stream of Python's own
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises exceptions instead of printing them
+    with suppress(AttributeError):  # sys.stdout has been replaced
         sys.stdout.reconfigure(errors="replace")  # a terminal without "×" or "γ" shows "?"; stderr escapes them
-    # Read when torch is imported: threads that wait for each other spin for some microseconds and then sleep. By
-    # default they spin for long, and on a machine that is shared with others a step then takes many times as long.
+    # Read when torch is imported: OpenMP threads that wait for each other spin for some microseconds and then sleep.
+    # By default they spin for long, and on a shared machine a step then takes many times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    if "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ:  # salloc, without srun: one process,
-        os.environ["SLURM_JOB_NAME"] = "interactive"  # which Lightning knows by this name
+    if "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ:  # salloc without srun: one process;
+        os.environ["SLURM_JOB_NAME"] = "interactive"  # Lightning recognises it by this name
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # Hydra wants them first
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
@@ -80,10 +80,10 @@ def launch(main: Callable[[], Any]) -> None:
         if (wrong := unknown_option(sys.argv[1:])) is not None:
             _refuse(wrong)
         main()
-    except KeyboardInterrupt:  # Ctrl-C while there is nothing to keep
+    except KeyboardInterrupt:  # Ctrl-C before there is anything to save
         print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `… | head` has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe: `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the paper says in numbers: its depth, its tables and figures as they stand in data/paper, a CSV each."""
+"""The paper's numbers: the depth formula, and the tables and figures printed in it, from data/paper."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def paper_numbers(name: str) -> list[dict[str, str]]:
 
 
 def network_of(row: dict[str, str]) -> str:
-    """The network of a row: DRRN_NS_B3U4, VDSR_d28, DRCN."""
+    """Name of the network in a row: DRRN_NS_B3U4, VDSR_d28, DRCN."""
     if row.get("B"):
         return f"{row.get('method', 'DRRN')}_B{row['B']}U{row['U']}"
     return f"VDSR_d{row['depth']}" if "B" in row else row["method"]
 
 
 def printed(set_name: str, scale: int) -> dict[str, dict[str, str]]:
-    """A network (`network_of`) → the row with what the paper prints of it on a set: PSNR, of Table 2 SSIM too.
+    """Network (`network_of`) → the row of its PSNR in the paper for a set and scale; rows of Table 2 have SSIM too.
 
-    VDSR of Table 2, which has 20 layers, has both of its names.
+    VDSR of Table 2, with 20 layers, is listed as VDSR and as VDSR_d20.
     """
     rows: dict[str, dict[str, str]] = {}
     for name in ("table2", "fig1", "fig6", "fig8", "table4"):

@@ -1,6 +1,6 @@
-"""Schemas: a key's type, limits and meaning beside each other, and the one checker that walks them.
+"""Schemas: dataclasses whose fields have a key's type, limits and meaning, and the checker for all of them.
 
-Every entry point has a dataclass whose fields are made by `key`; `typed` turns what Hydra composed into it.
+Every entry point has such a dataclass, with fields made by `key`; `typed` converts Hydra's configuration to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from drrn.errors import UserError
 
 T = TypeVar("T")
-LARGEST = 2**32  # of whole numbers: beyond it nothing here has a meaning
+LARGEST = 2**32  # for integers; no key has a use for larger ones
 ORDER = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
@@ -25,18 +25,19 @@ def key(meaning: str, default: Any = MISSING, **limits: Any) -> Any:
     """A field of a configuration.
 
     Args:
-        meaning: for who reads the schema.
-        default: where conf/ gives none: of keys that earlier records do not have.
-        limits: `at_least`, `above`, `below` (each item of a list), `choices`, `distinct` (a list of one or more,
-            no item twice).
+        meaning: for `--help` and readers of the schema.
+        default: only for keys that conf/ does not set, which are those that earlier records lack.
+        limits: `at_least`, `above`, `below` (for each item of a list), `choices`, `distinct` (a non-empty list
+            without duplicates).
     """
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
 def typed(schema: type[T], cfg: DictConfig) -> T:
-    """A composed configuration as an instance of the dataclass `schema`, each value within its key's limits.
+    """Convert a composed configuration to the dataclass `schema`, and check each key's limits.
 
-    An unknown key, a wrong type and a value out of range are a UserError by the key's name.
+    Raises:
+        UserError: an unknown key, a wrong type or a value out of range; it names the key.
     """
     try:
         _check_kinds(schema, cfg)
@@ -49,8 +50,8 @@ def typed(schema: type[T], cfg: DictConfig) -> T:
 
 
 def _check_kinds(schema: type, cfg: DictConfig, group: str = "") -> None:
-    """What OmegaConf would take or refuse without a name: a number for a truth value, an empty text, lists inside
-    lists or none at all, numbers beyond `LARGEST`."""
+    """Refuse what OmegaConf would accept, or refuse without the key's name: a number for a boolean, an empty string,
+    nested lists, a scalar for a list, integers beyond `LARGEST`."""
     for name, kind in get_type_hints(schema).items():
         if name not in cfg or OmegaConf.is_missing(cfg, name) or cfg[name] is None:
             continue
@@ -77,7 +78,7 @@ def _check_kinds(schema: type, cfg: DictConfig, group: str = "") -> None:
 
 
 def _check_limits(config: Any, group: str = "") -> None:
-    """Each value against what `key` says of it."""
+    """Check each value against the limits of its `key`."""
     for its in fields(config):
         where, value, limits = group + its.name, getattr(config, its.name), its.metadata
         if is_dataclass(value):
@@ -99,12 +100,12 @@ def _check_limits(config: Any, group: str = "") -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: lists and dicts, no longer OmegaConf's."""
+    """Convert OmegaConf's lists and dicts to plain ones; other values are returned unchanged."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def paths(name: str, value: Any) -> list[str]:
-    """A key that takes one path, a list of them or null, as a list; a UserError for something else."""
+    """The value of a key for one path, a list of paths or null, as a list; anything else is a UserError."""
     if value is None:
         return []
     listed = value if isinstance(value, list) else [value]

@@ -1,7 +1,7 @@
-"""Classes that a configuration names: `{_target_: package.Class, argument: value, …}`.
+"""Classes named in a configuration: `{_target_: package.Class, argument: value, …}`.
 
-What somebody brings along (a callback, a logger, a solver of another library) is named so. It is resolved to a class
-of the right kind before anything is called, and arguments are plain values: nothing else in them is looked up.
+Callbacks, loggers and solvers of other libraries are named so. A `_target_` is resolved to a subclass of the right
+base class before anything is called; its arguments are plain values, without further `_target_`s.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 from drrn.errors import UserError
 
-TRUSTED = ("lightning.", "torch.")  # packages whose classes are taken from a record too
-OF_OUR_SOLVERS = ("algorithm", "momentum", "weight_decay")  # keys of `optim` without a meaning for another's solver
+TRUSTED = ("lightning.", "torch.")  # packages whose classes a record may name
+OF_OUR_SOLVERS = ("algorithm", "momentum", "weight_decay")  # keys of `optim` that other libraries' solvers ignore
 
 
 def check_node(name: str, node: Any) -> str:
-    """The `_target_` of a node, a UserError where it names no class of an installed package; nothing is imported."""
+    """The `_target_` of a node; a UserError if it cannot be a class of an installed package. Nothing is imported."""
     path = node.get("_target_") if isinstance(node, Mapping) else None
     package, *rest = path.split(".") if isinstance(path, str) else [""]
     if not rest or not all(map(str.isidentifier, (package, *rest))):
@@ -34,11 +34,11 @@ def resolve(name: str, node: Any, kind: type) -> tuple[type, dict[str, Any]]:
 
     Args:
         name: of the key, for messages.
-        node: what the configuration holds there.
-        kind: what the class has to be a subclass of.
+        node: the key's value.
+        kind: the required base class.
 
     Raises:
-        UserError: no `_target_`, nothing of that name, another kind of class, a `_target_` among the arguments.
+        UserError: no `_target_`, no such class, no subclass of `kind`, or a `_target_` among the arguments.
     """
     path = check_node(name, node)
     module, _, attribute = path.rpartition(".")
@@ -47,7 +47,7 @@ def resolve(name: str, node: Any, kind: type) -> tuple[type, dict[str, Any]]:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{name}._target_ = {path!r}: there is no such class ({error})") from error
     if not isinstance(found, type) or not issubclass(found, kind):
-        raise UserError(f"{name}._target_ = {path!r}: is no {kind.__module__}.{kind.__name__}")
+        raise UserError(f"{name}._target_ = {path!r}: it is no {kind.__module__}.{kind.__name__}")
     arguments = {key: value for key, value in node.items() if key != "_target_"}
     if nested := list(targets(arguments)):
         raise UserError(f"{name}: _target_ = {nested[0]!r} among the arguments of another; give plain values")
@@ -55,14 +55,14 @@ def resolve(name: str, node: Any, kind: type) -> tuple[type, dict[str, Any]]:
 
 
 def make(name: str, node: Any, kind: type, *first: Any, **more: Any) -> Any:
-    """An object of a node; `first` come before its arguments, `more` are taken where it gives none.
+    """Instantiate the class of a node, with `first` before its arguments and defaults `more` for them.
 
-    Errors as of `resolve`, and a UserError where the class does not take the arguments.
+    Errors: those of `resolve`, and a UserError if the constructor raises.
     """
     found, arguments = resolve(name, node, kind)
     try:
         return found(*first, **{**more, **arguments})
-    except Exception as error:  # of anybody's class
+    except Exception as error:  # the constructor of any library
         raise UserError(f"{name}: {node['_target_']} does not take these arguments: {error}") from error
 
 
@@ -79,10 +79,10 @@ def targets(node: Any) -> Iterator[Any]:
 
 
 def check_trusted(name: str, recorded: Any) -> None:
-    """Refuse what a record names but Lightning's and torch's: it is a file of somebody's, and an import runs code."""
+    """Refuse classes in a record that are not Lightning's or torch's: imports run code, and it may be anybody's."""
     for path in targets(recorded):
         if not isinstance(path, str) or not path.startswith(TRUSTED):
             raise UserError(
-                f"{name}: the record names {path!r}; only classes of lightning and torch are taken from a record. "
+                f"{name}: the record names {path!r}; only classes of lightning and torch are accepted from a record. "
                 "Give it on the command line"
             )

@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that gives them work."""
+"""Worker processes that end with their parent process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Let a worker end when the process that gives it work is killed: it would wait for ever (in the worker)."""
+    """Called in a worker: exit when the parent process is killed; otherwise the worker would wait for ever."""
 
     def watch(parent: multiprocessing.process.BaseProcess) -> None:
         parent.join()
