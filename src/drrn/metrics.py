@@ -253,8 +253,7 @@ class Metric:
     Attributes:
         function: (ground truth, estimate), both [H, W] in 0…255 → a number.
         digits: decimals of tables.
-        color: it is taken over [H, W, 3] where the protocol scores colour; otherwise it stays on Y.
-        rgb: it is taken over [H, W, 3] always, of images in colour.
+        over: what it is taken over of images in colour: "y", "rgb" [H, W, 3], or "color", what the protocol scores.
         training: runs measure it at each validation and at their end; others at their end if `data.test_metrics`
             names them. evaluate.py measures any.
         smallest: side in pixels of the images that it takes.
@@ -262,19 +261,18 @@ class Metric:
 
     function: Callable[[Image, Image], float]
     digits: int
-    color: bool = False
-    rgb: bool = False
+    over: str = "y"
     training: bool = False
     smallest: int = 1
 
 
 METRICS: dict[str, Metric] = {
-    "psnr": Metric(psnr, 2, color=True, training=True),
+    "psnr": Metric(psnr, 2, over="color", training=True),
     "ssim": Metric(ssim, 4, training=True, smallest=SSIM_WINDOW),
     "ifc": Metric(ifc, 3, smallest=IFC_SMALLEST_SIDE),
     "msssim": Metric(msssim, 4, smallest=MSSSIM_SMALLEST_SIDE),
     "vif": Metric(vif, 4, smallest=VIF_SMALLEST_SIDE),
-    "psnr_rgb": Metric(psnr, 2, rgb=True),
+    "psnr_rgb": Metric(psnr, 2, over="rgb"),
 }
 
 

@@ -116,7 +116,8 @@ def with_chroma(
 
 def over_colour(metrics: Iterable[str], protocol: Protocol = PAPER) -> tuple[str, ...]:
     """Those metrics that are taken over R, G and B."""
-    return tuple(m for m in metrics if METRICS[m].rgb or (METRICS[m].color and protocol.color == "rgb"))
+    over = {"y": "y", "rgb": "rgb", "color": protocol.color}
+    return tuple(name for name in metrics if over[METRICS[name].over] == "rgb")
 
 
 def score_pixels(
