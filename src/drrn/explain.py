@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -165,42 +163,43 @@ def compared(
     The network runs once for each input.
     """
     truth = {plane: plane_of(pixels, plane) for plane in PLANES}
-
-    @cache
-    def colours(resized: str, input: str) -> Levels:
-        """The 8 bits that planes are taken of: enlarged by Pillow or OpenCV, MATLAB's low resolution."""
-        if resized == "matlab 8 bits":
-            return to_uint8(imresize(pixels / 255.0, 1 / job.scale))
-        resize, (height, width) = {"pillow": pillow_resize, "opencv": opencv_resize}[resized], pixels.shape[:2]
-        low = resize(pixels, (height // job.scale, width // job.scale))
-        return low if input == "low" else resize(low, (height, width))
-
-    def given(resized: str, plane: str, input: str) -> Plane:
-        """A plane of the image shrunk to 1/s and, unless `input` is "low", enlarged again, 0…1."""
-        if resized == "matlab":
-            image = imresize(truth[plane], 1 / job.scale)
-        else:
-            image = plane_of(colours(resized, input), plane)
-        return imresize(image, job.scale) if resized.startswith("matlab") and input != "low" else image
-
-    @cache
-    def result(resized: str, plane: str) -> Plane:
-        if made is not None:
-            return plane_of(made, plane)
-        if plane == "rgb" and resized == "matlab":
-            return with_chroma(result(resized, "y"), pixels, job.scale)
-        if plane == "rgb":
-            ycbcr = rgb2ycbcr(np.clip(given(resized, "rgb", "interpolated"), 0, 1))
-            ycbcr[..., 0] = result(resized, "y float")
-            return ycbcr2rgb(ycbcr)
-        x, checkpoint = given(resized, plane, job.method.input), job.method.checkpoint
-        return x if checkpoint is None else run_network(checkpoint, x, threads, precision)
-
-    no_colours = made is not None and made.ndim < pixels.ndim
-    for resized, plane in product(RESIZED, PLANES):
-        if (resized == "made") != (made is not None) or (resized, plane) in NEVER or (plane == "rgb" and no_colours):
+    scale, checkpoint = job.scale, job.method.checkpoint
+    if made is not None:
+        for plane in PLANES:
+            if plane != "rgb" or made.ndim == pixels.ndim:
+                yield "made", plane, truth[plane], plane_of(made, plane)
+        return
+    for resized in RESIZED:
+        if resized == "made":
             continue
-        yield resized, plane, truth[plane], result(resized, "y" if pixels.ndim == 2 else plane)
+        planes = [plane for plane in PLANES if (resized, plane) not in NEVER]
+        of_network = ["y"] if pixels.ndim == 2 else [plane for plane in planes if plane != "rgb"]
+        results = {plane: given(pixels, resized, plane, scale, job.method.input) for plane in of_network}
+        if checkpoint is not None:
+            results = {plane: run_network(checkpoint, x, threads, precision) for plane, x in results.items()}
+        if pixels.ndim == 2:
+            results = dict.fromkeys(planes, results["y"])
+        elif resized == "matlab" and "rgb" in planes:
+            results["rgb"] = with_chroma(results["y"], pixels, scale)
+        elif "rgb" in planes:
+            ycbcr = rgb2ycbcr(np.clip(given(pixels, resized, "rgb", scale, "interpolated"), 0, 1))
+            ycbcr[..., 0] = results["y float"]
+            results["rgb"] = ycbcr2rgb(ycbcr)
+        for plane in planes:
+            yield resized, plane, truth[plane], results[plane]
+
+
+def given(pixels: Levels, resized: str, plane: str, scale: int, input: str) -> Plane:
+    """A plane of the image shrunk to 1/s and, unless `input` is "low", enlarged again, 0…1."""
+    if resized in ("pillow", "opencv"):
+        resize, (height, width) = pillow_resize if resized == "pillow" else opencv_resize, pixels.shape[:2]
+        image = resize(pixels, (height // scale, width // scale))
+        return plane_of(image if input == "low" else resize(image, (height, width)), plane)
+    if resized == "matlab":
+        low = imresize(plane_of(pixels, plane), 1 / scale)
+    else:  # the low resolution is a file of 8-bit colours
+        low = plane_of(to_uint8(imresize(pixels / 255.0, 1 / scale)), plane)
+    return low if input == "low" else imresize(low, scale)
 
 
 def pillow_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
