@@ -41,8 +41,10 @@ SIZES: dict[str, Any] = (
 BUDGET = 290.0  # seconds in all
 CARDS = {"H200": (0.60, 0.72), "H100": (0.53, 0.65)}  # share of the convolutions' rate, with BatchNorm and without
 VARIANTS: dict[str, tuple] = {  # arguments of `raw_step`
+    "no BatchNorm, biases apart": ("none", True, None, "BiasApart"),
+    "BatchNorm image by image, biases apart": ("batch", True, None, "ByImage", "BiasApart"),
+    "BatchNorm image by image": ("batch", True, None, "ByImage"),
     "BatchNorm written out": ("batch", True, None, "WrittenOut"),
-    "BatchNorm written out, image by image": ("batch", True, None, "ByImage"),
     "BatchNorm by the library": ("batch", True, None, "Library"),
     "reduce-overhead": ("batch", True, "reduce-overhead"),
     "no BatchNorm, reduce-overhead": ("none", True, "reduce-overhead"),
@@ -140,6 +142,14 @@ class ByImage(WrittenOut):
         return values.expand(n, -1)[:, :, None, None]
 
 
+class BiasApart(nn.Conv2d):
+    """A convolution whose bias is the compiler's to add, and its gradient the compiler's to sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._conv_forward(x, self.weight, None)
+        return y + self.bias.to(y.dtype)[:, None, None]
+
+
 @torch.library.custom_op("drrn_bench::batch_norm", mutates_args=())
 def library_norm(H: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """cuDNN's BatchNorm (PyTorch's own on a CPU) as one operation that the compiler leaves alone."""
@@ -192,7 +202,7 @@ class Library(nn.BatchNorm2d):
 
 
 def raw_step(
-    sizes: dict[str, Any], norm: str, compiled: bool = True, mode: str | None = None, layer: str | None = None
+    sizes: dict[str, Any], norm: str, compiled: bool = True, mode: str | None = None, *layers: str
 ) -> Callable[[], Any]:
     """Forward, loss, backward, clipping, solver on tensors that lie on the GPU, as training takes a step.
 
@@ -200,15 +210,15 @@ def raw_step(
         norm: of the network.
         compiled: through `torch.compile`.
         mode: its mode, where it is another than training's.
-        layer: the name of a BatchNorm of this file to compile in place of PyTorch's.
+        layers: names of layers of this file to compile in place of PyTorch's.
     """
     torch.manual_seed(0)
     network = DRRN(1, sizes["U"], sizes["features"], norm).to(DEVICE, memory_format=torch.channels_last)
     trained = InTraining(network, compiled=False)
-    if layer is not None:
-        for module in trained.run.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = globals()[layer]
+    for module in trained.run.modules():
+        for layer in map(globals().get, layers):
+            if issubclass(layer, type(module)):
+                module.__class__ = layer
     if compiled and GPU:
         trained.run = torch.compile(trained.run, mode=mode, dynamic=False, fullgraph=True)
     optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4, fused=True)

@@ -251,6 +251,19 @@ def test_each_batchnorm_of_the_bench_is_pytorchs() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_bias_apart_is_the_convolutions() -> None:
+    torch.manual_seed(0)
+    conv, x, results = torch.nn.Conv2d(2, 3, 3), torch.randn(2, 2, 5, 5), []
+    for kind in (torch.nn.Conv2d, bench_gpu.BiasApart):
+        conv.__class__ = kind
+        conv.zero_grad()
+        y = conv(x)
+        y.pow(3).sum().backward()
+        results.append([y, conv.weight.grad, conv.bias.grad])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("value", "target", "verdict"),
     [(1.5, "≥ 1.5", "pass"), (1.49, "≥ 1.5", "FAIL"), (2.0, "≤ 2", "pass"), (2.1, "≤ 2", "FAIL"), (1.0, "", "")],
