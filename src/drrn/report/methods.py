@@ -23,7 +23,9 @@ Named = list[tuple[float, float, str, str]]  # points of `name_points`
 
 def depth_marker(depth: float) -> str:
     """Fig. 1's marker: a triangle below 5 layers, a star at about 20, a circle from 30."""
-    return "^" if depth < 5 else "*" if depth < 30 else "o"
+    if depth < 5:
+        return "^"
+    return "*" if depth < 30 else "o"
 
 
 def fig1(group: RunGroup, stacked: bool) -> Figure:
@@ -69,7 +71,9 @@ def _x(row: dict[str, str], what: str) -> int | None:
     """Depth (−5 without a network), or weights, which the paper prints as a multiple of `DRRN_WEIGHTS`."""
     if what == "weights":
         return DRRN_WEIGHTS * int(row["times_drrn_weights"]) if row["times_drrn_weights"] else None
-    return -5 if row.get("group") == "shallow" else int(row["depth"]) if row["depth"] else None
+    if row.get("group") == "shallow":
+        return -5
+    return int(row["depth"]) if row["depth"] else None
 
 
 def _methods(axis: Axes, rows: list[dict[str, str]], what: str, group: RunGroup, place: Place) -> Named:

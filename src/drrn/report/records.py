@@ -67,21 +67,24 @@ def read_runs(places: list[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: a file of `places` is damaged, a folder has no record, or no record is left.
     """
-    records, refused, left_out = [], [], 0
+    records, left_out = [], 0
     for place in map(Path, places):
-        held = (Path(folder) / FILE for folder, *names in os.walk(place) if any(FILE in some for some in names))
-        paths = sorted(held) if place.is_dir() else [place] if os.path.lexists(place) else []
+        paths = [place] if os.path.lexists(place) else []
+        if place.is_dir():
+            walked = os.walk(place)
+            paths = sorted(Path(folder) / FILE for folder, folders, files in walked if FILE in folders + files)
         if not paths:
             raise UserError(f"no run record ({FILE}) below {place}: train something first, or name another folder")
         for path in paths:
             try:
-                record = {**_checked_record(path), "path": str(path)}
-                (refused if _was_refused(record) else records).append(record)
+                records.append({**_checked_record(path), "path": str(path)})
             except UserError as error:
                 if path == place:
                     raise
                 print(f"left out: {error}", file=sys.stderr)
                 left_out += 1
+    refused = [record for record in records if _was_refused(record)]
+    records = [record for record in records if not _was_refused(record)]
     if refused:
         reasons = "; ".join(dict.fromkeys(str(record.get("error")) for record in refused))
         print(f"left out: refused before the first step, {len(refused)} of the runs: {reasons}", file=sys.stderr)

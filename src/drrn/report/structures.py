@@ -138,8 +138,10 @@ def draw(axis: Axes, name: str, nodes: list[Node], deepest: int) -> None:
 
 def bend(source: Node, node: Node) -> float:
     """An arrow's curvature around nodes in between: to the left within a column, to the right between columns."""
-    steps, same = node.rank - source.rank, node.column == source.column
-    return (0.4 if same else -0.5) if steps > 2 - same else 0.0
+    steps = node.rank - source.rank
+    if node.column == source.column:
+        return 0.4 if steps > 1 else 0.0
+    return -0.5 if steps > 2 else 0.0
 
 
 def extent(nodes: list[Node]) -> tuple[float, float]:

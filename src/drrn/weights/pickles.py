@@ -151,7 +151,8 @@ class _Inert(pickle._Unpickler):
             return CALLS[module, name]
         if module in ("torch", "torch.cuda") and name in STORAGES:
             return STORAGES[name]
-        if module.startswith("torch.nn.") if name in LAYERS else name in MODULES and not module.startswith("torch"):
+        layer = name in LAYERS and module.startswith("torch.nn.")
+        if layer or (name in MODULES and not module.startswith("torch")):
             return Module
         shown = f"{module}.{name}"[:100]
         raise ValueError(
