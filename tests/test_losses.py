@@ -49,7 +49,7 @@ def test_a_network_keeps_the_loss_that_belongs_to_what_it_returns() -> None:
     own = SimpleNamespace(loss=lambda prediction, truth: 0)
     assert loss_of(own, None) is own.loss
     for asked in ("l1", HUBER):
-        with pytest.raises(UserError, match="brings a loss of its own"):
+        with pytest.raises(UserError, match="has a loss of its own"):
             loss_of(own, asked)
 
 

@@ -1,4 +1,4 @@
-"""DRCN: one convolution applied again and again, every recursion supervised.
+"""DRCN: one convolution applied recursively, with supervision of every recursion.
 
 J. Kim, J. K. Lee, K. M. Lee, "Deeply-Recursive Convolutional Network for Image Super-Resolution", CVPR 2016.
 It is reference [14] of the DRRN paper: Sec. 2.3, Eq. 2, Fig. 2 (c), Table 1.
@@ -27,9 +27,9 @@ class DRCN(nn.Module):
     Args:
         T: recursions, ≥ 1; T + 4 layers.
         features: filters of every convolution but the last; 256 gives 1,774,080 weights.
-        alpha_steps: optimiser steps over which α falls from 1 to 0, along a line.
+        alpha_steps: optimiser steps over which α falls linearly from 1 to 0.
 
-    In training mode `forward` gives all predictions, which `loss` takes; else y alone.
+    In training mode `forward` returns all predictions, for `loss`; else y only.
     """
 
     input = "interpolated"
@@ -42,13 +42,13 @@ class DRCN(nn.Module):
         self.depth = self.receptive_radius = T + 4  # every layer is 3×3
         self.embed1, self.embed2 = convolution(1, features, 3), convolution(features, features, 3)
         self.recursion = convolution(features, features, 3)
-        nn.init.dirac_(self.recursion.weight)  # it starts as the identity
+        nn.init.dirac_(self.recursion.weight)  # initialised as the identity
         self.rec1, self.conv_rec = convolution(features, features, 3), convolution(features, 1, 3)
         self.w = nn.Parameter(torch.full((T,), 1 / T))
-        self.alpha = 1.0  # of the step: `at_step`
+        self.alpha = 1.0  # of the current step: `at_step`
 
     def at_step(self, step: int) -> None:
-        """α of the step that is to be taken, counted from 0; a resumed training has it from the step alone."""
+        """Set α for the next step, counted from 0; it depends on nothing else, so resuming needs no state."""
         self.alpha = max(0.0, 1 - step / self.alpha_steps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ class DRCN(nn.Module):
         return torch.cat([y, *estimates], dim=1) if self.training else y
 
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        """α · mean_t L(y_t) + (1 − α) · L(y) of what `forward` gives in training, [N, 1 + T, p, p] → scalar.
+        """α · mean_t L(y_t) + (1 − α) · L(y) of `forward`'s output in training, [N, 1 + T, p, p] → scalar.
 
-        The term β‖W‖² of its authors is `optim.weight_decay`.
+        The authors' term β‖W‖² is `optim.weight_decay`.
         """
         y, estimates = prediction[:, :1], prediction[:, 1:]
         each = euclidean(estimates, truth.expand_as(estimates)) / self.T

@@ -1,4 +1,4 @@
-"""ESPCN: three convolutions of the low-resolution image, whose channels are the pixels of the large one.
+"""ESPCN: three convolutions of the low-resolution image; the channels of the last are the pixels of the result.
 
 W. Shi, J. Caballero, F. Huszár, J. Totz, A. P. Aitken, R. Bishop, D. Rueckert, Z. Wang, "Real-Time Single Image and
 Video Super-Resolution Using an Efficient Sub-Pixel Convolutional Neural Network", CVPR 2016.
@@ -6,7 +6,7 @@ It is reference [25] of the DRRN paper: Fig. 9.
 
     f_1 = φ(W_1 ∗ x + b_1)         64 filters of 5×5, φ = tanh
     f_2 = φ(W_2 ∗ f_1 + b_2)       32 filters of 3×3
-    y   = PS(W_3 ∗ f_2 + b_3)      r² filters of 3×3; PS puts the r² channels of a pixel side by side
+    y   = PS(W_3 ∗ f_2 + b_3)      r² filters of 3×3; PS arranges the r² channels of a pixel as r×r pixels
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FSRCNN: the low-resolution image through an hourglass of small layers, enlarged by the last.
+"""FSRCNN: an hourglass of small layers on the low-resolution image, enlarged by the last layer.
 
 C. Dong, C. C. Loy, X. Tang, "Accelerating the Super-Resolution Convolutional Neural Network", ECCV 2016.
 It is reference [3] of the DRRN paper: Fig. 9. In its notation
@@ -6,7 +6,7 @@ It is reference [3] of the DRRN paper: Fig. 9. In its notation
     Conv(5, d, 1) – Conv(1, s, d) – m × Conv(3, s, s) – Conv(1, d, s) – DeConv(9, 1, d)
 
 with a PReLU after each convolution: extraction, shrinking, mapping, expanding, deconvolution. The stride of the last
-is the scale; nothing before it depends on the scale.
+is the scale; no other layer depends on it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class FSRCNN(nn.Module):
         super().__init__()
         d = self.features = features
         self.scale, self.depth = scale, m + 4
-        # Of the low-resolution image: extraction 2, each mapping layer 1; output pixel n·i + r is within 4 of n·k for
-        # k ≤ i + (r + 4) / n.
+        # In low-resolution pixels: extraction 2, each mapping layer 1; the deconvolution (radius 4) reaches output
+        # pixel n·i + r from pixels k ≤ i + (r + 4) / n.
         self.receptive_radius = 2 + m + (scale - 1 + 4) // scale
         self.extract = nn.Sequential(convolution(1, d, 5), nn.PReLU(d))
         self.shrink = nn.Sequential(convolution(d, s, 1), nn.PReLU(s))
         self.map = nn.Sequential(*(layer for _ in range(m) for layer in (convolution(s, s, 3), nn.PReLU(s))))
         self.expand = nn.Sequential(convolution(s, d, 1), nn.PReLU(d))
-        # n times as large: (H − 1) · n − 2 · 4 + 9 + (n − 1) = n · H.
+        # Height of the output: (H − 1) · n − 2 · 4 + 9 + (n − 1) = n · H.
         self.deconv = he_normal(nn.ConvTranspose2d(d, 1, 9, stride=scale, padding=4, output_padding=scale - 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What networks are made of: convolutions with He's initialisation, BatchNorm, the count of weights, limits."""
+"""Building blocks of networks: convolutions with He's initialisation, BatchNorm, the count of weights, limits."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-MOST = 2**13  # filters of a layer, and layers
+MOST = 2**13  # maximum filters of a layer, and layers
 NORMS = ("batch", "none")
-WITH_AUTOCAST = ("cpu", "cuda", "mps")  # torch.amp.is_autocast_available is not for torch.compile before 2.13
+WITH_AUTOCAST = ("cpu", "cuda", "mps")  # torch.compile before 2.13 does not support is_autocast_available
 
 
 def he_normal(conv: nn.Conv2d | nn.ConvTranspose2d) -> nn.Conv2d | nn.ConvTranspose2d:
-    """`conv` with the initialisation of Sec. 4.2: He normal over the fan-in, biases 0.
+    """Initialise `conv` as in Sec. 4.2 and return it: He normal over the fan-in, biases 0.
 
-    The fan-in is what one output is a sum of: a transposed convolution [C, C', k, k] of stride s reaches each
-    output with C · k² / s² weights.
+    The fan-in is the number of terms of one output, C · k² / s² for a transposed one [C, C', k, k] of stride s.
     """
     transposed = isinstance(conv, nn.ConvTranspose2d)
     taps = conv.kernel_size[0] * conv.kernel_size[1] / (conv.stride[0] * conv.stride[1] if transposed else 1)
@@ -27,33 +26,34 @@ def he_normal(conv: nn.Conv2d | nn.ConvTranspose2d) -> nn.Conv2d | nn.ConvTransp
 
 
 def within(least: int, most: int, **values: int) -> None:
-    """Refuse arguments of a network that are not least … most: a ValueError that names one."""
+    """Raise a ValueError for the first of a network's arguments that is not in least … most."""
     for name, value in values.items():
         if not least <= value <= most:
             raise ValueError(f"{name} = {value}: must be {least} … {most}")
 
 
 def convolution(in_channels: int, out_channels: int, size: int, bias: bool = True) -> nn.Conv2d:
-    """A size×size convolution that keeps height and width, zeros around the image; `size` is odd."""
+    """A size×size convolution, zero-padded so that height and width stay the same; `size` is odd."""
     return he_normal(nn.Conv2d(in_channels, out_channels, size, padding=size // 2, bias=bias))
 
 
 def normalisation(norm: str, channels: int) -> nn.Module:
-    """BatchNorm with its own affine (Caffe's BatchNorm + Scale), or nothing; a ValueError for another name."""
+    """BatchNorm with affine parameters (Caffe's BatchNorm + Scale), or Identity; a ValueError for another name."""
     if norm not in NORMS:
         raise ValueError(f"norm = {norm!r}: allowed are {', '.join(NORMS)}")
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 
 def conv_weights(network: nn.Module) -> int:
-    """k of the paper: weights of convolutions, transposed ones too, each shared one once; no biases."""
+    """k of the paper: weights of convolutions, also transposed ones; shared ones count once, biases do not."""
     return sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d))
 
 
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)` without autocast, which would round the image in `x` to steps of 1/256; then in autocast's type.
+    """Compute `layer(x)` without autocast and convert the result to autocast's dtype.
 
-    The network sharpens that rounding: it costs published weights 0.03 dB at ×3 and 0.11 dB at ×4.
+    Autocast would round the image in `x` to steps of 1/256, which costs published weights 0.03 dB at ×3 and 0.11 dB
+    at ×4.
     """
     kind = x.device.type
     if kind not in WITH_AUTOCAST or not torch.is_autocast_enabled(kind):

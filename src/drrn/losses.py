@@ -1,9 +1,9 @@
-"""What training minimises, by name (`optim.loss`), or of another library by `_target_`.
+"""Losses by name (`optim.loss`), or of another library by `_target_`.
 
-A loss of one's own is a function here and a line in LOSSES, or any `torch.nn.Module` of (prediction, truth) → scalar:
-`optim.loss={_target_: torch.nn.HuberLoss, reduction: sum}`. Those here are sums over pixels and means over the batch:
-θ and γ of Sec. 4.2 keep their meaning only on the paper's scale (a mean over pixels is p² times smaller). All are in
-float32, whatever the precision of the prediction.
+To add a loss, write a function here and a line in LOSSES, or name any `torch.nn.Module` of (prediction, truth) →
+scalar: `optim.loss={_target_: torch.nn.HuberLoss, reduction: sum}`. Ours are sums over pixels and means over the
+batch: θ and γ of Sec. 4.2 keep their meaning only on the paper's scale (a mean over pixels is p² times smaller). All
+are computed in float32, whatever the precision of the prediction.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def loss_of(network: Any, asked: str | dict[str, Any] | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss that a network is trained with: the one asked for by name or `_target_`, else its own.
+    """The training loss of a network: `asked`, a name or a `_target_`, else the network's own.
 
     Raises:
-        UserError: another is asked for than the one that belongs to what the network returns; a `_target_` that is
-            no Module, or does not take its arguments.
+        UserError: a loss is asked for, but only the network's own fits its output; a `_target_` is no Module, or does
+            not take its arguments.
     """
     own = network.loss
     if not isinstance(own, str):
         if asked is not None:
-            raise UserError(f"optim.loss = {asked}: the network brings a loss of its own; give optim.loss=null")
+            raise UserError(f"optim.loss = {asked}: the network has a loss of its own; give optim.loss=null")
         return own
     if not isinstance(asked, dict):
         return LOSSES[asked or own]
     from torch import nn
 
-    loss = make("optim.loss", asked, nn.Module).requires_grad_(False)  # nothing of it is trained
+    loss = make("optim.loss", asked, nn.Module).requires_grad_(False)  # its parameters are not trained
     loss.register_forward_pre_hook(lambda _, pair: tuple(image.float() for image in pair))
     return loss

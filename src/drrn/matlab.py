@@ -1,9 +1,9 @@
-"""MATLAB's image functions that the evaluation protocol is made of, in NumPy float64.
+"""MATLAB's image functions of the evaluation protocol, in NumPy float64.
 
 The published PSNR and SSIM depend on how the low-resolution image is made and on how results are rounded.
 Pillow, OpenCV and scikit-image each resize and round differently, so these functions follow MATLAB:
-`imresize(…, 'bicubic')`, `rgb2ycbcr`, `ycbcr2rgb` and `uint8(…)`. They raise TypeError for a dtype that they do not
-name, ValueError for another shape.
+`imresize(…, 'bicubic')`, `rgb2ycbcr`, `ycbcr2rgb` and `uint8(…)`. They raise TypeError for a dtype that their
+docstring does not name, ValueError for another shape.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def imresize(
         array: [H, W] or [H, W, C], floating, any range. Computed in float64.
         scale: output side / input side, for both dimensions; the sides become ceil(scale * side).
         size: (height, width) of the output, instead of `scale`: each dimension then has its own scale,
-            out / in. It is how an image is enlarged to an exact size.
+            out / in.
 
     Returns:
         float64, [h, w] or [h, w, C].
@@ -59,7 +59,7 @@ def imresize(
     sides = array.shape[:2]
     if size is None:
         _check_scale(scale)
-        # A plain ceil, as MATLAB's: (1/s) * (s*k) never exceeds k in float64 for the scales used here.
+        # A plain ceil, as in MATLAB: (1/s) * (s*k) never exceeds k in float64 for the scales used here.
         size, scales = (math.ceil(scale * sides[0]), math.ceil(scale * sides[1])), (scale, scale)
     else:
         size = (operator.index(size[0]), operator.index(size[1]))
@@ -80,7 +80,7 @@ def imresize(
 def resize_matrix(length: int, scale: float, out_length: int) -> sparse.csr_array:
     """The weights with which `imresize` resizes one dimension: output = matrix @ input.
 
-    For whoever resizes many images of one size: `resize_matrix(H, s, h) @ image @ resize_matrix(W, s, w).T`.
+    To resize many images of one size, compute `resize_matrix(H, s, h) @ image @ resize_matrix(W, s, w).T`.
     The result is cached and shared; its arrays are read-only.
 
     Args:
@@ -160,7 +160,7 @@ def to_uint8(array: NDArray[np.floating]) -> NDArray[np.uint8]:
     """MATLAB's `uint8(single(array) * 255)`: the protocol's last step before measuring.
 
     Args:
-        array: any shape, floating; 0…1 is the nominal range, what lies outside is clamped.
+        array: any shape, floating; 0…1 is the nominal range, values outside are clamped.
 
     Returns:
         uint8 of the same shape, rounded half away from zero (NumPy's `round` goes to the even level). NaN, which
@@ -171,8 +171,8 @@ def to_uint8(array: NDArray[np.floating]) -> NDArray[np.uint8]:
         raise TypeError(f"to_uint8 needs a floating array in 0…1, not {array.dtype}")
     if np.isnan(array).any():
         raise ValueError(
-            f"{np.count_nonzero(np.isnan(array))} of {array.size} values are NaN, which no grey level stands "
-            "for: look for the overflow or division that made them"
+            f"{np.count_nonzero(np.isnan(array))} of {array.size} values are NaN, which have no grey level: "
+            "look for the overflow or division that made them"
         )
     return _round_to_uint8(array.astype(np.float32) * np.float32(255))
 
@@ -186,7 +186,7 @@ def _cubic(x: FloatArray) -> FloatArray:
 
 
 def _levels(image: NDArray[np.uint8] | NDArray[np.floating], name: str) -> FloatArray:
-    """A colour image on the scale 0…255 in float64, or an error that says what is wrong with it."""
+    """A colour image on the scale 0…255 in float64; raises for a wrong shape or dtype."""
     if image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"{name} must be [H, W, 3], got shape {image.shape}")
     if image.dtype == np.uint8:
@@ -197,7 +197,7 @@ def _levels(image: NDArray[np.uint8] | NDArray[np.floating], name: str) -> Float
 
 
 def _round_to_uint8(levels: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Clamp to 0…255, then round half up, which among numbers >= 0 is half away from zero."""
+    """Clamp to 0…255, then round half up, which for numbers >= 0 is half away from zero."""
     # float64, because in float32 the greatest number below 0.5 plus 0.5 is already 1.
     return np.floor(np.clip(levels, 0, 255).astype(np.float64) + 0.5).astype(np.uint8)
 

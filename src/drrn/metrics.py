@@ -1,11 +1,11 @@
-"""PSNR, SSIM and IFC, the measures of the paper's Tables 2 and 3, and others, as functions of two images in 0…255.
+"""PSNR, SSIM and IFC, the metrics of the paper's Tables 2 and 3, and others, as functions of two images in 0…255.
 
-The protocol hands them 8-bit, shaved luminance images (`drrn.protocol`). All compute in float64, because in
-float32 the IFC is off in the third decimal. Nothing here needs torch, and only those that compute need SciPy.
-A metric of one's own is a function and an entry in METRICS: evaluation, training, records and tables have it then.
+The protocol applies them to 8-bit, shaved luminance images (`drrn.protocol`). All compute in float64, because in
+float32 the IFC is wrong in the third decimal. Importing this module needs neither torch nor SciPy.
+To add a metric, write a function and an entry in METRICS: evaluation, training, records and tables use it then.
 
-All take uint8, or floating on the scale 0…255 (nothing is rounded then). They raise TypeError for another dtype, and
-ValueError for shapes that differ or are not [H, W], sides that are too small, no pixels, NaN or infinity.
+Images are uint8, or floating on the scale 0…255 (without rounding). The functions raise TypeError for another dtype,
+and ValueError for shapes that differ or are not [H, W], sides that are too small, no pixels, NaN or infinity.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def psnr(a: Image, b: Image) -> float:
 def ssim(a: Image, b: Image) -> float:
     """Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004), as the authors' `ssim_index.m`.
 
-    11×11 Gaussian windows with σ = 1.5 that lie wholly inside the image, K = (0.01, 0.03), L = 255,
-    population moments, no downsampling; the mean over all windows. Symmetric in its arguments.
+    11×11 Gaussian windows with σ = 1.5, entirely inside the image, K = (0.01, 0.03), L = 255, population moments, no
+    downsampling; the mean over all windows. Symmetric in its arguments.
 
     Args:
         a, b: [H, W], both sides at least 11.
 
     Returns:
-        At most 1, which equal images have.
+        At most 1, the value of equal images.
     """
     x, y = _pair(a, b, "SSIM", SSIM_WINDOW)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -79,13 +79,13 @@ def ssim(a: Image, b: Image) -> float:
 def ifc(reference: Image, distorted: Image) -> float:
     """Information fidelity criterion (Sheikh, Bovik, de Veciana 2005), as the paper's Table 3 uses it.
 
-    The information, in bits a pixel, that the distorted image keeps of the reference: a Gaussian scale
+    The information of the reference, in bits a pixel, that the distorted image preserves: a Gaussian scale
     mixture models the reference's steerable-pyramid coefficients and, block by block, a gain g with additive
-    noise v models the distortion. Not symmetric: the order of the arguments matters.
+    noise v models the distortion. Not symmetric.
 
     A direction in which the reference's 3×3 blocks do not vary (an eigenvalue of their covariance that is 0
-    up to rounding) carries no information and is left out, where the original's matrix inverse fails. A flat
-    reference therefore has IFC 0 whatever the other image is, the limit of ever weaker contrast.
+    up to rounding) carries no information and is left out; the original's matrix inverse fails there. So a flat
+    reference has IFC 0 whatever the other image is, the limit for vanishing contrast.
 
     Args:
         reference: [H, W], both sides at least 72.
@@ -105,7 +105,7 @@ def ifc(reference: Image, distorted: Image) -> float:
 def msssim(a: Image, b: Image) -> float:
     """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003), as torchmetrics computes it. Symmetric.
 
-    At most 1, which equal images have; both sides are at least 176.
+    At most 1, the value of equal images; both sides are at least 176.
     """
     x, y = _pair(a, b, "MS-SSIM", MSSSIM_SMALLEST_SIDE)
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
@@ -116,8 +116,8 @@ def msssim(a: Image, b: Image) -> float:
 def vif(reference: Image, distorted: Image) -> float:
     """Visual information fidelity in the pixel domain (Sheikh, Bovik 2006), as torchmetrics computes it.
 
-    The share of the reference's information that the distorted image keeps: 1 for equal images, more where contrast
-    was raised. Not symmetric. A flat reference has none to lose: 1. Both sides are at least 41.
+    The share of the reference's information that the distorted image preserves: 1 for equal images, more for
+    enhanced contrast. Not symmetric. A flat reference has no information to lose: 1. Both sides are at least 41.
     """
     x, y = _pair(reference, distorted, "VIF", VIF_SMALLEST_SIDE)
     if np.ptp(x) == 0:
@@ -135,7 +135,7 @@ def _tensors(*images: FloatArray) -> list[Tensor]:
 
 
 def _pair(a: Image, b: Image, metric: str, smallest: int, color: bool = False) -> tuple[FloatArray, FloatArray]:
-    """Both images in float64, or an error that says what is wrong with them for a metric."""
+    """Both images in float64; raises if they are not valid for a metric."""
     if a.shape != b.shape:
         raise ValueError(f"the images have different shapes: {a.shape} and {b.shape}")
     if not (a.ndim == 2 or (color and a.ndim == 3 and a.shape[2] == 3)) or a.size == 0:
@@ -252,11 +252,11 @@ class Metric:
 
     Attributes:
         function: (ground truth, estimate), both [H, W] in 0…255 → a number.
-        digits: decimals of tables.
-        over: what it is taken over of images in colour: "y", "rgb" [H, W, 3], or "color", what the protocol scores.
-        training: runs measure it at each validation and at their end; others at their end if `data.test_metrics`
-            names them. evaluate.py measures any.
-        smallest: side in pixels of the images that it takes.
+        digits: decimals in tables.
+        over: channels of colour images: "y", "rgb" [H, W, 3], or "color", those that the protocol scores.
+        training: computed in each validation and in the test of a run; other metrics only in the test, if
+            `data.test_metrics` names them. evaluate.py computes any.
+        smallest: minimum side of the images, pixels.
     """
 
     function: Callable[[Image, Image], float]
@@ -277,12 +277,12 @@ METRICS: dict[str, Metric] = {
 
 
 def in_training() -> tuple[str, ...]:
-    """The metrics that a run measures."""
+    """The metrics that every run computes."""
     return tuple(name for name, metric in METRICS.items() if metric.training)
 
 
 def check_names(key: str, names: list[str]) -> None:
-    """Refuse metrics, named by `key`, that are not there."""
+    """Refuse unknown metrics among the names of a key."""
     for name in names:
         if name not in METRICS:
             raise UserError(f"{key}: {name!r} is not one of {', '.join(METRICS)}")

@@ -1,8 +1,8 @@
 """DRRN, the Deep Recursive Residual Network.
 
 Y. Tai, J. Yang, X. Liu, "Image Super-Resolution via Deep Recursive Residual Network", CVPR 2017.
-Equation and section numbers are that paper's. What it leaves out (where BatchNorm stands, what is
-shared) follows the authors' Caffe release, tyshiwo/DRRN_CVPR17.
+Equation and section numbers are that paper's. Details that it omits (the places of BatchNorm, the sharing of
+its parameters) follow the authors' Caffe release, tyshiwo/DRRN_CVPR17.
 
     Eq. 3     H^u = F(H^{u-1}, W^u) + H^{u-1}                     a residual unit in a chain
     Eq. 4, 5  H^u = G(H^{u-1}) = F(H^{u-1}, W) + H⁰               DRRN's, with H⁰ = f_b(x_{b-1})
@@ -32,8 +32,8 @@ class RecursiveBlock(nn.Module):
     """R_b of Eq. 8: one convolution f_b, then U residual units G (Sec. 3.2, Fig. 4).
 
     Pre-activation throughout (Sec. 3.1): every convolution is preceded by BatchNorm and ReLU. With `weight_sharing`
-    the two convolutions of a unit exist once and serve all U units, while the BatchNorm of every unit is its own, as
-    in the release. The arguments are those of `DRRN`.
+    all U units share one pair of convolutions, while each unit has its own BatchNorms, as in the release. The
+    arguments are those of `DRRN`.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class DRRN(nn.Module):
         bias: biases on the convolutions (the release has them).
         weight_sharing: share the convolutions over a block's units; False is DRRN_NS.
         multi_path: identity from H⁰ (Eq. 5); False is the chain of DRRN_C (Eq. 3).
-        rectified_identity: every identity passes a ReLU: F + ReLU(x) in Eq. 9, F + ReLU(H⁰) in Eq. 5. Not the
-            paper's: jt827859032's and yjn870's weights mean it, by the in-place ReLUs of their DRRN-pytorch.
+        rectified_identity: apply ReLU to every identity: F + ReLU(x) in Eq. 9, F + ReLU(H⁰) in Eq. 5. Not the
+            paper's: jt827859032's and yjn870's weights need it, because of in-place ReLUs in their DRRN-pytorch.
         input_relu: a ReLU before the first convolution. False is the VDSR of huangzehao/caffe-vdsr and
             twtygqyy/pytorch-vdsr; they differ where bicubic interpolation overshoots below 0.
     """
@@ -142,7 +142,7 @@ class DRRN(nn.Module):
 
     @property
     def receptive_radius(self) -> int:
-        """Pixels to each side that an output pixel depends on: every layer is 3×3, so d."""
+        """Pixels to each side on which an output pixel depends: d, since every layer is 3×3."""
         return self.depth
 
     @property

@@ -1,4 +1,4 @@
-"""Training as in Sec. 4.2: the loss of Eq. 10, SGD with a halving rate γ, gradients clipped to θ/γ."""
+"""Training as in Sec. 4.2: the loss of Eq. 10, SGD with a halved learning rate γ, gradients clipped to θ/γ."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from drrn.protocol import Protocol, prepare, score_pixels
 
 
 class SuperResolution(LightningModule):
-    """A network in training.
+    """The Lightning module of a run: a network with its loss, solver and evaluation.
 
     Args:
-        model: its structure, `drrn.networks.build`'s argument.
+        model: the network's structure, `drrn.networks.build`'s argument.
         optim: fields of `drrn.config.OptimConfig`.
-        steps_per_epoch: optimiser steps that see every training pair once.
+        steps_per_epoch: optimiser steps of one pass over the training pairs.
         max_steps: optimiser steps of the whole run.
 
     All are plain scalars and dicts, so checkpoints load with `weights_only=True`.
@@ -47,30 +47,30 @@ class SuperResolution(LightningModule):
         self.optim = OptimConfig(**optim)
         self.network = build(model)
         if hasattr(self.network, "conv_rec"):
-            with torch.no_grad():  # `optim.residual_scale` 0 starts at bicubic itself; 1 is the paper's start
+            with torch.no_grad():  # with `optim.residual_scale` 0 the initial output is bicubic's; 1 is the paper's
                 self.network.conv_rec.weight.mul_(self.optim.residual_scale)
         self.loss = loss_of(self.network, self.optim.loss)
         self.compiled: bool | str = False  # `speed.compile`
         self.checkpointing = False  # `speed.checkpointing`
-        self.validated_in = "float32"  # precision of validations; the test is float32
-        self.averaged_before = 0  # batches whose BatchNorm statistics the weights came with (fine-tuning)
-        self.about: dict[str, Any] = {}  # what its checkpoints and weights say of it
-        self.scores: list[dict[str, Any]] = []  # rows of the evaluation that ran last, an image each
+        self.validated_in = "float32"  # precision of validations; the test's is float32
+        self.averaged_before = 0  # batches in BatchNorm's initial running statistics (fine-tuning)
+        self.about: dict[str, Any] = {}  # metadata for checkpoints and weights
+        self.scores: list[dict[str, Any]] = []  # rows of the last evaluation, one for each image
         self.validation: list[dict[str, Any]] = []  # rows of all validations, with their step: the learning curve
-        self.validated: int | None = None  # the step of the last one
-        self.rows: list[tuple[int, int, dict[str, Any]]] = []  # this process's, in an evaluation: (task, image, row)
-        self.seconds_before = 0.0  # of training, in earlier starts
+        self.validated: int | None = None  # step of the last validation
+        self.rows: list[tuple[int, int, dict[str, Any]]] = []  # this rank's, in an evaluation: (task, image, row)
+        self.seconds_before = 0.0  # seconds of training in earlier starts
         self.since: float | None = None
         self._between_runs()
 
     def _between_runs(self) -> None:
-        """Nothing is kept of an earlier `fit`, whose weights may have been elsewhere."""
+        """Drop the state of an earlier `fit`, which may have been on another device."""
         self.trained: InTraining | None = None  # the network in training, from the first batch on
         self.latch: Latch | None = None
         self.losses: list[Tensor] = []  # of the step's micro-batches
 
     def forward(self, x: Tensor) -> Tensor:
-        """What `network(x)` gives."""
+        """`network(x)`."""
         return self.network(x)
 
     # ------------------------------------------------------------------ training
@@ -78,7 +78,7 @@ class SuperResolution(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Pairs (x, x̃) [N, 1, p, p] → the loss over this process's share of this micro-batch.
 
-        The shares are of equal size, so the mean of their gradients, which DDP and accumulation take, is the
+        The shares have equal sizes, so the mean of their gradients, which DDP and accumulation compute, is the
         gradient of the loss over the whole batch.
         """
         x, truth = batch
@@ -100,12 +100,12 @@ class SuperResolution(LightningModule):
     ) -> None:
         """Adjustable gradient clipping (Sec. 4.2): the bound is θ/γ with the current rate γ.
 
-        `optim.clip=value` clips each gradient to [−θ/γ, θ/γ], the paper's words; `norm` scales the whole
-        gradient to a norm of at most θ/γ, what the authors' Caffe does. Lightning calls this on the averaged,
-        accumulated and unscaled gradients of every optimiser step, whatever the Trainer's own clip value.
+        `optim.clip=value` clips each gradient to [−θ/γ, θ/γ], as the paper says; `norm` scales the whole gradient to
+        a norm of at most θ/γ, as the authors' Caffe does. Lightning calls this on the averaged, accumulated and
+        unscaled gradients of every optimiser step, whatever the Trainer's own clip value is.
 
-        Nothing here waits for the device but a step that is logged. A loss or gradient that is not finite is
-        noted there (`Diverged`), and from that step on neither the weights nor BatchNorm's averages move.
+        Only a logged step waits for the device. A non-finite loss or gradient is noted on the device and raises
+        `Diverged` later; from its step on neither the weights nor BatchNorm's averages change.
         """
         gamma = optimizer.param_groups[0]["lr"]
         bound = self.optim.theta / gamma if gamma > 0 else math.inf
@@ -113,13 +113,13 @@ class SuperResolution(LightningModule):
         norm = get_total_norm(gradients)
         loss, statistics = self.trained.of_all_processes(torch.stack(self.losses).mean(), self.trainer)
         self.losses = []
-        # A loss scaler expects infinite gradients now and then, skips the step and lowers its scale.
+        # With a loss scaler infinite gradients are expected now and then: it skips the step and lowers its scale.
         good = self.latch.check(self.trainer.global_step, gamma, loss, norm, both=not self.loss_is_scaled)
         self.trained.follow(statistics, self._momenta(len(statistics)), good)
         logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
         if takes_found_inf(optimizer):
             optimizer.found_inf = (~good).float()
-        if logged or not takes_found_inf(optimizer):  # other solvers would take the step
+        if logged or not takes_found_inf(optimizer):  # other solvers would apply the bad step
             self.refuse_divergence()
         clip, touched = self.optim.clip, torch.zeros_like(norm)
         if clip == "value":
@@ -134,18 +134,18 @@ class SuperResolution(LightningModule):
             self.log_dict({"train/gamma": gamma, "train/gradient_norm": norm, "train/clipped": touched})
 
     def _momenta(self, batches: int) -> list[float]:
-        """What the statistics of the step's micro-batches weigh in BatchNorm's averages, as Caffe takes them.
+        """Weights of the micro-batches' statistics in BatchNorm's running averages, as in Caffe.
 
-        Caffe keeps Σ λᵏ · statistic and divides by Σ λᵏ, so its average is right from the first batch; with
-        PyTorch's constant momentum 1 − λ = 0.001 thousands of steps still evaluate with the starting values
-        0 and 1. The same average in PyTorch's form is the momentum (1 − λ) / (1 − λⁿ) at the n-th batch.
+        Caffe keeps Σ λᵏ · statistic and divides by Σ λᵏ, so its average is unbiased from the first batch; with
+        PyTorch's constant momentum 1 − λ = 0.001 the initial values 0 and 1 dominate for thousands of steps. In
+        PyTorch's form Caffe's average has the momentum (1 − λ) / (1 − λⁿ) at the n-th batch.
         """
         decay = self.optim.bn_average
         last = self.averaged_before + self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
         return [(1 - decay) / (1 - decay**n) for n in range(last - batches + 1, last + 1)]
 
     def refuse_divergence(self) -> None:
-        """Wait for the device and look whether all steps were finite; `Diverged` names the first that was not."""
+        """Wait for the device, and raise `Diverged` with the first non-finite step if there is one."""
         if self.latch is None or (bad := self.latch.read()) is None:
             return
         step, loss, norm, gamma = bad
@@ -157,25 +157,25 @@ class SuperResolution(LightningModule):
 
     @property
     def loss_is_scaled(self) -> bool:
-        """Whether gradients are those of a multiple of the loss until the optimiser steps (`16-mixed` on a GPU)."""
+        """Whether there is a loss scaler, which scales loss and gradients until the step (`16-mixed` on a GPU)."""
         return self._trainer is not None and getattr(self._trainer.precision_plugin, "scaler", None) is not None
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The optimiser and the schedule of `optim.*`, a step at a time.
+        """The optimiser and the schedule of `optim.*`, updated at every step.
 
-        PyTorch's fused kernels take the whole step at once. With a loss scaler they would also undo the scaling,
-        after the clipping, which needs it undone before.
+        PyTorch's fused kernels do a whole step at once. They are off with a loss scaler: they would undo its scaling
+        within the step, but clipping needs unscaled gradients before.
         """
         fused = not self.loss_is_scaled and self.device.type in ("cpu", "cuda")
         per_epoch, steps = self.hparams["steps_per_epoch"], self.hparams["max_steps"]
         optimizer, schedule = configured(self.network, self.optim, per_epoch, steps, fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # ------------------------------------------------------------------ from start to end
+    # ------------------------------------------------------------------ start, checkpoints, end
 
     @property
     def seconds(self) -> float:
-        """Of training up to these weights, over all starts of the run."""
+        """Seconds of training up to these weights, over all starts of the run."""
         return self.seconds_before + (time.monotonic() - self.since if self.since is not None else 0)
 
     def on_fit_start(self) -> None:
@@ -184,11 +184,11 @@ class SuperResolution(LightningModule):
         self.since = time.monotonic()
 
     def on_validation_start(self) -> None:
-        """No validation of weights that have diverged."""
+        """Do not validate weights that have diverged."""
         self.refuse_divergence()
 
     def on_train_end(self) -> None:
-        """The test may have the memory of training."""
+        """Free the memory of training for the test."""
         self.refuse_divergence()
         self._between_runs()
 
@@ -199,7 +199,7 @@ class SuperResolution(LightningModule):
         self.seconds_before = checkpoint.get("seconds", 0.0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the weights came from: the learning curve, the time, who they are. Nothing that has diverged."""
+        """Save the learning curve, the time and the metadata; raise `Diverged` instead if the weights diverged."""
         self.refuse_divergence()
         checkpoint["validation"], checkpoint["validated"] = self.validation, self.validated
         checkpoint["seconds"] = self.seconds
@@ -212,7 +212,7 @@ class SuperResolution(LightningModule):
         return "test" if self.trainer.testing else "validate"
 
     def validation_step(self, file: Path | None, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The scores of one image with the protocol; at the end bicubic's too."""
+        """Score one image by the protocol; in the test bicubic too."""
         if file is None:
             return
         data, stage = self.trainer.datamodule, self._stage
@@ -225,7 +225,7 @@ class SuperResolution(LightningModule):
         given, _ = prepare(pixels, task.scale, self.network.input, protocol.degradation, file)
         given = given.astype(np.float32)
         precision = self.validated_in if stage == "validate" else "float32"
-        with torch.autocast(self.device.type, enabled=False):  # in strips, as src/evaluate.py scores
+        with torch.autocast(self.device.type, enabled=False):  # in strips, as in src/evaluate.py
             prediction = super_resolve(self.network, given, precision=precision)
         row = {"set": task.set_name, "scale": task.scale, "image": file.name, **scored(prediction)}
         if stage == "test":
@@ -234,14 +234,14 @@ class SuperResolution(LightningModule):
         self.rows.append((dataloader_idx, batch_idx * self.trainer.world_size + self.trainer.global_rank, row))
 
     def on_validation_epoch_start(self) -> None:
-        """Nothing is measured yet."""
+        """Start without rows."""
         self.rows = []
-        forget(self.network)  # an average of weights is swapped in without PyTorch's notice (`Tensor.data`)
+        forget(self.network)  # callbacks swap averaged weights in through `Tensor.data`, which PyTorch does not count
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def _finish(self) -> None:
-        """Every process gets all rows, in the order of the images, and logs the means of the sets."""
+        """Gather the rows of all ranks, in the order of the images, and log the means of the sets."""
         stage = self._stage
         parts = [self.rows]
         if self.trainer.world_size > 1:
@@ -258,7 +258,7 @@ class SuperResolution(LightningModule):
     on_test_epoch_end = _finish
 
     def on_validation_epoch_end(self) -> None:
-        """Onto the learning curve, image by image; the one that Lightning adds at `trainer.max_time` is not."""
+        """Add the rows to the learning curve, except those of the validation that `trainer.max_time` triggers."""
         self._finish()
         self.validated = step = self.trainer.global_step
         if step * self.trainer.accumulate_grad_batches % self.trainer.val_check_interval == 0:
@@ -266,6 +266,6 @@ class SuperResolution(LightningModule):
 
 
 def mean(values: Iterable[float]) -> float:
-    """The plain mean; NaN of none, where `trainer.limit_val_batches=0`."""
+    """The arithmetic mean; NaN without values, as with `trainer.limit_val_batches=0`."""
     listed = list(values)
     return sum(listed) / len(listed) if listed else math.nan

@@ -1,7 +1,7 @@
-"""The networks that can be trained, by name, and what the rest of the house asks of one.
+"""The networks by name, and the interface that every network has.
 
-A network of one's own is its file, a line in NETWORKS and a yaml in conf/model with `network: NAME` and the arguments
-of its constructor. A network imports nothing from here.
+To add a network, write its file, a line in NETWORKS and a yaml in conf/model with `network: NAME` and the arguments
+of its constructor. A network imports nothing from this module.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ NETWORKS: dict[str, type[nn.Module]] = {
 
 
 class Network(Protocol):
-    """What a class of NETWORKS, an `nn.Module`, offers beside its constructor.
+    """The interface of the classes in NETWORKS, which are subclasses of `nn.Module`.
 
-    The constructor raises a ValueError for an argument outside what its docstring says. The network works on the
-    luminance, [N, 1, H, W], floating, 0…1. It may also have
+    The constructor raises a ValueError for an argument outside the range in its docstring. Input and output are
+    luminance, [N, 1, H, W], floating, 0…1. Optional attributes:
 
-        conv_rec       the last convolution of a global residual: `optim.residual_scale` multiplies its first weights
-        blocks         with `residual(H, u)`, which `speed.checkpointing` computes twice (`fast.training`)
-        at_step(step)  told the optimiser step, from 0, before each batch: for a loss that changes in training
-        scale          of an input "low": how much larger the result is than the image; one network, one scale
+        conv_rec       the last convolution of a global residual: `optim.residual_scale` scales its initial weights
+        blocks         with `residual(H, u)`, which `speed.checkpointing` recomputes (`fast.training`)
+        at_step(step)  called before each batch with the optimiser step, from 0: for a loss that changes in training
+        scale          for the input "low": the factor by which the network enlarges
     """
 
     input: str  # "interpolated": the image enlarged by bicubic; "low": the low-resolution image itself
@@ -59,25 +59,25 @@ class Network(Protocol):
 
     @property
     def receptive_radius(self) -> int:
-        """Pixels of the input to each side that an output pixel depends on."""
+        """Input pixels to each side on which an output pixel depends."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The estimate of the high-resolution luminance, not clamped."""
 
 
 def structure(model: Any) -> dict[str, Any]:
-    """A network's structure, a dataclass or a mapping, as a plain dict; `network` is left out where it is DRRN."""
+    """A network's structure, a dataclass or a mapping, as a plain dict, without `network` if that is DRRN."""
     fields = asdict(model) if is_dataclass(model) else dict(model)
     return {key: value for key, value in fields.items() if (key, value) != ("network", DEFAULT)}
 
 
 def input_of(model: Any) -> str:
-    """What a structure's network takes: "interpolated" or "low"."""
+    """`Network.input` of a structure: "interpolated" or "low"."""
     return NETWORKS[structure(model).get("network", DEFAULT)].input
 
 
 def pair_sides(model: Any, patch_size: int) -> tuple[int, int]:
-    """Sides of the two images, (input, truth), of the pair that a patch gives (`pairs.low_pairs`)."""
+    """Sides (input, truth) of the pair that is made of a patch (`pairs.low_pairs`)."""
     scale = structure(model)["scale"] if input_of(model) == "low" else 1
     return patch_size // scale, patch_size - patch_size % scale
 
@@ -86,7 +86,7 @@ def arguments_of(model: Any) -> tuple[str, dict[str, Any]]:
     """The name of a structure's network, and its arguments.
 
     Raises:
-        UserError: no such network, or arguments that it does not take or lacks.
+        UserError: no such network, or an unknown or missing argument.
     """
     arguments = structure(model)
     name = arguments.pop("network", DEFAULT)
@@ -95,7 +95,7 @@ def arguments_of(model: Any) -> tuple[str, dict[str, Any]]:
     known = inspect.signature(NETWORKS[name]).parameters
     for key in arguments:
         if key not in known:
-            raise UserError(f"model.{key}: the network {name!r} does not take it; it takes {', '.join(known)}")
+            raise UserError(f"model.{key}: the network {name!r} has no such argument; it has {', '.join(known)}")
     missing = [key for key, p in known.items() if p.default is p.empty and key not in arguments]
     if missing:
         raise UserError(f"model.{missing[0]}: the network {name!r} needs it")
@@ -103,7 +103,7 @@ def arguments_of(model: Any) -> tuple[str, dict[str, Any]]:
 
 
 def schema(name: str) -> type:
-    """What `model.*` may hold for a network, as a dataclass of its constructor's arguments, for `schema.typed`."""
+    """A dataclass of a network's constructor arguments, as the schema of `model.*` for `schema.typed`."""
     hints, parameters = get_type_hints(NETWORKS[name].__init__), inspect.signature(NETWORKS[name]).parameters
     arguments = [
         (key, hints.get(key, Any), field(default=MISSING if p.default is p.empty else p.default))
@@ -113,7 +113,7 @@ def schema(name: str) -> type:
 
 
 def build(model: Any) -> Any:
-    """A network from its structure; errors as of `arguments_of`, and for a value that it does not take."""
+    """Build a network from its structure. Errors: those of `arguments_of`, and a UserError for an invalid value."""
     name, arguments = arguments_of(model)
     try:
         return NETWORKS[name](**arguments)
@@ -122,7 +122,7 @@ def build(model: Any) -> Any:
 
 
 def on_paper(model: Any) -> Any:
-    """`build` without memory: tensors with shapes and no contents, for counting and checking."""
+    """`build` on the meta device: tensors with shapes but without contents, for counting and checking."""
     with torch.device("meta"):
         return build(model)
 
@@ -132,8 +132,8 @@ COUNTED: dict[str, Counts] = {}
 
 @dataclass(frozen=True)
 class Counts:
-    """A network's depth and convolution weights; floating-point operations for one pixel, a multiply-add is two:
-    of its output, and of an optimiser step."""
+    """A network's depth and convolution weights; floating-point operations (a multiply-add is two) for one pixel of
+    the output, in inference (`output`) and in an optimiser step (`step`)."""
 
     depth: int
     conv_weights: int
@@ -142,7 +142,7 @@ class Counts:
 
 
 def count(model: Any) -> Counts:
-    """The counts of a network, of which only the shapes are made; once for each structure."""
+    """The counts of a network, computed on the meta device and cached by structure."""
     if repr(model) not in COUNTED:
         network, x = on_paper(model), torch.rand(1, 1, 32, 32, device="meta")
         with FlopCounterMode(display=False) as forward:

@@ -1,7 +1,7 @@
 """Optimisers and schedules by name (`optim.algorithm`, `optim.schedule`), or of another library by `_target_`.
 
-One of ours is a line in its table. `optim.optimiser={_target_: torch.optim.RMSprop, alpha: 0.9}`
-and `optim.scheduler={_target_: torch.optim.lr_scheduler.OneCycleLR, …}` take any class of PyTorch's kinds instead.
+To add one, write a line in its table. `optim.optimiser={_target_: torch.optim.RMSprop, alpha: 0.9}` and
+`optim.scheduler={_target_: torch.optim.lr_scheduler.OneCycleLR, …}` name any Optimizer or LRScheduler instead.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # a name is checked before torch is imported
 
 SECOND = 0.999  # Adam's second β; the first is optim.momentum
 
-# Name → the class in torch.optim, and its arguments beside γ and the weight decay, which is on everything (Sec. 4.2).
-# PyTorch's SGD keeps v ← μv + g and takes γv; Caffe has γ in v: they differ only in the steps after a change of γ.
+# Name → the class in torch.optim, and its arguments besides γ and the weight decay of all parameters (Sec. 4.2).
+# PyTorch's SGD is v ← μv + g with the step γv; Caffe has γ in v: they differ only in the steps after a change of γ.
 # Adam (Kingma and Ba 2015) adds the decay to the gradient; with AdamW (Loshchilov and Hutter 2019) the weights
 # themselves decay, by γ · weight_decay a step.
 OPTIMISERS: dict[str, tuple[str, Callable[[OptimConfig], dict[str, Any]]]] = {
@@ -32,7 +32,7 @@ OPTIMISERS: dict[str, tuple[str, Callable[[OptimConfig], dict[str, Any]]]] = {
     "adamw": ("AdamW", lambda optim: {"betas": (optim.momentum, SECOND)}),
 }
 
-# Name → γ / optim.lr from `optim`, how often its `halve_every_…` is over, and the part of the run that is (0…1).
+# Name → γ / optim.lr, a function of `optim`, the completed periods of `halve_every_…`, and the run's progress (0…1).
 SCHEDULES: dict[str, Callable[[OptimConfig, int, float], float]] = {
     "halve": lambda optim, times, part: 0.5**times,  # Sec. 4.2
     "cosine": lambda optim, times, part: 0.5 * (1 + math.cos(math.pi * part)),  # Loshchilov and Hutter 2017
@@ -41,7 +41,7 @@ SCHEDULES: dict[str, Callable[[OptimConfig, int, float], float]] = {
 
 
 def learning_rate_factor(optim: OptimConfig, step: int, steps_per_epoch: int, max_steps: int) -> float:
-    """γ / optim.lr after `step` optimiser steps; it rises along a line over the first `optim.warmup_steps`."""
+    """γ / optim.lr after `step` optimiser steps, with a linear warm-up over the first `optim.warmup_steps`."""
     every = optim.halve_every_steps or max(1, round((optim.halve_every_epochs or 1) * steps_per_epoch))
     warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
     return warm * SCHEDULES[optim.schedule](optim, step // every, min(step / max_steps, 1))
@@ -50,16 +50,16 @@ def learning_rate_factor(optim: OptimConfig, step: int, steps_per_epoch: int, ma
 def configured(
     network: nn.Module, optim: OptimConfig, steps_per_epoch: int, max_steps: int, fused: bool
 ) -> tuple[Optimizer, LRScheduler]:
-    """The optimiser of a network and the schedule of its rate, a step at a time.
+    """The optimiser of a network and its schedule, which is updated at every step.
 
     Args:
-        network: biases of its convolutions learn at `optim.bias_lr_mult` times the rate; its last convolution, with
-            its bias, at `optim.last_lr_mult` times.
-        fused: whether PyTorch's fused kernels may take the step.
+        network: biases of its convolutions have `optim.bias_lr_mult` times the learning rate, its last convolution
+            with its bias `optim.last_lr_mult` times.
+        fused: whether PyTorch's fused kernels may be used.
 
     Raises:
-        UserError: what `optim.optimiser` or `optim.scheduler` names is none, does not take its arguments, or
-            follows a measure.
+        UserError: `optim.optimiser` or `optim.scheduler` names no such class, the class does not take its arguments,
+            or the scheduler follows a metric.
     """
     import torch
     from torch import nn
@@ -84,13 +84,13 @@ def configured(
         schedule = make("optim.scheduler", optim.scheduler, LRScheduler, optimizer)
         if isinstance(schedule, ReduceLROnPlateau):
             name = type(schedule).__name__
-            raise UserError(f"optim.scheduler: {name} follows a measure, and here schedules follow the step")
+            raise UserError(f"optim.scheduler: {name} follows a metric, and here schedules follow the step")
         return optimizer, schedule
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(optim, step, steps_per_epoch, max_steps))
 
 
 def takes_found_inf(optimizer: Optimizer) -> bool:
-    """Whether it leaves weights and state as they are where its `found_inf` is 1: PyTorch's fused solvers do."""
+    """Whether the optimiser skips the step if its `found_inf` is 1, as PyTorch's fused solvers do."""
     from torch.optim import SGD, Adam, AdamW
 
     return isinstance(optimizer, SGD | Adam | AdamW) and bool(optimizer.defaults.get("fused"))

@@ -1,9 +1,9 @@
 """The evaluation protocol behind the paper's Tables 2 and 3.
 
 From an 8-bit luminance Y and a scale s: crop to a multiple of s, bicubic down and up in double precision
-(the network's input), network, 8 bits, crop s pixels on every side, score. The paper does not write it
-down; it is that of the released test code and it reproduces every published Bicubic cell within 0.01 dB
-and 0.001. Another way down than bicubic (`drrn.degradations`) is another protocol.
+(the network's input), network, 8 bits, crop s pixels on every side, score. The paper does not describe it;
+it is that of the released test code, and it reproduces every published Bicubic cell within 0.01 dB
+and 0.001. Another degradation than bicubic (`drrn.degradations`) is another protocol.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from drrn.metrics import METRICS, in_training
 
 @dataclass(frozen=True)
 class Protocol:
-    """How images are scored; two scores compare only if their protocols are equal.
+    """How images are scored; two scores are comparable only if their protocols are equal.
 
     Attributes:
-        name, version: "paper", 1 for the protocol above; a departure below is a protocol of its own.
-        crop: pixels removed on every side; None is the scale, as the paper does.
-        color: "y" scores the luminance; "rgb" takes the PSNR over the three channels (SSIM and IFC stay on Y).
+        name, version: "paper", 1 for the protocol above; other values below make another protocol.
+        crop: pixels removed on every side; None is the scale, as in the paper.
+        color: "y" scores the luminance; "rgb" computes PSNR over the three channels (SSIM and IFC over Y).
         rounding: "uint8" scores 8-bit values; "float" the unrounded ones, clamped to 0…255.
         degradation: of DEGRADATIONS.
         precision: of networks.
@@ -45,7 +45,7 @@ class Protocol:
     precision: str = "float32"
 
     def stamp(self) -> dict[str, Any]:
-        """What scores and records say of it; what came later only where it is not the paper's."""
+        """The protocol's entry in scores and records; later attributes only if they are not the paper's."""
         later = {"degradation": BI, "precision": "float32"}
         return {key: value for key, value in asdict(self).items() if key not in later or later[key] != value}
 
@@ -54,13 +54,13 @@ PAPER = Protocol()
 
 
 def describe(protocol: dict[str, Any]) -> str:
-    """A protocol in words, its departures from the paper named: "protocol paper v1, but rounding=float"."""
+    """A protocol's name with its departures from the paper: "protocol paper v1, but rounding=float"."""
     extra = departures(protocol)
     return f"protocol {protocol['name']} v{protocol['version']}" + (f", but {extra}" if extra else "")
 
 
 def departures(protocol: dict[str, Any]) -> str:
-    """What a protocol does otherwise than the paper's: "rounding=float, degradation=BD"; "" for nothing."""
+    """A protocol's differences from the paper's: "rounding=float, degradation=BD"; "" if there are none."""
     usual = {key: value for key, value in asdict(PAPER).items() if key not in ("name", "version")}
     return ", ".join(f"{key}={value}" for key, value in protocol.items() if usual.get(key, value) != value)
 
@@ -91,10 +91,10 @@ def prepare(
     """Steps 2 and 3: an 8-bit image → (network input, ground truth [H', W']), Y in 0…1.
 
     Args:
-        pixels: [H, W] or [H, W, 3]; Y alone will do, but for a degradation of R, G and B.
+        pixels: [H, W] or [H, W, 3]; Y is enough unless the degradation is one of R, G and B.
         scale: s.
-        input: what the network takes: "interpolated" [H', W'], or "low", step 3's first half [H' / s, W' / s].
-        degradation, file: as of `low_resolution`.
+        input: the network's: "interpolated" [H', W'], or "low", step 3's first half [H' / s, W' / s].
+        degradation, file: as in `low_resolution`.
     """
     pixels = modcrop(pixels, scale)
     x = low_resolution(pixels, scale, degradation, file=file)
@@ -115,7 +115,7 @@ def with_chroma(
 
 
 def over_colour(metrics: Iterable[str], protocol: Protocol = PAPER) -> tuple[str, ...]:
-    """Those metrics that are taken over R, G and B."""
+    """The metrics that are computed over R, G and B."""
     over = {"y": "y", "rgb": "rgb", "color": protocol.color}
     return tuple(name for name in metrics if over[METRICS[name].over] == "rgb")
 
@@ -129,12 +129,12 @@ def score_pixels(
     colours: NDArray[np.floating] | None = None,
     file: Path | None = None,
 ) -> dict[str, float]:
-    """Steps 4 to 6 of an 8-bit image: each metric over Y, or over R, G and B where it or the protocol says so.
+    """Steps 4 to 6 for an 8-bit image: each metric over Y, or over R, G and B if it or the protocol requires that.
 
     Args:
         prediction: Y [H', W'], 0…1.
         pixels: ground truth [H, W] or [H, W, 3].
-        scale, metrics, protocol: as of `score`.
+        scale, metrics, protocol: as in `score`.
         colours: the prediction in R, G, B [H', W', 3], 0…1; None: `with_chroma`.
         file: of the image; ready pairs need it.
     """
@@ -157,10 +157,10 @@ def score(
     """Steps 4 to 6: one image against its ground truth.
 
     Args:
-        prediction, truth: [H, W] (or [H, W, 3] for metrics that take colour), 0…1.
-        scale: s, which is also the border that is left out unless the protocol says otherwise.
-        metrics: names of METRICS; None: those that runs measure.
-        protocol: what departs from the paper.
+        prediction, truth: [H, W] (or [H, W, 3] for metrics over colour), 0…1.
+        scale: s, which is also the border that is removed unless `protocol.crop` is given.
+        metrics: names of METRICS; None: `in_training`.
+        protocol: gives crop and rounding.
 
     Returns:
         metric → value.
@@ -175,9 +175,9 @@ def _levels(image: NDArray[np.floating], rounding: str) -> NDArray:
 
 
 def means(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Scores of images → the plain mean of every metric for each network, set and scale (protocol, step 7).
+    """Scores of images → the arithmetic mean of every metric for each network, set and scale (protocol, step 7).
 
-    A metric that some image of a group lacks is left out there: a mean over a part of a set is not the set's.
+    A metric is left out of a group if an image of the group lacks it: the mean of a part is not the set's.
     """
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in scores:

@@ -1,4 +1,4 @@
-"""RED30: convolutions and as many transposed ones, joined by symmetric skip connections.
+"""RED30: convolutions and as many transposed ones, with symmetric skip connections.
 
 X.-J. Mao, C. Shen, Y.-B. Yang, "Image Restoration Using Very Deep Convolutional Encoder-Decoder Networks with
 Symmetric Skip Connections", NIPS 2016. It is reference [17] of the DRRN paper: Fig. 1 and 9.
@@ -6,7 +6,7 @@ Symmetric Skip Connections", NIPS 2016. It is reference [17] of the DRRN paper: 
 With n = 15 convolutions c_i and n transposed ones t_j, σ = ReLU:
 
     h_i = σ(c_i(h_{i-1})),                      h_0 = x
-    g_j = σ(t_j(g_{j-1}) [+ h_{n-j}]),          g_0 = h_n; the skip where n - j is even, so every second layer
+    g_j = σ(t_j(g_{j-1}) [+ h_{n-j}]),          g_0 = h_n; a skip if n - j is even, that is at every second layer
     y   = t_n(g_{n-1}) + x                      the global residual
 """
 
@@ -22,7 +22,7 @@ class RED30(nn.Module):
     """y = t_n(g_{n-1}) + x, on the luminance of an interpolated image.
 
     Args:
-        layers: n ≥ 2, convolutions, and as many transposed ones; 15 is RED30.
+        layers: n ≥ 2, the number of convolutions and of transposed ones; 15 is RED30.
         features: filters of every layer but the last; 128 gives 4,131,072 weights.
     """
 

@@ -1,4 +1,4 @@
-"""ResNet's chain of residual units, as Table 1 and Fig. 2 (a) of the DRRN paper set it beside DRRN.
+"""ResNet's chain of residual units, which Table 1 and Fig. 2 (a) of the DRRN paper compare with DRRN.
 
 K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", CVPR 2016: reference [8].
 

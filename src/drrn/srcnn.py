@@ -3,9 +3,9 @@
 C. Dong, C. C. Loy, K. He, X. Tang, "Image Super-Resolution Using Deep Convolutional Networks", TPAMI 38(2),
 2016. It is reference [2] of the DRRN paper: Fig. 1, 7 and 9, Tables 2 and 3.
 
-    F_1(x) = max(0, W_1 ∗ x + B_1)         64 filters of 9×9: patches as features
-    F_2(x) = max(0, W_2 ∗ F_1(x) + B_2)    32 filters of 1×1 (9-1-5), 3×3 or 5×5 (9-3-5, 9-5-5): a mapping of them
-    F(x)   = W_3 ∗ F_2(x) + B_3            one filter of 5×5: the image; there is no residual
+    F_1(x) = max(0, W_1 ∗ x + B_1)         64 filters of 9×9: features of patches
+    F_2(x) = max(0, W_2 ∗ F_1(x) + B_2)    32 filters of 1×1 (9-1-5), 3×3 or 5×5 (9-3-5, 9-5-5): the mapping
+    F(x)   = W_3 ∗ F_2(x) + B_3            one filter of 5×5: the image, without a residual
 """
 
 from __future__ import annotations

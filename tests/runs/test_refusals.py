@@ -52,7 +52,7 @@ LONG = "x" * 300
         (["+optim.optimiser={_target_:torch.optim.Adam,betas:3}"], "'int' object is not subscriptable"),
         (["ckpt_path=file"], "ckpt_path = 'file' cannot be resumed from"),
         (["+optim.scheduler={_target_:torch.optim.lr_scheduler.StepLR}"], "'step_size'"),
-        (["+optim.scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau}"], "follows a measure"),
+        (["+optim.scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau}"], "follows a metric"),
         (["trainer.accelerator=tpu"], "trainer.*: Lightning's Trainer refuses this: Requirement 'torch_xla"),
     ],
 )
