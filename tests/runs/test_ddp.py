@@ -187,9 +187,10 @@ def machines(
         with pytest.raises(RuntimeError):
             alone(configure, folders[0] / "runs", *argued)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    held = socket.socket()  # bound but not listening: the processes can take the port, and nobody is given it
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port = str(held.getsockname()[1])
     points = [overrides(sets, tiny_images, point) for point in POINTS.values()]
     spelled = ",".join("{" + ",".join(item.replace("=", ":", 1) for item in point) + "}" for point in points)
     processes = [
@@ -205,6 +206,7 @@ def machines(
     try:
         results = [(process.wait(), *process.communicate()) for process in processes]
     finally:
+        held.close()
         for process in processes:
             process.kill()
     assert [code for code, _, _ in results] == [0, 0], results

@@ -40,25 +40,27 @@ def sweep(entry_point: Callable, tiny_images: Path, tmp_path: Path, monkeypatch:
     return run
 
 
-def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.delenv("OMP_NUM_THREADS")
 
-    def where(seconds: float) -> tuple:
+    def where(number: int) -> tuple:
         import multiprocessing
         import time
 
-        time.sleep(seconds)  # so that the other process has to take a job
+        (tmp_path / str(os.getpid())).touch()
+        while len(list(tmp_path.iterdir())) < 2:  # each process has to take a job
+            time.sleep(0.01)
         affinity = tuple(sorted(os.sched_getaffinity(0)))
         return os.getpid(), affinity, os.environ["CUDA_VISIBLE_DEVICES"], multiprocessing.get_start_method()
 
     task = OwnPart(where, 2)
     assert task.folder.is_dir()  # before it is handed out
     jobs = Parallel(n_jobs=2, backend="loky", pre_dispatch="n_jobs", batch_size=1, initializer=task.take)(
-        delayed(task)(seconds) for seconds in (0.3, 0.3, 0.1, 0.1, 0.1)
+        delayed(task)(number) for number in range(5)
     )
     get_reusable_executor().shutdown(wait=True, kill_workers=True)
     parts = {job[0]: job[1:] for job in jobs}
