@@ -1,11 +1,11 @@
-"""`make bench`: the project's claims about speed, each as a ratio of two things timed in turn in one run.
+"""`make bench`: the project's claims about speed, each a ratio of two versions that are timed alternately in one run.
 
     python tests/bench.py            # 25 minutes on two idle cores; report/bench.json and bench.md
     python tests/bench.py training   # one part, at most five minutes
     python tests/bench.py gpu        # a GPU's part, five minutes
 
-The two things of a ratio live in two processes that take turns, so that neither sees the other's memory. Plain
-versions stand first; tests/test_bench.py holds them against ours. Times are wall-clock, medians over rounds.
+The two versions run in two processes that take turns, so that neither uses the other's memory. The plain versions are
+defined first; tests/test_bench.py checks them against ours. Times are wall-clock, medians over rounds.
 """
 
 # ruff: noqa: E402 — the environment is set before torch is imported
@@ -55,7 +55,7 @@ from drrn.protocol import modcrop, prepare
 from drrn.sets import image_files
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHARES = 16  # of work that is too long to be done in one turn
+SHARES = 16  # parts of work that takes too long for one turn
 SIZES: dict[str, Any] = {
     "features": 128,
     "images": [(9, 288, 4), (25, 384, 1)],  # U, side, rounds
@@ -117,7 +117,7 @@ def plain_build(path: Path, recipe: Recipe, files: list[Path]) -> None:
 
 
 class PlainPatches(torch.utils.data.Dataset):
-    """A pair a read, through h5py."""
+    """One h5py read per pair."""
 
     def __init__(self, path: Path, length: int) -> None:
         self.path, self.length, self.file = path, length, None
@@ -140,7 +140,7 @@ def network(U: int, norm: str, features: int) -> DRRN:
 
 
 def synchronised(work: Callable[[], Any]) -> Callable[[], Any]:
-    """`work`, over when the GPU has done it."""
+    """`work`, followed by a synchronisation of the GPU."""
 
     def run() -> None:
         work()
@@ -237,7 +237,7 @@ def reader(path: str, pairs: int, ours: bool) -> Callable[[], Any]:
             sampler = np.random.default_rng(1).permutation(len(data))[:pairs].tolist()
             loader = torch.utils.data.DataLoader(data, batch_size=128, sampler=sampler, num_workers=2)
         for batch in loader:
-            if ours:  # to what the plain one gives, as it does; threads of torch would wait for a core
+            if ours:  # to float arrays, like the plain one; torch's threads would wait for a core
                 x, y = batch
                 torch.from_numpy(x * np.float32(STEP) + np.float32(LOW)), torch.from_numpy(y / np.float32(255))
 
@@ -258,7 +258,7 @@ def first_image(ours: bool, side: int, features: int) -> Callable[[], Any]:
 
 
 def worker(pipe: Any, build: Callable, arguments: tuple) -> None:
-    """Build once, then run and time whenever asked."""
+    """Build once, then run and time at each request."""
     run = build(*arguments)
     pipe.send(0.0)
     with suppress(EOFError):
@@ -271,7 +271,7 @@ def worker(pipe: Any, build: Callable, arguments: tuple) -> None:
 def in_turn(
     things: dict[str, tuple], rounds: int, warm: bool = True, environment: dict[str, dict[str, str]] | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of every thing in every round, each thing (build, *arguments) in a process of its own."""
+    """Name → seconds of each round; each of `things` (build, *arguments) runs in a process of its own."""
     context = multiprocessing.get_context("spawn")
     pipes, times = {}, {name: [] for name in things}
     for name, (build, *arguments) in things.items():
@@ -295,16 +295,16 @@ def in_turn(
 
 
 def in_shares(things: dict[str, tuple], rounds: int) -> dict[str, list[float]]:
-    """`in_turn` for work of many seconds that each thing does in shares: the sum of a round's, after a warm round.
+    """`in_turn` for work of many seconds, done in shares: the sum of a round's shares, after a warm-up round.
 
-    The machine's speed drifts within such a time, by more than what is asked for; share by share, so for all alike.
+    The machine's speed drifts in that time by more than the effect measured; turns of one share let it drift for all.
     """
     times = in_turn(things, SHARES * (1 + rounds), warm=False)
     return {name: [sum(t[i : i + SHARES]) for i in range(SHARES, len(t), SHARES)] for name, t in times.items()}
 
 
 def peak(build: Callable, *arguments: Any) -> tuple[float, float]:
-    """(bytes that one run adds at its peak to a process that has run small ones, its seconds)."""
+    """(peak bytes that one run adds to a process that has done small runs, its seconds)."""
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     process = context.Process(target=_peak, args=(other, build, arguments), daemon=True)
@@ -337,7 +337,7 @@ def _status(key: str) -> int:
 
 
 class Row(NamedTuple):
-    """A claim and what was measured."""
+    """A claim and its measurement."""
 
     what: str
     value: float
@@ -392,7 +392,7 @@ def inference(sizes: dict[str, Any]) -> Iterator[Row]:
 
 
 def evaluation(sizes: dict[str, Any]) -> Iterator[Row]:
-    """Set5 ×3: the share of what is not the network, start-up of Python left out."""
+    """Set5 ×3: the share of time outside the network, without Python's start-up."""
     import drrn.evaluation as evaluate
     from drrn.config import ModelConfig
     from drrn.disk import sha256
@@ -471,7 +471,7 @@ def training(sizes: dict[str, Any]) -> Iterator[Row]:
 
 
 def memory(sizes: dict[str, Any]) -> Iterator[Row]:
-    """speed.checkpointing: peak and time, the allocator alike in both."""
+    """speed.checkpointing: peak memory and time, with the same allocator settings."""
     U, batch = sizes["memory"]
     without, _ = peak(checkpointed_step, U, batch, sizes["features"], False)
     with_it, _ = peak(checkpointed_step, U, batch, sizes["features"], True)
@@ -483,7 +483,7 @@ def memory(sizes: dict[str, Any]) -> Iterator[Row]:
 
 
 def checkpointed_step(U: int, batch: int, features: int, on: bool) -> Callable[[], Any]:
-    """A step with the allocator as it is, after a small one."""
+    """A step with the allocator's default settings, after a small one."""
     model = network(U, "batch", features).to(memory_format=torch.channels_last)
     trained = InTraining(model, checkpointing=on)
     _step(model, 1, trained=trained)()
@@ -564,7 +564,7 @@ def patches(sizes: dict[str, Any]) -> Iterator[Row]:
 
 
 def memory_of(arguments: list[str]) -> int:
-    """Bytes that a command and its children have at their peak, looked at 20 times a second (Linux)."""
+    """Peak bytes of a command and its children, sampled 20 times a second (Linux)."""
     most = 0
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -594,7 +594,7 @@ def startup(sizes: dict[str, Any]) -> Iterator[Row]:
 
 
 def growth(sizes: dict[str, Any]) -> Iterator[Row]:
-    """Time against pixels and against U, what is computed twice, and the memory of large images."""
+    """Time against pixels and against U, the pixels computed twice, and the memory of large images."""
     (sides, units), features = sizes["growth"], sizes["features"]
     # As many small images as the large one has pixels.
     times = in_shares({f"{s}²": (shares, 1, s, features, (max(sides) // s) ** 2) for s in sides}, 2)
@@ -621,7 +621,7 @@ def growth(sizes: dict[str, Any]) -> Iterator[Row]:
 
 
 def computed_more(model: DRRN, side: int) -> float:
-    """Pixels that the convolutions 128 → 128 compute for an image of side², over those it has; counted."""
+    """Pixels computed by the convolutions 128 → 128 for an image of side², counted, over the image's pixels."""
     pixels = 0
 
     def count(
@@ -647,7 +647,7 @@ def uneven(seconds: Sequence[float]) -> float:
 
 
 def shares(U: int, side: int, features: int, images: int) -> Callable[[], Any]:
-    """A share of so many images at each call, in the strips that evaluate.py and upscale.py take."""
+    """A share of `images` images at each call, in the strips of evaluate.py and upscale.py."""
     x, ours = np.random.default_rng(0).random((side, side), np.float32), network(U, "batch", features).eval()
     endless = (super_resolve_strips(ours, lambda a, b: x[a:b], x.shape) for _ in itertools.count())
     strips, done, due = itertools.chain.from_iterable(endless), 0, 0.0
@@ -663,28 +663,28 @@ def shares(U: int, side: int, features: int, images: int) -> Callable[[], Any]:
 
 def tiled(side: int, features: int) -> Callable[[], Any]:
     x, ours = np.zeros((side, side), np.float32), network(1, "batch", features).eval()
-    x += 0.5  # its pages are there before the count begins
+    x += 0.5  # allocates its pages before the count begins
     super_resolve(ours, x[:40, :40])
     tile = max(SIZES["growth"][0]) // 8
     return lambda: super_resolve(ours, x, tile=tile)
 
 
 def engines(sizes: dict[str, Any]) -> Iterator[Row]:
-    """Against OpenVINO and ONNX Runtime, where they are installed (tests/bench_engines.py)."""
+    """Against OpenVINO and ONNX Runtime, if installed (tests/bench_engines.py)."""
     import bench_engines
 
     yield from bench_engines.engines(sizes)
 
 
 def threads(sizes: dict[str, Any]) -> Iterator[Row]:
-    """The number of threads that commands take by themselves (tests/bench_threads.py)."""
+    """The number of threads that commands choose by default (tests/bench_threads.py)."""
     import bench_threads
 
     yield from bench_threads.threads(sizes)
 
 
 def gpu(sizes: dict[str, Any]) -> Iterator[Row]:
-    """Training and inference on a GPU (tests/bench_gpu.py); tiny and worth nothing without one."""
+    """Training and inference on a GPU (tests/bench_gpu.py); without one, tiny sizes and meaningless numbers."""
     import bench_gpu
 
     for what, value, unit, target, detail in bench_gpu.gpu():

@@ -2,7 +2,7 @@
 
 They are no dependency of the project: `pip install '.[export]' openvino` in an environment of the bench's own. An
 engine that cannot be imported has no row. Each engine, and each precision of ours, runs in a process of its own, in
-turn, on the same network with random weights: an array comes in, an array goes out.
+turn, on the same network with random weights, from array to array.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def onnxruntime_inference(path: str, side: int) -> Callable[[], Any]:
 
 
 def openvino_inference(path: str, side: int, precision: str | None = None) -> Callable[[], Any]:
-    """Args: precision: "f32", or None for what OpenVINO takes by itself."""
+    """Args: precision: "f32", or None for OpenVINO's default."""
     import openvino
 
     core, x = openvino.Core(), image(side)
@@ -52,14 +52,14 @@ def openvino_inference(path: str, side: int, precision: str | None = None) -> Ca
 
 
 def by_itself() -> str:
-    """The precision that OpenVINO takes on this CPU when nothing is said."""
+    """OpenVINO's default precision on this CPU."""
     import openvino
 
     return openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
 
 
 def engines(sizes: dict[str, Any]) -> Iterator[bench.Row]:
-    """An image by B1U9: their time over ours, each engine in float32 and OpenVINO as it comes."""
+    """An image by B1U9: their time over ours, each engine in float32, and OpenVINO also in its default."""
     installed = {name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)}
     if not installed:
         return

@@ -1,8 +1,8 @@
 """The GPU part of the bench: `python tests/bench.py gpu`, at most five minutes on one card.
 
-It needs PyTorch, Lightning and the project's own dependencies, no W&B and no network; images from DRRN_DATA where
-they are, else noise. Rows come in the order of their importance; what no time is left for says so. Without a GPU it
-runs through with tiny sizes, and its numbers mean nothing.
+It needs PyTorch, Lightning and the project's own dependencies, no W&B and no network; images are those of DRRN_DATA,
+or noise. Rows come in the order of their importance; a row without time left says so. Without a GPU it runs with tiny
+sizes, and its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -109,14 +109,14 @@ def convolutions(sizes: dict[str, Any]) -> Callable[[], Any]:
 
 
 class WrittenOut(nn.BatchNorm2d):
-    """BatchNorm of a batch as an expression: one pass for the statistics, one for the rest."""
+    """A batch's BatchNorm written out: one pass for the statistics, one for the rest."""
 
     def average(self, values: Tensor) -> Tensor:
-        """Of each channel, [N, C, H, W] → [C]."""
+        """The average of each channel, [N, C, H, W] → [C]."""
         return values.mean((0, 2, 3))
 
     def spread(self, values: Tensor, n: int) -> Tensor:
-        """[C] → what multiplies a map of n images; its gradient is a sum as `average` is."""
+        """[C] → factors for the maps of n images; the gradient is a sum like that of `average`."""
         return values[:, None, None]
 
     def forward(self, H: Tensor) -> Tensor:
@@ -204,12 +204,12 @@ class Library(nn.BatchNorm2d):
 def raw_step(
     sizes: dict[str, Any], norm: str, compiled: bool = True, mode: str | None = None, *layers: str
 ) -> Callable[[], Any]:
-    """Forward, loss, backward, clipping, solver on tensors that lie on the GPU, as training takes a step.
+    """Forward, loss, backward, clipping and solver on tensors on the GPU, like a step of training.
 
     Args:
         norm: of the network.
         compiled: through `torch.compile`.
-        mode: its mode, where it is another than training's.
+        mode: its mode, if another than training's.
         layers: names of layers of this file to compile in place of PyTorch's.
     """
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ def raw_step(
 
 
 class Clock(Callback):
-    """Writes when things happened in a run, by the clock, to a file; it waits for the GPU where a step is logged."""
+    """Writes the times of a run's events to a file; at a logged step it waits for the GPU."""
 
     def __init__(self, path: str, every: int) -> None:
         self.path, self.every = Path(path), every
@@ -297,7 +297,7 @@ def through_train(folder: Path, name: str, norm: str, steps: int, sizes: dict[st
 
 
 def data_sets(folder: Path, sizes: dict[str, Any]) -> tuple[str, str]:
-    """Sets to train and to validate on, as Hydra takes them: the paper's, or folders of noise."""
+    """Training and validation sets, as Hydra's overrides: the paper's, or folders of noise."""
     root = Path(os.environ.get("DRRN_DATA", "no/such"))
     if GPU and all((root / name).is_dir() for name in ("T91", "BSD200", "Set5")):
         return "[T91,BSD200]", "[Set5]"
@@ -326,7 +326,7 @@ def rate_row(what: str, times: list[float], best: float, target: float | None, b
 
 
 class Gpu:
-    """The part, in steps that come in the order of their importance and know what those before them measured."""
+    """The GPU part, in steps by importance; later steps use the measurements of earlier ones."""
 
     def __init__(self, sizes: dict[str, Any], folder: Path) -> None:
         self.sizes, self.folder, self.batch = sizes, folder, sizes["batch"]
@@ -341,7 +341,7 @@ class Gpu:
         yield "the convolutions alone", self.batch / self.best, "pairs/s", "", detail
 
     def step(self, norm: str) -> Iterator[Row]:
-        """The raw step that training takes."""
+        """The raw step as in training."""
         card = torch.cuda.get_device_name() if GPU else ""
         targets = next((shares for name, shares in CARDS.items() if name in card), CARDS["H100"])
         times = seconds(raw_step(self.sizes, norm), self.sizes)
@@ -374,13 +374,13 @@ class Gpu:
         yield "first step, a full compiler cache", run["first"][0] - run["start"][0], "s", "≤ 15", ""
 
     def variant(self, what: str, *arguments: Any) -> Iterator[Row]:
-        """The raw step made otherwise."""
+        """A variant of the raw step."""
         times = seconds(raw_step(self.sizes, *arguments), self.sizes)
         yield rate_row(f"raw step, {what}", times, self.best, None, self.batch)
 
 
 def gpu(sizes: dict[str, Any] = SIZES) -> Iterator[Row]:
-    """The rows; see the head of this file. What fails, or is not begun for want of time, has a row that says so."""
+    """The rows (see the module's docstring); a step that fails, or has no time left, has a row that says so."""
     begun = time.monotonic()
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, True
     with tempfile.TemporaryDirectory() as name:

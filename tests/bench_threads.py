@@ -1,7 +1,7 @@
 """The bench of threads: `python tests/bench.py threads`, on a CPU of two cores or more.
 
-A command takes as many threads as cores are free when it starts (`drrn.fast.threads`). Here that choice takes turns
-with fixed numbers, on the idle machine and beside a process that keeps one core busy.
+A command uses one thread per core that is free when it starts (`drrn.fast.threads`). Here that choice alternates with
+fixed numbers, on the idle machine and beside a process that keeps one core busy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from drrn.protocol import score
 
 
 def threaded(number: int | None, build: Callable[..., Callable[[], Any]], *arguments: Any) -> Callable[[], Any]:
-    """What `build` makes, with so many threads; None: as many as are free now."""
+    """The work of `build`, with a number of threads; None: one per free core."""
     torch.set_num_threads(number or Watch().choose().number)
     return build(*arguments)
 
@@ -48,7 +48,7 @@ def evaluation(features: int, side: int) -> Callable[[], Any]:
 
 
 def enlarging(features: int, side: int) -> Callable[[], Any]:
-    """An image in the precision that upscale.py takes."""
+    """An image in upscale.py's default precision."""
     return bench.our_inference(5, side, "batch", features, "auto")
 
 
@@ -75,7 +75,7 @@ def busy(on: bool) -> Iterator[None]:
 
 
 def threads(sizes: dict[str, Any]) -> Iterator[bench.Row]:
-    """The best fixed number's time over that of the number that a command takes by itself."""
+    """The time of the best fixed number over the time of a command's own choice."""
     os.environ.pop("OMP_NUM_THREADS", None)
     features, steps, side, demo_steps, rounds = sizes["threads"]
     cores = len(allowed_cores())

@@ -1,4 +1,4 @@
-"""What the tests share: an environment without a network, small real photographs, a patch file, an entry point.
+"""Shared fixtures: an environment without a network, small real photographs, a patch file, an entry point.
 
 `DRRN_DATA` names the folder with T91/, BSD200/, Set5/ …; the tests that need those files say that they are
 skipped without it. Everything else runs on the photographs in scikit-image's wheel.
@@ -28,7 +28,7 @@ os.environ.pop("WANDB_DIR", None)  # a run's own folder is where its W&B files b
 os.environ["NO_PROXY"] = "127.0.0.1,localhost"  # for the local test server
 os.environ.pop("HYDRA_FULL_ERROR", None)
 
-# Every key that makes a run tiny but for its data; the data is a folder of crops (fixture `tiny_images`).
+# All keys of a tiny run except its data, which is a folder of crops (fixture `tiny_images`).
 TINY = (
     "model.features=2",
     "data.batch_size=2",
@@ -42,7 +42,7 @@ TINY = (
 
 
 def pytest_collection_finish() -> None:
-    """What the imports have made stays: looking through it for garbage takes a sixth of composing a configuration."""
+    """Freeze the imports' objects: collecting garbage among them takes a sixth of composing a configuration."""
     gc.collect()
     gc.freeze()
 
@@ -99,7 +99,7 @@ def tiny_patches(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def inline_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patch files are built in this process: no start of workers to wait for, and what a test patches counts."""
+    """Patch files are built in this process: no workers have to start, and a test's monkeypatches apply."""
     from concurrent.futures import ThreadPoolExecutor
 
     import drrn.patch_build

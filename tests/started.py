@@ -1,7 +1,7 @@
 """Commands in processes of their own, forked from a process that has imported torch and Lightning already.
 
-A start of an interpreter that imports Lightning costs 5 s of a core. Tests of signals, kills and exit codes need a
-process, not its start. What the start itself does (imports, refusals before them) is tested with real ones.
+Starting an interpreter that imports Lightning takes 5 s of a core. Tests of signals, kills and exit codes need a
+process, not its start. The start itself (imports, refusals before them) is tested with real commands.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OWN = ("WANDB_SERVICE", "PL_GLOBAL_SEED", "HYDRA_FULL_ERROR")  # what this proce
 
 
 def forking() -> multiprocessing.context.BaseContext:
-    """The context of processes that are forked from one that has imported LOADED, and has done nothing else."""
+    """The context of processes forked from a server process that has only imported LOADED."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for what that one imports
         forkserver.set_forkserver_preload(LOADED)
@@ -46,13 +46,13 @@ def forking() -> multiprocessing.context.BaseContext:
 class Started:
     """`python src/SCRIPT.py words …` with the interface of `subprocess.Popen`, in a session of its own.
 
-    Use it in a `with`: it is killed at the end, with what it has started.
+    Use it in a `with`: at its end the process and its children are killed.
 
     Args:
         script: the name of a file of src/, or source text.
         words: its arguments.
-        cwd: where it starts.
-        environment: what differs from this process's environment.
+        cwd: its directory.
+        environment: changes to this process's environment.
     """
 
     def __init__(self, script: str, *words: object, cwd: Path, **environment: str) -> None:
@@ -93,7 +93,7 @@ class Started:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """It and what it has started."""
+        """Kill the process and its children."""
         for end in (os.killpg, os.kill):  # it may have no session yet
             with suppress(ProcessLookupError):
                 end(self.pid, signal.SIGKILL)
@@ -101,7 +101,7 @@ class Started:
 
 
 def run(command: Sequence[str], env: dict[str, str] | None = None, **how: Any) -> subprocess.CompletedProcess:
-    """`subprocess.run([sys.executable, file of src/, …], text=True)` in a forked process; others as usual."""
+    """`subprocess.run([sys.executable, file of src/, …], text=True)` in a forked process; other commands as usual."""
     program, path, *words = command
     if program != sys.executable or not path.endswith(".py"):
         return RUN(command, env=env, **how)
@@ -111,7 +111,7 @@ def run(command: Sequence[str], env: dict[str, str] | None = None, **how: Any) -
 
 
 def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
-    """Until it is true, however slow the machine is; after two minutes it is in vain."""
+    """Wait until `what()` is true; fail after `seconds`, enough for a slow machine."""
     until = time.monotonic() + seconds
     while not what():
         if time.monotonic() > until:
@@ -120,7 +120,7 @@ def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
 
 
 def _begin(script: str, words: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:
-    """What a shell and an interpreter do before a script begins (in the new process)."""
+    """In the new process, do what a shell and an interpreter do before a script begins."""
     os.setsid()
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)

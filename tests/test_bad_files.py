@@ -1,5 +1,5 @@
-"""Files that users hand over, through every entry point: odd and hostile images, pickles that would run code; and
-disks that fill up while a file of ours is written."""
+"""Users' files through every entry point: odd and hostile images, pickles that would run code; and disks that fill up
+while a file is written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from drrn.weights.ours import save_weights
 
 
 def images(folder: Path) -> None:
-    """The issue's list, a file each."""
+    """One file for each kind of odd image."""
     folder.mkdir()
     rgb = skimage.data.chelsea()[90:154, 120:190]
     deep = rgb.astype(np.uint16) * 257
@@ -78,7 +78,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [*SMALL, *FINE, *PHOTOS, *BAD])
 def test_an_odd_image_among_training_images(name: str, odd: Path, tmp_path: Path, inline_pool: None) -> None:
-    """It gives its pairs, or none if it is smaller than one, or is refused by name before any are kept."""
+    """It gives its pairs, or none if it is smaller than a patch, or is refused by name before any are stored."""
     folder, recipe = tmp_path / "set", Recipe((str(tmp_path / "set"),), scales=(2,))
     folder.mkdir()
     shutil.copy(odd / "good.png", folder / "a.png")
@@ -98,7 +98,7 @@ def test_an_odd_image_among_training_images(name: str, odd: Path, tmp_path: Path
 
 @pytest.mark.parametrize("name", [*SMALL, *PHOTOS, *BAD])
 def test_an_odd_image_to_be_scored(name: str, odd: Path, tmp_path: Path, entry_point: Callable) -> None:
-    """Refused by name by evaluate and report; by train before it trains, where the header shows it."""
+    """Refused by name by evaluate and report, and by train before it trains if the header shows the fault."""
     folder = tmp_path / "set"
     folder.mkdir()
     shutil.copy(odd / name, folder / name)
@@ -117,7 +117,7 @@ def test_an_odd_image_to_be_scored(name: str, odd: Path, tmp_path: Path, entry_p
 
 
 def test_odd_images_to_be_enlarged(odd: Path, tmp_path: Path, entry_point: Callable) -> None:
-    """Each that is a picture is enlarged, each that is none is named, and none stops the others."""
+    """Pictures are enlarged, other files are named, and none stops the others."""
     code, out, err = entry_point("upscale", f"input={odd}", f"output={tmp_path}", "scale=2", "method=bicubic")
     assert code == 1
     assert "Traceback" not in out + err
@@ -134,7 +134,7 @@ def test_odd_images_to_be_enlarged(odd: Path, tmp_path: Path, entry_point: Calla
 
 
 class Evil:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -145,7 +145,7 @@ class Evil:
 
 @pytest.fixture(params=["zip", "legacy", "pickle", "deep inside"])
 def evil(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    """(file, what it would make)."""
+    """(file, the path that unpickling it would create)."""
     path, proof = tmp_path / "evil.ckpt", tmp_path / "executed"
     content: object = Evil(proof)
     if request.param == "deep inside":  # a checkpoint of ours otherwise
@@ -183,7 +183,7 @@ def test_no_entry_point_runs_what_a_file_says(
         assert path.name in err
         assert not proof.exists(), arguments
     pickle.loads(pickle.dumps(Evil(proof)))
-    assert proof.exists()  # it is as evil as it is meant to be
+    assert proof.exists()  # the test's file does run code
 
 
 # ---------------------------------------------------------------------- disks that fill up
@@ -209,7 +209,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def writers(weights: Path, images: Path, out: Path) -> dict[str, tuple[tuple[str, ...], list[str]]]:
-    """What writes → (its command, the files it writes)."""
+    """Name → (command, the files that it writes)."""
     scoring = ("evaluate", "method=bicubic", f"sets=[{images}]", "scales=[2]")
     found = {
         f"convert to {name}": (("convert", f"input={weights}", f"output={out / name}", "overwrite=true"), [name])
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_the_old_files_and_nothing_else(
     entry_point: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A first time with room, to know that the command is right; then twice without."""
+    """A first time with space, to check the command; then twice without."""
     if what.endswith((".onnx", ".pt2")):
         if not os.environ.get("DRRN_SLOW"):
             pytest.skip("exports three times: DRRN_SLOW=1")
@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_the_old_files_and_nothing_else(
         arguments[1] = f"sets=[{tiny_images},demo_test]"
     largest = max(map(len, before.values()), default=1000)
     for room in (0, min(largest // 2, 20_000)):
-        if what.endswith((".onnx", ".pt2")):  # exporting needs room of its own, so it is short while writing only
+        if what.endswith((".onnx", ".pt2")):  # exporting needs space itself, so only writing lacks it
             monkeypatch.setattr(
                 drrn.weights.export,
                 "write_whole",
@@ -287,7 +287,7 @@ def test_a_full_disk_leaves_the_old_files_and_nothing_else(
 
 
 def test_a_full_disk_while_training(tiny_images: Path, tmp_path: Path, entry_point: Callable) -> None:
-    """The record says what happened, the earlier checkpoint stays, and with room again the run is resumed."""
+    """The record has the error, the earlier checkpoint stays, and once there is space the run is resumed."""
     arguments = (*TINY, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path / 'runs'}",
                  "model.features=64", "model.U=2")  # fmt: skip
     entry_point("prepare", *arguments)  # the patch file has room

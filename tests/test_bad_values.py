@@ -1,7 +1,7 @@
 """Every key of every entry point with values of a wrong type and out of range: refused by the key's name.
 
-The keys come from the composed configuration, the types from the dataclasses that check it, so a new key is tested
-from the day it is there, and a numeric one has to be given a line in `OUT_OF_RANGE`.
+The keys come from the composed configuration, the types from the dataclasses that check it, so a new key is tested at
+once, and a numeric one needs a line in `OUT_OF_RANGE`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hydra_plugins.drrn_study import literal
 ROOT = Path(__file__).resolve().parents[1]
 HUGE = 10**20
 
-# By kind, whatever the key. (A number is a legitimate name of a file, so texts take numbers.)
+# Wrong values by type, for every key. (A number is a valid file name, so strings accept numbers.)
 WRONG_TYPES: dict[Any, list[Any]] = {
     int: ["word", "", 1.5, True, [1], {"a": 1}, HUGE],
     float: ["word", "", True, [1.0], {"a": 1}, float("nan"), float("inf"), float("-inf")],
@@ -41,7 +41,7 @@ WRONG_TYPES: dict[Any, list[Any]] = {
     dict[str, Any]: ["word", 3, [1], {"a": 1}, {"a": {}}, {"a": {"_target_": 1}}],
     Any: ["", True, [["a"]], [None], [""], [True], {"a": 1}],
 }
-# By key. What has neither a line here nor an end to its range is in `FREE`.
+# Wrong values by key. A key without a line here and without limits is in `FREE`.
 OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
     "train": {
         "seed": [-1, 2**32],
@@ -169,7 +169,7 @@ FREE = {
     "report": {"output", "compare", "root", "others"},
     "convert": set(),
 }
-# What else has to be said for the entry point to have nothing to complain of.
+# The other overrides that make an entry point's configuration valid.
 SOUND = {
     "train": [],
     "evaluate": ["method=bicubic"],
@@ -200,13 +200,13 @@ def kinds(of: type, group: str = "") -> Iterator[tuple[str, Any, bool]]:
         parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         if is_dataclass(parts[0]):
             yield from kinds(parts[0], f"{group}{name}.")
-        elif name not in ("trainer_extra", "logger_extra"):  # no keys: where +trainer.x and +logger.x are kept
+        elif name not in ("trainer_extra", "logger_extra"):  # no keys: they hold +trainer.x and +logger.x
             yield f"{group}{name}", parts[0], type(None) in parts or kind is Any
 
 
 @cache
 def sound(name: str) -> DictConfig:
-    """What an entry point takes; its users copy it."""
+    """A valid configuration of an entry point; callers copy it."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config" if name == "train" else name, SOUND[name])
 
@@ -259,7 +259,7 @@ def test_every_key_refuses_what_it_cannot_be(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """All wrong values by the check that the entry point makes."""
+    """All wrong values, by the entry point's own check."""
     monkeypatch.chdir(tmp_path)
     for value in wrong_values(name, key, kind, optional):
         cfg = sound(name).copy()
@@ -285,7 +285,7 @@ def test_every_entry_point_refuses_each_kind_of_value(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """By that check, with the exit code 2, and before it does anything; a key of each type."""
+    """By that check, with exit code 2, before any work; a key of each type."""
     monkeypatch.chdir(tmp_path)
     value = wrong_values(name, key, kind, optional)[0]
     work = "drrn.evaluation.evaluate" if name == "evaluate" else f"{name}.{name}"
@@ -324,7 +324,7 @@ def test_where_other_trainer_arguments_are_kept_is_no_key(entry_point: Callable)
     ],
 )
 def test_as_a_user_meets_it(name: str, wrong: str, tmp_path: Path) -> None:
-    """A line, the exit code 2, nothing written; by a process of its own."""
+    """One line, exit code 2, nothing written; in a process of its own."""
     done = subprocess.run(
         [sys.executable, ROOT / "src" / f"{name}.py", *SOUND.get(name, []), wrong],
         capture_output=True, text=True, cwd=tmp_path, timeout=120, env={**os.environ, "PYTHONPATH": ""},

@@ -1,4 +1,4 @@
-"""The bench: its plain versions give what ours give, and its table is made of what was measured. No times."""
+"""The bench: its plain versions compute the same as ours, and its table has every measurement. No times."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_plain_network_gives_our_output_and_gradients(structure: dict, norm:
 
 
 def test_a_step_in_float32_has_the_gradients_of_the_plain_one() -> None:
-    """Bit for bit in the plain one's layout, to 1e-5 in the one we train in, with weights that are no chaos."""
+    """Bit for bit in the plain layout, to 1e-5 in the layout of training, with weights that keep rounding small."""
     torch.manual_seed(0)
     network = DRRN(1, 9, features=16)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_the_shares_of_a_round_are_as_many_whole_images_as_were_asked_for(monkey
 
 
 def test_the_table_holds_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that is timed is run once, in this process."""
+    """Everything timed is run once, in this process."""
 
     def here(things: dict[str, tuple], rounds: int, warm: bool = True, environment: Any = None) -> dict:
         runs = {
@@ -162,7 +162,7 @@ def test_the_table_holds_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_engine_has_rows_where_it_is_installed(
     installed: tuple[str, ...], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`export_onnx` itself holds ONNX Runtime's output against ours."""
+    """`export_onnx` itself compares ONNX Runtime's output with ours."""
     times = {"ONNX Runtime": 3.0, "OpenVINO in float32": 2.0, "OpenVINO as it comes": 1.0}
     monkeypatch.setattr(bench_engines.importlib.util, "find_spec", lambda name: name in installed)
     monkeypatch.setattr(bench_engines, "export_onnx", lambda *_: 0.0)
@@ -175,7 +175,7 @@ def test_an_engine_has_rows_where_it_is_installed(
 
 
 def test_the_threads_that_are_free_stand_beside_fixed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every work is built and run once; the best fixed number is the fastest one's."""
+    """Each kind of work is built and run once; the best fixed number is the fastest."""
     commands: list[tuple[str, ...]] = []
 
     def here(things: dict[str, tuple], rounds: int, warm: bool = True, environment: Any = None) -> dict:
@@ -233,7 +233,7 @@ def test_what_fails_on_a_gpu_leaves_the_other_rows(monkeypatch: pytest.MonkeyPat
 
 
 def test_each_batchnorm_of_the_bench_is_pytorchs() -> None:
-    """Result, gradients and the statistics that are written, whatever it is made of."""
+    """Result, gradients and updated statistics are PyTorch's."""
     torch.manual_seed(0)
     x = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     results = []

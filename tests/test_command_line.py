@@ -1,4 +1,4 @@
-"""The command `drrn` and the package that `pip install .` makes: whole, and at work in any folder."""
+"""The command `drrn` and the package of `pip install .`: complete, and usable in any folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
     ],
 )
 def test_plain_words_are_keys(words: str, expected: dict[str, object], tmp_path: Path, monkeypatch) -> None:
-    """By Hydra's own parser, which is what reads them next; a file that exists is no key."""
+    """By Hydra's own parser, which parses them next; a file that exists is no key."""
     (tmp_path / "here=1.png").touch()
     monkeypatch.chdir(tmp_path)
     made = [word for word in plain_words(words.split("|")) if word != "--help"]
@@ -47,9 +47,9 @@ def test_plain_words_are_keys(words: str, expected: dict[str, object], tmp_path:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as `pip install .` leaves it, without what it depends on (which is here)."""
+    """The package as installed by `pip install .`, without its dependencies (which are installed here)."""
     folder, pip = tmp_path_factory.mktemp("installed"), [sys.executable, "-m", "pip", "--quiet"]
-    clone = tmp_path_factory.mktemp("clone") / "drrn"  # a build leaves its traces beside the sources
+    clone = tmp_path_factory.mktemp("clone") / "drrn"  # a build writes beside the sources
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in files.stdout.splitlines():
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/")):
@@ -101,4 +101,4 @@ def test_the_installed_command_works_in_any_folder(installed: Path, tmp_path: Pa
     with Image.open(tmp_path / "photo (1)_x2.png") as big:
         assert big.size == (120, 80)
     assert "STANDIN" in (tmp_path / "photo (1)_x2.png.html").read_text()
-    assert not (tmp_path / "data").exists()  # what is fetched goes to the user's cache
+    assert not (tmp_path / "data").exists()  # downloads go to the user's cache

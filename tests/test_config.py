@@ -1,4 +1,4 @@
-"""`drrn.config`: what is refused, by the key's name and through the real entry point; the names of runs."""
+"""`drrn.config`: refusals by the key's name, through the real entry point; the names of runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from drrn.runs.record import run_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# (command line, what the message must name). The refusals that the package promises, and their neighbours.
+# (command line, text that the message must contain): the promised refusals, and similar ones.
 WRONG = {
     "B below 1": (["model.B=0"], ["model.B = 0", "at least 1"]),
     "B negative": (["model.B=-3"], ["model.B = -3", "at least 1"]),
@@ -102,7 +102,7 @@ def test_a_wrong_value_is_refused_by_the_entry_point(
     case: str, entry_point: Callable, tiny_images: Path, tmp_path: Path
 ) -> None:
     arguments, said = WRONG[case]
-    harmless = (*TINY, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]")  # should it not be refused
+    harmless = (*TINY, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]")  # in case it is not refused
     code, out, err = entry_point("train", *harmless, *arguments, f"output={tmp_path / 'runs'}")
     assert code == 2, err
     assert "Traceback" not in out + err
@@ -142,8 +142,8 @@ def test_a_folder_without_a_separator_that_is_not_there_is_refused(entry_point: 
 def test_what_the_training_script_settles_itself_is_refused_as_a_trainer_argument(
     name: str, entry_point: Callable, tiny_images: Path, tmp_path: Path
 ) -> None:
-    """Lightning's own clip value would be ignored in silence, shorter epochs would not be resumed where they were,
-    batches would be shared out twice; the others are given already."""
+    """Lightning's own clip value would silently be ignored, shorter epochs would not be resumed at their position,
+    batches would be distributed twice; the other arguments are already passed."""
     code, out, err = entry_point(
         "train", f"data.train=[{tiny_images}]", f"data.patches={tmp_path / 'patches'}", "logger=none",
         f"output={tmp_path / 'runs'}", f"+trainer.{name}=1",
@@ -183,7 +183,7 @@ def test_a_trainer_value_that_lightning_refuses_is_refused_by_key(
 
 
 def test_the_real_process_exits_with_2_and_imports_nothing_heavy(tmp_path: Path) -> None:
-    """One refusal as a user meets it, and what had been imported by then."""
+    """One refusal as a user meets it, and the modules imported until then."""
     script = (
         "import runpy, sys\n"
         f"sys.argv = ['train.py', 'model.B=0', 'output={tmp_path}/runs']\n"
@@ -213,7 +213,7 @@ def test_prepare_refuses_likewise(entry_point: Callable, tmp_path: Path) -> None
 
 
 def test_every_documented_key_is_known_and_every_known_key_is_documented(configure: Callable) -> None:
-    """conf/ and the dataclasses list the same keys: none is only checked, none only typed."""
+    """conf/ and the dataclasses list the same keys."""
     config = configure(tiny=False)
     for group, name in (("model", "drrn"), ("data", "train291"), ("optim", "paper"), ("trainer", "default")):
         written = set(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml")) - {"network"}
@@ -282,7 +282,7 @@ def test_structures_have_the_papers_names(arguments: list[str], name: str, confi
         (["model=srcnn"], "SRCNN"),
         (["model=srcnn", "model.middle=5", "model.features=32"], "SRCNN_middle5_32f"),
         (["model=fsrcnn", "data.scales=[3]", "data.val_scales=[3]"], "FSRCNN_x3"),
-        (["model=drcn", "model.features=8"], "DRCN_8f"),  # and nothing of how it is trained
+        (["model=drcn", "model.features=8"], "DRCN_8f"),  # and no training arguments
         (["model=resnet", "model.U=3", "model.norm=none"], "ResNet_U3_normnone"),
     ],
 )
@@ -355,7 +355,7 @@ def test_runs_that_differ_live_in_folders_that_differ(configure: Callable) -> No
 
 @pytest.mark.parametrize("change", SAME)
 def test_what_does_not_change_the_result_does_not_move_the_run(change: str, configure: Callable) -> None:
-    """Else a run could not be resumed with other workers, on another machine, or with more time."""
+    """So a run can be resumed with other workers, on another machine, or with more time."""
     assert run_dir(configure(change)) == run_dir(configure())
 
 
@@ -378,7 +378,7 @@ def test_the_keys_of_our_solver_are_no_part_of_a_run_with_anothers(
 def test_a_name_of_ones_own(configure: Callable) -> None:
     config = configure("name=my/run", "study=s")
     assert run_name(config) == "my/run"
-    assert run_dir(config).parent == Path("runs/s")  # no folder more
+    assert run_dir(config).parent == Path("runs/s")  # no further folder
 
 
 def test_check_leaves_its_argument_alone() -> None:
@@ -443,7 +443,7 @@ def test_losses_and_solvers_are_part_of_a_run_where_they_are_not_the_usual_ones(
 
 
 def test_processes_are_another_experiment_where_they_share_out_what_batchnorm_sees(configure) -> None:
-    """As micro-batches are; without BatchNorm, or with a synchronised one, they change the rounding only."""
+    """Like micro-batches; without BatchNorm, or with a synchronised one, they only change rounding."""
 
     def folder(*overrides: str) -> Path:
         return run_dir(configure(*overrides))

@@ -53,7 +53,7 @@ def test_a_crop_is_a_window_of_the_degraded_image(
 
 
 def test_a_network_of_the_low_resolution_is_degraded_in_crops_only(configure: Callable) -> None:
-    """Its pairs are made of the truth by bicubic where patches are stored."""
+    """With stored patches, its pairs are made from the truth by bicubic."""
     keys = ("model=espcn", "~model.features", "model.scale=3", "data.scales=[3]", "data.val_scales=[3]")
     with pytest.raises(UserError, match=r"data\.degradation = 'DN'.*data\.crops=16"):
         configure(*keys, "data.degradation=DN")

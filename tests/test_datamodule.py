@@ -1,4 +1,4 @@
-"""`drrn.datamodule`: the batches that training gets, and every image of a set counted once."""
+"""`drrn.datamodule`: the batches of training, and evaluation, in which every image of a set counts once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def patch_file(data: SuperResolutionData) -> Path:
 def test_what_is_prepared_is_not_prepared_again(
     configure: Callable, inline_pool: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lightning asks before each fit and test: a file that was deleted meanwhile is whole for who has it open."""
+    """Lightning calls it before each fit and test: an open file that was deleted meanwhile can still be read."""
     data = prepared(configure("trainer.max_steps=4"))
     monkeypatch.setattr("drrn.datamodule.prepare_patches", lambda *_: pytest.fail("built again"))
     data.prepare_data()
@@ -90,7 +90,7 @@ def test_processes_share_a_batch_and_their_micro_batches_are_of_equal_size(
 def test_what_the_network_gets_is_a_degraded_patch_and_its_truth(
     augment: str, configure: Callable, tiny_images: Path, inline_pool: None
 ) -> None:
-    """x within 2e-5 of the bicubic image around the very place where x̃ stands, x̃ exact, both in 0…1."""
+    """x is within 2e-5 of the bicubic image at the position of x̃; x̃ is exact; both are in 0…1."""
     data = prepared(
         configure("trainer.max_steps=10", "data.batch_size=12", "data.scales=[3]", f"data.augment={augment}")
     )

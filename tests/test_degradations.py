@@ -60,7 +60,7 @@ def test_bd_is_a_blur_and_every_third_pixel(photograph: NDArray[np.uint8]) -> No
 
 
 def test_dn_is_bicubic_and_noise_on_r_g_and_b() -> None:
-    """σ is 30 on each channel and independent on them, so Y has 30 · √(0.257² + 0.504² + 0.098²) = 17.2."""
+    """σ is 30 and independent on each channel, so on Y it is 30 · √(0.257² + 0.504² + 0.098²) = 17.2."""
     photograph = skimage.data.chelsea()[:300, :450] // 4 + 96  # 3σ away from 0 and 255, where noise is cut off
     small = imresize(photograph / 255.0, 1 / 3)
     noisy = DEGRADATIONS["DN"].function(photograph, 3)
@@ -109,7 +109,7 @@ def test_training_pairs_and_test_images_are_degraded_alike(
 
 
 def test_bicubic_keeps_its_names() -> None:
-    """Files and scores of before there were degradations stay what they are."""
+    """Files and scores that are older than degradations keep their names and contents."""
     old = '{"augment": "offline", "patch_size": 31, "scales": [2, 3, 4], "sets": ["T91", "BSD200"], "stride": 21}'
     assert Recipe(("T91", "BSD200")).text() == old
     assert PAPER.stamp() == {"name": "paper", "version": 1, "crop": None, "color": "y", "rounding": "uint8"}
@@ -145,7 +145,7 @@ def test_scores_of_two_degradations_are_two_files(entry_point: Callable, tiny_im
 
 @pytest.fixture
 def ready(tmp_path: Path) -> Path:
-    """A folder of ready pairs ×2 in colour and grey: low resolutions by a box, which none of ours makes."""
+    """A folder of ready pairs ×2 in colour and grey: low resolutions by a box filter, unlike any of ours."""
     cat = skimage.data.chelsea()[90:154, 120:212]
     for place in ("HR", "LR/x2"):
         (tmp_path / "pairs" / place).mkdir(parents=True)
@@ -202,7 +202,7 @@ def test_what_is_no_ready_pair_is_refused(
 
 @pytest.mark.parametrize(("name", "psnr", "ssim", "near"), [("BD", 28.78, 0.8308, 0.01), ("DN", 24.01, 0.5369, 0.1)])
 def test_bicubic_has_its_published_numbers(name: str, psnr: float, ssim: float, near: float, drrn_data: Path) -> None:
-    """Set5 ×3 in RDN's table of BD and DN, where noise is another draw."""
+    """Set5 ×3 in RDN's table of BD and DN, whose noise is another sample."""
     files = sorted((drrn_data / "Set5").iterdir())
     scores = [score(*prepare(np.asarray(Image.open(file)), 3, degradation=name), 3) for file in files]
     assert np.mean([s["psnr"] for s in scores]) == pytest.approx(psnr, abs=near)

@@ -1,4 +1,4 @@
-"""`drrn.disk`: what may be read and written is asked before the work; how an entry point starts (`drrn.launch`)."""
+"""`drrn.disk`: paths are checked before they are read or written; the start of an entry point (`drrn.launch`)."""
 
 from __future__ import annotations
 

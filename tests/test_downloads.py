@@ -1,4 +1,4 @@
-"""Downloads from a server that errs, drops, stalls and redirects: tried again, then refused, nothing kept."""
+"""Downloads from a server that fails, drops, stalls and redirects: retried, then refused, no file kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIGEST = f"sha256:{hashlib.sha256(GOOD).hexdigest()}"
 
 
 class Server:
-    """Answers on 127.0.0.1: `answers[path]` are given one a request, the last of them for ever.
+    """Answers on 127.0.0.1 with the items of `answers[path]`, one per request, then always with the last.
 
     bytes: the body. "drop": half of it. "stall": half of it, then silence. "mute": not even a header. An int: that
     status. ("to", path): a redirection.

@@ -1,4 +1,4 @@
-"""src/evaluate.py: every image once, resumed, stamped with its protocol; scores equal to the parts used by hand."""
+"""src/evaluate.py: each image is scored once, resumed, with its protocol; scores equal those computed by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODEL = ModelConfig(1, 1, 4, "batch", True, True, True)
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small network with statistics of its own, as a file."""
+    """A weights file of a small network with nontrivial BatchNorm statistics."""
     torch.manual_seed(0)
     network = DRRN(1, 1, 4)
     network.train()
@@ -64,7 +64,7 @@ def test_bicubic_by_hand(entry_point: Callable, tiny_images: Path, tmp_path: Pat
 
 
 def test_network_and_resume(entry_point: Callable, tiny_images: Path, weights: Path, tmp_path: Path) -> None:
-    """A network's score is its plain forward's; a second call computes only what is new."""
+    """A network's score is that of its plain forward; a second call computes only new scores."""
     output = tmp_path / "scores.json"
     arguments = ("evaluate", f"checkpoint={weights}", f"sets=[{tiny_images}]", f"output={output}")
     code, out, err = entry_point(*arguments, "scales=[2]")
@@ -112,7 +112,7 @@ def test_network_and_resume(entry_point: Callable, tiny_images: Path, weights: P
     for row in json.loads(other.read_text())["scores"]:
         assert 0 < abs(row["psnr"] - first[row["image"]]) < 0.05
 
-    # Another metric for scores that are there: computed, and the old values stay equal.
+    # Another metric for existing scores is computed, and the old values stay equal.
     before = {(r["image"], r["scale"]): r["psnr"] for r in rows}
     code, out, _ = entry_point(*arguments, "scales=[2]", "metrics=[psnr]", "workers=1")
     assert code == 0
@@ -121,7 +121,7 @@ def test_network_and_resume(entry_point: Callable, tiny_images: Path, weights: P
 
 
 def test_protocols_do_not_mix(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
-    """Another protocol is stamped, and neither resumes into another's file nor shares a table with it."""
+    """Another protocol is recorded; it neither resumes into a file of the first nor shares a table with it."""
     paper, other = tmp_path / "paper.json", tmp_path / "float.json"
     common = ("evaluate", "method=bicubic", f"sets=[{tiny_images}]", "scales=[2]", "metrics=[psnr]")
     assert entry_point(*common, f"output={paper}")[0] == 0
@@ -141,7 +141,7 @@ def test_protocols_do_not_mix(entry_point: Callable, tiny_images: Path, tmp_path
 
 
 def test_rgb_psnr(entry_point: Callable, tmp_path: Path) -> None:
-    """color=rgb of a grey picture stored as RGB is the Y error scaled by what ycbcr2rgb does to it."""
+    """color=rgb of a grey picture stored as RGB is the error of Y, scaled by ycbcr2rgb's factor."""
     folder = tmp_path / "colour"
     folder.mkdir()
     import skimage.data
@@ -186,7 +186,7 @@ def test_refusals(entry_point: Callable, tiny_images: Path, weights: Path, tmp_p
 
 
 def test_check_protocol(entry_point: Callable, drrn_data: Path, tiny_images: Path, tmp_path: Path) -> None:
-    """The self-check passes on the real Set5, and stops when the images are not what they should be."""
+    """The self-check passes on the real Set5, and fails on other images."""
     arguments = ("evaluate", "method=bicubic", f"sets=[{tiny_images}]", "scales=[2]", "check_protocol=true")
     code, _, err = entry_point(*arguments, f"output={tmp_path / 'a.json'}", f"root={drrn_data}")
     assert code == 0, err
@@ -210,7 +210,7 @@ def test_check_protocol(entry_point: Callable, drrn_data: Path, tiny_images: Pat
 
 
 def test_pictures_of_images_scored_before(entry_point: Callable, tiny_images: Path, tmp_path: Path) -> None:
-    """`images=` on a second call writes what the first did not, and the pictures are the scored ones."""
+    """`images=` on a second call writes the missing pictures, and they are those that were scored."""
     arguments = (
         "evaluate",
         "method=bicubic",
@@ -231,7 +231,7 @@ def test_pictures_of_images_scored_before(entry_point: Callable, tiny_images: Pa
 
 
 def scored(entry_point: Callable, output: Path, *arguments: str) -> tuple[dict, str]:
-    """The file of scores after a call, and what the call said."""
+    """The file of scores after a call, and the call's output."""
     code, out, err = entry_point("evaluate", f"output={output}", "metrics=[psnr]", *arguments)
     assert code == 0, err
     return json.loads(output.read_text()), out + err
@@ -386,7 +386,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
 def test_a_killed_evaluation_leaves_no_workers(tmp_path: Path) -> None:
-    """They would wait for work for ever, a network each in memory. Here they wait for an image that never comes."""
+    """Else they would wait for work forever, each with a network in memory. Here they wait for an endless image."""
     (tmp_path / "scoring.py").write_text(SCORING)
     process = subprocess.Popen(
         [sys.executable, tmp_path / "scoring.py"],

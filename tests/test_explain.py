@@ -1,4 +1,4 @@
-"""`drrn.explain`: other libraries' formulas against those libraries, every way against an independent measurement."""
+"""`drrn.explain`: other libraries' formulas against those libraries, every protocol against an independent one."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_pillows_bicubic_by_pillow(tiny_images: Path) -> None:
 def test_a_ports_number_of_unrounded_luminance_is_explained(
     drrn_data: Path, entry_point: Callable, tmp_path: Path
 ) -> None:
-    """Published SRCNN weights, measured as ports do: scikit-image's Y, nothing rounded. It is 0.06 dB more."""
+    """Published SRCNN weights, measured as ports do: scikit-image's Y, without rounding. That adds 0.06 dB."""
     folder = os.environ.get("DRRN_WEIGHTS")
     if not folder or not (Path(folder) / "srcnn_Y_scale2.pth").is_file():
         pytest.skip("set DRRN_WEIGHTS to the folder that holds srcnn_Y_scale2.pth")
@@ -160,7 +160,7 @@ def test_the_numbers_of_ports_on_all_of_set5(
 def test_a_grey_image_made_in_colour_is_measured_as_one(
     tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Programs save Set14's grey images as RGB: as RGB they give what the same pixels in one channel give."""
+    """Programs save Set14's grey images as RGB: their scores equal those of the same pixels in one channel."""
     made = np.minimum(read_pixels(tiny_images / "camera.png"), 250) + np.uint8(4)
     Image.fromarray(made).save(tmp_path / "grey.png")
     Image.fromarray(np.dstack([made] * 3)).save(tmp_path / "rgb.png")
@@ -185,7 +185,7 @@ def test_a_grey_image_made_in_colour_is_measured_as_one(
 
 
 def test_a_result_in_colour_of_a_grey_image_is_refused_by_name(tiny_images: Path, tmp_path: Path) -> None:
-    """And a grey one of a colour image where its colours would be compared."""
+    """So is a grey result of a colour image, if colours would be compared."""
     tinted = np.dstack([read_pixels(tiny_images / "camera.png")] * 3)
     tinted[5, 5, 2] ^= 1
     Image.fromarray(tinted).save(tmp_path / "tinted.png")

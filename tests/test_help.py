@@ -1,4 +1,4 @@
-"""`--help`, and what a command answers to keys, groups and values that it does not know."""
+"""`--help`, and the answers of commands to unknown keys, groups and values."""
 
 from __future__ import annotations
 

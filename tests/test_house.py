@@ -1,4 +1,4 @@
-"""The rules of the house that a linter does not know: sizes of files, functions and entry points, and of the tour."""
+"""The house's rules that no linter checks: sizes of files, functions, entry points and of the tour of the package."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_tour_of_the_package_is_short() -> None:
 
 
 def test_no_constructor_takes_a_row_of_flags() -> None:
-    """Truth values behind the second argument are given by their names."""
+    """Bools after the second argument are keyword-only."""
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name == "__init__" and path.name != "model.py":

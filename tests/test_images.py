@@ -1,4 +1,4 @@
-"""`drrn.images`: the registry and what is fetched from it (from a server of the test's own), sets, and reading."""
+"""`drrn.images`: the registry and its downloads (from the test's own server), sets, and reading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from drrn.sets import DEMO_SETS, fetch, find_images, image_files, is_absent, reg
 
 
 class Server:
-    """Files by path on 127.0.0.1; remembers what was asked for. A body of None drops the connection half-way."""
+    """Serves files by path on 127.0.0.1 and lists the requests. A body of None drops the connection half-way."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes | None] = {}
@@ -181,7 +181,7 @@ def test_the_registry_of_the_project() -> None:
         {sha for name in names for sha, _ in files[name].values()}
         for names in (("T91", "BSD200"), ("Set5", "Set14", "BSD100", "Urban100"))
     )
-    assert not training & held_out  # nothing is measured on what it was trained on
+    assert not training & held_out  # no test image is a training image
 
 
 @pytest.mark.parametrize("name", ["T91", "BSD200", "Set5", "Set14", "BSD100"])
@@ -197,14 +197,14 @@ def test_the_images_in_drrn_data_are_the_registered_ones(
 def test_of_a_set_that_is_partly_there_the_present_images_are_taken(
     registry: Path, server: Server, tmp_path: Path
 ) -> None:
-    """Urban100 is often incomplete: measuring takes what there is, and fetches only when there is none."""
+    """Urban100 is often incomplete: measuring uses the images that exist, and downloads only if there is none."""
     root = tmp_path / "data"
     assert len(image_files("Set5", root, complete=False)) == 2
     (root / "Set5/b.png").unlink()
     server.asked.clear()
     assert image_files("Set5", root, complete=False) == [root / "Set5/a.png"]
     assert server.asked == []
-    assert len(image_files("Set5", root)) == 2  # training takes nothing less than all
+    assert len(image_files("Set5", root)) == 2  # training needs the whole set
     assert server.asked == ["/Set5/b.png"]
 
 
@@ -259,7 +259,7 @@ def test_a_set_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("what", ["folder", "link to nothing", "loop", "pipe", "bytes", "escape"])
 def test_what_looks_like_a_member_and_is_none_is_named(what: str, tmp_path: Path) -> None:
-    """A mean over what is left would not be the set's."""
+    """A mean over the other images would not be the set's."""
     png(skimage.data.camera()[:20, :20], tmp_path / "a.png")
     bad = tmp_path / {"bytes": "caf\udce9.png", "escape": "\x1b[2J.png"}.get(what, "b.png")
     if what == "folder":
@@ -468,7 +468,7 @@ def test_no_bit_flipped_in_the_pixels_gives_others(kind: str, tmp_path: Path) ->
 
 
 def test_a_fax_that_libtiff_cannot_decode_is_refused(tmp_path: Path) -> None:
-    """libtiff says "bad code word" on stderr and makes something up."""
+    """libtiff prints "bad code word" to stderr and returns wrong pixels."""
     image = Image.fromarray(skimage.data.camera()[:64, :64]).convert("1")
     buffer = io.BytesIO()
     image.save(buffer, "TIFF", compression="group4")

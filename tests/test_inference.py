@@ -70,7 +70,7 @@ def lively(seed: int = 0, **structure: object) -> DRRN:
     x = tensor(photograph(48, 48))
     with torch.no_grad():
         for block in network.blocks:
-            for conv in block.conv_b:  # at He's size an untrained recursion is a chaos that amplifies any rounding
+            for conv in block.conv_b:  # at He's size an untrained recursion amplifies rounding chaotically
                 conv.weight.mul_(0.2)
         network.train()(x)
         spread = float((network.eval()(x) - x).std())
@@ -107,7 +107,7 @@ def test_the_folded_network_is_the_network(structure, norm, onednn, monkeypatch)
     with torch.backends.mkldnn.flags(enabled=onednn):
         assert Folded(network).rec.fused == (onednn and torch.backends.mkldnn.is_available())
         for shape in ((37, 50), (1, 1), (1, 40), (40, 1)):
-            x = photograph(*shape) - 0.2  # where bicubic overshoots there are values below 0: ReLUs of x show
+            x = photograph(*shape) - 0.2  # negative values, as of bicubic overshoot, make a ReLU of x visible
             expected = whole(network, x)
             assert np.abs(expected - x).max() > 1e-3  # it does something
             np.testing.assert_allclose(at_once(network, tensor(x))[0, 0].numpy(), expected, rtol=0, atol=1e-5)
@@ -146,7 +146,7 @@ def test_the_network_is_left_as_it_was_and_its_mode_does_not_matter():
 @pytest.mark.parametrize("norm", ["batch", "none"])
 @pytest.mark.parametrize("structure", FAMILY.values(), ids=FAMILY)
 def test_rows_may_come_in_any_portions(structure, norm):
-    """Fewer than the layers lag behind, one, or all: the image comes out whole, in order, the same."""
+    """Fewer rows than the layers' delay, one row, or all: the result is complete, in order, and the same."""
     network = lively(norm=norm, **structure)
     folded = Folded(network)
     for shape in ((37, 20), (5, 30), (1, 30)):
@@ -158,7 +158,7 @@ def test_rows_may_come_in_any_portions(structure, norm):
                 h = portions[len(parts) % len(portions)]
                 rows = tensor(x[top : top + h]).repeat(2, 1, 1, 1)  # two images at once
                 parts.append(stream(rows))
-                rows.zero_()  # the caller's memory is the caller's
+                rows.zero_()  # the caller may reuse its memory
                 top += h
             for y in torch.cat(parts, dim=2):
                 np.testing.assert_allclose(y[0].numpy(), expected, rtol=0, atol=1e-5, err_msg=str(portions))
@@ -179,7 +179,7 @@ def test_strips_without_onednn(structure):
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_a_stream_leaves_cudnn_on_but_for_tf32(monkeypatch):
-    """By the flags that a convolution sees; `torch.backends.cudnn.flags` would switch cuDNN off."""
+    """By the flags during a convolution; `torch.backends.cudnn.flags` would switch cuDNN off."""
     network, cudnn, seen, convolve = lively(B=1, U=1), torch.backends.cudnn, [], nn.functional.conv2d
 
     def looking(*args, **kwargs):
@@ -213,7 +213,7 @@ def computed(network: DRRN, run) -> int:
 
 @pytest.mark.parametrize("U", [9, 25])
 def test_strips_compute_little_twice(U):
-    """Against the 2U convolutions of every pixel: each unit's first one does two rows more a strip, at most."""
+    """Against the 2U convolutions of every pixel: each unit's first one computes at most two more rows per strip."""
     network = DRRN(1, U, features=4)
     x = np.zeros((600, 30), np.float32)
     with pytest.MonkeyPatch.context() as patch:
@@ -293,7 +293,7 @@ def test_tiled_equals_whole(U, shape, tile):
 
 
 def test_a_smaller_overlap_would_show(monkeypatch):
-    """The test above can fail: and with weights that reach to the very rim, one pixel less already shows."""
+    """The test above can fail: if weights reach to the rim of the receptive field, one pixel less already shows."""
     network = DRRN(1, 3, features=4, norm="none")
     for parameter in network.parameters():
         nn.init.constant_(parameter, 0.1)
@@ -379,7 +379,7 @@ def test_tile_shapes_cover_the_image_and_fit(height, width, U, features, room):
 
 
 class Ready:
-    """What the division of an image asks of a network, which takes its time to make."""
+    """The members of a prepared network that the division of an image uses; a real one is slow to make."""
 
     device, streams = torch.device("cpu"), True
 
@@ -419,7 +419,7 @@ def test_what_the_machine_has_decides(monkeypatch):
     np.testing.assert_allclose(y, whole(network, x), rtol=0, atol=1e-5)
 
 
-# Each by the operating system's count, in a process of its own: a fork of one that has imported everything.
+# Each measured by the operating system, in a process of its own, forked from one that has imported everything.
 MEASURED = {
     "Stream float32": ("stream", "float32", 4),
     "Stream bf16": ("stream", "bf16", 2),
@@ -480,7 +480,7 @@ for name, (what, *arguments) in json.loads(sys.argv[1]).items():
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, tuple[float, float]]:
-    """Each of MEASURED → the maps that were in memory at the peak, and those that are counted."""
+    """Each of MEASURED → the number of maps in memory at the peak, measured and counted."""
     if not Path("/proc/self/status").is_file():
         pytest.skip("the peak is read from Linux's /proc")
     done = subprocess.run(
@@ -501,7 +501,7 @@ def test_three_feature_maps_are_alive_at_the_peak(precision, measured):
 
 
 def test_as_many_feature_maps_are_in_memory_as_a_network_keeps_for_its_skips(measured):
-    """RED30's, counted, and beside it the operating system's count."""
+    """RED30's count against the operating system's measurement."""
     maps, said = measured["RED30"]
     assert said - 2 < maps < said + 0.3
     assert [prepared(network).maps for network in (RED30(features=16).double(), SRCNN())] == [11, 3]
@@ -509,7 +509,7 @@ def test_as_many_feature_maps_are_in_memory_as_a_network_keeps_for_its_skips(mea
 
 @pytest.mark.parametrize("name", ["DRRN", "chain", "VDSR"])
 def test_strips_take_the_room_that_they_were_given(name, measured):
-    """Neither more nor much less."""
+    """They use no more than their room, and not much less."""
     assert 0.5 < measured[name][0] < 1.25
 
 
@@ -569,7 +569,7 @@ def test_a_network_is_folded_once_and_again_when_it_changes(monkeypatch):
 
 
 def test_a_network_without_a_folding_computes_in_float32_whatever_its_weights_are_in() -> None:
-    """As what is saved of it is scored; bfloat16 would round the image to steps of 1/256."""
+    """So that it is scored as its saved weights are; bfloat16 would round the image to steps of 1/256."""
     network, x = SRCNN(features=4).bfloat16(), np.random.default_rng(0).random((20, 24), np.float32)
     rounded = super_resolve(network, x)
     assert next(network.parameters()).dtype == torch.bfloat16
@@ -604,7 +604,7 @@ def test_synchronised_batchnorms_are_folded_and_other_norms_refused():
 
 
 class Toy(nn.Module):
-    """A network that nobody knows how to fold."""
+    """A network without a folding."""
 
     receptive_radius = 2
 
@@ -672,7 +672,7 @@ def test_on_a_gpu_the_shipped_network_scores_the_same(drrn_data):
 @pytest.mark.parametrize("norm", ["batch", "none"])
 @pytest.mark.parametrize("structure", FAMILY.values(), ids=FAMILY)
 def test_bfloat16_is_the_same_to_its_rounding(structure, norm, onednn):
-    """Of feature maps; an image rounded to 8 bits of mantissa would be off by 1/512 before anything else."""
+    """To the rounding of feature maps; an image rounded to 8 bits of mantissa would be off by 1/512 at the start."""
     network = lively(norm=norm, **structure)
     x = photograph(37, 50) - 0.2
     with torch.backends.mkldnn.flags(enabled=onednn):
@@ -684,7 +684,7 @@ def test_bfloat16_is_the_same_to_its_rounding(structure, norm, onednn):
 
 
 def test_the_first_convolution_stays_in_float32():
-    """A change of the image that bfloat16 would round away is seen, through a network that hands it on."""
+    """A change of the image that bfloat16 would round away is visible behind an identity network."""
     network = DRRN(1, 0, features=2, norm="none")
     with torch.no_grad():
         for conv in (network.blocks[0].conv, network.conv_rec):
@@ -720,7 +720,7 @@ def test_auto_is_the_fastest_that_is_in_hardware(monkeypatch):
     assert precision.chosen("tf32", gpu) == "tf32"
     with pytest.raises(UserError, match="precision = tf32: only NVIDIA"):
         precision.chosen("tf32", cpu)
-    assert precision.chosen("auto", gpu, folded=False) == "float32"  # never said to be what it is not
+    assert precision.chosen("auto", gpu, folded=False) == "float32"  # reported as it is
     with pytest.raises(UserError, match="precision = bf16"):
         precision.chosen("bf16", gpu, folded=False)
 

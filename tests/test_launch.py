@@ -1,4 +1,4 @@
-"""`drrn.launch`: whether this process is one of several that somebody else started; places without rights."""
+"""`drrn.launch`: whether this process is one of several of torchrun or Slurm; folders without permissions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_srun_and_torchrun_start_several_and_salloc_does_not(
 def test_a_folder_without_rights_is_named_in_a_line(
     name: str, arguments: tuple[str, ...], entry_point: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a folder may not be entered Python's own questions about what is in it raise."""
+    """For a file in a folder without permission, Path.exists and the like raise."""
     stat = os.stat
 
     def refused(path: Any, *more: Any, **how: Any) -> os.stat_result:

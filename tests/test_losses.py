@@ -1,4 +1,4 @@
-"""`drrn.losses`: what is minimised, by name or by `_target_`; the formulas are held in `tests/test_module.py`."""
+"""`drrn.losses`: losses by name and by `_target_`; `tests/test_module.py` tests the formulas."""
 
 from __future__ import annotations
 

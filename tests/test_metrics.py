@@ -36,7 +36,7 @@ def benchmark(name: str) -> list[Path]:
 
 
 def bicubic_pair(pixels: NDArray[np.uint8], scale: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Bicubic's result and the ground truth as the protocol measures them: 8-bit Y, shaved."""
+    """Bicubic's result and the ground truth as the protocol measures them: 8-bit Y, cropped."""
     y = pixels if pixels.ndim == 2 else rgb2ycbcr(pixels)[..., 0]
     truth = y[: y.shape[0] // scale * scale, : y.shape[1] // scale * scale] / 255.0
     result = imresize(imresize(truth, 1 / scale), scale)
@@ -447,7 +447,7 @@ def test_a_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ssim_against_kornia() -> None:
-    """kornia's windowed SSIM, told to keep to the windows inside the image."""
+    """kornia's windowed SSIM, restricted to windows inside the image."""
     from kornia.metrics import ssim as kornia_ssim
 
     a = skimage.data.camera()[100:180, 150:260]

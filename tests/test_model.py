@@ -40,7 +40,7 @@ FAMILY = [
         [(1, 3), (2, 2)], [True, False], [True, False], ["batch", "none"], [True, False]
     )
 ] + [dict(B=4, U=0, norm=norm, bias=bias) for norm, bias in product(["batch", "none"], [True, False])]
-PORTS = [  # what weights from elsewhere mean, see release.md
+PORTS = [  # the arguments of networks read from ports, see release.md
     dict(B=1, U=3, norm="none", bias=False, rectified_identity=True),
     dict(B=2, U=2, norm="none", rectified_identity=True, multi_path=False),
     dict(B=4, U=0, norm="none", input_relu=False),
@@ -75,7 +75,7 @@ def test_depth_and_weight_count_of_the_papers_structures(name: str) -> None:
 
 
 def test_the_erratum_of_sec_4_3() -> None:
-    """B2U3 by hand: two blocks of three convolutions and the last one. The paper's 784K is not it."""
+    """B2U3 by hand: two blocks of three convolutions and the last one. The paper's 784K is wrong."""
     by_hand = (9 * 128 + 2 * 9 * 128**2) + 3 * 9 * 128**2 + 9 * 128
     assert DRRN(2, 3).conv_weight_count == by_hand == 739_584
     assert round(by_hand / 1000) != 784
@@ -155,7 +155,7 @@ def test_the_units_of_a_block_share_their_convolutions_and_nothing_else() -> Non
 @pytest.mark.parametrize("sharing", [True, False])
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_what_the_state_dict_holds(sharing: bool, norm: str) -> None:
-    """Shared tensors are stored once, so B1U25 is as small on disk as B1U9 but for its BatchNorms."""
+    """Shared tensors are stored once, so B1U25 is as small on disk as B1U9, except its BatchNorms."""
     B, U = 2, 4
     network = DRRN(B, U, features=4, norm=norm, weight_sharing=sharing)
     state = network.state_dict()
@@ -394,7 +394,7 @@ def test_in_bf16_the_first_convolution_sees_the_image_itself(arguments: dict) ->
 
 
 def test_bf16_costs_published_weights_nothing(drrn_data: Path) -> None:
-    """The VDSR of huangzehao ×4 on a crop of butterfly: autocast as it comes costs it 0.1 dB."""
+    """The VDSR of huangzehao ×4 on a crop of butterfly: plain autocast costs 0.1 dB."""
     from drrn.images import read_luminance
     from drrn.networks import build
     from drrn.protocol import prepare, score

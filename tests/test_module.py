@@ -50,7 +50,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Given(LightningDataModule):
-    """The batches that a test gives, in their order, and nothing to evaluate on."""
+    """The given batches in order, without evaluation data."""
 
     def __init__(self, batches: list[Pair]) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Given(LightningDataModule):
 
 
 class Recorder(Logger):
-    """Keeps what is logged: one dict of metrics a step."""
+    """Stores the logged metrics, one dict per step."""
 
     name, version = "recorder", 0
 
@@ -99,7 +99,7 @@ def module(
 
 
 def fit(trained: SuperResolution, batches: list[Pair], **arguments: Any) -> list[dict[str, float]]:
-    """Train on the batches; what was logged, a dict a step."""
+    """Train on the batches; return the logged metrics, one dict per step."""
     recorder = Recorder()
     arguments = {
         "enable_checkpointing": False, "max_steps": -1, "accelerator": "cpu", "log_every_n_steps": 1,
@@ -150,7 +150,7 @@ def test_loss_is_in_float32_whatever_the_prediction(batches: list[Pair]) -> None
 def by_hand(
     network: nn.Module, batches: list[Pair], settings: OptimConfig, micro: int, autocast: bool
 ) -> list[dict[str, float]]:
-    """SGD on a network as release.md describes it; what should have been logged, a dict a step."""
+    """SGD on a network as release.md describes it; return the metrics to be logged, one dict per step."""
     momentum: dict[str, Tensor] = {}
     biases = {f"{n}.bias" for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
     logged = []
@@ -346,7 +346,7 @@ def test_cosine_goes_from_one_to_zero() -> None:
 
 @pytest.mark.parametrize("algorithm", ["sgd", "adam"])
 def test_what_the_optimiser_remembers_takes_the_layout_of_the_weights(algorithm: str) -> None:
-    """Fused kernels go through both in the order of memory; a checkpoint may come from the other layout."""
+    """Fused kernels traverse both in memory order; a checkpoint may have the other layout."""
 
     def stepped(layout: torch.memory_format, before: tuple[dict, dict] | None) -> tuple[dict, dict]:
         trained = module(U=2, algorithm=algorithm, bias_lr_mult=1.0)
@@ -514,7 +514,7 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_passed_over(
 
 
 def test_training_again_beside_old_checkpoints_replaces_them(batches: list[Pair], tmp_path: Path) -> None:
-    """A failed run that is started afresh must not leave a name with an old state in it."""
+    """A failed run that is started from scratch must not leave an old state under a checkpoint's name."""
     for seed in (0, 1):
         trained = module(U=0, theta=1e-4, seed=seed)
         fit(trained, batches[:2], enable_checkpointing=True, callbacks=[Checkpoints(tmp_path, 1)])
@@ -586,7 +586,7 @@ def test_the_bicubic_columns_are_bicubic(evaluated: tuple, tiny_images: Path) ->
 def test_validations_may_compute_in_bfloat16_and_the_test_does_not(
     evaluated: tuple, configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`speed.validation=auto`, on hardware that is said to have bfloat16: scores to 0.01 dB, and not the same."""
+    """`speed.validation=auto` with bfloat16 reported as available: scores are equal to 0.01 dB, not exactly."""
     monkeypatch.setattr("drrn.fast.precision._has_bf16", lambda device: True)
     scored, _, _, expected = evaluated
     before = scored.scores
@@ -620,7 +620,7 @@ def test_a_sets_score_is_the_plain_mean_of_its_images(evaluated: tuple) -> None:
 
 
 def test_the_end_scores_other_sets_by_other_metrics(configure: Callable, tmp_path: Path, inline_pool: None) -> None:
-    """`data.test` and `data.test_metrics`: IFC, of a noisy photograph that is not among those of the validations."""
+    """`data.test` and `data.test_metrics`: IFC of a noisy photograph that is in no validation set."""
     (tmp_path / "cat").mkdir()
     Image.fromarray(skimage.data.chelsea()[60:150, 100:190]).save(tmp_path / "cat/eye.png")
     config = configure(f"data.test=[{tmp_path}/cat]", "data.test_metrics=[ifc,psnr_rgb]", "data.scales=[3]",

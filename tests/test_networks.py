@@ -1,4 +1,4 @@
-"""`drrn.networks`: a network of one's own by its file, a yaml and a line; what every network must offer."""
+"""`drrn.networks`: a user's own network by its file, a yaml and a line; the members that every network needs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_a_network_does_not_take_is_refused(model: dict, said: str, toy: No
 
 @pytest.fixture
 def yaml_of_toy(toy: None, tmp_path: Path, tiny_images: Path) -> tuple[str, ...]:
-    """A yaml in conf/model, in a folder of its own, and what makes a run tiny."""
+    """A yaml in conf/model, in a folder of its own, and the overrides of a tiny run."""
     (tmp_path / "conf/model").mkdir(parents=True)
     (tmp_path / "conf/model/toy.yaml").write_text("network: toy\nwidth: 3\n")
     return (

@@ -1,4 +1,4 @@
-"""docs/drrn.ipynb does what it says: every cell runs, with a training of a few steps."""
+"""docs/drrn.ipynb: every cell runs, with a training of a few steps."""
 
 from __future__ import annotations
 

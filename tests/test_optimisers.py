@@ -81,7 +81,7 @@ def test_adamw_decays_the_weights_themselves(batches: list[Pair]) -> None:
 @pytest.mark.parametrize("algorithm", OPTIMISERS)
 @pytest.mark.parametrize("bad", [0.0, 1.0])
 def test_fused_solvers_leave_everything_as_it_is_where_found_inf_is_1(algorithm: str, bad: float) -> None:
-    """What the check for NaN stands on, of PyTorch's own kernels."""
+    """The check for NaN relies on this property of PyTorch's kernels."""
     network = nn.Conv2d(1, 2, 3)
     settings = OptimConfig(**optim(algorithm=algorithm, lr=0.1, bias_lr_mult=1.0))
     optimizer, _ = configured(network, settings, 1, 10, fused=True)

@@ -91,7 +91,7 @@ def test_quantise_is_the_nearest_level_and_refuses_what_is_outside() -> None:
 
 @pytest.mark.parametrize(("scale", "cropped"), [(2, 0), (2, 1), (3, 2), (4, 3)])
 def test_a_turned_photograph_degrades_to_the_same_levels(scale: int, cropped: int) -> None:
-    """Bit for bit, though flat areas lie half-way between two levels: what a build rests on."""
+    """Bit for bit, though flat areas are half-way between two levels; the build relies on this."""
     y = drrn.matlab.rgb2ycbcr(skimage.data.chelsea()[:180, :264])[..., 0]
     blocks = 5 * np.random.default_rng(0).integers(0, 52, (5, 10), dtype=np.uint8)
     y[:100, :200] = np.kron(blocks, np.ones((20, 20), np.uint8))  # flat areas
@@ -171,7 +171,7 @@ def stored(path: Path) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
 
 
 def assert_same_pairs(path: Path, expected: list[tuple[NDArray, NDArray]]) -> list[int]:
-    """Every expected pair stands in the file exactly once and nothing else does; its rows in expected order."""
+    """The file has every expected pair exactly once and no other; return its rows in the expected order."""
     data, label = stored(path)
     assert len(data) == len(label) == len(expected)
     rows_of: dict[bytes, list[int]] = {}
@@ -232,7 +232,7 @@ def test_a_build_of_the_papers_images(drrn_data: Path, tmp_path: Path, inline_po
 
 
 def test_other_window_sizes_and_images_that_are_too_small(tmp_path: Path, inline_pool: None) -> None:
-    """Images below a patch or below the scale give nothing; the others are cut as the recipe says."""
+    """Images smaller than a patch or the scale give no pairs; the others are cut by the recipe."""
     folder = tmp_path / "images"
     folder.mkdir()
     photograph = skimage.data.coffee()
@@ -382,11 +382,11 @@ def damaged(path: Path, how: str) -> None:
      "last byte gone", "cut 0.001", "cut 0.01", "cut 0.3", "cut 0.66", "cut 0.99"],
 )  # fmt: skip
 def test_a_wrong_file_is_refused_and_named(how: str, tiny_images: Path, tiny_patches: Path, tmp_path: Path) -> None:
-    """It stands under the right name, so only what is inside can tell."""
+    """Its name is right, so only its content can reveal the fault."""
     path = tmp_path / tiny_patches.name
     shutil.copy(tiny_patches, path)
     recipe = Recipe((str(tiny_images),), scales=(2, 3))
-    assert prepare_patches("tiny", recipe, ANYWHERE, tmp_path) == path  # as it is, it is taken
+    assert prepare_patches("tiny", recipe, ANYWHERE, tmp_path) == path  # undamaged, it is accepted
     damaged(path, how)
     with pytest.raises(UserError, match="Delete") as refusal:
         prepare_patches("tiny", recipe, ANYWHERE, tmp_path)
@@ -406,7 +406,7 @@ def test_a_file_cut_short_in_use_is_an_error_not_a_wrong_batch(tiny_patches: Pat
 
 @pytest.fixture
 def copied(tiny_images: Path, tiny_patches: Path, tmp_path: Path) -> tuple[Path, Callable[[], Path]]:
-    """A patch file to damage, and what a run does to get it."""
+    """A patch file to damage, and the call by which a run opens it."""
     path = tmp_path / tiny_patches.name
     shutil.copy(tiny_patches, path)
     return path, lambda: prepare_patches("tiny", Recipe((str(tiny_images),), (2, 3)), ANYWHERE, tmp_path)
@@ -424,8 +424,8 @@ def test_truncated_anywhere_it_is_refused(copied: tuple[Path, Callable], tiny_pa
 def test_a_bit_flipped_in_what_the_file_says_of_itself_never_gives_a_wrong_batch(
     copied: tuple[Path, Callable], tiny_images: Path, tiny_patches: Path
 ) -> None:
-    """Everything but the pairs: attributes, types, shapes, offsets. HDF5's checksums see it, or the
-    comparison with the recipe."""
+    """In all but the pairs: attributes, types, shapes, offsets. HDF5's checksums or the comparison with the recipe
+    detect it."""
     path, _ = copied
     attrs = attributes(Recipe((str(tiny_images),), (2, 3)), sorted(tiny_images.iterdir()))
     whole, good = tiny_patches.read_bytes(), Patches(tiny_patches)
@@ -453,7 +453,7 @@ def test_a_bit_flipped_in_what_the_file_says_of_itself_never_gives_a_wrong_batch
     assert refused > 40  # every bit: make stress
 
 
-# A build in a process of its own. Its workers import this file too, so `read` is what they do with an image.
+# A build in a process of its own. Its workers import this file too, so they read images by `read`.
 BUILD = """
 import logging, os, sys, time
 from pathlib import Path
@@ -523,7 +523,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
 def test_a_killed_build_leaves_nothing_for_the_next_one(builder: Callable, tmp_path: Path) -> None:
-    """Neither its file (5 GB), nor its lock, nor its workers; what others are building is left alone."""
+    """Neither its file (5 GB), nor its lock, nor its workers remain; files of other builds are not touched."""
     folder = tmp_path / "patches"
     killed = builder("hang")
     wait_for(lambda: list(folder.glob("*.partial")) and children(killed.pid))
@@ -548,7 +548,7 @@ def test_a_killed_build_leaves_nothing_for_the_next_one(builder: Callable, tmp_p
 
 
 def test_a_worker_that_is_killed_is_said(builder: Callable, tmp_path: Path) -> None:
-    """As the kernel does when memory is short."""
+    """As by the kernel when memory is short."""
     process = builder("die")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -663,7 +663,7 @@ def test_too_little_room_is_refused_before_the_build(
 def test_a_disk_that_fills_up_while_building(
     when: str, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real file system of 32 or 512 kB if this process may mount one; else the build is told that it is full."""
+    """On a real file system of 32 or 512 kB if this process may mount one; else the build gets a fake full disk."""
     folder = tmp_path / "patches"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={32 if when == '_degrade_image' else 512}k", "tmpfs", str(folder)]
@@ -863,7 +863,7 @@ def test_a_batch_mixes_places_far_apart() -> None:
 
 
 def test_every_epoch_of_a_run_is_shuffled_afresh() -> None:
-    """53 pairs in batches of 10: an epoch is five steps, and leaves out three that are not always the same."""
+    """53 pairs in batches of 10: an epoch is five steps, and leaves out three pairs, other ones each time."""
     steps = list(ShuffledBatches(53, 10, seed=4, steps=20))
     assert len(steps) == 20
     epochs = [np.concatenate(steps[5 * e : 5 * e + 5]) for e in range(4)]

@@ -1,4 +1,4 @@
-"""The paper's other networks: counts, each structure against its equations written out again, then in the house."""
+"""The paper's other networks: counts, each structure against its equations written out again, then in a training."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def test_a_wrong_structure_is_refused_by_name(overrides: tuple[str, ...], said: 
 
 
 class Killed(Exception):
-    """What a test raises in the middle of a training."""
+    """Raised by a test in the middle of a training."""
 
 
 @pytest.fixture(scope="module", params=SMALL)

@@ -57,7 +57,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_bicubic_is_matlabs(photo: np.ndarray) -> None:
-    """Of a grey image it is `imresize` itself, whose MATLAB values tests/test_matlab.py holds."""
+    """For a grey image it is `imresize` itself, which tests/test_matlab.py compares with MATLAB's values."""
     grey = photo[..., 1]
     expected = np.floor(np.clip(imresize(grey / 255.0, 3), 0, 1) * 255 + 0.5)
     np.testing.assert_array_equal(drrn.upscale(grey, 3, "bicubic"), expected)
@@ -162,7 +162,7 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(not DATA, reason="DRRN_DATA is not set")
 def test_shipped_weights_reach_what_their_records_say() -> None:
-    """An image each, scored again by scikit-image; the record has the scores of its set."""
+    """One image of each set, scored again by scikit-image; the record has the scores."""
     from drrn.inference import super_resolve
 
     for name, path in shipped.shipped().items():

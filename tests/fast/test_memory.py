@@ -1,4 +1,4 @@
-"""`drrn.fast.memory`: what glibc is told, and that an inner context leaves the outer one's setting alone."""
+"""`drrn.fast.memory`: the settings of glibc, and that an inner context does not change the outer one's."""
 
 import ctypes
 import sys

@@ -1,4 +1,4 @@
-"""`drrn.fast.threads`: what is free when a command starts, what overrules it, and that torch keeps to it."""
+"""`drrn.fast.threads`: the cores that are free when a command starts, overrides, and torch's number of threads."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_is_asked_for_counts_more(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_own_work_is_not_taken_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten seconds in which two cores worked 9 and 1 seconds, 8 of them for this process: nobody else is there."""
+    """In ten seconds two cores worked 9 and 1 seconds, 8 of them for this process: there is no other work."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "allowed_cores", lambda: [0, 1])
     monkeypatch.setattr(threads, "quota", lambda: None)

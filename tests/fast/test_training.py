@@ -1,5 +1,5 @@
-"""`drrn.fast.training`: the network as it is trained against the network itself, compiled and not; a step that waits
-for nothing, and what becomes of a step that is not finite."""
+"""`drrn.fast.training`: the network in training against the network itself, compiled and eager; steps that never wait
+for the GPU, and steps whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def momentum_of(network: DRRN, momentum: float) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("arguments", [*FAMILY[::3], *PORTS], ids=ids)
 def test_gradients_and_statistics_are_the_networks(arguments: dict, checkpointing: bool) -> None:
-    """With another momentum at each step; statistics that count twice would show in the second one."""
+    """The momentum differs at each step; if statistics counted twice, the second step would show it."""
     plain, ours = (lively(DRRN(**arguments, features=3)).train() for _ in range(2))
     trained = InTraining(ours, checkpointing=checkpointing)
     generator = torch.Generator().manual_seed(1)
@@ -128,7 +128,7 @@ def test_compiled_it_trains_the_same_from_one_graph(device: str, coarse: bool, c
 
 
 def test_a_sweep_compiles_more_networks_than_pytorch_compiles_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its points are networks of one class in one process; here one recompilation is the limit, not eight."""
+    """A sweep's points are networks of one class in one process; the limit here is one recompilation, not eight."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(recompile_limit=1):
         for U in (0, 1):
@@ -160,7 +160,7 @@ def test_a_network_without_units_cannot_compute_them_twice() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make Python wait for a GPU: reading a number, a truth value, a copy to the host."""
+    """Counts operations that would make Python wait for a GPU: reading a number or a bool, a copy to the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Counting:
 def test_between_two_rows_of_the_log_nothing_waits(
     settings: dict, precision: str, bar: bool, batches: list[Pair]
 ) -> None:
-    """With the terminal's progress bar too, which shows the loss, and with an average of the weights."""
+    """Also with the progress bar, which shows the loss, and with an average of the weights."""
     counting, average = Counting(), AverageOnDevice()
     logged = fit(
         module(norm="batch", bias_lr_mult=1.0, **{"lr": 1e-3, **settings}),
@@ -222,7 +222,7 @@ def test_between_two_rows_of_the_log_nothing_waits(
     "settings", [dict(decay=0.7), dict(use_buffers=False), dict(update_every_n_steps=2)], ids=ids
 )
 def test_the_average_of_the_weights_is_lightnings(settings: dict, batches: list[Pair]) -> None:
-    """But for the number of BatchNorm's batches, which has no average."""
+    """All but the number of BatchNorm's batches, which is not averaged."""
     found, expected = (module(norm="batch", lr=0.05) for _ in range(2))
     fit(found, batches[:5], callbacks=[AverageOnDevice(**settings)])
     fit(expected, batches[:5], callbacks=[EMAWeightAveraging(**settings)])
@@ -240,7 +240,7 @@ def test_the_average_of_the_weights_is_lightnings(settings: dict, batches: list[
 def test_on_a_gpu_nothing_waits_between_two_rows_of_the_log(
     settings: dict, compiled: bool | str, batches: list[Pair]
 ) -> None:
-    """PyTorch itself raises where Python would wait for the card."""
+    """PyTorch's sync debug mode raises if Python would wait for the GPU."""
     from lightning.pytorch import Callback
 
     class Strict(Callback):
@@ -303,7 +303,7 @@ def test_the_first_bad_step_is_the_one_that_is_kept() -> None:
 def test_from_a_bad_step_on_nothing_moves(
     device: str, clip: str, algorithm: str, batches: list[Pair], tmp_path: Path
 ) -> None:
-    """It is noticed three steps later, when a step is logged; the checkpoint that would have been due is not kept."""
+    """It is detected three steps later, when a step is logged; the checkpoint due in between is not kept."""
     trained = module(
         norm="batch", clip=clip, algorithm=algorithm, lr=1e-3, theta=1e-4, bias_lr_mult=1.0, weight_decay=0.1
     )

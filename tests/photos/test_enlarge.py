@@ -1,4 +1,4 @@
-"""Colours under transparency never show."""
+"""Colours of transparent pixels never show."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from test_inference import lively
 
 
 def laid_on(pixels: np.ndarray, background: int) -> np.ndarray:
-    """What is seen of [H, W, C] with alpha last, on a grey background; 8 bits."""
+    """An image [H, W, C], alpha last, composited on a grey background; 8 bits."""
     alpha = pixels[..., -1:] / 255
     return np.rint(pixels[..., :-1] * alpha + background * (1 - alpha))
 
 
 def disc(colour: int, hidden: int, channels: int = 4) -> np.ndarray:
-    """A disc of one colour with a soft edge; what is outside of it has another one that nobody sees."""
+    """A disc of one colour with a soft edge; outside, alpha is 0 and hides another colour."""
     y, x = np.mgrid[:24, :24] - 11.5
     alpha = np.rint(255 * np.clip(8.5 - np.hypot(y, x), 0, 1)).astype(np.uint8)
     plane = np.where(alpha > 0, colour, hidden).astype(np.uint8)

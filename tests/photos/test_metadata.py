@@ -1,4 +1,4 @@
-"""What a file says besides its pixels is kept where the result's format can hold it, and said where not."""
+"""A file's metadata are kept if the result's format can store them, and otherwise named in a note."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_png_keeps_its_chunks(tmp_path):
 def test_chunks_that_another_format_has_no_place_for_are_named(suffix, kind, tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(png(PIXELS, 2, packed(CHUNKS)))
     enlarged(tmp_path / "a.png", suffix)
-    named = "gAMA, cHRM, cICP, tEXt, zTXt, iTXt"  # sRGB is what a file without a word means
+    named = "gAMA, cHRM, cICP, tEXt, zTXt, iTXt"  # sRGB is the default
     assert f"{kind} has no place for {named} of PNG: left out" in capsys.readouterr().out
 
 
@@ -111,7 +111,7 @@ def test_xmp_is_kept_upright(source, target, tmp_path, capsys):
     else:
         Image.fromarray(PIXELS).save(path, **how)
     turned = read_photo(path).pixels.shape
-    assert turned == (9, 8, 3)  # Pillow takes XMP's word where EXIF has none
+    assert turned == (9, 8, 3)  # without EXIF, Pillow reads XMP's orientation
     with Image.open(enlarged(path, target)) as image:
         image.load()
         kept = image.info.get("xmp")

@@ -1,4 +1,4 @@
-"""Which file becomes which: members of folders, results that are there, places that cannot be written, names."""
+"""The jobs: members of folders, existing results, outputs that cannot be written, names of files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_hidden_files_are_no_members_and_what_cannot_be_read_is_named(tmp_path, 
 
 
 def test_a_file_that_is_not_there_and_a_format_that_is_none_are_refused_before_the_work(tmp_path):
-    """With others that are there, a missing file is said and the others are done."""
+    """Among files that exist, a missing one is reported and the others are done."""
     source, gone = save(tmp_path / "a.png", PIXELS), tmp_path / "gone.jpg"
     with pytest.raises(UserError, match=r"gone\.jpg: no such file"):
         run(input=gone, scale=2)
@@ -95,7 +95,7 @@ def test_a_depth_that_pillow_shortens_is_said(tmp_path):
 
 
 def test_the_folder_above_the_input_may_be_the_output(tmp_path, monkeypatch):
-    """`output=.` of `input=photos`: what lies in the input is no result of an earlier call."""
+    """`output=.` of `input=photos`: files of the input are not taken for earlier results."""
     monkeypatch.chdir(tmp_path)
     Path("photos/deeper").mkdir(parents=True)
     save(Path("photos/deeper/a.png"), PIXELS)
@@ -148,7 +148,7 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(output, word,
 
 
 def test_names_of_all_kinds_on_a_terminal_of_latin_1(tmp_path):
-    """Bytes that are not UTF-8, escapes that a terminal obeys, arrows that it does not have: the work is finished."""
+    """Bytes that are not UTF-8, escape codes, and arrows that the terminal lacks do not end the work."""
     folder = tmp_path / "photos"
     folder.mkdir()
     names = [b"caf\xe9.png", b"\x1b[31mred.png", "日本.png".encode(), b"[bold].png"]

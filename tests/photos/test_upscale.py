@@ -1,4 +1,4 @@
-"""People's images: every kind read and written, enlarged as the definition says, refused by name when bad."""
+"""Users' images: every kind is read, enlarged by the definition and written; bad ones are refused by name."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def images_in(folder: Path) -> list[str]:
 
 
 def run(**values: object) -> int:
-    """What `python src/upscale.py …` does after Hydra: its exit code."""
+    """Run `python src/upscale.py …` without Hydra; return the exit code."""
     made = options(**{k: str(v) if isinstance(v, Path) else v for k, v in values.items()})
     return upscale.upscale(made, plan.plan(made))
 
@@ -340,7 +340,7 @@ def test_the_limit_of_pixels_can_be_raised_and_leaves_pillow_as_it_was(rgb, tmp_
 
 
 def test_a_picture_with_missing_strips_is_refused(rgb, tmp_path):
-    """Pillow would fill them with black and say nothing."""
+    """Pillow would silently fill them with black."""
     tifffile.imwrite(tmp_path / "a.tif", rgb, rowsperstrip=10)
     assert read_photo(tmp_path / "a.tif").pixels.shape == rgb.shape
     data = bytearray((tmp_path / "a.tif").read_bytes())
@@ -373,7 +373,7 @@ def test_sides_are_rounded(side, scale, result):
 @pytest.mark.parametrize("scale", [2, 3, 2.37])
 @pytest.mark.parametrize("tile", [None, 37])
 def test_colour_is_y_by_the_network_and_the_rest_by_bicubic(scale, tile, rgb, alpha, monkeypatch):
-    """Against the definition, worked out on whole planes with the plain network."""
+    """Against the definition, computed on whole planes with the plain network."""
     monkeypatch.setattr(photos_enlarge, "CHUNK", 1000)  # strips of few rows, as large images have
     monkeypatch.setattr(photos_write, "CHUNK", 1000)
     network = lively(B=1, U=2)
@@ -691,7 +691,7 @@ def test_wrong_checkpoints_and_devices_are_refused(rgb, tmp_path, weights):
 
 @pytest.mark.parametrize("scale", [2, 3])
 def test_precisions_give_the_same_photograph_to_a_grey_level(scale, rgb, tmp_path, capsys):
-    """In 99.9 % of its pixels; and the line that says which it was, and on how many threads."""
+    """In 99.9 % of its pixels; and the line that names the precision and the number of threads."""
     source, results, weights = save(tmp_path / "a.png", np.tile(rgb, (2, 2, 1))), {}, tmp_path / "w.safetensors"
     network = lively(B=1, U=2)
     with torch.no_grad():
@@ -729,7 +729,7 @@ def test_a_large_canvas_leaves_less_room_to_feature_maps(monkeypatch):
     assert upscale.room_beside(4 * 10_000_000, network) == strips.ROOM
     canvas = 4 * 200_000_000
     assert upscale.room_beside(canvas, network) + canvas < upscale.MEMORY < strips.ROOM + canvas + upscale.WORKING
-    assert upscale.room_beside(10**12, network) == strips.ROOM // 8  # it enlarges all the same
+    assert upscale.room_beside(10**12, network) == strips.ROOM // 8  # it still enlarges
 
 
 SCRIPT = str(ROOT / "src" / "upscale.py")

@@ -37,12 +37,12 @@ def test_the_interval_is_scipys() -> None:
     assert (low, high) == pytest.approx((means[100], means[3899]), abs=0.0015)
     assert low < np.mean(a - b) < high
     assert interval(a - b) == (low, high)
-    wide = interval(rng.permutation(a) - b)  # without its pair, the images' 2 dB are in it
+    wide = interval(rng.permutation(a) - b)  # unpaired, it includes the images' 2 dB
     assert wide[1] - wide[0] > 5 * (high - low)
 
 
 def test_table(make: Callable) -> None:
-    """DRRN_NS is better than VDSR beyond doubt, DRRN and DRRN_NS are not distinguished; the paper's beside them."""
+    """DRRN_NS is better than VDSR, DRRN and DRRN_NS are not distinguished; the paper's differences beside them."""
     base = ("model.B=3", "model.U=4")
     runs = []
     for seed in (1, 2):

@@ -1,4 +1,4 @@
-"""Studies: which runs are drawn together, what figures show and say, and the page that gathers them."""
+"""Studies: the runs that are drawn together, the content of figures, and the page that gathers them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_plans_are_the_papers() -> None:
 
 
 def test_one_run_serves_several_studies(make: Callable) -> None:
-    """DRRN_B3U4 that Fig. 8 trained is a point of Fig. 6 and Table 4 too; the folder's name says nothing."""
+    """Fig. 8's DRRN_B3U4 is a point of Fig. 6 and Table 4 too; the folder's name does not matter."""
     run = make("model.B=3", "model.U=4", "study=fig8")
     for study in ("fig6", "fig8", "table4", "curves"):
         (one,) = run_groups(study, [run])
@@ -61,7 +61,7 @@ def test_one_run_serves_several_studies(make: Callable) -> None:
      "data.scales=[3]", "model.bias=false", "trainer_extra={limit_test_batches: 1}"],
 )  # fmt: skip
 def test_recipes_never_mix(make: Callable, override: str) -> None:
-    """Whatever a study does not vary sets its runs apart; seed, structure, folder and workers do not."""
+    """A key that the study does not vary separates runs; seed, structure, folder and workers do not."""
     base = ("model.B=3", "model.U=4")
     same = [
         make(*base),
@@ -128,7 +128,7 @@ def test_runs_that_do_not_compare_are_refused(make: Callable, key: str) -> None:
 
 
 def test_a_run_that_is_there_twice_is_not_chosen_by_its_path(make: Callable) -> None:
-    """Copies with the same scores are one run; with others, nobody can say which is meant."""
+    """Copies with the same scores are one run; with different scores they are refused."""
     first, copied, other = make(), make(path="copy/record.json"), make(psnr=31.5, path="other/record.json")
     (one,) = run_groups("curves", [first, copied])
     assert len(one.finished) == 1
@@ -137,7 +137,7 @@ def test_a_run_that_is_there_twice_is_not_chosen_by_its_path(make: Callable) -> 
 
 
 def test_another_network_is_drawn_by_its_records_words(make: Callable) -> None:
-    """A network that this house does not know has its name, depth and weights from its record, in every study."""
+    """A network unknown to the package gets its name, depth and weights from its record, in every study."""
     other = make(psnr=31.7, structure={"name": "TOY_width4", "depth": 3, "conv_weights": 8032})
     other["config"]["model"] = {"network": "toy", "width": 4}
     (group,) = run_groups("fig1", [make("model.B=1", "model.U=9"), other])
@@ -177,7 +177,7 @@ def drawn(axis: Axes) -> dict[tuple[float, float], str]:
 
 @pytest.mark.parametrize("study", ["fig6", "fig8", "table4", "fig1", "fig9", "curves", "runs"])
 def test_nothing_clipped_or_hidden(whole: Callable, make: Callable, study: str) -> None:
-    """Wide and narrow: every letter is inside the figure, values and names do not overlap, the length is there."""
+    """Wide and narrow: all text is inside the figure, values and names do not overlap, the run length is shown."""
     records = [*whole("fig6"), make("model.B=1", "model.U=9", psnr=31.02)]
     records += whole("fig8") + whole("table4", (1,))
     records = list({(run["name"], run["seed"]): run for run in reversed(records)}.values())[::-1]  # fig6's first
@@ -219,7 +219,7 @@ def test_fig6(whole: Callable) -> None:
 
 
 def test_fig8(whole: Callable) -> None:
-    """A line a variant through the means at d = 16, 22, 28; a small point for every seed."""
+    """One line per variant through the means at d = 16, 22, 28; a small point for every seed."""
     (one,) = run_groups("fig8", whole("fig8"))
     paper, ours = draw(one).axes
     assert [len(line.get_xdata()) for line in ours.lines] == [3] * 4
@@ -263,7 +263,7 @@ def test_fig1(make: Callable) -> None:
 
 
 def test_curves(make: Callable) -> None:
-    """By patches seen, the mean over images; a validation that is not whole is left out."""
+    """Mean PSNR over images by patches seen; an incomplete validation is left out."""
     run = make("model.B=3", "model.U=4", psnr=31.0)
     assert curve(run)[0] == [8000, 16_000, 24_000]
     np.testing.assert_allclose(curve(run)[1], [30.8, 30.9, 31 - 100 / 1500])
@@ -276,7 +276,7 @@ def test_curves(make: Callable) -> None:
 
 
 def test_a_grid_of_ones_own(make: Callable) -> None:
-    """Any B, U, set and scale: a line a B by depth, the B–U plane; Set5 ×3 is not asked for."""
+    """Any B, U, set and scale: one line per B by depth, and the B–U plane; Set5 ×3 is not required."""
     runs = [make(f"model.B={b}", f"model.U={u}", psnr=30 + b + u / 10) for b in (1, 5) for u in (2, 6, 11)]
     for run in runs:
         for row in (*run["means"], *run["validation"]):
@@ -291,11 +291,11 @@ def test_a_grid_of_ones_own(make: Callable) -> None:
     assert points_table(group).columns == ["structure", "depth", "weights", "seed 1"]
     assert draw(*run_groups("curves", runs)) is not None
     (depth, *_) = draw(*run_groups("runs", runs[:1])).axes
-    assert all(tick == int(tick) for tick in depth.get_xticks())  # of one network too: there are no parts of a layer
+    assert all(tick == int(tick) for tick in depth.get_xticks())  # also for one network: layers are whole numbers
 
 
 def test_a_try_of_a_few_steps_is_folded_away(make: Callable) -> None:
-    """Beside a run of 1,500 steps one of 20 with the same recipe is no group of its own; another recipe's is one."""
+    """A run of 20 steps is a try beside one of 1,500 with the same recipe; with another recipe it is a group."""
     tried = {"budget": {"steps": 20}}
     runs = [
         make("model.B=3"),
@@ -323,7 +323,7 @@ def test_ticks_can_be_told_apart(make: Callable, values: list[float]) -> None:
 
 
 class Page(HTMLParser):
-    """What a page holds."""
+    """Parses a page's elements."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -350,7 +350,7 @@ class Page(HTMLParser):
 
 
 def test_page(entry_point: Callable, make: Callable, tmp_path: Path) -> None:
-    """Through the entry point: files, one page without a network, links to the records, what is missing."""
+    """Through the entry point: files, one page that needs no network, links to the records, missing runs."""
     runs = [
         make("model.B=3", "model.U=4", "study=fig8"),
         make("model.B=3", "model.U=2", "seed=2", "study=fig6"),
@@ -385,7 +385,7 @@ def test_page(entry_point: Callable, make: Callable, tmp_path: Path) -> None:
 
 
 def test_the_same_records_make_the_same_page(make: Callable, tmp_path: Path) -> None:
-    """No clock and no random names in it."""
+    """The page has no time and no random names."""
     from drrn.report.page import Picture, svg
 
     (one,) = run_groups("table4", [make("model.B=3", "model.U=4")])
@@ -397,7 +397,7 @@ def test_the_same_records_make_the_same_page(make: Callable, tmp_path: Path) -> 
 
 
 def test_refusals(entry_point: Callable, make: Callable, tmp_path: Path) -> None:
-    """An unknown study, no run of it, both at once with files of scores: a line that says what to do."""
+    """An unknown study, a study without runs, a study with files of scores: one line that says what to do."""
     write_json(tmp_path / "runs" / "a" / "record.json", make("model.B=2", "model.U=2"))
     for arguments, named in (
         (("study=fig7",), "fig6, fig8"),

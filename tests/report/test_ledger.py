@@ -30,7 +30,7 @@ def entries() -> list:
 
 
 def test_every_number_of_the_paper_has_its_line(entries: list) -> None:
-    """As many as the files of data/paper hold; each with a state, and with a command where there is a number."""
+    """As many lines as data/paper has numbers; each with a state, and with a command if there is a number of ours."""
     printed = [entry for entry in entries if entry.paper != MISSING]
     expected = sum(len(paper_numbers("table2")) * 2 if name == "table2" else len(paper_numbers(name))
                    for name in ("table2", "table3", "table4", "text"))  # fmt: skip
@@ -46,7 +46,7 @@ def test_every_number_of_the_paper_has_its_line(entries: list) -> None:
 
 
 def test_the_committed_pages_are_the_ledgers(entries: list) -> None:
-    """docs/ledger.csv is what the command writes; the page says the same numbers."""
+    """docs/ledger.csv equals the command's output; the page has the same numbers."""
     with (ROOT / "docs" / "ledger.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     shown = [[row["place"], row["what"], row["paper"], row["ours"], row["state"]] for row in rows]
@@ -92,7 +92,7 @@ def test_published_weights_are_measured_again(entries: list, drrn_data: Path, tm
 
 
 def test_counts_are_those_of_the_built_networks(entries: list) -> None:
-    """Weights and layers against sums over the layers' shapes by hand, the erratum, methods that are no member."""
+    """Weights and layers against sums over the layers' shapes by hand; the erratum; methods not built here."""
     for name, depth, weights, radius in (
         ("DRRN_B1U25", 52, 9 * 128 + 2 * 9 * 128 * 128 + 9 * 128, 52),
         ("DRRN_NS_B3U4", 28, 9 * 128 + (3 * 8 + 2) * 9 * 128 * 128 + 9 * 128, 28),
@@ -145,7 +145,7 @@ def test_a_training_enters_with_its_record(make: Callable, tmp_path: Path, entry
 
 
 def test_what_lies_beside_shipped_weights_is_taken(make: Callable, tmp_path: Path, monkeypatch) -> None:
-    """A run record or a file of scores, whichever its weights came with; anything else says nothing."""
+    """A run record or a file of scores beside the weights is read; any other JSON is ignored."""
     import drrn.weights.shipped
     from drrn.report.ledger import everything
 

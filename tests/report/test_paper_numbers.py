@@ -1,4 +1,4 @@
-"""`data/paper/`: the paper's numbers are complete, agree with each other and with what its text claims."""
+"""`data/paper/`: the paper's numbers are complete, and consistent with each other and with the text's claims."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_folder_holds_these_files_and_no_other() -> None:
 
 
 def test_the_text_s_numbers_stand_in_it_once() -> None:
-    """What is a margin follows from the tables; every row says where it stands."""
+    """The margins follow from the tables; every row names its place in the paper."""
     table = rows("text")
     assert len({row["key"] for row in table}) == len(table)
     for row in table:

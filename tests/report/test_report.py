@@ -63,7 +63,7 @@ def test_two_protocols_are_refused() -> None:
 
 
 def test_another_degradation_is_not_set_beside_the_paper() -> None:
-    """Its images are others; nor do two degradations meet in a table."""
+    """Its images differ from the paper's; and a table never mixes two degradations."""
     noisy = measurement("DRRN_B1U9", 1, 26.0, protocol=PROTOCOL | {"degradation": "DN"}, source="there")
     table = benchmark_table([noisy], ("psnr", "ssim"), "table2")
     assert table.rows == [["Set5", "×3", "26.00 / 0.9000"]]
@@ -73,7 +73,7 @@ def test_another_degradation_is_not_set_beside_the_paper() -> None:
 
 
 def test_other_lengths_are_other_columns() -> None:
-    """Two lengths of one structure never meet in one mean."""
+    """A mean never mixes two lengths of one structure."""
     table = benchmark_table(
         [measurement("DRRN_B1U9", 1, 33.0), measurement("DRRN_B1U9", 1, 34.0, steps=999)], ("psnr",), "table2"
     )
@@ -115,7 +115,7 @@ def test_formats() -> None:
 
 
 def test_a_terminal_of_80_columns_holds_every_cell() -> None:
-    """A wide table is printed in pieces, the paper's number, ours and the difference in one, the place in each."""
+    """A wide table is split; the paper's number, ours and the difference stay together; each part has the keys."""
     measured = [measurement(name, 1, 33.9) for name in ("DRRN_B1U9", "DRRN_B1U25", "OURS")]
     table = benchmark_table(measured, ("psnr", "ssim"), "table2")
     assert len(table.columns) == 2 + 3 + 3 + 1
@@ -199,7 +199,7 @@ def test_other_programs_images_stand_beside_the_networks(
 def test_runs_are_shown_by_their_own_degradation(
     make: Callable, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Those of the last run's; checkpoints, and runs of ready pairs on another image, by bicubic."""
+    """By the last run's degradation; checkpoints, and runs of ready pairs with another image, by bicubic."""
     from drrn.networks import build
     from drrn.report import comparison
     from drrn.report.report import ReportConfig
@@ -242,7 +242,7 @@ def test_runs_are_shown_by_their_own_degradation(
 
 
 def test_images_of_one_stem_are_two_pictures(tmp_path: Path, entry_point: Callable) -> None:
-    """a.png and a.jpg; and what follows a point in a name stays in it."""
+    """a.png and a.jpg; and a name with a point in it is kept whole."""
     pixels = np.asarray(skimage.data.camera()[100:164, 200:264])
     for name in ("a.png", "a.bmp", "b.c.png"):
         Image.fromarray(pixels).save(tmp_path / name)
@@ -280,7 +280,7 @@ def test_report_refusals(entry_point: Callable, tmp_path: Path) -> None:
 
 
 def test_runs_table() -> None:
-    """A row for bicubic by each protocol, then one a run, which says what its protocol departs in."""
+    """One row for bicubic per protocol, then one per run, with its protocol's departures."""
     means = [
         {"set": "s", "scale": 2, "images": 1, "psnr": 31.0, "ssim": 0.9, "bicubic_psnr": 30.0, "bicubic_ssim": 0.8}
     ]

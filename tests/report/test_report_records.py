@@ -71,7 +71,7 @@ def test_a_damaged_record_is_named_and_left_out(place, value, make, tmp_path, ca
 
 
 def test_runs_that_were_refused_are_counted_and_left_out(make, tmp_path, capsys) -> None:
-    """Those that diverged or met a full disk on their way are drawn as failed."""
+    """Runs that diverged or met a full disk in training are shown as failed."""
     failed = {"status": "failed", "ended_by": "user error", "error": "UserError: no such loss"}
     for seed, record in enumerate((make(), make(**failed), make(**failed), make(**failed))):
         if 0 < seed < 3:
@@ -85,7 +85,7 @@ def test_runs_that_were_refused_are_counted_and_left_out(make, tmp_path, capsys)
 
 
 def test_an_image_without_an_error_is_a_measurement_like_any_other(make, tmp_path) -> None:
-    """Its PSNR is infinite: the record is read, tables print it, and it has no place on an axis."""
+    """Its PSNR is infinite: the record is read, tables print it, and figures leave it out."""
     model = ("model.B=3", "model.U=4")
     for record in (make(*model, "seed=2", psnr=float("inf")), make(*model, "seed=1")):
         write_json(tmp_path / f"runs/s{record['seed']}/record.json", record)
@@ -140,7 +140,7 @@ def hostile(folder: Path, whole: str) -> dict[str, Path]:
 
 
 def test_hostile_files_neither_hang_nor_stop_the_others(entry_point, make, tmp_path) -> None:
-    """Through the command: each is named in a line; what is sound is reported; a run's name is printable."""
+    """Through the command: each is named in a line; the sound ones are reported; names are made printable."""
     runs, output = tmp_path / "runs", tmp_path / "out"
     record = make("model.B=3", "model.U=4", name="evil \x1b]0;title\x07\ud800 [red]name", path="elsewhere")
     write_json(runs / "good" / "record.json", record)
@@ -164,7 +164,7 @@ def test_hostile_files_neither_hang_nor_stop_the_others(entry_point, make, tmp_p
 
 
 def test_links_are_quoted(make: Callable, entry_point: Callable, tmp_path: Path, monkeypatch) -> None:
-    """A run's folder may be called what it likes: a link to it is a path, neither a scheme nor a query."""
+    """Whatever a run's folder is called, a link to it is parsed as a path, not as a scheme or a query."""
     monkeypatch.chdir(tmp_path)
     folder = Path("javascript:alert(1)") / 'a#b?c%20d&"e\n'
     write_json(folder / "record.json", make("model.B=3", "model.U=4"))
@@ -242,7 +242,7 @@ def test_runs_of_two_degradations_share_a_page(make, tmp_path, entry_point) -> N
 
 
 def test_names_of_before_and_after_are_one_network(make, tmp_path) -> None:
-    """Records once named a network by all its arguments: both are one point of a study and one row of a table."""
+    """Old records name a network by all its arguments: both names are one point of a study and one row of a table."""
     for seed, name in ((1, "FSRCNN_features56_s12_m4_scale3"), (2, "FSRCNN_x3")):
         run = make(f"seed={seed}")
         run["config"]["model"] = {"network": "fsrcnn", "features": 56, "s": 12, "m": 4, "scale": 3}

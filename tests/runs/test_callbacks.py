@@ -1,4 +1,4 @@
-"""Callbacks that somebody brings along: each with its yaml alone trains, stops, resumes and is evaluated."""
+"""Callbacks by `_target_`: with each, given only its yaml, a run trains, stops, resumes and is evaluated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIX = (
 
 
 def stopped_after(steps: int, patch: pytest.MonkeyPatch) -> None:
-    """SIGTERM as the step after so many begins."""
+    """Send SIGTERM at the beginning of the step after `steps` steps."""
     real, sent = SuperResolution.training_step, []
 
     def training_step(self: SuperResolution, batch: Any, batch_idx: int) -> Any:
@@ -99,7 +99,7 @@ def test_an_average_of_the_weights_is_validated_scored_saved_and_resumed(
 
 
 def test_early_stopping_finishes_a_run_and_its_patience_is_resumed(configure: Callable, tmp_path: Path) -> None:
-    """A rise of 99 dB is asked for, so the third validation is the second without one."""
+    """The required gain is 99 dB, so the third validation is the second without a gain."""
     asked = (
         "callbacks=early_stopping",
         "callbacks.early_stopping.patience=2",
@@ -234,7 +234,7 @@ def test_what_changes_weights_or_length_is_part_of_what_a_run_is(configure: Call
 def test_a_run_is_found_where_it_was_when_a_callback_had_two_names(
     callback: str, model: str, folder: str, configure: Callable, tmp_path: Path
 ) -> None:
-    """The folders are those of a645686, when a class by its other name was another experiment."""
+    """The folders are those of commit a645686, in which a class by its other name was another experiment."""
     mine = f"+callbacks.mine={{_target_:lightning.pytorch.callbacks.{callback}}}"
     config = configure(f"model={model}", mine, f"output={tmp_path}", tiny=False)
     assert run_dir(config).name.rpartition("-")[2] != folder.rpartition("-")[2]

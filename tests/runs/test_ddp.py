@@ -1,7 +1,7 @@
-"""Several processes of one run: what they train, measure and write is what one process does.
+"""Several processes of one run train, measure and write the same as one process.
 
 Real processes on the CPU (gloo). Two of them are started here as Slurm starts them on two machines, each with its
-own folders: nothing is shared but the network. `python src/train.py trainer.devices=2` and torchrun start others.
+own folders: they share only the network. `python src/train.py trainer.devices=2` and torchrun start others.
 The oracle is always the same configuration in this one process.
 """
 
@@ -56,7 +56,7 @@ STEPS = (
     "trainer.val_check_interval=2", "trainer.checkpoint_every=1", "trainer.log_every_n_steps=1", "logger=csv",
 )  # fmt: skip
 
-# Each point is trained by two processes; the values are what differs from STEPS.
+# Each point is trained by two processes; the values are its overrides of STEPS.
 POINTS: dict[str, dict[str, Any]] = {
     "value": {"optim.clip": "value", "optim.theta": 0.002},
     "norm": {"optim.clip": "norm"},
@@ -97,7 +97,7 @@ def alone(configure: Callable, output: Path, *arguments: str) -> Path:
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen:
-    """A process of a run, which says what it says to a pipe."""
+    """Start a process of a run, with its output in a pipe."""
     env = {key: value for key, value in os.environ.items() if key not in ("PL_GLOBAL_SEED", "HYDRA_FULL_ERROR")}
     return subprocess.Popen(
         command, env={**env, **environment}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -154,7 +154,7 @@ def assert_same_run(several: Path, one: Path) -> None:
 
 
 def assert_same_log(several: Path, one: Path) -> None:
-    """What is logged at each step, and for each validation and test."""
+    """The logged values of each step, validation and test are equal."""
     a, b = logged(several), logged(one)
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
@@ -226,7 +226,7 @@ def machines(
 
 @pytest.mark.parametrize("name", ["value", "norm", "accumulated"])
 def test_two_processes_take_the_steps_of_one(name: str, machines: SimpleNamespace) -> None:
-    """The loss, the clipping bound and what is logged are those of the whole batch; each image counts once."""
+    """The loss, the clipping bound and the logged values are those of the whole batch; each image counts once."""
     several, one = machines.several(name), machines.one(name)
     assert_same_run(several, one)
     assert_same_log(several, one)
@@ -248,7 +248,7 @@ def test_accumulation_in_two_processes_is_the_step_of_the_large_batch(machines: 
 
 
 def test_a_run_of_one_process_is_resumed_by_two(machines: SimpleNamespace) -> None:
-    """Though only the first machine has the checkpoint."""
+    """Only the first machine has the checkpoint."""
     several = machines.several("interrupted")
     assert "resuming from" in (several / "train.log").read_text()
     assert_same_run(several, machines.one("interrupted"))
@@ -263,7 +263,7 @@ def test_fewer_images_than_processes(machines: SimpleNamespace) -> None:
 
 
 def test_each_process_normalises_by_its_share_as_each_micro_batch_does(machines: SimpleNamespace) -> None:
-    """Two processes with BatchNorm are two micro-batches: the same shares, so the same weights."""
+    """Two processes with BatchNorm equal two micro-batches: the same shares, so the same weights."""
     one = state(machines.one("batch", "trainer.accumulate_grad_batches=2"))["state_dict"]
     several = state(machines.several("batch"))["state_dict"]
     whole = state(machines.one("batch"))["state_dict"]
@@ -295,7 +295,7 @@ def test_batchnorms_averages_are_the_mean_over_the_processes(machines: SimpleNam
 
 
 def test_the_second_process_writes_and_says_nothing(machines: SimpleNamespace) -> None:
-    """It has patches of its own; the first one has everything else, once."""
+    """It writes only its own patch file; rank 0 writes everything else, once."""
     (_, out, err), second = machines.results
     assert second == (0, "", "")
     assert "sync_dist" not in err
@@ -351,7 +351,7 @@ def test_a_process_that_fails_ends_the_others_and_the_sweep_continues(
 
 @slow
 def test_a_process_that_is_killed_ends_the_others(sets: Path, tiny_images: Path, tmp_path: Path) -> None:
-    """As the kernel does when memory ends: no process can say why, so the one that waits for them does."""
+    """Killed as by the kernel without memory: no process can give the reason, so their parent reports it."""
     arguments = overrides(sets, tiny_images, {"trainer.max_steps": 100000, "trainer.val_check_interval": 100000})
     run = start(sys.executable, "src/train.py", *arguments, "trainer.devices=2", f"output={tmp_path}")
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
@@ -380,7 +380,7 @@ def test_a_process_that_is_killed_ends_the_others(sets: Path, tiny_images: Path,
 def test_a_signal_stops_all_processes_after_the_same_step(
     number: signal.Signals, sets: Path, tiny_images: Path, configure: Callable, tmp_path: Path
 ) -> None:
-    """The command gets it, as from a cluster; the same command resumes."""
+    """The command gets the signal, as from a cluster; the same command resumes."""
     arguments = overrides(sets, tiny_images, {"seed": 8, "trainer.max_steps": 20000, "logger": "none"})
     arguments += ["trainer.val_check_interval=20000", f"output={tmp_path}"]
     run = start(sys.executable, "src/train.py", *arguments, "trainer.devices=2")
@@ -405,7 +405,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(
 def test_torchrun_with_three_processes_and_then_one(
     sets: Path, tiny_images: Path, configure: Callable, tmp_path: Path
 ) -> None:
-    """Two steps by three processes, the other two by this one, are the four of one."""
+    """Two steps by three processes and two by this one equal four by one."""
     arguments = overrides(sets, tiny_images, {"seed": 7})
     code, _, err = ended(
         start(
@@ -462,7 +462,7 @@ def test_other_processes_than_were_started_are_refused(configure: Callable, monk
 
 
 def test_synchronised_batchnorms_are_averaged_as_caffe_does_too(configure: Callable) -> None:
-    """`trainer.sync_batchnorm` puts other layers in place of the network's after the module was made."""
+    """`trainer.sync_batchnorm` replaces the network's layers after the module was built."""
     config = configure("model.norm=batch", "model.U=2")
     module = SuperResolution(vars(config.model), vars(config.optim))
     module.network = nn.SyncBatchNorm.convert_sync_batchnorm(module.network)
@@ -495,7 +495,7 @@ def test_the_failure_that_came_first_is_the_records(tmp_path: Path) -> None:
     [(UserError("ckpt_path: damaged"), "^ckpt_path: damaged$"), (OSError(5, "disk"), "OSError.*disk")],
 )
 def test_what_the_first_process_raises_ends_all(error: Exception, elsewhere: str, monkeypatch) -> None:
-    """A checkpoint that only the first one reads: the others do not wait for it for ever."""
+    """Only rank 0 reads a checkpoint; if that fails, the others do not wait for it."""
     message: list[bytes] = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda held: message.append(pickle.dumps(held)))

@@ -24,7 +24,7 @@ COMMAND = (
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of what that version left, as the present folder."""
+    """A copy of that version's files, as the current directory."""
     shutil.copytree(EARLIER, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

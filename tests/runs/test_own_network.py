@@ -1,4 +1,4 @@
-"""A network of somebody's own: its class, a line in NETWORKS and a yaml; it trains, resumes, and is evaluated."""
+"""A user's own network: its class, a line in NETWORKS and a yaml; it trains, resumes, and is evaluated."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_what_its_constructor_does_not_take_is_refused_by_key(arguments: list[st
 
 
 class Normalised(Toy):
-    """BatchNorm, and no `norm` that says so."""
+    """BatchNorm without an argument `norm`."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)

@@ -1,4 +1,4 @@
-"""`drrn.runs.record`: records are written whole, read with care, and mean what the protocol means."""
+"""`drrn.runs.record`: records are written whole, checked when read, and their means are the protocol's."""
 
 from __future__ import annotations
 

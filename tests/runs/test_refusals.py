@@ -1,4 +1,4 @@
-"""What a training refuses before its work, in one line with exit code 2; and what it says at its start."""
+"""The refusals of a training before its work, in one line with exit code 2; and its messages at the start."""
 
 from __future__ import annotations
 

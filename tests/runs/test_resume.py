@@ -1,4 +1,4 @@
-"""What docs/reliability.md promises of a training that is stopped or killed, and of one that is done again."""
+"""The promises of docs/reliability.md on a training that is stopped, killed or repeated."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SIX = (
 
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard() -> Iterator[None]:
-    """Where the suite runs in the background of a script, the shell has SIGINT ignored, and so would the runs."""
+    """If the suite runs in the background of a script, the shell has set SIGINT to ignored; undo that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's
     yield
@@ -98,11 +98,11 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     ("number", "method", "at", "kept", "overrides"),
     [
         (signal.SIGTERM, "training_step", 2, 3, ()),  # the step is finished
-        (signal.SIGINT, "training_step", 1, 2, ("data.num_workers=2",)),  # its validation is made up for
+        (signal.SIGINT, "training_step", 1, 2, ("data.num_workers=2",)),  # its validation is repeated
         (signal.SIGUSR1, "training_step", 5, 6, ()),  # the last one
         (signal.SIGHUP, "training_step", 2, 3, ()),  # the terminal was closed
         (signal.SIGINT, "training_step", 2, 3, ("trainer.accumulate_grad_batches=2",)),
-        (signal.SIGTERM, "validation_step", 4, 4, ()),  # not waited for, and made up for
+        (signal.SIGTERM, "validation_step", 4, 4, ()),  # aborted, and repeated
         (signal.SIGTERM, "validation_step", 6, 6, ()),  # the last one
         (signal.SIGINT, "test_step", 6, 6, ()),
     ],
@@ -158,8 +158,7 @@ import train
 from drrn.launch import launch
 launch(train.main)
 """
-# A lock that nobody opens is waited for in C, where a signal ends no wait and no handler of Python's runs: so are
-# collectives.
+# Waiting for a lock happens in C, where no signal ends the wait and no handler of Python runs, as in collectives.
 IN_C = "import ctypes; c, lock = ctypes.CDLL(None), ctypes.create_string_buffer(128); "
 IN_C += "c.pthread_mutex_init(lock, None); c.pthread_mutex_lock(lock); c.pthread_mutex_lock(lock)"
 
@@ -170,7 +169,7 @@ IN_C += "c.pthread_mutex_init(lock, None); c.pthread_mutex_lock(lock); c.pthread
         ("while time.monotonic() < until: pass", 20.0, (signal.SIGINT, signal.SIGINT)),
         ("while time.monotonic() < until: pass", 20.0, (signal.SIGTERM, signal.SIGTERM)),
         (IN_C, 20.0, (signal.SIGTERM, signal.SIGINT)),
-        (IN_C, 0.5, (signal.SIGTERM,)),  # nobody asks twice: no safe point has come
+        (IN_C, 0.5, (signal.SIGTERM,)),  # one signal: there is no safe point
     ],
 )
 def test_a_second_signal_ends_at_once_and_so_does_what_reaches_no_safe_point(
@@ -194,7 +193,7 @@ def test_a_second_signal_ends_at_once_and_so_does_what_reaches_no_safe_point(
 def test_a_signal_while_workers_are_forked_is_not_swallowed(
     configure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Python drops what is raised in a callback of fork: the run went to its end, and no later signal was heard."""
+    """Python drops exceptions raised in a callback of fork: the run went on, and later signals had no effect."""
     forks = []
 
     def in_the_callback() -> None:
@@ -212,7 +211,7 @@ def test_a_signal_while_workers_are_forked_is_not_swallowed(
 
 
 def test_a_signal_after_the_last_safe_point_is_passed_on() -> None:
-    """The run is finished; a sweep, whose handler was there before, begins no other one."""
+    """The run is finished; its sweep, whose earlier handler gets the signal, begins no other run."""
     told: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     try:
@@ -263,7 +262,7 @@ def test_ctrl_c_before_there_is_anything_to_keep_is_no_traceback(
 def test_what_fails_because_of_a_signal_is_a_stop(
     configure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A cluster may end a worker a moment before us; the record says "stopped", not "failed"."""
+    """A cluster may end a worker just before the run; the record's status is "stopped", not "failed"."""
 
     def training_step(self: SuperResolution, batch: Any, batch_idx: int) -> Any:
         if self.trainer.global_step == 1:
@@ -299,7 +298,7 @@ def test_a_multirun_ends_with_the_job_that_was_stopped(
 def test_slow_steps_are_kept_one_by_one_and_not_waited_for(
     straight: Callable, configure: Callable, send: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A cluster kills 30 s after it has asked: what cannot end in that time must not have to."""
+    """A cluster kills 30 s after its signal, so a step that takes longer is aborted."""
     monkeypatch.setattr("drrn.runs.checkpoints.SLOW", 0.0)
     config = configure(*SIX, f"output={tmp_path}")
     send(signal.SIGTERM, "training_step", 3)
@@ -311,7 +310,7 @@ def test_slow_steps_are_kept_one_by_one_and_not_waited_for(
 
 
 def test_ignored_signals_stay_ignored() -> None:
-    """As under nohup, or in a script's background jobs, whose Ctrl-C is not meant for them."""
+    """As under nohup, or in background jobs of a script, for which Ctrl-C is not meant."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
@@ -330,7 +329,7 @@ def test_ignored_signals_stay_ignored() -> None:
 
 
 def command(tiny_images: Path, *overrides: str) -> list[str]:
-    """What `configure(*SIX, *overrides)` composes, for a process of its own; written to runs/ where it starts."""
+    """The command with `configure(*SIX, *overrides)`'s configuration; it writes to runs/ in its directory."""
     sets = (f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]")
     return [*TINY, *sets, *SIX, *overrides, "output=runs"]
 
@@ -357,7 +356,7 @@ launch(train.main)
 def test_a_run_killed_and_terminated_for_real_is_resumed_bit_for_bit(
     tiny_images: Path, straight: Callable, configure: Callable, tmp_path: Path
 ) -> None:
-    """Two real processes with workers; the third start is in this one. At length: tests/stress/stress_kill.py."""
+    """Two real processes with workers; the third start is in this one. tests/stress/stress_kill.py has many kills."""
     overrides = (
         "data.num_workers=2",
         "trainer.max_steps=12",
@@ -371,7 +370,7 @@ def test_a_run_killed_and_terminated_for_real_is_resumed_bit_for_bit(
             assert workers
             kill(process, name, group=True)
         assert process.returncode == code, process.err.read_text()
-        psutil.wait_procs(workers, timeout=60)  # their batches are for nobody
+        psutil.wait_procs(workers, timeout=60)  # nobody reads their batches
         assert not any(worker.is_running() for worker in workers)
     folder = run_folder(tmp_path)
     assert read_record(folder / FILE)["status"] == "stopped"
@@ -382,11 +381,11 @@ def test_a_run_killed_and_terminated_for_real_is_resumed_bit_for_bit(
 
 
 class Dead(Exception):
-    """Stands for SIGKILL: nothing of ours runs after it but Python's own clean-up."""
+    """In place of SIGKILL: no code of ours runs after it, only Python's own clean-up."""
 
 
 def die(patch: pytest.MonkeyPatch, method: str, at: int) -> None:
-    """The method does not come to its end at a step."""
+    """Make a method raise `Dead` at a step."""
     real = getattr(SuperResolution, method)
 
     def dies(self: SuperResolution, *arguments: Any) -> Any:
@@ -412,7 +411,7 @@ def test_a_death_in_a_validation_does_not_lose_it(straight: Callable, configure:
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     straight: Callable, configure: Callable, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """Cut short, or of full length with a hole in it, as a power failure leaves files."""
+    """Truncated, or of full length with a hole, as after a power failure."""
     config = configure(*SIX, f"output={tmp_path}", "trainer.checkpoint_every=1")
     folder = run_dir(config) / "checkpoints"
     for at, harm in ((3, "cut"), (5, "hole")):
@@ -441,7 +440,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
 def test_a_checkpoint_that_cannot_be_looked_at_is_not_called_damaged(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Out of memory, a disk that is away: renaming good files for that would lose the run."""
+    """Out of memory, or a missing disk: renaming good files then would lose the run."""
     paths = [tmp_path / f"step{step:08d}.ckpt" for step in (1, 2)]
     for path in paths:
         torch.save(dict.fromkeys(NEEDED, 0), path)
@@ -530,7 +529,7 @@ def test_a_checkpoint_says_what_it_is_of(straight: Callable) -> None:
 def test_checkpoints_are_resumed_with_other_accumulation(
     straight: Callable, configure: Callable, tmp_path: Path
 ) -> None:
-    """From a file of another run, at an odd step: the micro-batches of a step stay together."""
+    """From another run's checkpoint, at an odd step: the micro-batches of a step stay together."""
     config = configure(*SIX, f"output={tmp_path}", "trainer.max_steps=3")
     train.start(config)
     path = run_dir(config) / "checkpoints/step00000003.ckpt"
@@ -628,7 +627,7 @@ def test_a_record_is_trained_again(
 
 
 def test_a_record_of_a_run_begun_afresh_is_resumed_where_it_was(straight: Callable, tmp_path: Path) -> None:
-    """Started twice, because it was stopped, `from_record` does not set its own checkpoints aside."""
+    """If `from_record` is started twice because it was stopped, it does not rename its own checkpoints."""
     record = read_record(straight() / FILE)
     for held, meant in ((None, "last"), ("last", "last"), (str(tmp_path / FILE), str(tmp_path / FILE))):
         record["config"]["ckpt_path"] = held
@@ -673,7 +672,7 @@ def test_a_record_that_cannot_be_trained_is_refused(
 
 
 def test_the_same_command_twice_gives_the_same_record(tiny_images: Path, straight: Callable, tmp_path: Path) -> None:
-    """This process and another one: but for time, host, folders and the W&B run's name, to the last digit."""
+    """In this process and another one: to the last digit, except time, host, folders and the W&B run's name."""
     with Started("train.py", *command(tiny_images), cwd=tmp_path) as process:
         assert process.wait() == 0, process.err.read_text()
     other = run_folder(tmp_path)

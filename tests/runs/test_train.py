@@ -56,7 +56,7 @@ def last_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def assert_equal(a: Any, b: Any, where: str) -> None:
-    """Bit for bit, whatever is nested in what."""
+    """Nested values are equal bit for bit."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     elif isinstance(a, dict):
@@ -201,7 +201,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
 
 
 class Interruption(Exception):
-    """What no one expected."""
+    """An unexpected error."""
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def test_a_run_that_was_stopped_is_resumed(
 def test_a_finished_run_can_be_made_longer(
     straight: tuple[Config, Path], configure: Callable, tmp_path: Path
 ) -> None:
-    """Two steps, then two more from the checkpoint, are four: the longer run has a folder of its own."""
+    """Two steps and two more from the checkpoint equal four; the longer run has a folder of its own."""
     overrides = (*FOUR, "data.scales=[2,3]", f"output={tmp_path}")
     short = trained(configure(*overrides, "trainer.max_steps=2"))
     checkpoint = short / "checkpoints/step00000002.ckpt"
@@ -492,7 +492,7 @@ def test_the_same_multirun_again_tries_only_what_failed(multirun: tuple, entry_p
 def test_an_unexpected_error_in_a_job_does_not_stop_the_others(
     entry_point: Callable, tiny_images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Not a refusal but a bug of ours: the sweep continues, tells it, and exits with an error."""
+    """Not a user error but a bug: the sweep continues, reports it, and exits with an error."""
     real = SuperResolution.training_step
 
     def buggy(self: SuperResolution, batch: Any, batch_idx: int) -> Any:
@@ -569,7 +569,7 @@ def test_a_network_learns_the_photograph_it_sees(configure: Callable, tmp_path: 
 def test_patches_that_are_changed_in_place_end_the_run(
     configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No checkpoint rests on other pairs than those that the record names."""
+    """Every checkpoint was trained only on the pairs that the record names."""
     config = configure(
         f"output={tmp_path / 'runs'}", f"data.patches={tmp_path}", "trainer.max_steps=9", "trainer.checkpoint_every=2"
     )
@@ -592,7 +592,7 @@ def test_patches_that_are_changed_in_place_end_the_run(
 
 
 def test_an_interrupted_run_is_not_resumed_with_other_images(configure: Callable, tmp_path: Path) -> None:
-    """The images of a folder may change between two starts; the run's folder is the same, its data is not."""
+    """If a folder's images change between two starts, the run's folder is the same, but its data is not."""
     from drrn.disk import write_json
 
     config = configure(f"output={tmp_path}")

@@ -4,11 +4,11 @@
     python tests/stress/stress_images.py 300 --seed 7
 
 Sound files of every kind that the readers know are damaged at random (seeded): cut, bytes and bits changed, runs
-zeroed or repeated, lengths and sizes set to extremes, two files spliced. Each is read in a child process, whose
-death, silence of 20 s or size counts against the file. Offending files are kept and named; exit code 1.
+zeroed or repeated, lengths and sizes set to extremes, two files spliced. Each is read in a child process. A file
+fails if the child dies, is silent for 20 s or takes too much memory; such files are kept and named; exit code 1.
 
 Then a photograph of 6,000×4,000 is enlarged ×2 by `src/upscale.py`, with a narrow network (32 features): at most
-2 GB more than having torch and the photograph loaded.
+2 GB more than with only torch and the photograph loaded.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def worker() -> None:
 
 
 def flipped(folder: Path, count: int, seed: int) -> list[str]:
-    """Flip a bit anywhere in PNG files: refused, or the same pixels (each part has a checksum); failures in words."""
+    """Flip a bit anywhere in PNG files: refused, or the same pixels (chunks have checksums); return the failures."""
     import numpy as np
 
     from drrn.errors import UserError
@@ -247,7 +247,7 @@ def flipped(folder: Path, count: int, seed: int) -> list[str]:
 
 
 def photograph(folder: Path) -> list[str]:
-    """Enlarge a photograph of 6,000×4,000 pixels and measure the memory; the failures in words."""
+    """Enlarge a photograph of 6,000×4,000 pixels and measure the memory; return the failures."""
     from PIL import Image
 
     from drrn.config import ModelConfig

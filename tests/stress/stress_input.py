@@ -1,13 +1,13 @@
-"""Damage a patch file in every way there is: never a wrong batch, never a hang.
+"""Damage a patch file in every way: never a wrong batch, never a hang.
 
     python tests/stress/stress_input.py        # about 5 minutes
 
-Every bit of what is not a pair is flipped (attributes, types, shapes, offsets, checksums), one at a time, of the
-zeros between only those of every 64th byte, and the file is cut at 2,000 random lengths; each is checked and read
-whole, with 20 s for each. What is refused is refused with the advice to delete it; what is taken gives the pairs of
-the sound file. Exit code 1 if not.
+Every bit outside the pairs is flipped (attributes, types, shapes, offsets, checksums), one at a time; of zero padding
+only the bits of every 64th byte. The file is also cut at 2,000 random lengths. Each damaged file is checked and read
+whole, in at most 20 s: it is refused with the advice to delete it, or gives the pairs of the sound file; else the
+exit code is 1.
 
-A bit flipped in a pair is noticed by nobody: there is no digest over the 5 GB, which would be read at every start.
+A bit flipped in a pair is not detected: there is no digest over the 5 GB, which would have to be read at every start.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SECONDS = 20
 def damaged(whole: bytes, outside: np.ndarray) -> Iterator[tuple[str, bytes]]:
     """(what was done, the file)."""
     zero = np.frombuffer(whole, np.uint8) == 0
-    gaps = zero & np.roll(zero, 1) & np.roll(zero, -1)  # within those that align the datasets, mostly
+    gaps = zero & np.roll(zero, 1) & np.roll(zero, -1)  # mostly padding that aligns the datasets
     for place in np.flatnonzero(outside & ~gaps).tolist() + np.flatnonzero(outside & gaps)[::64].tolist():
         for bit in range(8):
             data = bytearray(whole)

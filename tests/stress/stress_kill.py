@@ -50,7 +50,7 @@ WORDS = {word: getattr(signal, word) for word in ("SIGKILL", "SIGTERM", "SIGINT"
 
 
 def start(arguments: list[str], cwd: Path) -> subprocess.Popen:
-    """The real command in a process group of its own; what it says goes to a file beside its runs."""
+    """The real command in a process group of its own; its output goes to a file beside its runs."""
     cwd.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in os.environ.items() if key not in ("WANDB_SERVICE", "PYTHONPATH")}
     with (cwd / "said.txt").open("ab") as said:
@@ -95,7 +95,7 @@ def run_folder(cwd: Path) -> Path:
 
 
 def logged(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
-    """What a run logged: (step, kind of row) → row, over all its starts; where they overlap they must agree."""
+    """A run's logged rows over all its starts: (step, kind of row) → row; repeated rows must be equal."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for path in (folder / "csv").rglob("metrics.csv"):
         with path.open() as file:
@@ -108,7 +108,7 @@ def logged(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def difference(a: Any, b: Any, where: str) -> str | None:
-    """Where two nested values differ in a bit; None if nowhere."""
+    """The first place where two nested values differ in a bit, or None."""
     if type(a) is not type(b):
         return f"{where}: {type(a)} and {type(b)}"
     if isinstance(a, torch.Tensor):
@@ -207,7 +207,7 @@ def main() -> None:
                     raise AssertionError((interrupted / "said.txt").read_text())
                 for record in interrupted.rglob("record.json"):
                     held = json.loads(record.read_text())
-                    if record.stat().st_mtime < began_at:  # an earlier start's: this one had not got so far
+                    if record.stat().st_mtime < began_at:  # from an earlier start
                         continue
                     if process.returncode > 0 and (held["status"], held["ended_by"]) != ("stopped", f"signal {word}"):
                         raise AssertionError(f"{record}: {held['status']}, {held['ended_by']} after {word}")

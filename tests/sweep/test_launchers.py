@@ -74,7 +74,7 @@ def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.Monkey
 
 
 def test_a_stopped_process_begins_no_further_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And brings an Exception home, which Hydra reports; joblib would kill the others for a KeyboardInterrupt."""
+    """It returns an Exception, which Hydra reports; for a KeyboardInterrupt joblib would kill the other processes."""
     monkeypatch.setattr("signal.signal", lambda *_: None)
 
     def interrupted(cfg: object) -> None:
@@ -111,7 +111,7 @@ Parallel(n_jobs=2, backend="loky", pre_dispatch="n_jobs", batch_size=1, initiali
 
 
 def test_a_sweep_that_is_killed_leaves_no_process_and_its_runs_keep_their_steps(tmp_path: Path) -> None:
-    """Two of three have begun; a run that is told to end by SIGTERM keeps its step (tests/runs/test_resume.py)."""
+    """Two of three have begun; after SIGTERM a run saves its step (tests/runs/test_resume.py)."""
     jobs, scratch = [tmp_path / name for name in "abc"], tmp_path / "scratch"
     scratch.mkdir()
     path = os.pathsep.join((str(ROOT / "src"), os.environ.get("PYTHONPATH", "")))
@@ -127,7 +127,7 @@ def test_a_sweep_that_is_killed_leaves_no_process_and_its_runs_keep_their_steps(
 
 
 def test_joblib_runs_two_at_a_time_and_ctrl_c_ends_them(tiny_images: Path, tmp_path: Path) -> None:
-    """A short run is done; two long ones keep their step; the last is not begun."""
+    """A short run is done; two long ones save their step; the last has not begun."""
     data = (f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path}")
     long = "trainer.max_steps:1000000,trainer.val_check_interval:1000000,trainer.checkpoint_every:1000000"
     points = "[{model.B:1}," + ",".join(f"{{model.B:{B},{long}}}" for B in (2, 3, 4)) + "]"
@@ -171,7 +171,7 @@ def test_submitit_trains_in_a_job_of_its_own(sweep: Callable) -> None:
 
 
 def test_the_script_for_slurm(sweep: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An `sbatch` that keeps the script and refuses it: the array, a GPU each, told in time, queued again."""
+    """A fake `sbatch` stores the script and fails: a job array, a GPU for each job, a signal in time, requeueing."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("sbatch", "srun"):

@@ -1,4 +1,4 @@
-"""What a sweep says before and after: counts against torch's own, estimates, states, outcomes."""
+"""The output of a sweep before and after it: counts against torch's own, estimates, states, outcomes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ for half in (True, False):  # the larger peak comes last
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator is told how to behave as glibc's is")
 def test_the_counted_memory_is_the_memory_that_a_step_takes(configure: Callable) -> None:
-    """In a process of its own, whose allocator gives memory back at once (glibc by default keeps up to twice)."""
+    """In a process of its own, whose allocator frees memory at once (glibc by default keeps up to twice as much)."""
     import json
 
     size = ("model.U=4", "model.features=32", "data.batch_size=24")
@@ -124,7 +124,7 @@ def test_memory_has_two_moments_for_adam_and_adamw(configure: Callable) -> None:
 
 
 def test_real_steps_and_images_are_timed(configure: Callable) -> None:
-    """Through Lightning, with the configured precision; what it takes is not a test's business, that it is."""
+    """Through Lightning, with the configured precision; the test does not look at the values."""
     before = torch.get_num_threads()
     speed = measure(configure("data.batch_size=6", "trainer.precision=bf16-mixed"), threads=1)
     assert speed.step > 0
@@ -225,7 +225,7 @@ def test_what_became_of_a_job_is_told_from_statuses_and_types(
     configure: Callable, tmp_path: Path, before: str, status: str | None, more: dict, raised: type | Exception | None,
     touched: bool, word: str, text: str,
 ) -> None:  # fmt: skip
-    """Whatever the messages say: each case is tried with the words of others."""
+    """The text of messages does not matter: each case is tried with the texts of others."""
     job = Job(configure(f"output={tmp_path}"), before=before)
     if status is not None:
         write(job.config, status, **{**more, **({"error": text} if "error" in more else {})})
@@ -238,7 +238,7 @@ def test_what_became_of_a_job_is_told_from_statuses_and_types(
 def test_a_plan_is_whole_at_80_columns(
     configure: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, width: int
 ) -> None:
-    """Names and states are folded; nothing ends in an ellipsis."""
+    """Long names and states are wrapped; nothing is cut to an ellipsis."""
     from rich.console import Console
 
     jobs = [job_of(configure("model=drrn_ns", "model.B=17", "model.U=3", "seed=12", "name=a_name_of_our_own"))]

@@ -1,5 +1,5 @@
-"""Every configuration that is shipped is run, for a step, with tiny networks and data: the files of conf/'s groups
-and of sweeps/, whatever is added to them later."""
+"""Every shipped configuration is run for a step, with tiny networks and data: all files of conf/'s groups and of
+sweeps/, later ones included."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GROUPS = ("model", "data", "optim", "trainer", "logger", "experiment", "budget")
 SHIPPED = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
 
-# What makes any of them a matter of a second: one step, few features, no other machine than this one.
+# Overrides that make each take about a second: one step, few features, only this machine.
 SMALL = (
     "model.features=2", "data.scales=[2]", "data.val_scales=[2]", "data.batch_size=2", "data.num_workers=0",
     "trainer.max_steps=1", "trainer.max_epochs=null", "trainer.max_time=null", "trainer.val_check_interval=9",
@@ -62,13 +62,13 @@ def test_every_configuration_trains_for_a_step(
     if name == "mlflow":
         pytest.importorskip("mlflow", reason="MLflow is not in requirements.lock")
     logger = () if group == "logger" else ("logger=none",)
-    plus = "+" if group == "budget" else ""  # a budget is no group of its own: it overrides others
+    plus = "+" if group == "budget" else ""  # a budget is in no defaults list, so it is added
     code, _, err = entry_point("train", f"{plus}{group}={name}", *logger, *small)
     assert code == 0, err
     (record,) = finished_runs(tmp_path)
     as_written = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
-    if group in ("model", "optim"):  # what the file says is what was run
-        ran = {"network": "drrn", **record["config"][group]}  # which a DRRN's record does not name
+    if group in ("model", "optim"):  # the record has the file's values
+        ran = {"network": "drrn", **record["config"][group]}  # a DRRN's record has no `network`
         kept = {key: value for key, value in as_written.items() if "${" not in str(value)}
         for key in ("defaults", "features", "checkpointing"):
             kept.pop(key, None)
@@ -102,7 +102,7 @@ def test_every_debug_preset_trains_for_a_step(
 
 @pytest.fixture(scope="module")
 def shared_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all studies run, so that a network of two studies is trained once."""
+    """The output of all studies, so that a network of two studies is trained once."""
     return tmp_path_factory.mktemp("studies")
 
 
@@ -132,7 +132,7 @@ def test_every_sweep_runs_each_of_its_points(
 
 
 def as_shipped(*overrides: str) -> object:
-    """A configuration without the tiny overrides, composed and checked; nothing is run."""
+    """A shipped configuration without the tiny overrides, composed and checked, not run."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return check(compose("config", list(overrides)))
 
@@ -147,7 +147,7 @@ def points_as_shipped(name: str) -> list:
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_is_right_as_it_is_shipped(name: str) -> None:
-    """With its own budget and data, too, every point passes the checks and has a folder of its own."""
+    """With its own budget and data, every point passes the checks and has a folder of its own."""
     configs = points_as_shipped(name)
     assert len({run_dir(config) for config in configs}) == len(configs)
     assert {config.study for config in configs} == {name}
@@ -189,7 +189,7 @@ def test_a_papers_study_holds_the_papers_points(name: str, table: str) -> None:
     ids=lambda p: p.stem,
 )
 def test_every_file_opens_with_what_it_is_and_how_to_run_it(path: Path) -> None:
-    """The commands in the headers compose: they are not prose."""
+    """The commands in the headers can be composed."""
     head = []
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
@@ -204,12 +204,12 @@ def test_every_file_opens_with_what_it_is_and_how_to_run_it(path: Path) -> None:
         try:
             as_shipped(*overrides)
         except UserError as error:
-            if not str(error).startswith("data.train: the folder"):  # of images that are put there by hand
+            if not str(error).startswith("data.train: the folder"):  # of images that users add by hand
                 raise
 
 
 def agents_command(path: Path, point: int = 0) -> list[str]:
-    """The command that `wandb agent` makes of a sweep file for one of its points, by W&B's own functions."""
+    """`wandb agent`'s command for one point of a sweep file, by W&B's own functions."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     sweep = yaml.safe_load(path.read_text())
@@ -227,7 +227,7 @@ def agents_command(path: Path, point: int = 0) -> list[str]:
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_wandb_queue_holds_the_points_of_its_study(name: str) -> None:
-    """The file is what `make queues` makes of the study; its points are read as Hydra reads a command line."""
+    """The file equals the output of `make queues`; its points are parsed by Hydra's command-line parser."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     path = ROOT / "sweeps" / "wandb" / f"{name}.yaml"
@@ -245,7 +245,7 @@ def test_a_wandb_queue_holds_the_points_of_its_study(name: str) -> None:
 def test_a_wandb_agents_command_trains_one_point(
     entry_point: Callable, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its last one; with the environment that the agent makes, but for the server (offline)."""
+    """The last point, with the environment of an agent, but offline."""
     env, interpreter, program, *overrides = agents_command(ROOT / "sweeps/wandb/table4.yaml", -1)
     assert (env, interpreter, ROOT / program) == ("/usr/bin/env", "python", ROOT / "src" / "train.py")
     assert "logger.mode=online" in overrides
@@ -319,7 +319,7 @@ def test_points_are_multiplied_by_the_command_line_and_give_way_to_it() -> None:
     ],
 )
 def test_a_points_value_of_any_kind_reaches_the_configuration(value: object) -> None:
-    """Through Hydra's grammar, which reads None, commas and brackets in its own way."""
+    """Through Hydra's grammar, which parses None, commas and brackets specially."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     ((override,),) = jobs_of(points=[{"model.x": value}])
@@ -331,7 +331,7 @@ def test_a_points_value_of_any_kind_reaches_the_configuration(value: object) -> 
 def test_runs_that_are_the_same_are_run_once_and_ranked_wherever_hydra_goes(
     entry_point: Callable, small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Paths count from where the command was given; the closing table has the best first."""
+    """Paths are relative to the command's directory; the closing table has the best first."""
     monkeypatch.chdir(tmp_path)
     code, out, err = entry_point(
         "train", "-m", "model.B=1,2,1", "model.U=0", "logger=none", *small, "output=here", "hydra.job.chdir=true"

@@ -1,4 +1,4 @@
-"""Loggers as a list: the same curves in each, what each can show, none that ends a run; rows that no kill loses."""
+"""Loggers as a list: each has the same curves, none ends a run, and no kill loses a row."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_record_names_every_logger(several: tuple) -> None:
 
 
 def test_every_logger_has_the_same_curves(several: tuple) -> None:
-    """By patches seen, each value once though a step was done twice, and as the record has them."""
+    """By patches seen; each value once, though a step was done twice; equal to the record's."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, record = several
@@ -117,7 +117,7 @@ def test_wandb_shows_pictures_of_the_validations_that_were_asked_for(several: tu
     assert steps == [2, 4, 5]  # the last one is the row of the scores
 
 
-# ---------------------------------------------------------------------- what is lost is logged again
+# ---------------------------------------------------------------------- lost rows are logged again
 
 KILLED = """
 import os, signal, sys
@@ -135,7 +135,7 @@ launch(train.main)
 
 
 def test_a_killed_run_loses_no_row(configure: Callable, tiny_images: Path, tmp_path: Path) -> None:
-    """W&B's own file has not seen the last 15 s of a process that is killed; the run's file of rows has."""
+    """W&B's own file lacks the last 15 s of a killed process; the run's file of rows has them."""
     from conftest import TINY
 
     words = [*TINY, *FOUR, f"data.train=[{tiny_images}]", f"data.val=[{tiny_images}]", f"output={tmp_path}"]
@@ -220,7 +220,7 @@ def test_what_is_no_logger_is_refused_before_the_run(
 
 
 def test_loggers_of_records(configure: Callable, tmp_path: Path) -> None:
-    """Those of before there were several, and of now; only classes of Lightning are taken from a record."""
+    """Records with one logger (older) and with several; only Lightning's classes are accepted from a record."""
     written = configure("logger=tensorboard", f"output={tmp_path}")
     record = {"format": 1, "config": json.loads(json.dumps(written, default=vars))}
 
@@ -313,7 +313,7 @@ def test_what_wandb_would_refuse_is_refused_at_the_start(override: str, said: st
 def test_a_run_without_wandb_needs_no_wandb(
     logger: str, configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the package is not installed: it cannot be imported, and has no version."""
+    """As if the package was not installed: it cannot be imported, and has no version."""
     version = importlib.metadata.version
 
     def without(package: str) -> str:

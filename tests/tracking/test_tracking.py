@@ -1,4 +1,4 @@
-"""W&B: what an offline run really holds, read back from its file; and that it never decides over a run."""
+"""W&B: the content of an offline run, read back from its file; and W&B's failures never end a run."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def test_a_run_begun_afresh_is_another_wandb_run(first_leg: Path, configure: Cal
 
 
 class Listener(http.server.BaseHTTPRequestHandler):
-    """As much of W&B's server as `wandb sync` needs; keeps what it is sent."""
+    """The part of W&B's server that `wandb sync` needs; it stores the requests."""
 
     run: ClassVar[dict[str, Any]] = {}
     rows: ClassVar[list[dict[str, Any]]] = []
@@ -425,7 +425,7 @@ def test_a_wandb_that_raises_is_said_once(
 
 
 def test_a_folder_that_cannot_be_written(configure: Callable, straight: tuple, tmp_path: Path) -> None:
-    """For everyone, also for root: `wandb` is a file."""
+    """Not even by root: `wandb` is a file."""
     config = configure(*FOUR, f"output={tmp_path}")
     run_dir(config).mkdir(parents=True)
     (run_dir(config) / "wandb").write_text("in the way")
@@ -449,7 +449,7 @@ def test_a_service_that_is_killed(configure: Callable, straight: tuple, tmp_path
 def test_a_full_disk_is_noticed_though_wandb_says_nothing(
     configure: Callable, straight: tuple, tmp_path: Path
 ) -> None:
-    """The service may write no file beyond 2 KB, which it does not tell us; its file has no end then."""
+    """The service cannot write files beyond 2 KB, which it does not report; its file is then truncated."""
 
     def fill() -> None:
         resource.prlimit(service(), resource.RLIMIT_FSIZE, (2000, 2000))
@@ -475,7 +475,7 @@ def test_online_uploads_while_it_runs(configure: Callable, straight: tuple, tmp_
 def test_a_network_that_goes_away_does_not_hold_the_run_up(
     configure: Callable, straight: tuple, tmp_path: Path, listening: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What could not be uploaded is on the disk."""
+    """The data that could not be uploaded are on the disk."""
     monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 1)
 
     def unplug() -> None:
@@ -497,7 +497,7 @@ def test_a_network_that_goes_away_does_not_hold_the_run_up(
 def test_online_without_account_or_network_goes_offline(
     key: str | None, configure: Callable, straight: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """No prompt, no refusal in the middle of the night: tracked offline, to be uploaded later."""
+    """No prompt and no error: the run is tracked offline, to be uploaded later."""
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
@@ -529,7 +529,7 @@ def test_pictures_that_cannot_be_drawn_cost_nothing_else(
 def test_a_wandb_half_imported_does_not_hide_why_a_run_ended(
     configure: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A signal may come in its import; the exit code must still be the signal's."""
+    """A signal may come during W&B's import; the exit code must still be the signal's."""
     tracking = Tracking(configure(*FOUR), tmp_path, {"status": "stopped"})
     half = object.__new__(wandb_run.WandB)
     half.state, half.run = {"folder": None, "problem": None}, None

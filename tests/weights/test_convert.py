@@ -62,7 +62,7 @@ def random_network(**changes) -> tuple[DRRN, ModelConfig]:
 
 
 def photograph(height: int, width: int) -> torch.Tensor:
-    """A piece of one [1, 1, H, W], a little beyond 0…1 as bicubic interpolation is."""
+    """Part of a photograph [1, 1, H, W], a little beyond 0…1, like the result of bicubic interpolation."""
     y = skimage.data.camera()[216 : 216 + height, 240 : 240 + width] / 255
     return torch.from_numpy(y * 1.1 - 0.05).float()[None, None]
 
@@ -132,7 +132,7 @@ def parts(data: bytes) -> tuple[dict, bytes]:
 
 
 def rewritten(data: bytes, **facts) -> bytes:
-    """The same file with other facts."""
+    """The same file with changed metadata."""
     header, rest = parts(data)
     about = {**json.loads(header["__metadata__"]["drrn"]), **facts}
     header["__metadata__"]["drrn"] = json.dumps({k: v for k, v in about.items() if v is not ...})
@@ -196,7 +196,7 @@ def test_facts_that_do_not_fit_the_tensors_are_refused_without_taking_memory(fac
     network, model = random_network()
     path = tmp_path / "w.safetensors"
     save_weights(path, network, model, {})
-    load_network(path)  # what is imported for it is none of what a file takes
+    load_network(path)  # imports now, outside the measurement
     path.write_bytes(rewritten(path.read_bytes(), **facts))
     tracemalloc.start()
     try:
@@ -243,7 +243,7 @@ def test_metadata_that_are_no_mapping_are_refused(text, tmp_path) -> None:
 
 DEEP: tuple = ()
 for _ in range(200):
-    DEEP = (DEEP, DEEP)  # a few bytes of a pickle; to be hashed, written or printed it takes for ever
+    DEEP = (DEEP, DEEP)  # few bytes in a pickle, but hashing, writing or printing it takes forever
 
 
 @pytest.mark.parametrize("change", [
@@ -571,7 +571,7 @@ def test_torch_export(tmp_path) -> None:
 
 
 class Toy(nn.Module):
-    """A network of somebody's own: what `drrn.networks` asks for, and nothing else."""
+    """A user's own network: only the members that `drrn.networks` requires."""
 
     input, loss = "interpolated", "euclidean"
 
@@ -585,7 +585,7 @@ class Toy(nn.Module):
 
 
 def test_a_network_of_ones_own_is_saved_converted_and_exported(tmp_path, monkeypatch, capsys) -> None:
-    """A line in NETWORKS is all that it takes."""
+    """It needs only a line in NETWORKS."""
     monkeypatch.setitem(NETWORKS, "toy", Toy)
     structure = {"network": "toy", "width": 4, "gain": 0.5}
     network, x = Toy(4, 0.5).eval(), photograph(13, 9)
@@ -640,7 +640,7 @@ def test_initial_state_needs_the_same_structure(tmp_path) -> None:
 
 
 def test_training_starts_from_the_file(tiny_images, tmp_path) -> None:
-    """One step at a rate of almost 0: the weights are the file's; BatchNorm averages afresh."""
+    """After one step at a rate of almost 0, the weights are the file's; BatchNorm's averages start anew."""
     network, model = random_network(U=1, features=3)
     path = tmp_path / "w.safetensors"
     save_weights(path, network, model, {})

@@ -1,4 +1,4 @@
-"""Weights of others: read as their own programs mean them, and nothing in their files is run.
+"""Weights of others: read as their own programs mean them, and no code in their files is run.
 
 Caffe files are written here from caffe.proto's field numbers and run by a NumPy interpreter of the layer list;
 the ports' networks are defined here again, in-place ReLUs and all; a file of torch 0.2 under Python 2 is written
@@ -140,7 +140,7 @@ class Random:
 
 
 def drrn_layers(B: int, U: int, features: int = 5, share: bool = True, factor: float = 999.98) -> list[dict]:
-    """As the release's prototxt: BatchNorm, Scale, ReLU in place, Convolution; identity from `conv{b}`."""
+    """Like the release's prototxt: BatchNorm, Scale, in-place ReLU, Convolution; identity from `conv{b}`."""
     make = Random(B * 10 + U)
     layers = [layer("HDF5Data", "data", [], ["data", "label"])]
     below, channels = "data", 1
@@ -553,7 +553,7 @@ def run_port(network: nn.Module, image: np.ndarray) -> np.ndarray:
 
 
 def unlike_paper(found: foreign.Foreign, image: np.ndarray, truth: np.ndarray) -> float:
-    """How far the network would be off with the paper's identities."""
+    """The difference that the paper's identities would make."""
     model = type(found.model)(**{**asdict(found.model), "rectified_identity": False})
     return np.abs(output(found._replace(model=model), image) - truth).max()
 
@@ -1013,7 +1013,7 @@ def test_sizes_are_checked_before_memory_is_taken(size, stride, numel, offset, w
 
 
 def test_a_sound_tensor_pickle_is_read(tmp_path) -> None:
-    """The writer of the test above, without its lies."""
+    """The writer of the test above, with correct sizes."""
     root = pickles.read_torch(zipped(tensor_pickle([2, 2], [2, 1], 4), _0=struct.pack("<4f", 1, 2, 3, 4)))
     assert root["input.weight"].tensor().tolist() == [[1, 2], [3, 4]]
 
@@ -1063,7 +1063,7 @@ def test_hostile_pickles_neither_hang_nor_fill_memory(code, tmp_path) -> None:
     b"\x80\x02cbuiltins\nset\n](%be\x85R.", b"\x80\x04\x8f(%b\x90.", b"\x80\x02}%bNs.",
 ], ids=["set", "ADDITEMS", "dict"])  # fmt: skip
 def test_what_torch_would_hash_for_ever_is_refused(code) -> None:
-    """A checkpoint that a run resumes from goes through ours, and then through torch's unpickler."""
+    """A run's checkpoint is read by our unpickler, and then by torch's."""
     with pytest.raises(ValueError, match="that is a tuple"):
         unpickle(io.BytesIO(code % (b")" + b"q\x00h\x00\x86" * 200)))
     assert unpickle(io.BytesIO(pickle.dumps({"a", 5}, 2))) in (["a", 5], [5, "a"])
@@ -1130,7 +1130,7 @@ def test_the_container_of_2016_is_named(tmp_path) -> None:
 
 
 def test_random_bytes_and_random_damage_are_refused_or_read(tmp_path) -> None:
-    """Whatever the bytes: a UserError, or a network's description; never another error."""
+    """Any bytes give a UserError or a network's description, never another error."""
     chance, path = random.Random(1), tmp_path / "B1U1.pth"
     torch.save({"epoch": 1, "model": DRRN(1, 1)}, path)
     whole = [path.read_bytes(), caffemodel(drrn_layers(1, 1, features=1))]

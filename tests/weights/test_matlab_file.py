@@ -1,4 +1,4 @@
-"""MATLAB's files, held against SciPy's reader and writer; and the real VDSR of its authors."""
+"""MATLAB's files, compared with SciPy's reader and writer; and the real VDSR of its authors."""
 
 from __future__ import annotations
 
