@@ -17,6 +17,7 @@ from PIL import Image
 from drrn.command_line import COMMANDS, plain_words
 from drrn.config import ModelConfig
 from drrn.model import DRRN
+from drrn.photos.plan import Options
 from drrn.weights.ours import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def test_plain_words_are_keys(words: str, expected: dict[str, object], tmp_path:
     """By Hydra's own parser, which parses them next; a file that exists is no key."""
     (tmp_path / "here=1.png").touch()
     monkeypatch.chdir(tmp_path)
-    made = [word for word in plain_words(words.split("|")) if word != "--help"]
+    made = [word for word in plain_words(words.split("|"), Options) if word != "--help"]
     parsed = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(made)}
     assert {key: [*map(str, v)] if isinstance(v, list) else v for key, v in parsed.items()} == expected
 

@@ -45,3 +45,28 @@ def test_no_constructor_takes_a_row_of_flags() -> None:
                     a.arg for a in node.args.args if isinstance(a.annotation, ast.Name) and a.annotation.id == "bool"
                 ]
                 assert len(flags) < 3, f"{path.name}: {flags}"
+
+
+# Of the flat files of drrn/, those that import a folder, and which.
+KNOWN = {
+    "__init__": {"photos", "weights"},
+    "evaluation": {"fast", "weights"},
+    "evaluation_config": {"weights"},
+    "explain": {"fast"},
+    "inference": {"fast"},
+    "module": {"fast"},
+}
+
+
+def test_few_of_the_flat_files_import_a_folder() -> None:
+    folders = {path.parent.name for path in (SRC / "drrn").glob("*/__init__.py")}
+    found: dict[str, set[str]] = {}
+    for path in (SRC / "drrn").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [its.name for its in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                package, _, rest = name.partition(".")
+                if package == "drrn" and rest.partition(".")[0] in folders:
+                    found.setdefault(path.stem, set()).add(rest.partition(".")[0])
+    assert found == KNOWN

@@ -21,7 +21,6 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from drrn import __version__
 from drrn.help import closest
 from drrn.launch import launch
-from drrn.photos.plan import Options
 
 COMMANDS = {
     "train": "train a network, or a grid of them",
@@ -47,17 +46,18 @@ def main() -> None:
         lines = "\n".join(f"  drrn {command:9} {what}" for command, what in COMMANDS.items())
         print(f"{lines}\n\n`drrn train --help` shows a command's keys and examples.")
         sys.exit(0 if name in ("-h", "--help") else 2)
-    if name == "upscale":
-        arguments = plain_words(arguments)
-    sys.argv = [f"drrn {name}", *arguments]
     # pyproject.toml installs src/NAME.py as drrn.commands.NAME; in a clone src/ is on the path.
     installed = importlib.util.find_spec("drrn.commands") is not None
-    launch(importlib.import_module(f"drrn.commands.{name}" if installed else name).main)
+    module = importlib.import_module(f"drrn.commands.{name}" if installed else name)
+    if name == "upscale":
+        arguments = plain_words(arguments, module.KEYS)
+    sys.argv = [f"drrn {name}", *arguments]
+    launch(module.main)
 
 
-def plain_words(arguments: Sequence[str]) -> list[str]:
+def plain_words(arguments: Sequence[str], schema: type) -> list[str]:
     """`photo.jpg -x 2 -o big.png` as `input=[photo.jpg] scale=2 output=big.png`; what is `key=value` stays."""
-    inputs, keys, rest, kinds = [], [], list(arguments), get_type_hints(Options)
+    inputs, keys, rest, kinds = [], [], list(arguments), get_type_hints(schema)
     while rest:
         word = rest.pop(0)
         key = SHORT.get(word, word[2:].replace("-", "_") if word.startswith("--") else "")
