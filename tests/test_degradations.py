@@ -195,7 +195,7 @@ def test_what_is_no_ready_pair_is_refused(
     elif how == "odd":
         Image.open(ready / "HR/cat.png").resize((93, 64)).save(ready / "HR/cat.png")
     folder = tiny_images if how == "no pairs" else ready
-    wrong = {"absent": "holds no cat_x2", "size": "1/2 of", "no pairs": "holds HR and LR", "odd": "must be multiples"}
+    wrong = {"absent": "holds no cat_x2", "size": "1/2 of", "no pairs": "HR/ and LR/", "odd": "must be multiples"}
     with pytest.raises(UserError, match=wrong[how]):
         prepare_patches("pairs", Recipe((str(folder),), (2,), degradation="ready"), Path(), tmp_path / "patches")
 

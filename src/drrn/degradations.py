@@ -1,7 +1,7 @@
-"""How the low resolution is made of the truth: DEGRADATIONS, by the field's names.
+"""Degradations, which make the low resolution of a ground truth, by the field's names.
 
 BI is the paper's; BD and DN are those of Zhang, Tian, Kong, Zhong, Fu (RDN, CVPR 2018), Sec. 5.1. Training pairs and
-test sets are degraded here alike. A degradation of one's own is a function and an entry.
+test sets use the same functions. To add a degradation, write a function and an entry in DEGRADATIONS.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ NOISE = 30.0  # DN: σ, levels of 255
 
 
 def bicubic(planes: NDArray[np.floating], scale: int) -> NDArray[np.float64]:
-    """BI: MATLAB's bicubic (Sec. 4.1), never rounded."""
+    """BI: MATLAB's bicubic (Sec. 4.1), not rounded."""
     from drrn.matlab import imresize
 
     return imresize(planes, 1 / scale)
 
 
 def blurred(planes: NDArray[np.floating], scale: int) -> NDArray[np.float64]:
-    """BD: a Gaussian of 7×7 with σ = 1.6, borders replicated, then every third pixel from the second on, unrounded.
+    """BD: a Gaussian of 7×7 with σ = 1.6, borders replicated, then every third pixel from the second on, not rounded.
 
-    That pixel is the centre of its three: MATLAB's `imresize(…, 1/3, 'nearest')`.
+    The kept pixel is the middle one of three, as in MATLAB's `imresize(…, 1/3, 'nearest')`.
     """
     import numpy as np
     import torch
@@ -47,8 +47,8 @@ def blurred(planes: NDArray[np.floating], scale: int) -> NDArray[np.float64]:
 def noisy(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     """DN: bicubic, then noise of σ = 30 of 255 on R, G and B (or grey), then 8 bits.
 
-    The noise is drawn from a seed that the scale and the pixels make: an image has the same noise each time, in any
-    folder; no two have it in common.
+    The seed of the noise is made of the scale and the pixels: an image has the same noise each time and in any
+    folder, and no two images have the same.
     """
     import hashlib
 
@@ -64,15 +64,14 @@ def noisy(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Degradation:
-    """One way to get the low resolution of an image.
+    """A degradation.
 
     Attributes:
-        function: (truth, scale) → its low resolution [h, w] or [h, w, 3]. The truth [H, W] or [H, W, 3], sides
-            multiples of the scale, is planes in 0…1 of what the network and the metrics see (Y, or Y, Cb, Cr).
-        of_rgb: the truth is R, G, B (or grey) in 8 bits instead, and so is its low resolution.
-        scales: that it is defined for; None is all.
-
-    That of ready pairs has no function: its low resolution is a file (`sets.ready_low`).
+        function: (truth, scale) → low resolution [h, w] or [h, w, 3]. The truth [H, W] or [H, W, 3], with sides that
+            are multiples of the scale, has Y, or Y, Cb and Cr, in 0…1. None for ready pairs, whose low resolution is
+            a file (`sets.ready_low`).
+        of_rgb: truth and low resolution are R, G, B (or grey) in 8 bits instead.
+        scales: for which it is defined; None is all.
     """
 
     function: Callable[[NDArray, int], NDArray] | None
@@ -99,20 +98,20 @@ def check_scales(name: str, scales: Iterable[int], degradation: str) -> None:
 def low_resolution(
     pixels: NDArray[np.uint8], scale: int, degradation: str = BI, colour: bool = False, file: Path | None = None
 ) -> NDArray[np.float64]:
-    """The low resolution of an 8-bit image, as networks take it.
+    """The low resolution of an 8-bit image, as an input of networks.
 
     Args:
         pixels: truth [H, W] (Y or grey) or [H, W, 3] (RGB), sides multiples of the scale.
         scale: s.
         degradation: of DEGRADATIONS.
-        colour: Y, Cb and Cr of an RGB image instead of Y alone.
-        file: of the image; ready pairs need it.
+        colour: return Y, Cb and Cr of an RGB image instead of Y only.
+        file: of the image; needed for ready pairs.
 
     Returns:
-        [H / s, W / s] or [H / s, W / s, 3], 0…1 (bicubic a little beyond).
+        [H / s, W / s] or [H / s, W / s, 3], 0…1 (bicubic may overshoot).
 
     Raises:
-        UserError: of ready pairs, the other image is missing or of another size.
+        UserError: the low-resolution file of a ready pair is missing or has another size.
     """
     from drrn.images import luminance, read_pixels
     from drrn.matlab import rgb2ycbcr

@@ -1,7 +1,7 @@
-"""Why somebody's PSNR or SSIM is another one than ours: `evaluate.py explain=37.69`.
+"""Why a published PSNR or SSIM differs from ours: `evaluate.py explain=37.69`.
 
-The field measures in ways that differ in what papers leave out. `explain` measures one network, or another program's
-images, on one set at one scale in all of them, and marks those that give the claimed number.
+The field measures in several ways, which papers do not describe. `explain` measures one network, or another program's
+images, on one set at one scale in all these ways, and marks those that give the claimed number.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from drrn.sets import set_label
 Levels = NDArray[np.uint8]
 Plane = NDArray[np.floating]  # 0…1
 
-# What each choice is called in the table; the protocol's own comes first.
+# The choices, with their names in the table; the protocol's choice comes first.
 RESIZED = {
     "matlab": "MATLAB, of Y",
     "matlab 8 bits": "MATLAB, 8-bit RGB",  # a file of low-resolution colours
@@ -51,34 +51,34 @@ PLANES = {
 VALUES = {"uint8": "8 bits", "clipped": "float", "float": "float, not clipped"}
 GREY = {"one channel": "as they are", "three channels": "as RGB"}
 HEADS = {"resized": "bicubic", "plane": "compared", "crop": "crop", "values": "values", "grey": "grey images"}
-# No program mixes one library's bicubic with the other's Y, nor reads low-resolution files as full-range Y.
+# Pairs of RESIZED and PLANES that no program uses: one library's bicubic with another's Y.
 NEVER = {("matlab 8 bits", "pillow"), ("matlab 8 bits", "opencv"), ("pillow", "opencv"), ("opencv", "pillow")}
-SHOWN = 8  # ways of several departures that are printed
+SHOWN = 8  # maximum number of printed ways with several departures
 
 
 class Way(NamedTuple):
-    """A way to measure: what the network is given, what is compared, and how."""
+    """A way of measuring: the network's input, and what is compared how."""
 
-    resized: str  # how the low-resolution image is made
-    plane: str  # what the network is given and its result compared on; of RGB, the network is given Y
-    crop: int  # pixels left out at every side
-    values: str  # what the compared values are
-    grey: str  # of grey images
+    resized: str  # makes the low-resolution image: a key of RESIZED
+    plane: str  # network input and compared plane: a key of PLANES; for "rgb" the input is Y
+    crop: int  # pixels removed on every side
+    values: str  # of the comparison: a key of VALUES
+    grey: str  # treatment of grey images: a key of GREY
 
     def departures(self, protocol: Way) -> int:
-        """In how many choices it is not the protocol."""
+        """The number of choices that differ from the protocol's."""
         return sum(mine != other for mine, other in zip(self, protocol, strict=True))
 
 
 def explain(config: EvaluateConfig, overrides: Sequence[str] = ()) -> None:
-    """Print the ways to measure that give `config.explain`, and what each single departure from the protocol does.
+    """Print the ways of measuring that give `config.explain`, and the effect of each single departure.
 
     Args:
-        config: checked.
-        overrides: what the command line says. A number that is given with one digit is compared with one digit.
+        config: the checked configuration.
+        overrides: of the command line. A number typed with one digit is compared with one digit.
 
     Raises:
-        UserError: a file holds no network, or an image cannot be read.
+        UserError: a file has no network, or an image cannot be read.
     """
     given = {name.lstrip("+"): text for name, _, text in (override.partition("=") for override in overrides)}
     methods = methods_of(config)
@@ -98,13 +98,13 @@ def explain(config: EvaluateConfig, overrides: Sequence[str] = ()) -> None:
 
 
 def as_typed(text: str | None, value: float) -> str:
-    """A number with the digits that somebody typed: "37.70" keeps its zero; what is no plain number is `value`."""
+    """A number with the digits that were typed: "37.70" keeps its zero; `value` if the text is no plain number."""
     text = (text or "").strip("'\"")
     return text if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else f"{value}"
 
 
 def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32") -> dict[Way, float]:
-    """One image measured in all ways that there are for it; the protocol's comes first."""
+    """Measure one image in all ways that apply to it; the protocol's comes first."""
     pixels = modcrop(read_pixels(job.path), job.scale)
     made, is_grey = None if job.made is None else made_by_another(job, pixels), pixels.ndim == 2
     images = {"one channel": (pixels, made)}
@@ -128,17 +128,17 @@ def _compared(image: Plane, values: str) -> NDArray:
 
 
 def _value(function: Callable[[NDArray, NDArray], float], a: NDArray, b: NDArray) -> float:
-    """PSNR is over all channels; SSIM, which is of one, the mean over them."""
+    """PSNR over all channels together; for SSIM the mean over the channels."""
     if a.ndim == 2 or function is psnr:
         return function(a, b)
     return float(np.mean([function(x, y) for x, y in zip(np.moveaxis(a, 2, 0), np.moveaxis(b, 2, 0), strict=True)]))
 
 
-# ---------------------------------------------------------------------- what is compared
+# ---------------------------------------------------------------------- compared planes
 
 
 def plane_of(pixels: Levels, plane: str) -> Plane:
-    """What is compared of an image: [H, W] or [H, W, 3] in 8 bits → Y [H, W], or [H, W, 3] of "rgb", 0…1.
+    """The compared plane of an image: [H, W] or [H, W, 3] in 8 bits → Y [H, W], or [H, W, 3] for "rgb", 0…1.
 
     A grey image is its own Y. MATLAB's Y is in 16…235, the others' in 0…255:
 
@@ -158,7 +158,7 @@ def plane_of(pixels: Levels, plane: str) -> Plane:
 def compared(
     job: Job, pixels: Levels, made: Levels | None, threads: int, precision: str
 ) -> Iterator[tuple[str, str, Plane, Plane]]:
-    """(`Way.resized`, `Way.plane`, the truth, the method's result) in all ways that there are, 0…1.
+    """(`Way.resized`, `Way.plane`, the truth, the method's result) for all combinations that apply, 0…1.
 
     The network runs once for each input.
     """
@@ -190,7 +190,7 @@ def compared(
 
 
 def given(pixels: Levels, resized: str, plane: str, scale: int, input: str) -> Plane:
-    """A plane of the image shrunk to 1/s and, unless `input` is "low", enlarged again, 0…1."""
+    """A plane of the image, shrunk to 1/s and, unless `input` is "low", enlarged again, 0…1."""
     if resized in ("pillow", "opencv"):
         resize, (height, width) = pillow_resize if resized == "pillow" else opencv_resize, pixels.shape[:2]
         image = resize(pixels, (height // scale, width // scale))
@@ -203,14 +203,15 @@ def given(pixels: Levels, resized: str, plane: str, scale: int, input: str) -> P
 
 
 def pillow_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
-    """`Image.resize(…, BICUBIC)` to (height, width): a = -0.5, widened when shrinking, 8 bits."""
+    """`Image.resize(…, BICUBIC)` to (height, width): a = -0.5, antialiased when shrinking, 8 bits."""
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def opencv_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
-    """`cv2.resize(…, INTER_CUBIC)` to (height, width): a = -0.75, never widened, the edge repeated, 8 bits.
+    """`cv2.resize(…, INTER_CUBIC)` to (height, width): a = -0.75, never antialiased, replicated edges, 8 bits.
 
-    PyTorch's bicubic is the same. OpenCV's is in fixed point, so up to one value in a hundred differs by one level.
+    Computed with PyTorch's bicubic, which is the same except that OpenCV's uses fixed-point numbers: up to one value
+    in a hundred differs by one level.
     """
     planes = torch.from_numpy(np.atleast_3d(pixels).astype(np.float64)).permute(2, 0, 1)  # [C, H, W]
     levels = interpolate(planes[None], size, mode="bicubic")[0].permute(1, 2, 0).numpy()
@@ -221,14 +222,14 @@ def opencv_resize(pixels: Levels, size: tuple[int, int]) -> Levels:
 
 
 def explaining(means: dict[Way, float], claimed: str) -> list[Way]:
-    """The ways that give the claimed number with the digits that it has, those nearest to the protocol first."""
+    """The ways that give the claimed number to its digits, those with the fewest departures first."""
     protocol, digits = next(iter(means)), len(claimed.partition(".")[2])
     found = [way for way, value in means.items() if f"{value:.{digits}f}" == f"{float(claimed):.{digits}f}"]
     return sorted(found, key=lambda way: way.departures(protocol))
 
 
 def print_ways(means: dict[Way, float], claimed: str, metric: str, title: str) -> None:
-    """The protocol, each single departure from it, and what explains the claimed number or comes near."""
+    """Print the protocol, each single departure from it, and the ways that give the claimed number or come near."""
     protocol, digits = next(iter(means)), max(METRICS[metric].digits, len(claimed.partition(".")[2]))
     means = {way: value for way, value in means.items() if _says_more(way, means, digits)}
     found = explaining(means, claimed)
@@ -246,7 +247,7 @@ def print_ways(means: dict[Way, float], claimed: str, metric: str, title: str) -
         table.add_row(*cells, f"{means[way]:.{digits}f}", "✓" * (way in found))
     Console().print(table)
     if protocol in found:
-        print(f"{claimed} is what the protocol gives")
+        print(f"{claimed}: the protocol gives it")
     elif found:
         print(f"{claimed}: {len(found)} of {len(means)} ways give it, those nearest to the protocol first")
     else:
@@ -254,6 +255,6 @@ def print_ways(means: dict[Way, float], claimed: str, metric: str, title: str) -
 
 
 def _says_more(way: Way, means: dict[Way, float], digits: int) -> bool:
-    """Whether it differs from the ways that are simpler: clipping and grey images often change nothing."""
+    """Whether a way gives another value than simpler ways: clipping and grey images often change nothing."""
     simpler = [way._replace(grey="one channel")] + [way._replace(values="clipped")] * (way.values == "float")
     return all(round(means[way], digits) != round(means[other], digits) for other in simpler if other != way)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Of sets, and of what is written: suffix → what Pillow calls it.
+# Formats of sets, and of written images: suffix → Pillow's name.
 FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -13,7 +13,7 @@ FORMATS = {
     ".bmp": "BMP",
 }
 KINDS = tuple(dict.fromkeys(FORMATS.values()))
-# Images too, but in no set: they are named where one would expect them to be read. None: Pillow does not know it.
+# Other images, which sets do not have: such a file in a set's folder is reported. None: unknown to Pillow.
 OTHER_FORMATS = {
     ".gif": "GIF",
     ".ppm": "PPM",

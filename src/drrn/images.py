@@ -1,4 +1,4 @@
-"""One image of a set: how it is read, checked, turned. (People's photographs are `drrn.photos`.)"""
+"""Reading, checking and rotating an image of a set. (Users' photographs: `drrn.photos`.)"""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from drrn.formats import KINDS
 from drrn.matlab import rgb2y
 
 MAX_PIXELS = 50_000_000  # far above any benchmark image
-LARGEST_TILE = 1 << 20  # pixels of a TIFF's tile that are fine whatever the size of the picture
+LARGEST_TILE = 1 << 20  # pixels of a TIFF tile that are accepted for a picture of any size
 LARGEST_FILE = 1 << 30  # bytes
-LARGEST_CHUNK = 16 << 20  # bytes of a PNG's chunk that is kept
-PIECE = 1 << 20  # bytes that are read or decompressed at a time
+LARGEST_CHUNK = 16 << 20  # bytes of a PNG chunk that is kept
+PIECE = 1 << 20  # bytes read or decompressed at a time
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image of a set with its size, kind and checksums checked, its pixels not decoded yet."""
+    """Open an image of a set, and check its size, mode and checksums; its pixels are not decoded yet."""
     try:
         check_regular(path, LARGEST_FILE)
         with Image.open(path, formats=KINDS) as image:
@@ -37,16 +37,16 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 )
             check_whole(path, image)
             arrangement = str(image.tile[0].args) if image.tile else ""
-            if image.mode == "RGB" and ";16" in arrangement:  # Pillow would keep one byte of two
+            if image.mode == "RGB" and ";16" in arrangement:  # Pillow would drop every second byte
                 raise UserError(f"{path}: an 8-bit grey or RGB image is needed, this one has 16 bits a channel")
-            palette = image.mode == "P" and "transparency" not in image.info  # in some copies of the sets
+            palette = image.mode == "P" and "transparency" not in image.info  # some copies of the sets have these
             if image.mode not in ("L", "RGB") and not palette:
                 kind = f"{image.mode}{' with transparency' if 'transparency' in image.info else ''}"
                 raise UserError(f"{path}: an 8-bit grey or RGB image is needed, this one is {kind}")
             yield image
     except UserError:
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
+    except Exception as error:  # Pillow's decoders raise many exceptions for a damaged file
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -60,20 +60,20 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image; errors as of `read_pixels`, but for damage that only decoding shows."""
+    """(height, width) of an image; errors: those of `read_pixels`, except for damage that only decoding shows."""
     with _opened(path) as image:
         return image.height, image.width
 
 
 def read_luminance(path: Path) -> NDArray[np.uint8]:
-    """Y of an image file [H, W]; errors as of `read_pixels`."""
+    """Y of an image file [H, W]; errors: those of `read_pixels`."""
     return luminance(read_pixels(path))
 
 
 def luminance(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Y of an 8-bit image [H, W] or [H, W, 3] → [H, W], as the protocol takes it.
+    """Y of an 8-bit image [H, W] or [H, W, 3] → [H, W], as in the protocol.
 
-    Colour goes through MATLAB's `rgb2ycbcr` on uint8 (Y in 16…235); a one-channel image is used as it is.
+    Colour is converted by MATLAB's `rgb2ycbcr` on uint8 (Y in 16…235); a one-channel image is its own Y.
     """
     return pixels if pixels.ndim == 2 else rgb2y(pixels)
 
@@ -88,7 +88,7 @@ def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArra
 
 
 def check_whole(path: Path, image: Image.Image) -> None:
-    """Refuse what Pillow does not see in a file that it opened: wrong checksums, missing parts, meaningless codes."""
+    """Refuse damage that Pillow does not report: wrong checksums, missing parts, invalid codes."""
     if image.format == "PNG":
         for name, _, _, right in png_chunks(path):  # of the pixels' chunks Pillow skips the checksums
             if right is False and name[:1].isupper():  # those that a picture needs
@@ -122,12 +122,12 @@ def png_chunks(path: Path, kept: Sequence[bytes] = ()) -> Iterator[tuple[bytes, 
 
 
 def _check_tiff(path: Path, image: Image.Image) -> None:
-    """Tiles of a sane size, no part of the picture missing, zlib's checksums, fax codes that libtiff knows."""
+    """Check the size of tiles, that no part of the picture is missing, zlib's checksums, and fax codes."""
     (width, height), tags = image.size, image.tag_v2
     side = [int(tags.get(tag, 1)) for tag in (322, 323)]  # of a tile
     if side[0] * side[1] > max(4 * width * height, LARGEST_TILE):
         raise UserError(f"{path} is damaged: a picture of {width}×{height} in tiles of {side[0]}×{side[1]}")
-    parts = [tile for tile in image.tile if tile[0] != "libtiff"]  # libtiff counts for itself
+    parts = [tile for tile in image.tile if tile[0] != "libtiff"]  # libtiff checks its own
     covered = sum((right - left) * (lower - upper) for left, upper, right, lower in (part[1] for part in parts))
     planes = len(image.getbands()) if tags.get(284) == 2 else 1
     if parts and covered < width * height * planes:
@@ -143,11 +143,11 @@ def _check_tiff(path: Path, image: Image.Image) -> None:
         code = "import sys; from PIL import Image; Image.open(sys.argv[1], formats=['TIFF']).load()"
         said = subprocess.run([sys.executable, "-W", "ignore", "-c", code, path], stderr=subprocess.PIPE)
         if said.stderr:
-            raise UserError(f"{path} is damaged: its fax code means nothing somewhere")
+            raise UserError(f"{path} is damaged: its fax code is invalid")
 
 
 def _check_deflated(path: Path, content: bytes, room: int) -> None:
-    """Decompress to the end, where the checksum stands; what comes out, `room` bytes at most, is not kept."""
+    """Decompress to the end, where zlib verifies the checksum; at most `room` bytes, which are dropped."""
     stream = zlib.decompressobj()
     try:
         while content and not stream.eof and room > 0:

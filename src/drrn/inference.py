@@ -1,9 +1,9 @@
 """Super-resolving whole images with any network: any size, in bounded memory.
 
-`drrn.fast.prepared` makes a network ready: folded where `FOLDINGS` knows how, otherwise as it is. Everything here
-divides images. A folded network takes an image in strips of its whole width, and each layer keeps the rows that it
-needs again, so nothing is computed twice. Any other network takes a large image in tiles that overlap by its
-receptive radius, and so does a folded one where tiles are asked for or memory is short.
+`drrn.fast.prepared` prepares a network, folded if `FOLDINGS` has its class; this module divides images. A folded
+network processes an image in strips of its whole width, and each layer keeps the rows that it needs again, so almost
+nothing is computed twice. Any other network processes a large image in tiles that overlap by its receptive radius,
+and so does a folded one if tiles are requested or memory is short.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ def super_resolve(
     progress: Progress | None = None,
     precision: str = "float32",
 ) -> Image:
-    """The network's estimate of an image of any size; in parts when it is large, with the same result.
+    """Super-resolve an image of any size; a large one in parts, with the same result.
 
     Args:
-        network: one of `drrn.networks`' kind, on any device; BatchNorm uses its running
-            statistics whatever mode the network is in. What is prepared for it is kept for the next image.
-        x: interpolated luminance [H, W], 0…1, or what else the network's `input` says; a tensor may be on any device.
-        tile: side in pixels of what a tile adds to the result; it is computed with `receptive_radius` more
-            pixels on every side that is not a border of the image. None: strips as wide as the image, which need
-            no such overlap, or large tiles where there is no memory for them or the image is turned.
+        network: a `drrn.networks.Network` on any device; BatchNorm uses its running statistics, also in training
+            mode. The prepared network is cached for the next image.
+        x: the network's `input`, interpolated or low-resolution luminance [H, W], 0…1; a tensor on any device.
+        tile: side in pixels of a tile without its margin; the margin has `receptive_radius` pixels on every side that
+            is not a border of the image. None: strips as wide as the image, which need no margin, or large tiles if
+            memory is short or `self_ensemble` is set.
         self_ensemble: average the results for the 8 orientations of the image; takes 8 times as long.
         progress: called with (parts done, parts in all), first with 0.
         precision: "float32", "tf32", "bf16", or "auto" for the fastest that the device computes in hardware.
 
     Returns:
-        [H, W], float32, not clamped; [s · H, s · W] of a network that enlarges, by its `scale` s. An array for an
-        array, a tensor on the network's device for a tensor. The division changes it by rounding only (1e-5).
+        [H, W], float32, not clamped; [s · H, s · W] if the network has a `scale` s. An array for an array, a tensor
+        on the network's device for a tensor. The division changes it only by rounding (1e-5).
 
     Raises:
         ValueError: `x` is not [H, W] with at least one pixel, or `tile` is below 1.
-        UserError: the device has no such precision.
+        UserError: the device does not support the precision.
     """
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"x is [H, W] with at least one pixel, not {tuple(x.shape)}")
@@ -75,11 +75,11 @@ def super_resolve_strips(
     room: int | None = None,
     precision: str = "float32",
 ) -> Iterator[Tensor]:
-    """`super_resolve` for an image that is never in memory as a whole.
+    """`super_resolve` for an image that is never entirely in memory.
 
     Args:
         network, tile, self_ensemble, progress, precision: as in `super_resolve`.
-        rows: called with (first, last + 1), gives those rows of the network's input [rows, W], 0…1, from the
+        rows: called with (first, last + 1), returns those rows of the network's input [rows, W], 0…1, from the
             top. With tiles, neighbouring calls overlap by twice the receptive radius.
         shape: (H, W) of the whole input.
         room: bytes that feature maps may take; None: `free_room`.
@@ -89,7 +89,7 @@ def super_resolve_strips(
         device.
 
     Raises:
-        ValueError, UserError: as `super_resolve`.
+        ValueError, UserError: as in `super_resolve`.
     """
     if tile is not None and tile < 1:
         raise ValueError(f"tile = {tile}: a tile has at least 1 pixel")
@@ -100,7 +100,7 @@ def super_resolve_strips(
     fits = at_once(ready, shape, room) or most_rows(ready, shape[1], room) >= STRIP_ROWS
     if tile is None and not self_ensemble and fits:
         parts = strips(ready, shape, room)
-        with freed_memory_kept(len(parts) == 1):  # strips of several heights would leave gaps in the heap
+        with freed_memory_kept(len(parts) == 1):  # strips of different heights would fragment the heap
             yield from _run(ready, rows, shape, parts, progress)
         return
 
@@ -133,7 +133,7 @@ def super_resolve_strips(
 def _run(
     ready: Prepared, rows: Rows, shape: tuple[int, int], parts: list[tuple[int, int]], progress: Progress
 ) -> Iterator[Tensor]:
-    """An image in strips of its whole width, rows (first, end) of it at a time."""
+    """Process an image in strips of its whole width, rows (first, end) at a time."""
     put = ready.open(shape[0])
     progress(0, len(parts))
     for done, (first, end) in enumerate(parts, start=1):
@@ -149,7 +149,7 @@ def _tensor(x: NDArray[np.floating] | Tensor) -> Tensor:
 
 
 def ensemble(whole: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The mean of `whole` over the paper's 8 orientations (Sec. 4.2), each turned back; [h, w] → `whole`'s shape."""
+    """The mean of `whole` over the paper's 8 orientations (Sec. 4.2), each rotated back; [h, w] → `whole`'s shape."""
     total = 0
     for mirrored in (False, True):
         for quarters in range(4):

@@ -15,7 +15,7 @@ WITH_AUTOCAST = ("cpu", "cuda", "mps")  # torch.compile before 2.13 does not sup
 def he_normal(conv: nn.Conv2d | nn.ConvTranspose2d) -> nn.Conv2d | nn.ConvTranspose2d:
     """Initialise `conv` as in Sec. 4.2 and return it: He normal over the fan-in, biases 0.
 
-    The fan-in is the number of terms of one output, C · k² / s² for a transposed one [C, C', k, k] of stride s.
+    The fan-in is the number of terms in an output value: C · k² / s² with transposed weights [C, C', k, k], stride s.
     """
     transposed = isinstance(conv, nn.ConvTranspose2d)
     taps = conv.kernel_size[0] * conv.kernel_size[1] / (conv.stride[0] * conv.stride[1] if transposed else 1)

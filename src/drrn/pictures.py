@@ -37,12 +37,12 @@ class Box(NamedTuple):
 
 
 class SideBySide(NamedTuple):
-    """What a comparison shows."""
+    """The contents of a comparison."""
 
     title: str
     whole: NDArray  # the ground truth [H, W, …], 8 bits
     box: Box
-    panels: list[tuple[str, NDArray, str]]  # name, its whole image, the words below
+    panels: list[tuple[str, NDArray, str]]  # name, whole image, caption
 
 
 def side_by_side(
@@ -55,14 +55,14 @@ def side_by_side(
 ) -> SideBySide:
     """A crop from the ground truth, bicubic and each network, PSNR and SSIM under each (Fig. 7's way).
 
-    Colour is shown as the paper does: Y from the method, Cb and Cr by bicubic. The scores are those of the whole
+    Colour is shown as in the paper: Y from the method, Cb and Cr by bicubic. The scores are those of the whole
     image's Y by the protocol.
 
     Args:
-        path, scale: an image of a benchmark set, and what to degrade and super-resolve it by.
+        path, scale: an image of a benchmark set, and the factor by which to degrade and super-resolve it.
         networks: name → function of the network's input [H, W] that returns its output.
-        box: the region to enlarge; None takes the middle quarter of the image's sides.
-        low: names of those whose input is the low-resolution image; the others' is the interpolated one.
+        box: the region to enlarge; None: the middle quarter of both sides.
+        low: names of the networks whose input is the low-resolution image instead of the interpolated one.
         degradation: of DEGRADATIONS.
 
     Raises:
@@ -91,7 +91,7 @@ def side_by_side(
 
 
 def draw(comparison: SideBySide, stacked: bool = False) -> Figure:
-    """The whole image with its box and the crops: in a row, or in two columns below it for a narrow screen."""
+    """Draw the whole image with its box, and the crops: in a row, or in two columns below it for a narrow screen."""
     title, whole, box, panels = comparison
     side = 2.2  # inches: a crop's height
     crop_width, whole_width = side * box.width / box.height, side * whole.shape[1] / whole.shape[0]
@@ -120,7 +120,7 @@ def draw(comparison: SideBySide, stacked: bool = False) -> Figure:
 
 
 def save(figure: Figure, stem: Path, suffixes: Sequence[str] = (".png", ".pdf")) -> list[Path]:
-    """Write a figure as PNG and PDF under `stem`, each as `write_whole` does."""
+    """Write a figure to stem.png and stem.pdf with `write_whole`; return the paths."""
     written = []
     for suffix in suffixes:
         path = stem.with_name(stem.name + suffix)

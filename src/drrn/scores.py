@@ -1,4 +1,4 @@
-"""The file of scores: every image's values, what was scored and on which sets; it grows from call to call."""
+"""The file of scores: every image's values, with the methods and sets; later calls add to it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from drrn.protocol import means
 from drrn.sets import known_sets, part_of, set_label
 
 FORMAT = 1
-LARGEST = 1 << 30  # bytes of a file that is read
+LARGEST = 1 << 30  # maximum bytes of a file of scores
 
 
 class Scores:
     """The scores in a file, by (SHA-256 of the weights, set, scale, image).
 
-    A score holds for the image and the weights of its digests alone, and a set's label (`row["set"]`) for the images
-    of one folder: another folder of the same name gets a longer label, and scores of images that are no longer in
-    the folder leave the file. The file need not exist yet; what is no file of scores, or has scores of another
-    protocol, is a UserError.
+    A score is valid only for the digests of its image and weights. A set's label (`row["set"]`) belongs to one
+    folder: another folder of the same name gets a longer label. Scores of images that are no longer in their folder
+    are removed. The file need not exist yet; another kind of file, or scores of another protocol, is a UserError.
     """
 
     def __init__(self, path: Path, protocol: dict[str, Any]) -> None:
         self.path, self.protocol, self.dropped = path, protocol, 0
         self.rows: dict[tuple, dict[str, Any]] = {}
         self.methods: list[dict[str, Any]] = []
-        self.sets: dict[str, dict[str, Any]] = {}  # label → folder, images, sha256; earlier versions had none
+        self.sets: dict[str, dict[str, Any]] = {}  # label → folder, images, sha256; absent in earlier versions
         if path.exists():
             self._read()
 
@@ -50,12 +49,12 @@ class Scores:
             )
         if stamped != self.protocol:
             raise UserError(
-                f"{self.path} holds scores of the protocol {stamped}, which do not compare with {self.protocol}: "
+                f"{self.path} has scores of the protocol {stamped}, which do not compare with {self.protocol}: "
                 "choose another output"
             )
 
     def add_set(self, name: str, members: dict[Path, str]) -> str:
-        """The label by which a set, a known one or a folder, is called here, from now on.
+        """Add a set, a known one or a folder, and return its label.
 
         `members`, image file → SHA-256, are in the set's order.
         """
@@ -74,7 +73,7 @@ class Scores:
         return label
 
     def _is(self, label: str, folder: str, contents: str, images: dict[str, str]) -> bool:
-        """Whether a label is free, or the set's that lies in a folder or has these contents."""
+        """Whether a label is free, or belongs to this folder or to these contents."""
         there = [row for row in self.rows.values() if row["set"] == label]
         if not there:
             return True
@@ -83,17 +82,17 @@ class Scores:
         return any(_of(row, images) for row in there)
 
     def add_methods(self, methods: list[dict[str, Any]]) -> None:
-        """What is scored now; methods of the same weights are replaced."""
+        """Add methods, replacing those with the same weights."""
         now = [method["weights"] for method in methods]
         self.methods = [method for method in self.methods if method["weights"] not in now] + methods
 
     def find(self, key: tuple, digest: str) -> dict[str, Any]:
-        """The row of a key, if it was measured on the image of this digest; else an empty one."""
+        """The row of a key if it was measured on an image with this digest; else {}."""
         row = self.rows.get(key, {})
         return row if row.get("image_sha256", digest) == digest else {}
 
     def write(self, facts: dict[str, Any], complete: bool = False) -> None:
-        """Write the file, whole or not at all, with facts about this call, and means where all asked is there."""
+        """Write the file atomically, with facts about this call, and with means if all requested scores exist."""
         rows = list(self.rows.values())
         content = {"format": FORMAT, "protocol": self.protocol, **facts, "methods": self.methods, "sets": self.sets}
         write_json(self.path, {**content, "scores": rows, **({"means": means(rows)} if complete else {})})

@@ -1,10 +1,10 @@
-"""Named sets of images: what `data/registry.txt` lists, photographs of scikit-image, or a folder.
+"""Sets of images: those of `data/registry.txt`, photographs of scikit-image, or any folder.
 
-A *set* is a folder of images. `T91`, `BSD200` (together the 291 training images), `Set5`, `Set14`, `BSD100` and
-`Urban100` are folders of that name under the data root, listed with SHA-256 and URL in the registry and fetched from
-there when absent; lines in the registry make another one. `demo_train` and `demo_test` are photographs inside
-scikit-image's wheel. Any other name is taken as the path of a folder. `BSD200@181-200` is a part of a set: its images
-181 to 200 by name, such as those held out from `BSD200@1-180`.
+`T91`, `BSD200` (together the 291 training images), `Set5`, `Set14`, `BSD100` and `Urban100` are folders under the
+data root. The registry lists their files with SHA-256 and URL, from which missing ones are downloaded; further lines
+make further sets. `demo_train` and `demo_test` are photographs in scikit-image's wheel. Any other name is the path of
+a folder. `BSD200@181-200` is a part of a set: its images 181 to 200 by name, such as those held out from
+`BSD200@1-180`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Listed = Mapping[str, tuple[str, str]]  # "Set5/baby.bmp" → its digest "sha256
 REGISTRY = DATA / "registry.txt"
 LINE = re.compile(r"((\S+)/\S+)\s+(sha256:\w+)\s+(\S+)")
 
-# Photographs only (no text pages, drawings, microscopy), and no scene on both sides of the split. Brick, grass and
-# gravel are photographs too, but such textures teach a small network little about the held-out ones.
+# Photographs only (no text pages, drawings, microscopy), and no scene in both sets. The textures brick, grass and
+# gravel are left out: they help a small network little on the test images.
 DEMO_SETS = {
     "demo_train": ("astronaut.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"),
     "demo_test": ("camera.png", "chelsea.png", "coffee.png"),
 }
-TIMEOUT = 20  # seconds without a byte after which a download is tried again
+TIMEOUT = 20  # seconds without data after which a download is retried
 
 
 # ---------------------------------------------------------------------- the registry
@@ -48,7 +48,7 @@ TIMEOUT = 20  # seconds without a byte after which a download is tried again
 
 @cache
 def _registry(path: Path) -> Mapping[str, Listed]:
-    """The sets of a registry, in its order; its lines are `name sha256:digest URL`."""
+    """Parse a registry, whose lines are `name sha256:digest URL`; its sets in the file's order."""
     if not path.is_file():
         raise UserError(f"{path} is missing: it lists what to download; restore it from the repository")
     sets: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
@@ -63,17 +63,17 @@ def _registry(path: Path) -> Mapping[str, Listed]:
 
 
 def registered_sets() -> dict[str, int]:
-    """The sets of the registry and how many images each has, in the order in which they stand there."""
+    """The sets of the registry with their numbers of images, in the file's order."""
     return {name: len(listed) for name, listed in _registry(REGISTRY).items()}
 
 
 def known_sets() -> list[str]:
-    """Every set that has a name."""
+    """The names of all sets that are not folders."""
     return [*registered_sets(), *DEMO_SETS]
 
 
 def is_set(name: str) -> bool:
-    """Whether a name is a known set's, a folder's, or a part's of one; a UserError if a known set lacks the part."""
+    """Whether a name is a known set, a folder, or a part of one; a UserError if a known set lacks the part."""
     whole, _ = part_of(name)
     known = registered_sets() | {demo: len(files) for demo, files in DEMO_SETS.items()}
     if whole in known:
@@ -82,7 +82,7 @@ def is_set(name: str) -> bool:
 
 
 def part_of(name: str) -> tuple[str, range | None]:
-    """The set of a part and its images, ("BSD200", range(180, 200)) of "BSD200@181-200"; of a set (name, None)."""
+    """Parse the name of a part: ("BSD200", range(180, 200)) for "BSD200@181-200"; (name, None) for a whole set."""
     found = re.fullmatch(r"(.+)@([1-9]\d*)-([1-9]\d*)", name)
     if found is None or Path(name).is_dir():
         return name, None
@@ -90,7 +90,7 @@ def part_of(name: str) -> tuple[str, range | None]:
 
 
 def _members(name: str, files: S) -> S:
-    """Of the images of a whole set, by name, those of `name`; a UserError for a part that the set does not have."""
+    """Select the images of `name` from those of its whole set, sorted by name; UserError if the part is too long."""
     whole, part = part_of(name)
     if part is None:
         return files
@@ -100,16 +100,16 @@ def _members(name: str, files: S) -> S:
 
 
 def is_absent(name: str, root: Path) -> bool:
-    """Whether a set, or a part of one, would have to be downloaded: none of its registered files is there."""
+    """Whether a set, or a part of one, must be downloaded: none of its registered files exists."""
     listed = _registry(REGISTRY).get(part_of(name)[0])
     return listed is not None and not any((root / file).is_file() for file in _members(name, sorted(listed)))
 
 
 def fetch(set_name: str, root: Path, complete: bool = True) -> list[Path]:
-    """The registered files of a set, or of a part of one, under the data root, each verified by its SHA-256.
+    """Download the missing files of a registered set, or of a part of one; its files, each verified by SHA-256.
 
-    Unless `complete`, what is absent is downloaded only when no file of the set is there. A file of another digest,
-    and a download that failed, are a UserError that names the file.
+    Unless `complete`, missing files are downloaded only if no file of the set exists. A file with another digest and
+    a failed download are a UserError that names the file.
     """
     listed = _registry(REGISTRY).get(part_of(set_name)[0], {})
     names = _members(set_name, sorted(listed))
@@ -118,24 +118,24 @@ def fetch(set_name: str, root: Path, complete: bool = True) -> list[Path]:
         if (found := f"sha256:{sha256(root / name)}") != listed[name][0]:
             raise UserError(
                 f"{root / name} is not the file that the registry lists ({listed[name][0]}): it is {found}. "
-                "Delete it to have it fetched again, or point data.root (DRRN_DATA) elsewhere."
+                "Delete it to download it again, or set data.root (DRRN_DATA) to another folder."
             )
     if present and len(present) < len(names) and not complete:
         there = f"only {len(present)} of the {len(names)} images of {set_name} are under {root}"
-        _warn(f"{there}: a mean over them is not the set's")
+        _warn(f"{there}: their mean is not the mean of the set")
         return [root / name for name in present]
     if missing := {name: listed[name] for name in names if name not in present}:
         _download(missing, root)
     return [root / name for name in names]
 
 
-@cache  # once for each set or file, however often it is listed
+@cache  # each warning once, however often a set is listed
 def _warn(text: str) -> None:
     log.warning("%s", text)
 
 
 def _download(missing: Listed, root: Path) -> None:
-    """Pooch writes to a temporary name, verifies, renames."""
+    """Download with pooch, which writes to a temporary name, verifies, and renames."""
     import pooch
     from rich.progress import track
 
@@ -154,20 +154,20 @@ def _download(missing: Listed, root: Path) -> None:
             ) from error
 
 
-# ---------------------------------------------------------------------- the members of a set
+# ---------------------------------------------------------------------- the images of a set
 
 
 def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
-    """The image files of a set, by name.
+    """The image files of a set, sorted by name.
 
     Args:
         set_name: a known set, the path of a folder of images, or a part of either.
-        root: the data root, under which the known sets are folders.
-        complete: fetch what is absent; else only when no file is there (Urban100 is often incomplete).
+        root: the data root, which has the folders of known sets.
+        complete: download missing files; else only if no file exists (Urban100 is often incomplete).
 
     Raises:
-        UserError: the folder does not exist or holds no image, something in it looks like an image and is none, a
-            name in it is not UTF-8, or a file cannot be fetched.
+        UserError: the folder does not exist or has no image, a file in it has an image's suffix but is none, a name
+            in it is not UTF-8, or a file cannot be downloaded.
     """
     whole, part = part_of(set_name)
     if whole in registered_sets():
@@ -175,7 +175,7 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
     if part is not None:
         return _members(set_name, image_files(whole, root))
     if set_name in DEMO_SETS:
-        package = importlib.util.find_spec("skimage")  # it need not be imported
+        package = importlib.util.find_spec("skimage")  # without importing it
         files = [Path(package.origin).parent / "data" / name for name in DEMO_SETS[set_name]] if package else []
         if absent := [file.name for file in files if not file.is_file()]:
             raise UserError(f"this scikit-image does not ship {', '.join(absent)}: install the locked version")
@@ -189,22 +189,22 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
 
 
 def is_ready(folder: Path) -> bool:
-    """Whether a folder holds ready pairs, HR and LR."""
+    """Whether a folder has ready pairs, in HR/ and LR/."""
     return all(os.path.isdir(folder / name) for name in ("HR", "LR"))  # noqa: PTH112 — Path's raises without rights
 
 
 def ready_low(truth: Path, scale: int) -> Path:
-    """The low resolution of FOLDER/HR/baby.png: FOLDER/LR/baby_x3.png, or as `counterpart` says.
+    """The low resolution of FOLDER/HR/baby.png: FOLDER/LR/baby_x3.png, or another place that `counterpart` searches.
 
-    An image of no such folder is a UserError.
+    An image outside such a folder is a UserError.
     """
     if truth.parent.name != "HR" or not is_ready(truth.parent.parent):
-        raise UserError(f"{truth}: of ready pairs a set is a folder that holds HR and LR")
+        raise UserError(f"{truth}: ready pairs need a folder with HR/ and LR/")
     return counterpart(truth.parent.with_name("LR"), ".", truth, scale, only_scale=True)
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """The image files of a folder, by name: all of what looks like an image, or a UserError."""
+    """The image files of a folder, sorted by name; a UserError if one with an image's suffix cannot be read."""
     files = []
     try:
         found = list(find_images(folder))
@@ -212,7 +212,7 @@ def folder_images(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be listed: {error}") from error
     for path, wrong in found:
         if wrong and path.suffix.lower() in FORMATS:
-            raise UserError(f"{path} {wrong}: take it out of the set, or mend it")
+            raise UserError(f"{path} {wrong}: remove it from the set, or repair it")
         if wrong:
             _warn(f"{printable(path)} {wrong}")
         elif path.name != printable(path.name):
@@ -225,13 +225,13 @@ def folder_images(folder: Path) -> list[Path]:
 
 
 def find_images(folder: Path, deep: bool = False) -> Iterator[tuple[Path, str | None]]:
-    """All in a folder that looks like an image by its suffix, by name; hidden files do not.
+    """All entries of a folder with an image's suffix, sorted by name, without hidden ones.
 
-    With `deep` in its folders too, but for hidden ones and links.
+    With `deep` also those of its subfolders, except for hidden folders and links.
 
     Yields:
-        (path, None) for a file, (path, what is wrong with it) for what cannot be read: a link to nothing or to
-        itself, a pipe, a folder called x.png, or a format that sets do not have.
+        (path, None) for a file; (path, problem) for an entry that cannot be read: a link to nothing or to itself, a
+        pipe, a folder called x.png, or a format that sets do not have.
     """
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
@@ -248,9 +248,9 @@ def find_images(folder: Path, deep: bool = False) -> Iterator[tuple[Path, str | 
 
 
 def set_label(set_name: str, files: list[Path]) -> str:
-    """What tables and records call a set: a known one by its name, a folder by its own, a part with its numbers.
+    """The label of a set in tables and records: the name of a known set or folder, of a part with its numbers.
 
-    A folder is called Set5 only if all its images are Set5's; another one of that name has its parent's before it.
+    A folder is labelled Set5 only if all its images are Set5's; otherwise the label has the parent's name too.
     """
     whole, part = part_of(set_name)
     if part is not None:
@@ -265,14 +265,14 @@ def set_label(set_name: str, files: list[Path]) -> str:
     return folder.name if same else f"{folder.parent.name}/{folder.name}"
 
 
-# ---------------------------------------------------------------------- sets to measure on
+# ---------------------------------------------------------------------- evaluation sets
 
 
 def evaluation_sets(data: DataConfig, complete: bool = False) -> dict[str, dict[str, list[Path]]]:
-    """The sets to measure on, each image looked at before hours of training; `complete` as above.
+    """The evaluation sets, with each image checked before hours of training; `complete` as in `image_files`.
 
     Returns:
-        "validate" (while training) and "test" (at the end) → label → files.
+        "validate" (during training) and "test" (at its end) → label → files.
 
     Raises:
         UserError: an image cannot be read, or is too small to be scored at the largest scale.
@@ -290,15 +290,15 @@ def evaluation_sets(data: DataConfig, complete: bool = False) -> dict[str, dict[
                 check_size(file, max(scales), metrics, f"data.{key}")
             label = set_label(name, files)
             if label in sets[stage]:
-                raise UserError(f"data.{key}: {name} is {label}, which is there already")
+                raise UserError(f"data.{key}: {name} has the label {label}, as another of these sets")
             sets[stage][label] = files
     return sets if data.test else {"validate": sets["validate"], "test": sets["validate"]}
 
 
 def check_size(file: Path, scale: int, metrics: Iterable[str] = ("ssim",), key: str = "data.val") -> None:
-    """Refuse, before hours of training, an image of a set that `key` names and that cannot be scored at a scale.
+    """Refuse an image that is too small for a metric at a scale, before hours of training.
 
-    Cropped to the scale and shaved by it on every side, it is smaller than a metric takes.
+    Its size counts after the crop to the scale and the shave by the scale on every side. `key` names the set's key.
     """
     from drrn.images import image_size
     from drrn.metrics import METRICS
@@ -313,9 +313,9 @@ def check_size(file: Path, scale: int, metrics: Iterable[str] = ("ssim",), key: 
 
 
 def counterpart(folder: Path, label: str, image: Path, scale: int, only_scale: bool) -> Path:
-    """What another program made of an image: `baby_x3.png`, or `baby.png` where it is clear which scale that is.
+    """Find another program's version of an image: `baby_x3.png`, or `baby.png` if the scale is unambiguous.
 
-    It lies in the folder itself or below it in `Set5/`, `x3/`, `Set5/x3/` or `x3/Set5/`. None, or several, is a
+    The file is in the folder itself or below it in `Set5/`, `x3/`, `Set5/x3/` or `x3/Set5/`. None, or several, is a
     UserError.
     """
     marked = re.compile(rf"({re.escape(image.stem)}|{re.escape(image.name)})[_-]?x{scale}(?!\d).*", re.IGNORECASE)
