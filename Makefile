@@ -35,7 +35,7 @@ report: install  ## the paper's figures beside what is below runs/, on one page,
 test: install  ## the whole test suite (DRRN_DATA=folder of benchmark images runs the tests that need them)
 	$(RUN) -m pytest
 
-stress: install  ## 2,000 damaged images, patch files with each bit of their header flipped, 20 trainings killed at random moments, slow tests (20 min)
+stress: install  ## 2,000 damaged images, patch files with each bit of their header flipped, 20 trainings killed at random moments, slow tests (half an hour to an hour)
 	$(RUN) tests/stress/stress_images.py 2000
 	$(RUN) tests/stress/stress_input.py
 	$(RUN) tests/stress/stress_kill.py 20

@@ -19,6 +19,7 @@ from drrn.layers import conv_weights
 from drrn.paper import paper_numbers
 from drrn.report.ledger import COUNTED, QUOTED, REMEASURED, SCORES, STATES, TRAINED, built_here, ledger, measured
 from drrn.report.measurements import MISSING
+from drrn.report.networks import table1
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,6 +179,11 @@ def test_what_lies_beside_shipped_weights_is_taken(make: Callable, tmp_path: Pat
     assert (margin.ours, margin.source.state) == ("0.00", TRAINED)
     assert margin.source.command == f"{source.command} && {vdsr.command}"  # two measurements enter
     assert margin.source.record == f"{source.record} {vdsr.record}"
+    found["DRRN_B1U25", "Set5", 3] = found["DRRN_B1U25", "Set5", 3]._replace(values={"ifc": 3.0})
+    found["DRCN", "Set5", 3] = found["DRRN_B1U25", "Set5", 3]
+    (margin,) = (e for e in ledger(found) if e.what.endswith("DRRN_B1U25 above VDSR, Set5 ×3"))
+    assert margin.ours == MISSING
+    assert [row[-1] for row in table1(found, []).rows if row[0] == "DRCN"] == [MISSING]
 
 
 def test_scores_of_fewer_metrics_take_no_number_away(tmp_path: Path) -> None:

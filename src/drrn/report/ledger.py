@@ -261,8 +261,8 @@ def _of_text(row: dict[str, str], found: Found) -> Entry:
     kind, *names = row["key"].split(" ")
     entry = Entry("Text", f"{row['where']}: {row['what']}", row["value"], note=row["note"])
     if kind == "margin":
-        both = [found.get((method, names[0], int(names[1]))) for method in names[2:]]
-        if not all(both):
+        both = [found[key] for method in names[2:] if (key := (method, names[0], int(names[1]))) in found]
+        if sum("psnr" in its.values for its in both) < 2:
             return entry
         gain = both[0].values["psnr"] - both[1].values["psnr"]
         difference = signed(round(gain, 2) - float(row["value"]), 2)

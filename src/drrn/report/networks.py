@@ -57,7 +57,7 @@ def table1(found: Found, groups: list[RunGroup]) -> Table:
     rows = []
     for its in paper_numbers("table1"):
         model, measured = preset(its["model"]), found.get((its["method"], *PLACE))
-        ours = f"{measured.values['psnr']:.2f}" if measured else MISSING
+        ours = f"{measured.values['psnr']:.2f}" if measured and "psnr" in measured.values else MISSING
         row = [its["network"], its["strategies"], its["formula"], *sizes(model), quoted(its["method"], PLACE), ours]
         rows.append([*row, *(_trained(group, model) for group in groups)])
     notes = ["PSNR in dB on Set5 ×3. A multiply-add is two operations; weights of convolutions, shared ones once."]
