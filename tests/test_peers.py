@@ -290,7 +290,7 @@ def test_drcn_starts_as_the_identity_and_its_alpha_is_in_no_file() -> None:
 
 def test_a_loss_beside_the_networks_own_is_refused(configure: Callable) -> None:
     config = configure(*SMALL["drcn"], "optim.loss=l1", tiny=False)
-    with pytest.raises(UserError, match=r"optim\.loss = l1: the network brings"):
+    with pytest.raises(UserError, match=r"optim\.loss = l1: the network has"):
         SuperResolution(config.model, vars(config.optim))
 
 
