@@ -156,10 +156,10 @@ def _cell(
     if not all(ours.values()):
         return [paper, MISSING, MISSING]
     shown = " / ".join(over_seeds(ours[k], k) for k in metrics)
-    counted = sorted({m.images for m in measured})
-    whole = set_size(set_name, counted[-1])
-    if counted != [whole]:  # a mean over a part of a set does not compare with one over the whole
-        return [paper, f"{shown} ({', '.join(map(str, counted))} of {whole} images)", MISSING]
+    images = sorted({m.images for m in measured})
+    whole = set_size(set_name, images[-1])
+    if images != [whole]:  # a mean over a part of a set does not compare with one over the whole
+        return [paper, f"{shown} ({', '.join(map(str, images))} of {whole} images)", MISSING]
     differences = [
         signed(statistics.fmean(ours[k]) - float(printed[k]), METRICS[k].digits) for k in metrics if printed
     ]
