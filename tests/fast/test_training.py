@@ -45,9 +45,10 @@ COMPILER = pytest.mark.skipif(
 
 def gradients(network: DRRN, run: Callable[[Tensor], Tensor], x: Tensor, coarse: bool = False) -> dict[str, Tensor]:
     network.zero_grad()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=coarse), tf32(False):
-        y = run(x)
-    y.to(x.dtype).square().sum().backward()
+    with tf32(False):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=coarse):
+            y = run(x)
+        y.to(x.dtype).square().sum().backward()
     return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
 
 
@@ -105,6 +106,7 @@ def test_compiled_it_trains_the_same_from_one_graph(device: str, coarse: bool, c
     eager, ours = copy.deepcopy(exact), copy.deepcopy(exact)
     trained = InTraining(ours, compiled=True, checkpointing=checkpointing)
     torch._dynamo.utils.counters.clear()
+    close = 1e-5 if device == "cpu" else 1e-4  # cuDNN may choose another algorithm
     for step in range(3):
         x = torch.rand(4, 1, 12, 12, device=device)
         for network in (exact, eager):
@@ -115,16 +117,12 @@ def test_compiled_it_trains_the_same_from_one_graph(device: str, coarse: bool, c
         trained.follow(trained.statistics, [1 / (step + 1)], GOOD.to(device))
         total = torch.cat([g.flatten() for g in true.values()]).norm()  # a bias before a norm has no gradient
         for name, right in true.items():
-            limit = (
-                1.2 * (theirs[name] - right).norm() + 5e-3 * total
-                if coarse
-                else (1e-5 if device == "cpu" else 1e-4) * total
-            )
+            limit = 1.2 * (theirs[name] - right).norm() + 5e-3 * total if coarse else close * total
             assert (found[name] - right).norm() < limit, name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     for name, tensor in eager.state_dict().items():
-        close = 2e-2 if coarse else 1e-5
-        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=close, atol=close, msg=name)
+        wide = 2e-2 if coarse else close
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=wide, atol=wide, msg=name)
 
 
 def test_a_sweep_compiles_more_networks_than_pytorch_compiles_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
