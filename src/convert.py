@@ -1,4 +1,4 @@
-"""Weights from elsewhere → ours; ours → elsewhere; and what a weight file holds.
+"""Convert weights of other programs to ours, or ours for other programs; or print the contents of a weights file.
 
     python src/convert.py input=vdsr_291_adam.caffemodel output=vdsr.safetensors
     python src/convert.py input=model_epoch_28.pth U=25 output=drrn.safetensors
@@ -6,7 +6,7 @@
     python src/convert.py input=drrn.safetensors output=drrn_x2.onnx scale=2
     python src/convert.py input=FILE info=true
 
-Nothing in a foreign file is run.
+Code in a foreign file is never run.
 """
 
 from __future__ import annotations

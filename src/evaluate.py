@@ -5,7 +5,7 @@
     python src/evaluate.py method=images folder=their/results sets=[Set5]
     python src/evaluate.py checkpoint=port.safetensors scales=[2] explain=37.69
 
-Prints a table and writes every image's values; a second call with the same output computes what is missing.
+Prints a table and writes every image's values; another call with the same output computes only missing values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fetch and verify the images of a run and build its patch file; training does the same by itself.
+"""Download and verify the images of a run, and build its patch file; train.py does the same itself.
 
 python src/prepare.py
 python src/prepare.py data.augment=online
@@ -24,13 +24,13 @@ KEYS = Config
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
-    """The training configuration decides what is needed; only `data.*` matters here."""
+    """Check the training configuration, then prepare its `data.*`."""
     with refusing():
         prepare(request(cfg, HydraConfig.get().overrides.task).data)
 
 
 def prepare(data: DataConfig) -> None:
-    """Fetch, verify, build, and say what there is."""
+    """Download, verify, build, and print the files and sets."""
     from drrn.datamodule import prepare_pairs
     from drrn.sets import evaluation_sets
 

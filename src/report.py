@@ -5,7 +5,7 @@
     python src/report.py study=fig6
     python src/report.py 'study=[fig6,fig8,table4]' runs=runs
 
-Prints what it makes and writes it below `output`. Studies also make one page, `index.html`.
+Prints tables and writes everything below `output`. Studies also give one page, `index.html`.
 """
 
 from __future__ import annotations

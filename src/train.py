@@ -3,9 +3,9 @@
     python src/train.py model.B=1 model.U=9
     python src/train.py -m model.B=1,3 model.U=9,25
 
-Each run has its own folder, named by what it is, with its log, its checkpoints, its weights
-(`weights.safetensors`) and its record (`record.json`). The same command again resumes where it was interrupted;
-`from_record=FILE` trains again what a record describes.
+Each run has its own folder, named by its identity, with its log, its checkpoints, its weights
+(`weights.safetensors`) and its record (`record.json`). The same command again resumes an interrupted run;
+`from_record=FILE` repeats the run of a record.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> float | None:
     """Check the configuration before anything heavy is imported, then train.
 
     Returns:
-        The PSNR that a sweeper may maximise, of a run that is finished.
+        The PSNR of a finished run, which a sweeper may maximise.
     """
     with refusing():
         config = request(cfg, HydraConfig.get().overrides.task)

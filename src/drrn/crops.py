@@ -1,9 +1,9 @@
-"""Random crops of large images, drawn as they are needed: `data.crops`, for DIV2K.
+"""Random crops of large images, drawn at each step: `data.crops`, for DIV2K.
 
-Its 800 photographs hold 120 million patches at stride 21, 350 GB; here only the images are stored, decoded: 2.2 GB.
-A crop begins at a pixel of the low resolution. It is degraded with as much around it as its pixels depend on, so it
-is a window of the degraded image; only its noise (DN) is another in each place, and the same whenever that place is
-drawn. Which crops a step draws, in which orientations, depends on the seed and the step alone: not on the number of
+DIV2K's 800 photographs have 120 million patches at stride 21, 350 GB; only the decoded images are stored: 2.2 GB.
+A crop is aligned with the pixels of the low resolution, and degraded with a margin of all pixels that it depends on.
+So it is a window of the degraded image; only its noise (DN) differs with the place, and is the same whenever that
+place is drawn. The crops of a step and their orientations depend only on the seed and the step, not on the number of
 workers or processes, nor on where a run was stopped.
 """
 
@@ -31,13 +31,13 @@ from drrn.protocol import prepare
 from drrn.sets import image_files
 from drrn.stored import Attributes, StoredFile, built_once, check_room, sources_digest, trusted
 
-AROUND = 5  # low-resolution pixels that a crop is degraded with on each side
+AROUND = 5  # margin of a crop on each side when it is degraded, low-resolution pixels
 
 
 def prepare_images(data: DataConfig) -> Path:
-    """The file of the images to crop, decoded: what `data.train` names is fetched, the file built if need be.
+    """Download missing images of `data.train`, and build the file of the decoded images if it does not exist.
 
-    Errors as of `patch_build.prepare_patches`.
+    Errors: those of `patch_build.prepare_patches`.
     """
     files = [file for set_name in data.train for file in image_files(set_name, Path(data.root))]
     of_rgb = DEGRADATIONS[data.degradation].of_rgb
@@ -66,12 +66,12 @@ def prepare_images(data: DataConfig) -> Path:
 class Crops(StoredFile):
     """Crops of the images in a file, a whole batch in one call.
 
-    Images that hold no crop at the largest scale are left out; none that does is a UserError.
+    Images that are too small for a crop at the largest scale are left out; a UserError if none remains.
 
     Args:
-        path: what `prepare_images` returned.
+        path: returned by `prepare_images`.
         data: of the configuration.
-        input: what the network takes, "interpolated" or "low".
+        input: the network's, "interpolated" or "low".
     """
 
     def __init__(self, path: Path, data: DataConfig, input: str) -> None:
@@ -86,27 +86,27 @@ class Crops(StoredFile):
         self.process = 0
 
     def __len__(self) -> int:
-        """Crops of an epoch."""
+        """The number of crops of an epoch."""
         return self.data.crops * len(self.shapes)
 
     def __getitem__(self, draws: NDArray[np.int64]) -> tuple[NDArray, ...]:
-        """Draws [n, 5] → (data, label, orientations), as `Patches` gives stored pairs.
+        """Draws [n, 5] → (data, label, orientations), in the form of `Patches`.
 
-        For a network that takes the low resolution, data is [n, p / s, p / s].
+        For a network with the input "low", data is [n, p / s, p / s].
         """
-        if self.file is None or self.process != os.getpid():  # a handle does not survive a fork
+        if self.file is None or self.process != os.getpid():  # a fork invalidates the handle
             self.process, self.file = os.getpid(), h5py.File(self.path, "r")
         pairs = [self._crop(*draw) for draw in draws.tolist()]
         x, y = (np.stack(part) for part in zip(*pairs, strict=True))
         return x, y, draws[:, 4] % 8
 
     def _crop(self, image: int, scale: int, row: int, column: int, _: int) -> tuple[NDArray, NDArray]:
-        """(x, x̃) as integers; each number picks one of what there is."""
+        """(x, x̃) as integers; each random number, modulo the number of choices, selects one."""
         key, *sides = self.shapes[image % len(self.shapes)]
         s = self.data.scales[scale % len(self.data.scales)]
         shrunk = s if self.input == "low" else 1
         p = self.data.patch_size // shrunk * shrunk
-        degraded, corner = [], []  # what is degraded, and where the crop begins in it
+        degraded, corner = [], []  # the region to degrade, and the crop's corner in it
         for place, side in zip((row, column), sides, strict=True):
             side -= side % s
             at = s * (place % ((side - p) // s + 1))
@@ -120,7 +120,7 @@ class Crops(StoredFile):
 
 
 class Draws(ShuffledBatches):
-    """What each step draws, [n, 5] random numbers for n crops: the image, the scale, two places, the orientation."""
+    """The draws of each step, [n, 5] random numbers for n crops: image, scale, row, column, orientation."""
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         for step in range(self.start, self.steps):

@@ -1,4 +1,4 @@
-"""The data of a run: shuffled training patches, and the evaluation sets image by image."""
+"""Lightning's data module: shuffled training patches, and the evaluation sets image by image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
 
 def prepare_pairs(data: DataConfig, input: str = "interpolated") -> Patches | Crops:
-    """Where training pairs come from: the patch file, or crops; it is built if it is not there."""
+    """The training pairs, from the patch file or as crops; the file is built if it does not exist."""
     if data.crops:
         return Crops(prepare_images(data), data, input)
     path = prepare_patches(data.name, Recipe.of(data), Path(data.root), Path(data.patches), max(1, data.num_workers))
@@ -41,7 +41,7 @@ class SuperResolutionData(LightningDataModule):
     """Training patches and evaluation sets of a run.
 
     To Lightning the whole run is one epoch: `ShuffledBatches` counts the data's own epochs, so that a run can
-    stop and be resumed at any step. `prepare_data` may be called in every process: they wait for one another.
+    stop and be resumed at any step. `prepare_data` may be called in every process: only one builds, the others wait.
     """
 
     def __init__(self, config: Config) -> None:
@@ -51,8 +51,8 @@ class SuperResolutionData(LightningDataModule):
         self.max_steps, self.max_epochs = config.trainer.max_steps, config.trainer.max_epochs
 
     def prepare_data(self) -> None:
-        """Fetch what is missing, build the file of the pairs if it is not there, and settle the run's length."""
-        if hasattr(self, "pairs"):  # Lightning asks once more for each fit and test: the file is open by then
+        """Download missing images, build the file of the pairs if it does not exist, and compute the run's length."""
+        if hasattr(self, "pairs"):  # Lightning calls this again for each fit and test
             return
         self.sets = evaluation_sets(self.data)
         self.pairs = prepare_pairs(self.data, self.input)
@@ -61,22 +61,22 @@ class SuperResolutionData(LightningDataModule):
             self.max_steps = max(1, round(self.max_epochs * self.steps_per_epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep. Lightning calls this for every checkpoint: a UserError if the pairs' file was changed."""
+        """{}; but Lightning calls this for every checkpoint, so a changed file of pairs is a UserError here."""
         self.pairs.check_unchanged()
         return {}
 
     def evaluation_tasks(self, stage: str) -> list[Task]:
-        """Sets × scales: `data.val` and `val_scales` while training, `data.test` and every trained scale after."""
+        """Sets × scales: `data.val` × `val_scales` for "validate", `data.test` × `scales` for "test"."""
         scales = self.data.scales if stage == "test" else self.data.val_scales
         return [Task(label, scale) for label in self.sets[stage] for scale in scales]
 
     def evaluation_metrics(self, stage: str) -> tuple[str, ...]:
-        """What is measured: at the end `data.test_metrics` too."""
+        """Names of the metrics; for "test" also `data.test_metrics`."""
         more = (self.data.test_metrics or ()) if stage == "test" else ()
         return tuple(dict.fromkeys([*in_training(), *more]))
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of stored integers; the hooks below make them floats on the device."""
+        """Batches of stored integers, which the hooks below convert to floats on the device."""
         trainer = self.trainer
         order = Draws if self.data.crops else ShuffledBatches
         batches = order(
@@ -93,9 +93,9 @@ class SuperResolutionData(LightningDataModule):
         return pair_loader(self.pairs, batches, self.data.num_workers, pin_memory=gpu)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """The image files of each of `evaluation_tasks`. Each process takes every world-size-th: nothing is padded.
+        """The image files of each of `evaluation_tasks`, divided between the ranks without padding.
 
-        One that has none left gets None: it takes part in the evaluation, which the others wait for.
+        A rank without a file gets None, so that it takes part in the collectives of the evaluation.
         """
         stage = "test" if self.trainer.testing else "validate"
         first, step = self.trainer.global_rank, self.trainer.world_size
@@ -105,13 +105,13 @@ class SuperResolutionData(LightningDataModule):
     test_dataloader = val_dataloader
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Arrays → tensors; pinned batches are tensors already."""
+        """Convert arrays to tensors; pinned batches are tensors already."""
         return tuple(torch.from_numpy(part) for part in batch) if isinstance(batch, Pairs) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Stored integers → (x, x̃) [N, 1, p, p] float32 in 0…1 (x a little beyond), turned; on the device.
+        """Stored integers → (x, x̃) [N, 1, p, p], float32 in 0…1 (x may overshoot), rotated; on the device.
 
-        Of a network that takes the low-resolution image, x is made of x̃ (`low_pairs`).
+        For a network with the input "low", x is made of x̃ (`low_pairs`).
         """
         if not self.trainer.training:
             return batch

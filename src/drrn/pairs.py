@@ -1,4 +1,4 @@
-"""Training pairs on their way to the network: loaded, turned, shrunk for networks that take the low resolution."""
+"""Loading, rotating and shrinking training pairs for the network."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ from drrn.workers import end_with_parent
 
 
 def _start_worker(worker: int) -> None:
-    """Keep a terminal's Ctrl-C and a cluster's SIGTERM, sent to the run's group, from ending the workers of a step
-    that the run will still finish (`runs.stop.StopSignals`); it ends them itself. When it is killed they end
-    too: PyTorch's own watch over it then waits for batches to leave through a pipe that nobody reads."""
+    """Shield a worker from a terminal's Ctrl-C and a cluster's SIGTERM, which go to the run's process group: the run
+    still finishes its step (`runs.stop.StopSignals`) and ends the workers itself. If the run is killed they end too;
+    with PyTorch's own watchdog a worker would hang, because nobody reads the batches in its pipe."""
     os.setpgrp()
     end_with_parent()
 
 
 class Pairs(tuple):
-    """A batch as it is read: the NumPy arrays (data, label) [n, p, p]; orientations [n] if there are several."""
+    """A batch as read: NumPy arrays (data, label) [n, p, p], and orientations [n] with online augmentation."""
 
     def pin_memory(self) -> tuple[Tensor, ...]:
-        """Tensors from which a GPU copies while it computes; the loader's thread calls it."""
+        """Pinned tensors, which a GPU copies while it computes; the DataLoader's thread calls this."""
         return tuple(torch.from_numpy(part).pin_memory() for part in self)
 
 
 def pair_loader(
     patches: Patches | Crops, batches: ShuffledBatches, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
-    """Batches of stored integers, each `Pairs`, or tensors where they are pinned.
+    """A DataLoader for batches of stored integers: `Pairs`, or tensors with `pin_memory`.
 
-    Workers send arrays through their pipe; tensors would each need a socket of their own, which takes longer than
-    reading the batch does.
+    Workers send arrays through a pipe; tensors would each need a socket, which takes longer than reading the batch.
     """
     return DataLoader(
         patches,
@@ -55,29 +54,29 @@ def pair_loader(
 
 @lru_cache
 def _moves(p: int, device: torch.device) -> Tensor:
-    """Where each pixel of a turned patch comes from [8, p²]."""
+    """For each orientation, the source index of every pixel of a rotated patch [8, p²]."""
     pixels = np.arange(p * p).reshape(p, p)
     return torch.from_numpy(np.stack(orientations(pixels))).flatten(1).to(device)
 
 
 def turned(patches: Tensor, orientation: Tensor) -> Tensor:
-    """Patches [N, p, p], each in its orientation [N], numbered as in `images.orientations`; pixels are moved."""
+    """Rotate patches [N, p, p], each to its orientation [N], numbered as in `images.orientations`."""
     moves = _moves(patches.shape[-1], patches.device)[orientation]  # [N, p²]
     return patches.flatten(1).gather(1, moves).view_as(patches)
 
 
 @lru_cache
 def _bicubic(p: int, scale: int, device: torch.device) -> Tensor:
-    """The weights of MATLAB's bicubic that shrinks p pixels [p / s, p], float32."""
+    """The weights [p / s, p] of MATLAB's bicubic that shrinks p pixels, float32."""
     return torch.from_numpy(resize_matrix(p, 1 / scale, p // scale).toarray()).float().to(device)
 
 
 def low_pairs(truth: Tensor, scale: int) -> tuple[Tensor, Tensor]:
-    """Patches x̃ [N, p, p] → the pairs of a network that takes the low-resolution image, [N, P / s, P / s], [N, P, P].
+    """Patches x̃ [N, p, p] → pairs for a network with the input "low", [N, P / s, P / s], [N, P, P].
 
-    A patch is cropped at the bottom and on the right to P pixels, a multiple of the scale (31 to 30, 30 and 28 at ×2,
-    ×3 and ×4), and shrunk as an image is, so its own border is mirrored. The low resolution of the whole image is
-    another there: by 0.9, 1.2 and 1.3 grey levels in the outermost pixels, 0.2 in the next (T91, root mean square).
+    A patch is cropped at the bottom and right to P pixels, a multiple of the scale (31 to 30, 30 and 28 at ×2, ×3 and
+    ×4), and shrunk like an image, with mirrored borders. There it differs from the low resolution of the whole image:
+    by 0.9, 1.2 and 1.3 grey levels in the outermost pixels, 0.2 in the next (T91, root mean square).
     """
     p = truth.shape[-1] - truth.shape[-1] % scale
     truth, weights = truth[:, :p, :p], _bicubic(p, scale, truth.device)

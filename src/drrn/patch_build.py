@@ -23,14 +23,15 @@ from drrn.sets import image_files, ready_low
 from drrn.stored import Attributes, built_once, check_room
 from drrn.workers import end_with_parent
 
-ROWS = 8192  # that a building process cuts and writes at a time: 24 MB
+ROWS = 8192  # rows that a worker process cuts and writes at a time: 24 MB
 
 
 class Version(NamedTuple):
-    """An image in one orientation at one scale, from which pairs are cut; places count in the image as it is.
+    """An image in one orientation at one scale, from which pairs are cut; coordinates are the original image's.
 
-    What the crop to a multiple of the scale leaves of the *turned* image is the rectangle of the image that lies
-    in the corner which the turn brings to the top left. So up to four rectangles serve the eight orientations.
+    The rotated image is cropped to a multiple of the scale at its bottom and right. In the original image that is a
+    rectangle in the corner that the rotation moves to the top left. So the eight orientations need up to four
+    rectangles.
     """
 
     orientation: int
@@ -39,25 +40,25 @@ class Version(NamedTuple):
     left: int
     height: int
     width: int
-    down: int  # windows below each other in the turned rectangle
-    across: int  # and side by side
+    down: int  # rows of windows in the rotated rectangle
+    across: int  # columns of windows
 
     @property
     def rectangle(self) -> tuple[int, int, int, int, int]:
-        """What is degraded: (scale, top, left, height, width)."""
+        """The region to degrade: (scale, top, left, height, width)."""
         return self[1:6]
 
 
 def windows(length: int, recipe: Recipe) -> int:
-    """Complete windows along a side of `length` pixels."""
+    """The number of complete windows along a side of `length` pixels."""
     return max(0, (length - recipe.patch_size) // recipe.stride + 1)
 
 
 def versions(height: int, width: int, recipe: Recipe) -> list[Version]:
-    """The versions of an image [height, width] that give pairs, in the order in which they are cut."""
+    """The versions of an image [height, width] that have pairs, in the order of the pairs' numbers."""
     found = []
     for o, corners in enumerate(orientations(np.array([[0, 1], [2, 3]]), range(recipe.orientations))):
-        bottom, right = divmod(int(corners[0, 0]), 2)  # the corner that comes to lie at the top left
+        bottom, right = divmod(int(corners[0, 0]), 2)  # the corner that moves to the top left
         for scale in recipe.scales:
             h, w = height - height % scale, width - width % scale
             down, across = (windows(side, recipe) for side in ((w, h) if o % 2 else (h, w)))
@@ -66,17 +67,17 @@ def versions(height: int, width: int, recipe: Recipe) -> list[Version]:
 
 
 def pair_count(height: int, width: int, recipe: Recipe) -> int:
-    """Pairs that one image [height, width] gives over all scales and stored orientations."""
+    """The number of pairs of one image [height, width] over all scales and stored orientations."""
     return sum(version.down * version.across for version in versions(height, width, recipe))
 
 
 def rectangles(height: int, width: int, recipe: Recipe) -> list[tuple[int, int, int, int, int]]:
-    """What is degraded of an image [height, width], each `Version.rectangle` once."""
+    """The distinct regions of an image [height, width] to degrade (`Version.rectangle`)."""
     return list(dict.fromkeys(version.rectangle for version in versions(height, width, recipe)))
 
 
 class Source(NamedTuple):
-    """An image, and where its pixels begin in the file that a build keeps them in: its rectangles, then its Y."""
+    """An image, and the offset of its data in the build's temporary file: degraded rectangles, then Y."""
 
     path: Path
     height: int
@@ -85,7 +86,7 @@ class Source(NamedTuple):
 
 
 def pixel_bytes(height: int, width: int, recipe: Recipe) -> int:
-    """Of what a build keeps of an image [height, width], 16 bits a pixel of rectangles and 8 of Y; an even number."""
+    """Bytes of an image's data in the temporary file: 16 bits a pixel of rectangles, 8 of Y; rounded up to even."""
     size = sum(2 * h * w for *_, h, w in rectangles(height, width, recipe)) + height * width
     return size + size % 2
 
@@ -93,8 +94,8 @@ def pixel_bytes(height: int, width: int, recipe: Recipe) -> int:
 def quantise(x: NDArray[np.float64]) -> NDArray[np.uint16]:
     """x in LOW…HIGH → 16 bits, nearest (error at most STEP / 2 = 1.91e-5).
 
-    Flat areas of every fifth grey level lie half-way between two levels: those go up, whatever the last bits of
-    x are, so that an image which is degraded and then turned gives what the turned one does.
+    Flat areas of every fifth grey level are half-way between two 16-bit levels. They are rounded up, whatever the
+    last bits of x are, so that degrading and rotating an image in either order gives the same.
     """
     levels = x - LOW
     levels /= STEP
@@ -105,7 +106,7 @@ def quantise(x: NDArray[np.float64]) -> NDArray[np.uint16]:
 
 
 def _degrade_image(source: Source, recipe: Recipe, pixels: Path) -> None:
-    """Write the pixels of one image to their place (runs in a worker process)."""
+    """Degrade one image and write it to the temporary file (runs in a worker process)."""
     image = read_pixels(source.path)
     y = np.ascontiguousarray(luminance(image))
     if y.shape != (source.height, source.width):
@@ -115,7 +116,7 @@ def _degrade_image(source: Source, recipe: Recipe, pixels: Path) -> None:
         file.seek(source.at)
         for scale, top, left, h, w in rectangles(*y.shape, recipe):
             if recipe.degradation == READY and y.shape != (h, w):
-                raise UserError(f"{source.path}: of ready pairs the sides must be multiples of data.scales")
+                raise UserError(f"{source.path}: the sides of ready pairs must be multiples of data.scales")
             part = given[top : top + h, left : left + w]
             x, _ = prepare(part, scale, degradation=recipe.degradation, file=source.path)
             file.write(quantise(x))
@@ -123,10 +124,10 @@ def _degrade_image(source: Source, recipe: Recipe, pixels: Path) -> None:
 
 
 class Cutter:
-    """Cuts any pair of a build, by its number (each worker process has its own).
+    """Cut pairs of a build by their numbers (each worker process has its own Cutter).
 
-    Pairs are numbered as they come: images, orientations, scales, windows row by row. The pixels of all images are
-    one file: a file that is mapped stays open, and a process may open no more than 1024 on many machines.
+    Pairs are numbered by image, orientation, scale, and windows row by row. The data of all images is in one file:
+    a mapped file stays open, and on many machines a process may open no more than 1024.
     """
 
     def __init__(self, sources: tuple[Source, ...], recipe: Recipe, pixels: Path) -> None:
@@ -154,7 +155,7 @@ class Cutter:
         data, label = (np.empty((len(numbers), *z.shape[2:]), z.dtype) for z in self.windows[0])
         version = np.searchsorted(self.first, numbers, side="right") - 1
         down, across = np.divmod(numbers - self.first[version], self.across[version])
-        order = np.argsort(numbers)  # neighbours in an image one after the other
+        order = np.argsort(numbers)  # neighbours in an image are read one after the other
         places = np.stack([order, version[order], down[order], across[order]], axis=1)
         for k, v, i, j in places.tolist():
             x, y = self.windows[v]
@@ -168,9 +169,9 @@ _cutter = lru_cache(maxsize=1)(Cutter)
 def _fill(
     first: int, numbers: NDArray[np.int64], build: tuple[tuple[Source, ...], Recipe, Path], path: Path, at: list[int]
 ) -> None:
-    """Cut the pairs of the rows first, first + 1, … and write them (runs in a worker process).
+    """Cut pairs and write them to the rows first, first + 1, … (runs in a worker process).
 
-    `numbers` are the pairs', `build` is what `Cutter` takes, `at` where the file's two datasets begin (bytes).
+    `numbers` are those of the pairs, `build` the arguments of `Cutter`, `at` the byte offsets of the two datasets.
     """
     with path.open("r+b") as file:
         for rows, begin in zip(_cutter(*build)(numbers), at, strict=True):
@@ -179,17 +180,17 @@ def _fill(
 
 
 def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers: int = 2) -> Path:
-    """The patch file of a recipe: fetch the images that are missing, build the file if it is not there.
+    """Download missing images, and build the patch file of a recipe if it does not exist; return its path.
 
     Args:
-        name: first part of the file's name, for people ("train291").
-        recipe: what to build.
-        root, folder: where the image sets are, and where patch files are kept.
-        workers: building processes.
+        name: first part of the file's name ("train291").
+        recipe: of the file.
+        root, folder: of the image sets, and of the patch files.
+        workers: worker processes.
 
     Raises:
         UserError: a source is missing, unreadable or changes meanwhile, no image is as large as a patch, the disk
-            is full, or the file that is there cannot be trusted.
+            is full, or an existing file is damaged.
     """
     files = [file for set_name in recipe.sets for file in image_files(set_name, root)]
     read = files
@@ -202,7 +203,7 @@ def prepare_patches(name: str, recipe: Recipe, root: Path, folder: Path, workers
 
 
 def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: Attributes, workers: int) -> None:
-    """Write a patch file; the pixels that it is cut from stand beside it."""
+    """Write a patch file, with a temporary file of the degraded images beside it."""
     from rich.progress import track
 
     shapes = [image_size(file) for file in files]
@@ -218,7 +219,7 @@ def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: Attributes, 
     pixels = partial.with_name("pixels")
     pixels.touch()
     os.truncate(pixels, end)
-    numbers = np.empty(total, np.int64)  # of the pair in every row
+    numbers = np.empty(total, np.int64)  # row → number of its pair
     numbers[np.random.default_rng(0).permutation(total)] = np.arange(total)  # the same file every time
     context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has started its threads
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
@@ -233,23 +234,24 @@ def _build(partial: Path, recipe: Recipe, files: list[Path], attrs: Attributes, 
             with partial.open("rb") as file:
                 for job in track(jobs, description=f"Cutting {total:,} pairs"):
                     job.result()
-                    os.fsync(file.fileno())  # the disk works while the others cut; what it cannot hold is said here
+                    os.fsync(file.fileno())  # while the workers cut; a full disk is reported here
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def _allocate(path: Path, total: int, p: int, attrs: Attributes, beside: int) -> list[int]:
-    """Create the file with both datasets at their full size; where the two begin, in bytes.
+    """Create the file with both datasets at their full size; return their offsets in bytes.
 
-    Where the disk has no room for it and for `beside` bytes more that is an OSError.
+    Raises:
+        OSError: the disk has too little room for the file and `beside` bytes more.
     """
     size = total * p * p
     check_room(path.parent, 3 * size + beside)
     with h5py.File(path, "w", libver="latest") as file:
         for key, value in attrs.items():
-            # Texts of fixed length stand in the header, under HDF5's checksum. The heap where others stand has
-            # none: a bit flipped there can make HDF5 search it for ever.
+            # Strings of fixed length are stored in the header, under HDF5's checksum. The heap for others has none:
+            # a flipped bit there can make HDF5 search it for ever.
             file.attrs[key] = np.bytes_(value) if isinstance(value, str) else value
         early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)

@@ -4,17 +4,17 @@ Each training image is turned into its eight orientations *before* it is degrade
 a multiple of the scale, degraded (`protocol.prepare`) and cut into 31×31 pairs at stride 21 from the top-left,
 incomplete windows dropped. The 291 images give 1,722,720 pairs.
 
-A build first degrades every image and keeps the pixels (0.7 GB, a seventh of the patches, which overlap), then
-cuts the pairs in the order of the rows in which they are stored: what is written is written once and in order.
+A build first degrades every image and stores the pixels (0.7 GB, a seventh of the patches, which overlap), then
+cuts the pairs in the order of their rows in the file, which is so written once and sequentially.
 
-File format 2: two contiguous datasets whose rows belong together, in an order shuffled once at the build.
+File format 2: two contiguous datasets with corresponding rows, in an order shuffled once at the build.
 
-    data   [N, 31, 31] uint16   the network's input x; x = STEP · q + LOW, so within 1.91e-5
+    data   [N, 31, 31] uint16   the network's input x; x = STEP · q + LOW, exact to 1.91e-5
     label  [N, 31, 31] uint8    the ground truth Y, exact
 
 Bicubic down and up can overshoot 0…1 by at most 0.72 (the square of the kernel's absolute sum, 1.25, in two
-dimensions, twice), hence LOW and STEP. Attributes hold the recipe as JSON, the digest of the source images
-and the format. A file's name holds the digest of both: another recipe or other sources are another file.
+dimensions, twice), hence LOW and STEP. Attributes are the recipe as JSON, the digest of the source images
+and the format. A file's name has a digest of them, so that other recipes or sources have other files.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ from drrn.stored import Attributes, StoredFile, sources_digest, trusted
 FORMAT = 2
 LOW, HIGH = -0.75, 1.75
 STEP = (HIGH - LOW) / 65535
-RUN = 16  # rows read together: long enough to be one read, short enough that a batch mixes many places
+RUN = 16  # rows read together: long enough to be read fast, short enough that a batch has pairs from many places
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a patch file is made of; two files with equal recipes and sources are interchangeable."""
+    """Parameters of a patch file; two files with equal recipes and sources are interchangeable."""
 
     sets: tuple[str, ...]
     scales: tuple[int, ...] = (2, 3, 4)
     patch_size: int = 31
     stride: int = 21
-    augment: str = "offline"  # "offline": eight orientations stored; "online": one, turned on the device
+    augment: str = "offline"  # "offline": eight orientations stored; "online": one, rotated on the device
     degradation: str = BI
 
     @classmethod
     def of(cls, data: DataConfig) -> Recipe:
-        """The recipe that a run's `data.*` asks for."""
+        """The recipe of a run's `data.*`."""
         whole = {its.name: getattr(data, its.name) for its in fields(cls) if its.name not in ("sets", "scales")}
         return cls(sets=tuple(data.train), scales=tuple(data.scales), **whole)
 
     def text(self) -> str:
-        """JSON, for the file. The degradation of the paper is not said, so that earlier files keep their names."""
+        """JSON, for the file; without the paper's degradation, so that earlier files keep their names."""
         kept = {key: value for key, value in asdict(self).items() if (key, value) != ("degradation", BI)}
         return json.dumps(kept, sort_keys=True)
 
@@ -70,23 +70,23 @@ class Recipe:
 
 
 def runs(rows: NDArray[np.integer]) -> Iterator[tuple[int, int]]:
-    """The stretches a … b - 1 of `rows` that count up by one: what can be read at once."""
+    """The ranges a … b - 1 of consecutive row numbers in `rows`, each of which can be read at once."""
     ends = np.flatnonzero(np.diff(rows) != 1) + 1
     return zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True)
 
 
 def _read(file: BinaryIO, into: NDArray, offset: int) -> None:
     if os.preadv(file.fileno(), [into.reshape(-1).view(np.uint8)], offset) != into.nbytes:
-        raise OSError(f"{file.name} ended at byte {offset:,}: it was cut short while in use")
+        raise OSError(f"{file.name} ended at byte {offset:,}: it was truncated while in use")
 
 
 def attributes(recipe: Recipe, files: list[Path]) -> Attributes:
-    """What the file says of itself, and what a reader compares before it trusts a single row."""
+    """The attributes of a patch file, which readers compare before they use it."""
     return {"format": FORMAT, "recipe": recipe.text(), "sources": sources_digest(files)}
 
 
 def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
-    """Pairs in a patch file, after making sure that it is whole and what `attrs` says; errors as of `trusted`."""
+    """The number of pairs in a patch file, after checks of its attributes and size; errors: those of `trusted`."""
     with trusted(path, attrs) as file:
         data, label = file["data"], file["label"]
         p = json.loads(file.attrs["recipe"])["patch_size"]
@@ -103,16 +103,16 @@ def check_patch_file(path: Path, attrs: dict[str, str | int]) -> int:
 class Patches(StoredFile):
     """Pairs of a patch file by index, a whole batch in one call.
 
-    With online augmentation (`turns` = 8) the indices run over turns × stored pairs: index i is stored
-    pair i mod N in orientation i div N, so an epoch sees every orientation once, as offline does. The pairs come
-    as they are stored, with their orientations; `pairs.turned` turns them, on the device.
+    With online augmentation (`turns` = 8) the indices run over turns × stored pairs: index i is stored pair i mod N
+    in orientation i div N, so an epoch has every orientation once, as with offline augmentation. Pairs are returned
+    as stored, with their orientations; `pairs.turned` rotates them, on the device.
 
-    The datasets are contiguous, so h5py is asked once where they start and rows are read with preadv: ten
-    times as fast as slicing through HDF5, and it needs no handle that would not survive a fork.
+    The datasets are contiguous, so h5py is used once for their offsets, and rows are read with preadv: ten times as
+    fast as slicing through HDF5, and without a handle that a fork would invalidate.
 
     Args:
-        path: a file that `prepare_patches` returned or `check_patch_file` passed.
-        turns: orientations to read each stored pair in, 1 or 8.
+        path: a file that `prepare_patches` returned or `check_patch_file` accepted.
+        turns: orientations of each stored pair, 1 or 8.
     """
 
     def __init__(self, path: Path, turns: int = 1) -> None:
@@ -128,7 +128,7 @@ class Patches(StoredFile):
     def __getitem__(self, indices: NDArray[np.integer]) -> tuple[NDArray, ...]:
         """A batch (data, label) [len(indices), p, p]; consecutive indices are read together.
 
-        With online augmentation their orientations [len(indices)], int64, are the third.
+        With online augmentation the third item is their orientations [len(indices)], int64.
         """
         if self.file is None:
             self.file = self.path.open("rb", buffering=0)
@@ -142,7 +142,7 @@ class Patches(StoredFile):
 
 
 def whole_batches(pairs: int, batch_size: int) -> int:
-    """Optimiser steps of an epoch; a UserError for a batch that is larger than the data."""
+    """Optimiser steps of an epoch; a UserError if a batch is larger than the data."""
     if batch_size > pairs:
         raise UserError(f"data.batch_size = {batch_size} is more than the {pairs} pairs there are")
     return pairs // batch_size
@@ -150,21 +150,20 @@ def whole_batches(pairs: int, batch_size: int) -> int:
 
 @dataclass(eq=False)
 class ShuffledBatches:
-    """The index batches of a whole run: every epoch shuffled afresh, the same again for the same seed.
+    """The index batches of a whole run, shuffled anew for every epoch, reproducibly from the seed.
 
-    Runs of 16 neighbouring rows are shuffled, and the rows of the file are in random order already, so a
-    batch of 128 holds eight runs from eight random places. A row-by-row shuffle would read each row by
-    itself, which a disk does many times more slowly. An epoch's last incomplete batch is left out; which
-    pairs that is differs from epoch to epoch.
+    Runs of 16 neighbouring rows are shuffled; as the rows of the file are in random order, a batch of 128 has eight
+    runs from eight random places. Shuffling single rows would mean reading each row separately, which is many times
+    slower on a disk. An epoch's last incomplete batch is left out; its pairs differ from epoch to epoch.
 
-    The order depends on nothing but the arguments, so a run resumes exactly where it was: batch `start` of a
-    resumed run is the batch that the interrupted one would have read next.
+    The order depends only on the arguments, so a run resumes exactly: batch `start` of a resumed run is the batch
+    that the interrupted one would have read next.
 
     Args:
-        length: pairs in all; fewer than a batch are a UserError.
+        length: number of pairs; fewer than a batch are a UserError.
         batch_size: pairs of an optimiser step, over all processes and micro-batches.
         seed: the run's.
-        steps, start: optimiser steps of the whole run (None: of one epoch), and those already taken.
+        steps, start: optimiser steps of the whole run (None: of one epoch), and those already done.
         micro: micro-batches in a step (gradient accumulation).
         rank, world: this process's share of every micro-batch.
     """
@@ -183,11 +182,11 @@ class ShuffledBatches:
         self.steps = self.steps_per_epoch if self.steps is None else self.steps
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run, those before `start` included."""
+        """Micro-batches of the whole run, including those before `start`."""
         return self.steps * self.micro
 
     def epoch_order(self, epoch: int) -> NDArray[np.int32]:
-        """Every index once [length]."""
+        """A permutation of the indices [length]."""
         runs = np.random.default_rng([self.seed, epoch]).permutation(-(-self.length // RUN))
         order = (runs.astype(np.int32)[:, None] * RUN + np.arange(RUN, dtype=np.int32)).ravel()
         return order[order < self.length]

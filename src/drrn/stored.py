@@ -1,4 +1,4 @@
-"""Files that training data is kept in: built once from images, trusted for what they say of themselves."""
+"""Files of training data: built once from images, and checked by their attributes when they are opened."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def sources_digest(files: list[Path]) -> str:
 
 
 def built_once(folder: Path, name: str, images: list[Path], attrs: Attributes, build: Callable[[Path], None]) -> Path:
-    """A file, built unless it is there: what has its name is whole. Other recipes or sources have another name.
+    """Build a file unless it exists; a file of this name is complete. Other recipes or sources have another name.
 
-    Processes that ask at the same time wait for the one that builds. It writes under a temporary name in a folder of
-    its own, and what killed builds have left is removed.
+    Concurrent processes wait for the one that builds. It writes under a temporary name in a folder of its own; the
+    remains of killed builds are removed.
 
     Args:
-        folder, name: where the file is kept, and the first part of its name.
-        images, attrs: what it is built from, and what it says of itself.
-        build: is given the temporary path.
+        folder, name: of the file; its name has a digest too.
+        images, attrs: its sources and its attributes.
+        build: writes to the temporary path that it is given.
 
     Raises:
         UserError: a process of the build was killed, the images changed meanwhile, or the file cannot be written.
     """
     path = folder / f"{name}-{hashlib.sha256(json.dumps(attrs, sort_keys=True).encode()).hexdigest()[:10]}.h5"
-    if path.is_file():  # whole, so it takes no lock, nor a folder that one may write to
+    if path.is_file():  # complete: no lock is needed, and no permission to write
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)  # the system frees it when its holder dies, however that happens
+        lock = _lock(path)  # the kernel releases it when its holder ends, however that happens
         try:
             held = lock.acquire(timeout=1)
         except Timeout:
@@ -62,7 +62,7 @@ def built_once(folder: Path, name: str, images: list[Path], attrs: Attributes, b
             _remove_partials(folder)
             log.info("building %s from %s", path, counted(len(images), "image"))
             if others := ", ".join(sorted(other.name for other in folder.glob(f"{name}-*.h5"))):
-                log.info("beside it are %s, of other recipes, images or versions", others)
+                log.info("the folder also has %s, of other recipes, images or versions", others)
             partial = path.with_suffix(f".{os.getpid()}.partial") / path.name
             partial.parent.mkdir(exist_ok=True)
             try:
@@ -85,24 +85,24 @@ def built_once(folder: Path, name: str, images: list[Path], attrs: Attributes, b
 
 
 def _lock(path: Path) -> FileLock:
-    """That of a file which is built here: one object a process, which may take it again."""
+    """The lock of a file that is built here: one object in each process, so that it is reentrant."""
     return FileLock(f"{path}.lock", is_singleton=True)
 
 
 def _remove_partials(folder: Path) -> None:
-    """Delete what killed builds have left: up to 5.7 GB each. Whoever builds holds the lock of its own file."""
+    """Delete the remains of killed builds, up to 5.7 GB each; a running build holds the lock of its file."""
     for partial in folder.glob(f"*-{'[0-9a-f]' * 10}.*.partial"):  # other programs may have theirs here
         name, *_ = partial.name.rsplit(".", 2)  # name-digest.pid.partial
         with suppress(Timeout), _lock(folder / f"{name}.h5").acquire(timeout=0):  # else it is being built
             log.info("removing %s, left by a build that was killed", partial)
             if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)  # what another machine has open stays, and harms nobody
+                shutil.rmtree(partial, ignore_errors=True)  # a file that another machine has open stays
             else:
                 partial.unlink(missing_ok=True)  # earlier versions'
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Refuse a build before it begins (OSError) where a disk has no room for so many bytes."""
+    """Raise an OSError, before a build begins, if the disk has no room for so many bytes."""
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     if free < needed:
         raise OSError(f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
@@ -110,17 +110,17 @@ def check_room(folder: Path, needed: int) -> None:
 
 @contextmanager
 def trusted(path: Path, attrs: Attributes) -> Iterator[h5py.File]:
-    """A stored file, open, after making sure that it says `attrs` of itself.
+    """Open a stored file after a check that it has the attributes `attrs`.
 
-    A UserError where it is truncated, damaged, of another format, recipe or source, or whoever looks into it finds
-    it wrong.
+    A UserError if it is truncated, damaged, of another format, recipe or source, or if the body of the `with`
+    statement raises a ValueError or the like.
     """
     advice = f"Delete {path} to have it built again."
     try:
         with h5py.File(path, "r") as file:
             for key, expected in attrs.items():
                 found = file.attrs.get(key)
-                found = found.decode() if isinstance(found, bytes) else found  # str where others wrote the file
+                found = found.decode() if isinstance(found, bytes) else found  # str if another program wrote the file
                 if found != expected:
                     raise UserError(f"{path}: its {key} is {found!r}, this run needs {expected!r}. {advice}")
             yield file
@@ -131,11 +131,11 @@ def trusted(path: Path, attrs: Attributes) -> Iterator[h5py.File]:
 
 
 class StoredFile:
-    """A stored file that nobody should change while it is read."""
+    """A stored file that must not change while it is read."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.seen = path, self._state(path)
-        self.file: Any = None  # opened by each process that reads, on first use
+        self.file: Any = None  # opened on first use, by each process
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "file": None}
@@ -146,14 +146,14 @@ class StoredFile:
         return about.st_ino, about.st_size, about.st_mtime_ns
 
     def check_unchanged(self) -> None:
-        """Refuse a file that somebody has written to, or put another in the place of, since it was opened first.
+        """Refuse a file that has been modified or replaced since it was first opened.
 
-        Its inode, size and time of the last change are compared: a new file of that name and any plain write show,
-        a write that sets the time back does not. A file that was deleted is still whole for who has it open.
+        Inode, size and modification time are compared, which detects a new file of that name and any ordinary write,
+        but not one that resets the time. A deleted file is still complete for processes that have it open.
         """
         if self.path.exists() and self._state(self.path) != self.seen:
             raise UserError(
-                f"{self.path} was changed while it was in use: what was trained since the last checkpoint may rest "
-                "on other pixels. Delete it to have it built again, then run the same command: it resumes from "
+                f"{self.path} was changed while it was in use: the steps since the last checkpoint may have used "
+                "other pixels. Delete it to have it built again, then run the same command: it resumes from "
                 "that checkpoint."
             )

@@ -1,9 +1,9 @@
-"""How a study's points become jobs: a Hydra sweeper (Hydra finds sweepers in this package's name).
+"""Hydra sweepers that turn a study's points into jobs (Hydra finds plugins by this package's name).
 
 Hydra's own sweeper makes the Cartesian product of the command line. A study of the paper is a list of chosen
-points (Fig. 6 is not a full grid), so this one multiplies `hydra.sweeper.points` by the command line's choices and
-checks every job before the first one starts. What is then done with them is `drrn.sweep`. A search, whose jobs follow
-from those before, is Optuna's.
+points (Fig. 6 is not a full grid), so `StudySweeper` multiplies `hydra.sweeper.points` by the command line's choices
+and checks every job before the first one starts. `drrn.sweep` runs them. A search, whose jobs depend on earlier ones,
+is Optuna's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StudySweeper(BasicSweeper):
     Args:
         max_batch_size: jobs handed to the launcher at a time; None for all.
         params: further overrides, as for Hydra's own sweeper.
-        points: one mapping of overrides a point; None for a single point without any.
+        points: a mapping of overrides for each point; None: a single point without overrides.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class StudySweeper(BasicSweeper):
         self.points = points
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        """As Hydra's, but that each of joblib's jobs has its own part of the machine.
+        """As Hydra's, but each of joblib's jobs gets its own part of the machine.
 
         A wrong key of the sweeper and a launcher that is not installed are a UserError.
         """
@@ -61,14 +61,14 @@ class StudySweeper(BasicSweeper):
         if "joblib" in package and self.n > 1:
             task_function = OwnPart(task_function, self.n)
         source, path = str(Path(drrn.__file__).parents[1]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        if source not in path:  # a clone's src/ is on no other process's path
+        if source not in path:  # other processes do not have a clone's src/ on their path
             os.environ["PYTHONPATH"] = os.pathsep.join([source, *filter(None, path)])
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         if isinstance(task_function, OwnPart):
             self.launcher.joblib["initializer"] = task_function.take
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        """Check every job, of which a wrong one is a UserError before any has started; then run them."""
+        """Check all jobs, with a UserError for a wrong one before any starts; then run them."""
         asked = [(self.check(job), job) for job in self.jobs(arguments)]
 
         from drrn.sweep.run import run_sweep
@@ -87,7 +87,7 @@ class StudySweeper(BasicSweeper):
         ]
 
     def check(self, job: list[str]) -> Any:
-        """A job's configuration, composed and checked; what is wrong with it is a UserError."""
+        """Compose and check a job's configuration; an invalid one is a UserError."""
         from drrn.runs.request import request
 
         try:
@@ -96,30 +96,26 @@ class StudySweeper(BasicSweeper):
             composed.pop("hydra")
             config = request(composed, job)
             if (config.trainer_extra or {}).get("fast_dev_run"):
-                raise UserError(
-                    "trainer.fast_dev_run leaves no record that a sweep could gather: try one point of it"
-                )
+                raise UserError("trainer.fast_dev_run leaves no record, which a sweep needs: try a single point")
             return config
-        except (UserError, ValueError) as error:  # Hydra's own, for a group that is given no name: model=5
+        except (UserError, ValueError) as error:  # ValueError: Hydra's, for a group without a name, model=5
             raise UserError(f"{error} (in the job {' '.join(job)}; nothing has been started)") from error
 
 
 class SearchSweeper(StudySweeper):
-    """Optuna's sweeper of Hydra (`hydra/sweeper=search`), where it is installed. Its arguments are that one's."""
+    """Hydra's Optuna sweeper (`hydra/sweeper=search`), if it is installed; the arguments are that sweeper's."""
 
     def __init__(self, points: Any = None, **arguments: Any) -> None:
         super().__init__(points=points)
         self.arguments = arguments
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        """As Optuna's, with the launcher of a study.
-
-        A UserError where it is not installed, or is given points or another direction.
-        """
+        """As Optuna's, with the launcher of a study; a UserError if Optuna is not installed, or if there are points
+        or another direction."""
         if self.points is not None:
             raise UserError("hydra.sweeper.points: a search chooses its points itself; leave out sweeps=")
         if (direction := self.arguments["direction"]) != "maximize":
-            raise UserError(f"hydra.sweeper.direction = {direction}: a trial gives its PSNR, so it is maximize")
+            raise UserError(f"hydra.sweeper.direction = {direction}: a trial returns its PSNR, so give maximize")
         if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
             raise UserError("hydra/sweeper=search needs Optuna: pip install '.[optuna]'")
         from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
@@ -128,7 +124,7 @@ class SearchSweeper(StudySweeper):
             try:
                 return task_function(cfg)
             except Diverged:
-                return 0.0  # dB: a bad trial, not the end of the search
+                return 0.0  # dB: a diverged trial is a bad one and does not end the search
 
         super().setup(hydra_context=hydra_context, task_function=task, config=config)
         sampler = instantiate(self.arguments.pop("sampler"))
@@ -137,17 +133,17 @@ class SearchSweeper(StudySweeper):
         self.optuna.sweeper.launcher = self.launcher
 
     def sweep(self, arguments: list[str]) -> None:
-        """Check what can be chosen, run n_trials jobs, each with a choice of the sampler, print the best of them."""
+        """Check the search space, run n_trials jobs with the sampler's choices, and print the best one."""
         for trial in self.trials(arguments):
             if self.check(trial).plan == "only":
-                raise UserError("plan = only: the trials of a search follow from each other, so it has no plan")
+                raise UserError("plan = only: the trials of a search depend on earlier ones, so it has no plan")
         self.optuna.sweep(arguments)
         best = OmegaConf.load(Path(self.config.hydra.sweep.dir) / "optimization_results.yaml")
         chosen = " ".join(f"{key}={literal(value)}" for key, value in best.best_params.items())
         print(f"{best.best_value:.2f} dB: {chosen}")
 
     def trials(self, arguments: list[str]) -> list[list[str]]:
-        """Overrides of as few trials as have each choice, and the lower end of each interval, in one of them."""
+        """Overrides of the fewest trials that together have each choice and the lower end of each interval."""
         from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 
         searched = [f"{key}={value}" for key, value in (self.arguments["params"] or {}).items()]
@@ -161,14 +157,14 @@ class SearchSweeper(StudySweeper):
 
 
 def literal(value: Any) -> str:
-    """A point's value in the grammar of Hydra's command line, where None is null and a comma starts a choice."""
+    """A point's value in the grammar of Hydra's command line, where None is null and commas separate choices."""
     if value is None:
         return "null"
     if isinstance(value, dict):
         return "{" + ",".join(f"{literal(key)}:{literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(literal, value)) + "]"
-    words = ("null", "true", "false", "inf", "nan")  # which are no strings there
+    words = ("null", "true", "false", "inf", "nan")  # not strings in that grammar
     if isinstance(value, str) and (value.lower() in words or not re.fullmatch(r"[A-Za-z_][\w./-]*", value)):
         return QuotedString(value, Quote.single).with_quotes()
     return str(value)
