@@ -150,7 +150,7 @@ def test_a_unit_keeps_one_feature_map_with_checkpointing(norm: str, kept: int) -
 
 
 def test_a_network_without_units_cannot_compute_them_twice() -> None:
-    with pytest.raises(UserError, match=r"speed\.checkpointing = True: Conv2d has nothing"):
+    with pytest.raises(UserError, match=r"speed\.checkpointing = True: Conv2d does not"):
         InTraining(nn.Conv2d(1, 1, 3), checkpointing=True)
 
 
