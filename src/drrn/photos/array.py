@@ -39,7 +39,7 @@ def upscale(
         A PIL image for a PIL image, an array of the same dtype and number of dimensions for an array.
 
     Raises:
-        ValueError: an image of another kind, or a scale that is not above 1, or not the network's.
+        ValueError: the image is of another kind, or the scale is not above 1 or not the network's.
         UserError: the weights cannot be loaded, or the device lacks the precision.
     """
     if not scale > 1:

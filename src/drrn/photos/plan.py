@@ -30,14 +30,14 @@ class Options:
     method: str = key("how to enlarge", choices=("network", "bicubic"))
     compare: bool = key("write a page beside each result, with a slider between bicubic and it")
     overwrite: bool = key("replace outputs that exist; otherwise they are skipped")
-    suffix: str | None = key("format of outputs without a name, .png; null: in a folder the input's own")
+    suffix: str | None = key("format of outputs without a name (.png); null: the input's in a folder, else .png")
     quality: int = key("of JPEG and WebP", at_least=1, below=101)
     self_ensemble: bool = key("average over the 8 orientations: a little better, 8 times slower")
     tile: int | None = key("side of a tile, pixels; null: strips that fit the free memory", at_least=1)
     device: str = key("auto, cpu, cuda, cuda:1, mps")
     precision: str = key("of the network; auto: bf16 if it is fast here", choices=("auto", "float32", "tf32", "bf16"))
     threads: int | None = key("of the CPU; null: one per free core", at_least=1, below=2**10)
-    max_pixels: int = key("largest input; results at most 16 times as many", at_least=1)
+    max_pixels: int = key("limit of an input; a result may have 16 times as many", at_least=1)
 
 
 class Job(NamedTuple):
@@ -63,7 +63,7 @@ def check(options: Options) -> None:
     elif options.checkpoint:
         raise UserError("checkpoint: method=bicubic uses none; leave out one of the two")
     elif options.compare:
-        raise UserError("compare: method=bicubic is what it compares with; leave out one of the two")
+        raise UserError("compare: the page compares with bicubic; leave out compare or method=bicubic")
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", options.device):
         raise UserError(f"device = {options.device!r}: allowed are auto, cpu, cuda, cuda:1, mps, xpu")
 
@@ -164,7 +164,7 @@ def check_targets(jobs: list[Job], inputs: set[str]) -> None:
         if real in inputs or linked:
             raise UserError(f"output: {target} is an input, and inputs are never overwritten; name another folder")
         if target.is_dir():
-            raise UserError(f"output: {target} is a folder: {source} cannot become that")
+            raise UserError(f"output: {target} is a folder: {source} cannot be written there")
         if real in taken:
             raise UserError(f"output: {taken[real]} and {source} would both become {target}; enlarge one at a time")
         taken[real] = source

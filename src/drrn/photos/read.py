@@ -20,7 +20,7 @@ Colour profile, EXIF, XMP, resolution and PNG's colour and text chunks are kept 
 Refused by name: NaN or infinity, 32-bit integers, Lab, premultiplied 16-bit alpha.
 
 Files come from anywhere, so only these ten formats are ever opened, the size is checked before anything is
-decoded, and whatever a decoder raises becomes a `UserError` that names the file.
+decoded, and every error of a decoder becomes a `UserError` that names the file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Photo:
     pixels: NDArray[Any]  # [H, W, C], uint8, uint16 or float32; C is 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA
     icc: bytes | None = None  # its colour profile
     exif: Image.Exif | None = None  # without the orientation; not read from TIFF and BMP
-    notes: list[str] = field(default_factory=list)  # what was left out or changed on reading, for the user
+    notes: list[str] = field(default_factory=list)  # for the user: losses and changes in reading
     dpi: tuple[float, float] | None = None  # pixels an inch across and down
     xmp: bytes | None = None
     chunks: Chunks = field(default_factory=list)  # a PNG's own colour information and texts
@@ -63,7 +63,7 @@ def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Photo:
     """Read an image file, by its content and not by its suffix; of several frames or pages the first.
 
     Raises:
-        UserError: naming the file: it is missing, not one of the ten formats, damaged, truncated, larger than
+        UserError: it names the file, which is missing, not one of the ten formats, damaged, truncated, larger than
             `max_pixels`, or of a kind that the module's table does not list.
     """
     if not path.exists():
@@ -154,7 +154,7 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
             if isinstance(transparent, int):  # Pillow scales few-bit greys, but not the transparent one
                 transparent *= {"1": 255, "L;2": 85, "L;4": 17}.get(raw, 1)
         else:
-            raise UserError(f"{path}: pixels of the kind {mode} are not read; save it as RGB or grey first")
+            raise UserError(f"{path}: pixels of Pillow's mode {mode} are not read; save it as RGB or grey first")
 
     if transparent is not None and pixels.shape[2] in (1, 3):
         seen = (pixels != np.asarray(transparent, pixels.dtype)).any(axis=2, keepdims=True)

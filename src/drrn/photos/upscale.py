@@ -145,7 +145,7 @@ def prepare(options: Options) -> tuple[nn.Module, str, str]:
 
 
 def enlarge_file(source: Path, target: Path, tools: Tools) -> tuple[str, list[str]]:
-    """Enlarge one file; return a line for the user (files and sizes) and notes on what was lost.
+    """Enlarge one file; return a line for the user (files and sizes) and notes on losses.
 
     Raises:
         UserError: it names the file and the reason.

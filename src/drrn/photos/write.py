@@ -1,4 +1,4 @@
-"""Writing an enlarged picture, strip by strip where the format can."""
+"""Writing an enlarged picture, strip by strip if the format allows it."""
 
 from __future__ import annotations
 

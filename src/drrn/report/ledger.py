@@ -291,10 +291,10 @@ COUNTS: dict[str, Callable[..., float]] = {  # kinds of the text's numbers that 
 
 ABOUT = [
     "Every number that the paper prints, and ours.",
-    "quoted: as the paper prints it, nothing of ours beside it. re-measured: bicubic and published weights, with "
-    "this package's protocol. trained here: by this package. counted: of its networks, sets and settings.",
-    "Urban100: four of its images were at hand, so it is quoted. Set14's image files differ a little from those "
-    "that the paper's columns were made of: differences there carry about ±0.03 dB.",
+    "quoted: the paper's number, without one of ours. re-measured: bicubic and published weights, with this "
+    "package's protocol. trained here: by this package. counted: on its networks, sets and settings.",
+    "Urban100: only four of its images were available, so it is quoted. Set14: our image files differ slightly from "
+    "those of the paper, so differences there are uncertain by about ±0.03 dB.",
 ]
 
 

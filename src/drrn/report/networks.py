@@ -63,7 +63,7 @@ def table1(found: Found, groups: list[RunGroup]) -> Table:
     notes = ["PSNR in dB on Set5 ×3. A multiply-add is two operations; weights of convolutions, shared ones once."]
     notes += ["Ours: published weights measured here, or trained here at the paper's size."]
     notes += [line for group in groups for line in group.origin()]
-    return Table("Table 1: strategies, and what they cost and reach", columns, rows, notes)
+    return Table("Table 1: strategies, cost and PSNR", columns, rows, notes)
 
 
 def _trained(group: RunGroup, model: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ class Part:
 
 @dataclass
 class Section:
-    """A study with its parts, and the command that runs what is missing."""
+    """A study with its parts, and the command that runs its missing points."""
 
     name: str
     title: str

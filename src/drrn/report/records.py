@@ -89,9 +89,7 @@ def read_runs(places: list[str]) -> list[dict[str, Any]]:
         reasons = "; ".join(dict.fromkeys(str(record.get("error")) for record in refused))
         print(f"left out: refused before the first step, {len(refused)} of the runs: {reasons}", file=sys.stderr)
     if not records:
-        raise UserError(
-            f"none of the {left_out + len(refused)} run records can be reported: see above what each of them lacks"
-        )
+        raise UserError(f"none of the {left_out + len(refused)} run records can be reported: the reasons are above")
     return records
 
 

@@ -21,16 +21,14 @@ class ReportConfig:
 
     runs: Any = key("a folder of runs, or a list of them; null: none (study: runs)")
     study: Any = key("fig1, fig2, fig6, fig8, fig9, table1, table4, networks, curves, runs, or a list")
-    scores: list[str] = key("files of src/evaluate.py")
+    scores: list[str] = key("scores files of src/evaluate.py")
     output: str = key("folder of tables (.md, .csv, .tex), pictures and the page index.html")
     compare: str | None = key("img059, 253027, ppt3 (Fig. 7), or the path of an image")
     scale: int | None = key("scale of the comparison; null: the preset's, else 3", at_least=2)
     box: list[int] | None = key("[left, top, width, height] of the enlarged part", at_least=0)
-    checkpoint: list[str] = key(
-        "networks of the comparison, files or names of shipped weights; else those of the runs"
-    )
+    checkpoint: list[str] = key("weights in the comparison, files or names of shipped ones; empty: those of the runs")
     others: dict[str, Any] | None = key("other programs' results in the comparison: {SelfEx: FOLDER}")
-    root: str = key("where the sets are, or are downloaded to")
+    root: str = key("folder of the image sets")
     ledger: bool = key("every number of the paper, and ours: ledger.csv, .md, .html", default=False)
 
 

@@ -43,7 +43,7 @@ class Table:
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     keys: int = 1  # number of leading columns that identify a row
-    blocks: list[int] | None = None  # how many of the other columns stay together each time; None: 1
+    blocks: list[int] | None = None  # sizes of the blocks of other columns that stay together; None: 1 each
 
     def pieces(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
         """Columns and rows, split to fit a terminal of `width` characters; each part has the key columns."""

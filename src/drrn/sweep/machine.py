@@ -132,7 +132,7 @@ class OwnPart:
         os._exit(1)
 
     def _tidy(self) -> None:
-        """Leave nothing of a sweep that is gone."""
+        """Remove the temporary files of a sweep whose process has ended."""
         if self.sweep not in (os.getpid(), os.getppid()):
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -170,7 +170,7 @@ def stoppable(task: Any) -> Iterator[list[int]]:
         parts.tell(number)
         again = "ends them at once" if len(told) == 1 else "kills them"
         with suppress(OSError):  # no print: the signal may have interrupted one
-            os.write(2, f"\nwaiting for the runs to keep their steps; Ctrl-C again {again}\n".encode())
+            os.write(2, f"\nwaiting for the runs to save their steps; Ctrl-C again {again}\n".encode())
 
     handlers = {signal.SIGTERM: tell, signal.SIGINT: tell} if parts else {signal.SIGTERM: _exit}
     if threading.current_thread() is not threading.main_thread():

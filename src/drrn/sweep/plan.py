@@ -118,7 +118,7 @@ def make_plan(jobs: list[Job], workers: int = 1, threads: int | None = None, alw
     if any(job.config.trainer.max_epochs is not None for job in work):
         note = "trainer.max_epochs: the number of steps depends on the patches, so no time is estimated"
     elif not always and sum(job.steps for job in work) < SHORT:
-        return Plan(jobs, workers, "too short to be worth estimating; plan=only does it")
+        return Plan(jobs, workers, "too short to be estimated; plan=only estimates it all the same")
     else:
         note = estimate(work, threads)
     from drrn.sweep.cost import count_bytes, micro_batch  # imports Lightning: not for a finished sweep
@@ -160,7 +160,7 @@ def estimate(work: list[Job], threads: int | None) -> str:
     return ""
 
 
-STATES = {"new": "new", "finished": "finished: skipped", "resume": "to be resumed", "failed": "failed before: again"}
+STATES = {"new": "new", "finished": "finished: skipped", "resume": "to be resumed", "failed": "failed: retried"}
 
 
 def print_plan(plan: Plan) -> None:

@@ -143,7 +143,7 @@ def _blob(blob: Any, title: str) -> Tensor:
     values = np.fromiter(raw, np.float32, len(raw))
     shape = list(blob.shape.dim) if blob.HasField("shape") else [blob.num, blob.channels, blob.height, blob.width]
     if not 1 <= len(shape) <= 4 or not len(values) or min(shape) < 1 or math.prod(shape) != len(values):
-        raise ValueError(f"layer {title!r} says {shape[:8]} and holds {len(values):,} values")
+        raise ValueError(f"layer {title!r} declares {shape[:8]} and holds {len(values):,} values")
     return torch.from_numpy(values).reshape(shape)
 
 

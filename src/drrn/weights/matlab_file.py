@@ -74,12 +74,12 @@ class Reader:
             raise ValueError(f"array {name[:40]!r} has an impossible shape")
         if kind == CELL:
             if count != len(rest):
-                raise ValueError(f"cell {name[:40]!r} says {count:,} and holds {len(rest):,}")
+                raise ValueError(f"cell {name[:40]!r} declares {count:,} items and holds {len(rest):,}")
             return name, self._inner(rest, depth)
         if kind == STRUCT and count == 1 and len(rest) >= 2:
             length, text = self.integers(rest[0][1], "i4")[0], bytes(rest[1][1])
             if length < 1 or len(text) // length != len(rest) - 2:
-                raise ValueError(f"struct {name[:40]!r} has not as many fields as names")
+                raise ValueError(f"struct {name[:40]!r} has different numbers of fields and names")
             names = [text[i : i + length].split(b"\0")[0].decode("latin-1") for i in range(0, len(text), length)]
             return name, dict(zip(names, self._inner(rest[2:], depth), strict=True))
         if not DOUBLE <= kind <= UINT64 or not rest or rest[0][0] not in NUMBERS:
@@ -88,7 +88,7 @@ class Reader:
             raise ValueError(f"array {name[:40]!r} is complex; weights are real")
         values = np.frombuffer(rest[0][1], self.order + NUMBERS[rest[0][0]])
         if len(values) != count:
-            raise ValueError(f"array {name[:40]!r} says {shape} and holds {len(values):,} values")
+            raise ValueError(f"array {name[:40]!r} declares {shape} and holds {len(values):,} values")
         return name, values.reshape(shape, order="F")
 
     def _inner(self, parts: list[tuple[int, memoryview]], depth: int) -> list[Any]:
