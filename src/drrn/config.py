@@ -242,7 +242,7 @@ class Config:
     ckpt_path: str | None = key("last: resume this run; or a checkpoint file; null: start afresh")
     init_from: str | None = key("weights to fine-tune, a file or a shipped name, with their network", default=None)
     plan: str = key("of a sweep, before it; only: print and stop", default="print", choices=("print", "only", "none"))
-    from_record: str | None = key("a record.json to train again; other keys override it", default=None)
+    from_record: str | None = key("a record.json or its folder to train again; other keys win", default=None)
     callbacks: dict[str, Any] | None = key("callbacks=[ema,timer], +callbacks.mine={_target_: …}", default=None)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     trainer_extra: dict[str, Any] | None = key("+trainer.NAME=…, for Lightning", default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -43,15 +44,16 @@ def refusing() -> Iterator[None]:
         os.chdir(HydraConfig.get().runtime.cwd)
     try:
         yield
-    except (UserError, PermissionError) as error:
+    except (UserError, OSError) as error:
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         _refuse(error)
 
 
 def _refuse(reason: object) -> NoReturn:
-    if isinstance(reason, PermissionError):
-        if reason.filename is None:  # not about a file of the user's
+    if isinstance(reason, OSError):
+        users = isinstance(reason, PermissionError) or reason.errno == errno.ENAMETOOLONG
+        if not users or reason.filename is None:  # not about a file that the user named
             raise reason
         reason = f"{printable(reason.filename)}: {reason.strerror}"
     print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
@@ -92,5 +94,5 @@ def launch(main: Callable[[], Any]) -> None:
         _refuse(wrong)
     except HydraException as error:
         _refuse(explained(error, sys.argv[1:]))
-    except (UserError, PermissionError, OmegaConfBaseException) as error:
+    except (UserError, OSError, OmegaConfBaseException) as error:
         _refuse(error)

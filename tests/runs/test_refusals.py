@@ -29,6 +29,7 @@ LONG = "x" * 300
         (["output=/proc/new"], "cannot be written there"),
         ([f"output={LONG}"], "300 bytes"),
         ([f"name={LONG}"], "300 bytes"),
+        ([f"init_from={LONG}"], "File name too long"),
         ([f"study={LONG}"], "300 bytes"),
         (["study=/"], "study = '/'"),
         (["study=../up"], "study = '../up'"),

@@ -611,7 +611,7 @@ def test_a_record_is_trained_again(
 ) -> None:
     folder = straight()
     monkeypatch.chdir(tmp_path)
-    code, _, err = entry_point("train", f"from_record={folder / FILE}", "output=again")
+    code, _, err = entry_point("train", f"from_record={folder}", "output=again")
     assert code == 0, err
     again = run_folder(tmp_path / "again")
     assert again.name == folder.name

@@ -25,8 +25,9 @@ LARGEST = 1 << 28  # bytes of a record; one of 100,000 rows has 20 MB
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a run record; a missing file, invalid JSON or an unknown format is a UserError."""
+    """Read a run record, a file or its folder; a missing file, invalid JSON or an unknown format is a UserError."""
     try:
+        path = path / FILE if path.is_dir() else path
         check_regular(path, LARGEST)
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, UserError) as error:

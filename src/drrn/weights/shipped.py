@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from drrn.errors import UserError
 from drrn.home import DATA
+from drrn.identity import WEIGHTS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +35,7 @@ def shipped(scale: float = 3) -> dict[str, Path]:
 
 
 def weights_file(checkpoint: str | Path | None, scale: float = 3, key: str = "checkpoint") -> Path:
-    """The file of a checkpoint: a path, the name of shipped weights, or None for the best of them at a scale.
+    """The file of a checkpoint: a path, a run's folder, the name of shipped weights, or None for the best of them.
 
     Args:
         checkpoint: the value of `key` in the configuration.
@@ -44,8 +45,10 @@ def weights_file(checkpoint: str | Path | None, scale: float = 3, key: str = "ch
     Raises:
         UserError: there is neither such a file nor such a name.
     """
-    if checkpoint is not None and Path(checkpoint).is_file():
-        return Path(checkpoint)
+    if checkpoint is not None:
+        for path in (Path(checkpoint), Path(checkpoint) / WEIGHTS):
+            if path.is_file():
+                return path
     known = shipped(scale)
     if checkpoint is None and known:
         return next(iter(known.values()))
