@@ -30,7 +30,7 @@ from drrn.runs.checkpoints import check_resumable, set_aside
 from drrn.runs.journal import log_to, recorded, warn_of_differences
 from drrn.runs.lightning import trainer_arguments
 from drrn.runs.processes import Processes, broadcast
-from drrn.runs.record import FILE, already, done_before, own_record, run_record
+from drrn.runs.record import FILE, done_before, finished_message, own_record, run_record
 from drrn.runs.stop import StopSignals
 from drrn.tracking.loggers import Tracking
 from drrn.weights.ours import initial_state
@@ -83,7 +83,7 @@ def open_run(config: Config, watch: Watch, start: Callable[[Config], None]) -> I
     processes.join()
     earlier, finished = broadcast(lambda: (earlier, finished))
     if finished is not None:
-        print(already(config, finished))
+        print(finished_message(config, finished))
         yield None
         return
     record = _new_record(config, network, earlier, processes)

@@ -52,7 +52,7 @@ def done_before(config: Config) -> Path | None:
     return None if config.ckpt_path is None else finished_record(run_dir(config))
 
 
-def already(config: Config, finished: Path) -> str:
+def finished_message(config: Config, finished: Path) -> str:
     """The message of a start of a run that is finished."""
     return (
         f"{run_name(config)} is finished: {finished}. Delete its folder or give ckpt_path=null to train it again; "

@@ -13,7 +13,7 @@ from drrn.errors import UserError
 from drrn.fast.threads import Watch
 from drrn.identity import run_dir
 from drrn.launch import launched
-from drrn.runs.record import already, done_before, own_record
+from drrn.runs.record import done_before, finished_message, own_record
 
 
 def start(config: Config) -> None:
@@ -28,7 +28,7 @@ def start(config: Config) -> None:
         own_record(run_dir(config))  # a damaged one is a UserError
         finished = done_before(config)
         if finished is not None and not launched():
-            print(already(config, finished))
+            print(finished_message(config, finished))
             return
         check_output("output", run_dir(config), folder=True)
         watch = Watch()  # it looks at the machine while torch is imported
