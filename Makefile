@@ -29,7 +29,7 @@ fig6 fig8 table4:
 	$(RUN) src/train.py sweeps=$@ $(if $(BUDGET),+budget=$(BUDGET)) $(ARGS)
 	$(RUN) src/report.py study=$@
 
-report: install  ## the paper's figures beside what is below runs/, on one page, report/index.html
+report: install  ## the paper's figures beside those of the runs below runs/, on one page, report/index.html
 	$(RUN) src/report.py 'study=[fig6,fig8,table4,fig1,fig9]'
 
 test: install  ## the whole test suite (DRRN_DATA=folder of benchmark images runs the tests that need them)
@@ -42,7 +42,7 @@ stress: install  ## 2,000 damaged images, patch files with each bit of their hea
 	DRRN_SLOW=1 $(RUN) -m pytest tests/runs/test_ddp.py tests/weights/test_foreign.py tests/tracking/test_tracking.py tests/test_bad_files.py \
 		tests/weights/test_matlab_file.py tests/test_inference.py
 
-lint: install  ## ruff, and import-linter: arrows go one way (pyproject.toml)
+lint: install  ## ruff, and import-linter: imports go one way (pyproject.toml)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	PYTHONPATH=src $(VENV)/bin/lint-imports
