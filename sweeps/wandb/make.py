@@ -1,6 +1,6 @@
-"""W&B's sweep files, made from the studies: the points of a study stand once, in sweeps/*.yaml.
+"""Generate W&B's sweep files from the studies in sweeps/*.yaml, which alone define the points.
 
-`make queues` writes the files beside this one; `wandb sweep` takes them.
+`make queues` writes the files next to this one, for `wandb sweep`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUEUE = """\
 #   wandb sweep --project drrn sweeps/wandb/{study}.yaml     (prints the queue's name)
 #   wandb agent ENTITY/drrn/NAME                         (on every machine, in the clone, logged in)
 # Cost and numbers to expect: sweeps/{study}.yaml. For another recipe, length or data put overrides at the end of
-# `command`: `- +budget=cpu`. A point that failed or was stopped is taken again with the same command as without W&B.
+# `command`: `- +budget=cpu`. Resume a point that failed or was stopped with the same command as without W&B.
 # Made by `make queues`: change the study, not this file.
 program: src/train.py
 method: grid
@@ -29,7 +29,7 @@ metric:
 parameters:
   sweeps:
     value: {study}
-  hydra.sweeper.points:      # a study's list of points, with one of them
+  hydra.sweeper.points:      # for each job a list with one point
     values:
 {points}
   seed:
@@ -37,7 +37,7 @@ parameters:
   plan:
     value: none
   logger.mode:
-    value: online            # an agent is told by the server anyway
+    value: online            # an agent needs the server anyway
 command:
   - ${{env}}
   - ${{interpreter}}
@@ -47,7 +47,7 @@ command:
 
 
 def queue(study: str) -> str:
-    """A study as a sweep file of W&B, in Hydra's grammar where it holds points."""
+    """A study as a sweep file of W&B; points are in Hydra's grammar."""
     text = (STUDIES / f"{study}.yaml").read_text()
     title = text.splitlines()[1].removeprefix("# ").split(" (")[0].split(":")[0]
     points = OmegaConf.to_container(OmegaConf.create(text))["hydra"]["sweeper"]["points"]
