@@ -582,7 +582,7 @@ def memory_of(arguments: list[str]) -> int:
 
 
 def startup(sizes: dict[str, Any]) -> Iterator[Row]:
-    """From the start of Python to the prompt."""
+    """Commands from the start of Python to their end: the help and a refused configuration."""
     things = {
         "python src/train.py --help": (command, "src/train.py", "--help"),
         "a refused configuration": (command, "src/train.py", "model.B=0"),

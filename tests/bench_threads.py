@@ -62,7 +62,7 @@ def demo(folder: str, steps: int) -> Callable[[], Any]:
 
 @contextmanager
 def busy(on: bool) -> Iterator[None]:
-    """Beside a process that keeps a core busy."""
+    """If `on`, another process keeps a core busy."""
     if not on:
         yield
         return

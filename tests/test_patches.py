@@ -548,7 +548,7 @@ def test_a_killed_build_leaves_nothing_for_the_next_one(builder: Callable, tmp_p
 
 
 def test_a_worker_that_is_killed_is_said(builder: Callable, tmp_path: Path) -> None:
-    """As by the kernel when memory is short."""
+    """Killed as by the kernel when memory is short; the build reports it."""
     process = builder("die")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1

@@ -37,7 +37,7 @@ class Toy(nn.Module):
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """Its line and its yaml; the override that finds the yaml."""
+    """Add the toy's line and yaml; return the override by which Hydra finds the yaml."""
     monkeypatch.setitem(NETWORKS, "toy", Toy)
     (tmp_path / "conf/model").mkdir(parents=True)
     (tmp_path / "conf/model/toy.yaml").write_text("network: toy\nwidth: 4\n")

@@ -319,7 +319,7 @@ def test_points_are_multiplied_by_the_command_line_and_give_way_to_it() -> None:
     ],
 )
 def test_a_points_value_of_any_kind_reaches_the_configuration(value: object) -> None:
-    """Through Hydra's grammar, which parses None, commas and brackets specially."""
+    """Values are quoted for Hydra's grammar, which parses None, commas and brackets specially."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     ((override,),) = jobs_of(points=[{"model.x": value}])

@@ -313,7 +313,7 @@ def test_what_wandb_would_refuse_is_refused_at_the_start(override: str, said: st
 def test_a_run_without_wandb_needs_no_wandb(
     logger: str, configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the package was not installed: it cannot be imported, and has no version."""
+    """W&B as if not installed: it cannot be imported, and has no version."""
     version = importlib.metadata.version
 
     def without(package: str) -> str:

@@ -68,7 +68,7 @@ def photograph(height: int, width: int) -> torch.Tensor:
 
 
 def run(**options) -> None:
-    """As from the command line."""
+    """Check and convert with these options, as from the command line."""
     defaults = OmegaConf.load(SRC.parent / "conf" / "convert.yaml")
     given = OmegaConf.create({key: defaults[key] for key in defaults if key not in ("defaults", "hydra")})
     command.convert(

@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 
 
 def ports_fsrcnn(network: FSRCNN) -> Tensors:
-    """Its state under the names of PyTorch ports."""
+    """The network's state dict under the names of PyTorch ports."""
     names = {"extract": "extraction", "map": "nonlinear_map"}
     parts = {name: name.partition(".") for name in network.state_dict()}
     return {
