@@ -24,7 +24,7 @@ PLACE: Place = ("Set5", 3)  # of Fig. 6, Fig. 8 and Table 4
 PAPER_PATCHES = 71 * 6536 * 128  # seen in the training of the authors' published B1U9 (conf/budget/paper.yaml)
 
 
-def structure(model: dict[str, Any]) -> dict[str, Any]:
+def in_full(model: dict[str, Any]) -> dict[str, Any]:
     """A network's name and all its arguments: an older record gets the defaults of newer ones."""
     held = model_of(model)
     return {"network": DEFAULT, **asdict(held)} if isinstance(held, ModelConfig) else held
@@ -50,7 +50,7 @@ class Point:
     """One network of a study under one recipe, and its runs."""
 
     name: str  # the paper's: DRRN_B3U4, DRRN_NS_B3U2_16f
-    model: dict[str, Any]  # `structure`
+    model: dict[str, Any]  # `in_full`
     depth: int
     weights: int  # k, convolution weights
     place: Place  # the set and scale of its scores

@@ -21,7 +21,7 @@ from drrn.home import CONF
 from drrn.identity import run_group, structure_name
 from drrn.paper import paper_numbers, printed
 from drrn.report import STUDIES
-from drrn.report.groups import ABLATION, PLACE, Place, Point, RunGroup, in_paper, structure, variant
+from drrn.report.groups import ABLATION, PLACE, Place, Point, RunGroup, in_full, in_paper, variant
 from drrn.report.measurements import MISSING, over_seeds
 from drrn.report.tables import Cell, Table
 
@@ -47,7 +47,7 @@ def preset(name: str, **changes: Any) -> dict[str, Any]:
     """All arguments of a network: conf/model/<name>.yaml with changes; a network of one scale gets ×3."""
     around = {"trainer": {"max_steps": 1}, "data": {"scales": [PLACE[1]]}}  # conf/model interpolates these
     model = OmegaConf.to_container(OmegaConf.merge(around, _preset(name), changes), resolve=True)
-    return structure({key: value for key, value in model.items() if key not in (*around, "checkpointing")})
+    return in_full({key: value for key, value in model.items() if key not in (*around, "checkpointing")})
 
 
 def _preset(name: str) -> DictConfig:
@@ -100,7 +100,7 @@ def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]
     trained: dict[str, Point] = {}
     for record in records:
         name, depth, weights = (record["structure"][key] for key in ("name", "depth", "conv_weights"))
-        trained[name] = Point(name, structure(record["config"]["model"]), depth, weights, place)
+        trained[name] = Point(name, in_full(record["config"]["model"]), depth, weights, place)
     # The plan sets B, U and the variant. An untrained point takes each other argument that all trained DRRNs share.
     drrns = [point.model for point in trained.values() if point.model["network"] == "drrn"]
     settled = {key for key in drrns[0] if len({model[key] for model in drrns}) == 1} if drrns else set()
