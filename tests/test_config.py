@@ -417,7 +417,7 @@ def test_speed_changes_no_run_and_has_its_earlier_names(configure, capsys) -> No
         assert (config.speed.compile, config.speed.checkpointing) == speed
         assert (config.model, config.trainer) == (plain.model, plain.trainer)
         assert run_dir(config) == run_dir(plain)
-    assert "cuda_graph is gone" in capsys.readouterr().err
+    assert "cuda_graph was removed" in capsys.readouterr().err
     for wrong in ("model.checkpointing=often", "trainer.compile=often", "speed.compile=often"):
         with pytest.raises(UserError, match=f"{wrong.replace('=', ' = ').replace('often', '.often.')}: allowed are"):
             configure(wrong)

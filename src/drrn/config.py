@@ -258,7 +258,7 @@ class Config:
         if self.ckpt_path not in (None, "last") and not Path(self.ckpt_path).is_file():
             raise UserError(f"ckpt_path = {self.ckpt_path!r}: no such file; give a checkpoint, `last` or null")
         if Path(self.study).is_absolute() or ".." in Path(self.study).parts:
-            raise UserError(f"study = {self.study!r}: a name, or several with {os.sep} between them, below output")
+            raise UserError(f"study = {self.study!r}: must be a name, or a path of names with {os.sep}, below output")
         below = [(key, part) for key in ("output", "study") for part in Path(getattr(self, key)).parts]
         for where, part in (("name", self.name or ""), *below):
             if len(os.fsencode(part)) > 200:  # a digest is appended, and names have at most 255 bytes
@@ -269,7 +269,7 @@ class Config:
         if self.init_from is not None and self.ckpt_path not in (None, "last"):
             raise UserError(
                 "init_from and ckpt_path: init_from starts a new run from weights, ckpt_path resumes a run; give one "
-                "(`ckpt_path=last` may stand beside init_from: it resumes this fine-tuning)"
+                "(`ckpt_path=last` is allowed with init_from: it resumes this fine-tuning)"
             )
 
 
@@ -326,7 +326,7 @@ def _old_names(cfg: DictConfig) -> None:
     """Rename keys of earlier versions and their records to those of `speed`."""
     groups = {"": cfg} | {name: cfg[name] for name in ("model", "trainer") if OmegaConf.is_dict(cfg.get(name))}
     if groups.get("trainer", {}).pop("cuda_graph", None):
-        print("trainer.cuda_graph is gone: on a GPU the network is compiled (speed.compile)", file=sys.stderr)
+        print("trainer.cuda_graph was removed: on a GPU the network is compiled (speed.compile)", file=sys.stderr)
     for group, name in (("trainer", "compile"), ("", "checkpointing"), ("model", "checkpointing")):
         value = groups.get(group, {}).pop(name, None)
         if value is not None and not isinstance(value, bool):
@@ -343,7 +343,7 @@ def check_sets(name: str, sets: Sequence[str]) -> None:
         raise UserError(f"{name} = {sets}: two sets have the same name, by which scores identify them")
     for one in sets:
         if one != printable(one):
-            raise UserError(f"{name}: {one}: a name with bytes that are not UTF-8 or control codes; rename it")
+            raise UserError(f"{name}: {one}: the name has control codes or bytes that are not UTF-8; rename it")
         if not is_set(one):
             wrong = f"the folder {one!r} does not exist" if os.sep in one else f"no set and no folder named {one!r}"
             raise UserError(f"{name}: {wrong}: give a folder of images, or one of {', '.join(known_sets())}")

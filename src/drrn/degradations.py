@@ -123,7 +123,7 @@ def low_resolution(
     if degradation == READY:
         low = read_pixels(path := ready_low(file, scale))
         if [scale * side for side in low.shape[:2]] != [*pixels.shape[:2]] or low.ndim != pixels.ndim:
-            raise UserError(f"{path} is {low.shape}: 1/{scale} of {file} would be {pixels.shape[:2]} / {scale}")
+            raise UserError(f"{path} is {low.shape}, but 1/{scale} of {file} is {pixels.shape[:2]} / {scale}")
         return planes(low)
     its = DEGRADATIONS[degradation]
     return planes(its.function(pixels, scale)) if its.of_rgb else its.function(planes(pixels), scale)

@@ -245,10 +245,10 @@ def made_by_another(job: Job, truth: NDArray[np.uint8], over: Sequence[str] = ()
         )
     if made.ndim > truth.ndim:
         if (made != made[..., :1]).any():
-            raise UserError(f"{job.made} has colours, {job.path} is grey: save the result as a grey image")
+            raise UserError(f"{job.made} has colours, but {job.path} is grey: save the result as a grey image")
         return made[..., 0]
     if made.ndim < truth.ndim and over:
-        raise UserError(f"{job.made} is grey, {job.path} has colours, and {', '.join(over)} would compare them")
+        raise UserError(f"{job.made} is grey, but {job.path} has colours, which {', '.join(over)} would compare")
     return made
 
 

@@ -80,6 +80,4 @@ def _check_explain(config: EvaluateConfig, overrides: Sequence[str]) -> None:
     methods = [*config.checkpoint, *(["bicubic"] if config.method == "bicubic" else [])]
     for name, asked in (("sets", config.sets), ("scales", config.scales), ("checkpoint", methods)):
         if len(asked) > 1:
-            raise UserError(
-                f"explain = {config.explain}: a number is of one set, scale and network; give one of {name}"
-            )
+            raise UserError(f"explain = {config.explain}: it explains a single number; give one of {name}")

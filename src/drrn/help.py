@@ -139,7 +139,9 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
             return f"{error.override!r} ends in a comma: several values are typed without a space, {key}=a,b"
         quoted = value.replace('"', '\\"')
         typed = shlex.quote(f'{key}="{quoted}"')
-        return f"{error.override!r} has characters that mean something to Hydra: quote the value once more, {typed}"
+        return (
+            f"{error.override!r} has characters with a meaning in Hydra's grammar: quote the value once more, {typed}"
+        )
     groups = dict(choices(command()))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -149,9 +151,9 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
         for argument in arguments:
             key = argument.partition("=")[0]
             if key in ADDED:
-                return f"{argument}: it is added to the rest, +{argument}"
+                return f"{argument}: no default has this group; add it with +{argument}"
             if key[:1] == "+" and key[1:] in groups:
-                return f"{argument}: it takes the place of what is there, {argument[1:]}"
+                return f"{argument}: the group has a default, which is replaced by {argument[1:]}"
     several = [a for a in arguments if is_sweep(a)]
     if several and "-m" not in arguments and "--multirun" not in arguments:
         key, _, value = several[0].partition("=")
@@ -168,7 +170,7 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def unknown_option(arguments: Sequence[str]) -> str | None:
-    """What is wrong with `--max_steps 5`, which argparse answers with Hydra's own options; None if nothing is."""
+    """Explain `--max_steps 5`, for which argparse would print Hydra's own options; None if there is none."""
     from hydra._internal.utils import get_args_parser
 
     unknown = [word for word in get_args_parser().parse_known_args(arguments)[1] if word.startswith("-")]

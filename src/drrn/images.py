@@ -101,11 +101,11 @@ def png_chunks(path: Path, kept: Sequence[bytes] = ()) -> Iterator[tuple[bytes, 
     """The chunks of a PNG: name, length in bytes, content, and whether its checksum is right.
 
     Args:
-        path: the file; what it holds after its end chunk is not looked at.
-        kept: names of chunks whose content is wanted; of others, and beyond `LARGEST_CHUNK`, it is empty.
+        path: of the file; data after its end chunk is ignored.
+        kept: names of chunks whose content is returned; that of others, and beyond `LARGEST_CHUNK`, is empty.
 
     Yields:
-        The last is None where the file ends before the checksum.
+        The last item is None if the file ends before the checksum.
     """
     with path.open("rb") as file:
         file.seek(8)
@@ -139,7 +139,7 @@ def _check_tiff(path: Path, image: Image.Image) -> None:
             for at, length in places:
                 file.seek(at)
                 _check_deflated(path, file.read(min(length, path.stat().st_size)), room)
-    if tags.get(259) in (2, 3, 4):  # fax: libtiff says on stderr what it cannot decode, and decodes something else
+    if tags.get(259) in (2, 3, 4):  # fax: libtiff reports invalid codes on stderr only, and decodes something else
         code = "import sys; from PIL import Image; Image.open(sys.argv[1], formats=['TIFF']).load()"
         said = subprocess.run([sys.executable, "-W", "ignore", "-c", code, path], stderr=subprocess.PIPE)
         if said.stderr:

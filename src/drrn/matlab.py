@@ -19,7 +19,7 @@ from scipy import sparse
 FloatArray = NDArray[np.float64]
 
 # ITU-R BT.601 in limited range, as in MATLAB's rgb2ycbcr, in thousandths: sums of products with 8-bit levels
-# are then whole numbers, exact in float64, and the 194 colours whose Y lies half-way between two levels
+# are then whole numbers, exact in float64, and the 194 colours whose Y is half-way between two levels
 # round as they should.
 YCBCR_FROM_RGB = np.array(
     [[65_481, 128_553, 24_966], [-37_797, -74_203, 112_000], [112_000, -93_786, -18_214]], dtype=np.float64
@@ -97,7 +97,7 @@ def resize_matrix(length: int, scale: float, out_length: int) -> sparse.csr_arra
 
     shrink = min(scale, 1.0)
     width = 4.0 / shrink
-    # Pixel centres lie at whole numbers from 1, as in MATLAB; u is the centre of each output pixel on the
+    # Pixel centres are whole numbers from 1, as in MATLAB; u is the centre of each output pixel on the
     # input's axis: 0.5, the image's edge, maps to 0.5.
     u = np.arange(1, out_length + 1) / scale + 0.5 * (1 - 1 / scale)
     leftmost = np.floor(u - width / 2)
@@ -163,7 +163,7 @@ def to_uint8(array: NDArray[np.floating]) -> NDArray[np.uint8]:
         array: any shape, floating; 0…1 is the nominal range, values outside are clamped.
 
     Returns:
-        uint8 of the same shape, rounded half away from zero (NumPy's `round` goes to the even level). NaN, which
+        uint8 of the same shape, rounded half away from zero (NumPy's `round` rounds half to even). NaN, which
         MATLAB would turn into 0, is a ValueError.
     """
     array = np.asarray(array)

@@ -95,7 +95,7 @@ def _members(name: str, files: S) -> S:
     if part is None:
         return files
     if not part or part.stop > len(files):
-        raise UserError(f"{name}: {whole} has the images 1-{len(files)}, a part of it is {whole}@FIRST-LAST of these")
+        raise UserError(f"{name}: {whole} has the images 1-{len(files)}; give a part of it as {whole}@FIRST-LAST")
     return files[part.start : part.stop]
 
 
@@ -216,7 +216,7 @@ def folder_images(folder: Path) -> list[Path]:
         if wrong:
             _warn(f"{printable(path)} {wrong}")
         elif path.name != printable(path.name):
-            raise UserError(f"{path}: a name with bytes that are not UTF-8 or control codes; rename it")
+            raise UserError(f"{path}: the name has control codes or bytes that are not UTF-8; rename it")
         else:
             files.append(path)
     if not files:
@@ -326,7 +326,7 @@ def counterpart(folder: Path, label: str, image: Path, scale: int, only_scale: b
         files = [path for path, wrong in find_images(folder / place) if wrong is None]
         found = [p for p in files if marked.fullmatch(p.stem) or (clear and image.stem in (p.stem, p.name))]
         if len(found) > 1:
-            raise UserError(f"{found[0]} and {found[1]} are both of {image.name} at ×{scale}: leave one")
+            raise UserError(f"{found[0]} and {found[1]} are both {image.name} at ×{scale}: remove one")
         if found:
             return found[0]
     raise UserError(f"{folder} holds no {image.stem}_x{scale}.png, of {image.name} at ×{scale}")

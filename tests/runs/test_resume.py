@@ -457,9 +457,9 @@ def test_it_is_said_when_no_checkpoint_is_left(caplog: pytest.LogCaptureFixture,
     for step in (1, 2):
         (tmp_path / f"step{step:08d}.ckpt").write_bytes(b"PK\3\4 half")
     assert newest_checkpoint(tmp_path) is None
-    assert "beginning again at step 0" in caplog.text
+    assert "starting at step 0" in caplog.text
     assert newest_checkpoint(tmp_path / "none") is None
-    assert caplog.text.count("beginning again") == 1
+    assert caplog.text.count("starting") == 1
 
 
 def test_what_is_no_checkpoint_of_a_training_is_not_gone_on_from(

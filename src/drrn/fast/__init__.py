@@ -1,1 +1,1 @@
-"""What makes it fast: folded inference in strips, memory, compiled training."""
+"""Fast implementations: folded inference in strips, memory, compiled training."""

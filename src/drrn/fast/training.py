@@ -168,7 +168,7 @@ def worth_compiling(network: nn.Module, x: Tensor) -> bool:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Inside, a GPU without enough memory is a UserError that says what to lower."""
+    """Turn the GPU's out-of-memory error into a UserError that says what to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:

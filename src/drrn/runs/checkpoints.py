@@ -1,4 +1,4 @@
-"""How checkpoints of a run are kept and chosen."""
+"""Writing, reading and selecting the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
             log.warning("%s cannot be read (%s): using the one before it", path, reason)
             path.rename(path.with_suffix(".damaged"))
     if kept:
-        log.warning("no checkpoint in %s can be read: beginning again at step 0", folder)
+        log.warning("no checkpoint in %s can be read: starting at step 0", folder)
     return None
 
 
@@ -189,12 +189,12 @@ def check_resumable(path: Path, config: Config, max_steps: float) -> None:
         if differing:
             raise UserError(
                 f"ckpt_path: the checkpoint was trained with {', '.join(differing)}, and resuming keeps that. "
-                "Ask for the same, or start a new training from its weights with init_from"
+                "Give the same, or start a new training from its weights with init_from"
             )
     if content["global_step"] > max_steps:
         raise UserError(
             f"ckpt_path = {str(path)!r} is of step {content['global_step']}, beyond trainer.max_steps = {max_steps}: "
-            "ask for more steps, or for an earlier checkpoint"
+            "give more steps, or an earlier checkpoint"
         )
 
 

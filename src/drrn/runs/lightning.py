@@ -196,8 +196,8 @@ class WholeCheckpoints(TorchCheckpointIO):
         for name, state in checkpoint.get("callbacks", {}).items():
             if (kind := _not_plain(state)) is not None:
                 raise UserError(
-                    f"callbacks: {name} keeps a {kind} in its state; a checkpoint holds numbers, texts, tensors, "
-                    "lists and dicts, so that reading it runs nothing"
+                    f"callbacks: {name} keeps a {kind} in its state; a checkpoint may have numbers, strings, "
+                    "tensors, lists and dicts only, so that reading it runs no code"
                 )
         write_whole(Path(path), lambda partial: torch.save(checkpoint, partial))
 

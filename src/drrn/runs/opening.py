@@ -64,8 +64,8 @@ def open_run(config: Config, watch: Watch, start: Callable[[Config], None]) -> I
     """Open a run: folder, lock, log, record and signals. Yields None if there is nothing to do in this process.
 
     If the run needs several processes, they are started here and each calls `start(config)`. Arguments that Lightning
-    refuses and a run that another process is training are UserErrors, before any work. `watch` has looked at the
-    machine since the command started.
+    refuses and a run that another process is training are UserErrors, before any work. `watch` measures the
+    machine's load since the command's start.
     """
     folder, initial = run_dir(config), None
     earlier, finished = own_record(folder), done_before(config)

@@ -43,7 +43,7 @@ def own_record(folder: Path) -> dict[str, Any]:
         return {}
     record = read_record(folder / FILE)
     if not isinstance(record.get("status"), str):
-        raise UserError(f"{folder / FILE} is not a whole run record (it has no status): restore or delete it")
+        raise UserError(f"{folder / FILE} is an incomplete run record (it has no status): restore or delete it")
     return record
 
 

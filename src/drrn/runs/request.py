@@ -100,9 +100,7 @@ def _recorded(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     here = ["from_record", "data.root", "data.patches", "output"]
     for key in (*here, *asked):
         if key in ("experiment", "sweeps"):
-            raise UserError(
-                f"from_record and {key}: the record is the whole configuration; give single keys beside it"
-            )
+            raise UserError(f"from_record and {key}: the record is the whole configuration; give single keys instead")
         if not key.startswith("hydra"):
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
     return merged

@@ -1,4 +1,4 @@
-"""Starting a run: what can be said or refused of it before torch and Lightning are imported."""
+"""Starting a run: the checks and messages before torch and Lightning are imported."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def start(config: Config) -> None:
     """Train, evaluate and record one network unless it is finished (`runs.run.train`).
 
     Raises:
-        UserError: the record has the status "failed" and the error. What can be known before the work is refused
-            before there is a record.
+        UserError: the record has the status "failed" and the error, except for errors found before the work, which
+            leave no record.
         Stopped: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; the status is "stopped", and the same command resumes.
     """
     with tried(config) as config:
@@ -31,7 +31,7 @@ def start(config: Config) -> None:
             print(finished_message(config, finished))
             return
         check_output("output", run_dir(config), folder=True)
-        watch = Watch()  # it looks at the machine while torch is imported
+        watch = Watch()  # measures the machine's load while torch is imported
         from drrn.runs.run import train
 
         train(config, watch, start)
