@@ -30,14 +30,14 @@ class Options:
     method: str = key("how to enlarge", choices=("network", "bicubic"))
     compare: bool = key("write a page beside each result, with a slider between bicubic and it")
     overwrite: bool = key("replace outputs that exist; otherwise they are skipped")
-    suffix: str | None = key("format of outputs without a name (.png); null: the input's in a folder, else .png")
-    quality: int = key("of JPEG and WebP", at_least=1, below=101)
+    suffix: str | None = key("format of outputs without a name; null: the input's in a folder, else .png or TIFF")
+    quality: int = key("quality of JPEG and WebP, 1 to 100", at_least=1, below=101)
     self_ensemble: bool = key("average over the 8 orientations: a little better, 8 times slower")
     tile: int | None = key("side of a tile, pixels; null: strips that fit the free memory", at_least=1)
-    device: str = key("auto, cpu, cuda, cuda:1, mps")
-    precision: str = key("of the network; auto: bf16 if it is fast here", choices=("auto", "float32", "tf32", "bf16"))
-    threads: int | None = key("of the CPU; null: one per free core", at_least=1, below=2**10)
-    max_pixels: int = key("limit of an input; a result may have 16 times as many", at_least=1)
+    device: str = key("auto, cpu, cuda, cuda:1, mps, xpu")
+    precision: str = key("the network's; auto: bf16 if it is fast here", choices=("auto", "float32", "tf32", "bf16"))
+    threads: int | None = key("CPU threads; null: one per free core", at_least=1, below=2**10)
+    max_pixels: int = key("most pixels of an input; a result may have 16 times as many", at_least=1)
 
 
 class Job(NamedTuple):

@@ -31,13 +31,9 @@ class ConvertConfig:
     output: str | None = key(".safetensors, .onnx, .pt2")
     form: str | None = key("null: recognised by content", choices=tuple(dict.fromkeys((*READ, *WRITTEN.values()))))
     U: int | None = key("residual units, if neither the file nor its name tells them", at_least=0)
-    scales: list[int] | None = key(
-        "that the weights were trained for, if the file does not tell", at_least=2, distinct=True
-    )
-    scale: int | None = key(
-        "of .onnx and .pt2: from RGB to RGB enlarged by it; null: only Y, as the network", at_least=2
-    )
-    info: bool = key("print what the file holds")
+    scales: list[int] | None = key("scales of its training, if the file does not tell", at_least=2, distinct=True)
+    scale: int | None = key("for .onnx, .pt2 from RGB to larger RGB; null: only Y, as the network", at_least=2)
+    info: bool = key("print the input's contents")
     overwrite: bool = key("replace the output if it exists")
 
 
