@@ -61,7 +61,7 @@ def test_help_shows_what_overrides_make_of_it(entry_point: Callable) -> None:
         ("train", "seed=1,2", ["add -m"]),
         ("train", "ckpt_path=epoch=3-step=40.ckpt", ["""'ckpt_path="epoch=3-step=40.ckpt"'"""]),
         ("train", "budget=gpu", ["+budget=gpu"]),
-        ("train", "+callbacks=ema", ["takes the place of what is there, callbacks=ema"]),
+        ("train", "+callbacks=ema", ["replaced by callbacks=ema"]),
         ("train", "--max_steps=3", ["--max_steps=3: keys are given as KEY=VALUE, such as model.B=3"]),
         ("train", "callbacks=[ema,tmer]", ["allowed are", "did you mean timer?"]),
         ("train", "model.B=1,", ["without a space"]),

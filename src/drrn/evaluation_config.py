@@ -26,7 +26,7 @@ class EvaluateConfig:
 
     method: str = key("the method to score", choices=("network", "bicubic", "images"))
     checkpoint: Any = key("networks: weights.safetensors or .ckpt, one or a list")
-    folder: str | None = key("for method=images: has baby_x3.png, or Set5/x3/baby.png", default=None)
+    folder: str | None = key("images of method=images: baby_x3.png, or Set5/x3/baby.png", default=None)
     sets: list[str] = key("Set5, Set14, BSD100, Urban100, demo_test, or folders", distinct=True)
     scales: list[int] = key("of the evaluation", at_least=2, distinct=True)
     metrics: list[str] = key("psnr, ssim, ifc, msssim, vif, psnr_rgb (Tab. 3)", distinct=True)

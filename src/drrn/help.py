@@ -100,7 +100,7 @@ def beside(chosen: Mapping[str, Any]) -> dict[str, str]:
         for name in [names] if isinstance(names, str) else names:
             path, parent = Path(CONF) / group / f"{name}.yaml", group
             text = path.read_text() if path.is_file() else ""
-            for indent, key, comment in re.findall(r"^( *)(\w+):(?:.*?\s#\s(.*)|.*)$", text, re.MULTILINE):
+            for indent, key, comment in re.findall(r"^( *)(\w+):(?:.*? # (.*)|.*)$", text, re.MULTILINE):
                 where = f"{parent}.{key}" if indent else f"{group}.{key}"
                 if not indent:
                     parent = where
