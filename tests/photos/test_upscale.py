@@ -314,7 +314,7 @@ def bad_files(rgb: np.ndarray, folder: Path) -> dict[str, str]:
         "header.jpg": (jpeg[:9], "cannot be read"),
         "bomb.png": (bomb, "60000×60000"),
         "lab.tif": (lab.getvalue(), "LAB"),
-        "int.tif": (whole.getvalue(), "kind I "),
+        "int.tif": (whole.getvalue(), "mode I "),
         "script.png": (eps.getvalue(), "is not a PNG"),  # Pillow would start Ghostscript
     }
     for name, (data, _) in files.items():
