@@ -63,7 +63,7 @@ def check(options: Options) -> None:
     elif options.checkpoint:
         raise UserError("checkpoint: method=bicubic uses none; leave out one of the two")
     elif options.compare:
-        raise UserError("compare: the page compares with bicubic; leave out compare or method=bicubic")
+        raise UserError("compare: method=bicubic has nothing to compare with; leave out one of the two")
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", options.device):
         raise UserError(f"device = {options.device!r}: allowed are auto, cpu, cuda, cuda:1, mps, xpu")
 
