@@ -288,8 +288,8 @@ def test_every_entry_point_refuses_each_kind_of_value(
     """By that check, with exit code 2, before any work; a key of each type."""
     monkeypatch.chdir(tmp_path)
     value = wrong_values(name, key, kind, optional)[0]
-    work = "drrn.evaluation.evaluate" if name == "evaluate" else f"{name}.{name}"
-    monkeypatch.setattr(work, lambda *_: pytest.fail(f"{key}={value!r} was taken"))
+    work = {"train": "train.start", "evaluate": "drrn.evaluation.evaluate", "upscale": "drrn.photos.upscale.upscale"}
+    monkeypatch.setattr(work.get(name, f"{name}.{name}"), lambda *_: pytest.fail(f"{key}={value!r} was taken"))
     others = [argument for argument in SOUND[name] if not argument.startswith(f"{key}=")]
     code, out, err = entry_point(name, *others, f"{key}={literal(value)}")
     assert code == 2
