@@ -71,7 +71,7 @@ def test_a_structure_says_its_network_only_where_it_is_another() -> None:
     ("model", "said"),
     [
         ({"network": "edsr"}, r"model\.network = 'edsr': allowed are drrn, .*, toy"),
-        ({"network": "toy", "depth": 3}, r"model\.depth: the network 'toy' does not take it; it takes width, wide"),
+        ({"network": "toy", "depth": 3}, r"model\.depth: the network 'toy' has no such argument; it has width, wide"),
         ({"network": "toy"}, r"model\.width: the network 'toy' needs it"),
         ({"network": "toy", "width": "many"}, r"the network 'toy' does not take this"),
         ({"B": 0, "U": 1}, "B = 0: must be at least 1"),
@@ -98,7 +98,7 @@ def yaml_of_toy(toy: None, tmp_path: Path, tiny_images: Path) -> tuple[str, ...]
 def test_a_wrong_key_of_it_is_refused(yaml_of_toy: tuple[str, ...], entry_point: Callable) -> None:
     code, _, err = entry_point("train", *yaml_of_toy, "+model.B=1")
     assert code == 2
-    assert "model.B: the network 'toy' does not take it; it takes width, wide" in err
+    assert "model.B: the network 'toy' has no such argument; it has width, wide" in err
 
 
 def test_drrn_by_its_name_is_the_run_that_it_was(configure: Callable) -> None:
