@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
         options = typed(Options, cfg)
         check(options)
         jobs = plan(options)
-        from drrn.photos.upscale import upscale  # with Pillow and SciPy, which a refusal need not wait for
+        from drrn.photos.upscale import upscale  # imports Pillow and SciPy; a refusal need not wait for them
 
         status = upscale(options, jobs)
     sys.exit(status)

@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def plain_words(arguments: Sequence[str], schema: type) -> list[str]:
-    """`photo.jpg -x 2 -o big.png` as `input=[photo.jpg] scale=2 output=big.png`; what is `key=value` stays."""
+    """Convert `photo.jpg -x 2 -o big.png` to `input=photo.jpg scale=2 output=big.png`; `key=value` is kept."""
     inputs, keys, rest, kinds = [], [], list(arguments), get_type_hints(schema)
     while rest:
         word = rest.pop(0)
@@ -76,5 +76,5 @@ def plain_words(arguments: Sequence[str], schema: type) -> list[str]:
 
 
 def quoted(word: str) -> str:
-    """Any word in the grammar of Hydra's command line."""
+    """Quote a word for the grammar of Hydra's command line."""
     return QuotedString(word, Quote.single).with_quotes()

@@ -310,7 +310,7 @@ def _other_network(cfg: DictConfig) -> dict[str, Any] | None:
     model = plain(cfg.model)
     if not isinstance(model["network"], str):
         raise UserError(f"model.network = {model['network']}: must be a name")
-    cfg.model = OmegaConf.structured(ModelConfig(1, 0, 1, "none", True, True, True))  # in its place for `typed`
+    cfg.model = OmegaConf.structured(ModelConfig(1, 0, 1, "none", True, True, True))  # a placeholder for `typed`
     return model
 
 

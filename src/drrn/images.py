@@ -90,8 +90,8 @@ def orientations(image: NDArray, which: Iterable[int] = range(8)) -> list[NDArra
 def check_whole(path: Path, image: Image.Image) -> None:
     """Refuse damage that Pillow does not report: wrong checksums, missing parts, invalid codes."""
     if image.format == "PNG":
-        for name, _, _, right in png_chunks(path):  # of the pixels' chunks Pillow skips the checksums
-            if right is False and name[:1].isupper():  # those that a picture needs
+        for name, _, _, right in png_chunks(path):  # Pillow skips the checksums of the pixels' chunks
+            if right is False and name[:1].isupper():  # critical chunks
                 raise UserError(f"{path} is damaged: the checksum of its {name.decode('latin-1')} part is wrong")
     elif image.format == "TIFF":
         _check_tiff(path, image)

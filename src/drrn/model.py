@@ -1,8 +1,8 @@
 """DRRN, the Deep Recursive Residual Network.
 
 Y. Tai, J. Yang, X. Liu, "Image Super-Resolution via Deep Recursive Residual Network", CVPR 2017.
-Equation and section numbers are that paper's. Details that it omits (the places of BatchNorm, the sharing of
-its parameters) follow the authors' Caffe release, tyshiwo/DRRN_CVPR17.
+Equation and section numbers are that paper's. Details that it omits (where BatchNorm is placed, which layers
+are shared) follow the authors' Caffe release, tyshiwo/DRRN_CVPR17.
 
     Eq. 3     H^u = F(H^{u-1}, W^u) + H^{u-1}                     a residual unit in a chain
     Eq. 4, 5  H^u = G(H^{u-1}) = F(H^{u-1}, W) + H⁰               DRRN's, with H⁰ = f_b(x_{b-1})
@@ -147,7 +147,7 @@ class DRRN(nn.Module):
 
     @property
     def conv_weight_count(self) -> int:
-        """k of the paper: convolution weights, each shared one once; no biases, no BatchNorm.
+        """k of the paper: convolution weights, shared ones counted once; no biases, no BatchNorm.
 
         At B2U3 they are 739,584; the 784K of Sec. 4.3 is a misprint (its other counts follow this rule).
         """

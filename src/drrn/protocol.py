@@ -25,7 +25,7 @@ from drrn.metrics import METRICS, in_training
 
 @dataclass(frozen=True)
 class Protocol:
-    """How images are scored; two scores are comparable only if their protocols are equal.
+    """An evaluation protocol; two scores are comparable only if their protocols are equal.
 
     Attributes:
         name, version: "paper", 1 for the protocol above; other values below make another protocol.

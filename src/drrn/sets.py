@@ -190,7 +190,7 @@ def image_files(set_name: str, root: Path, complete: bool = True) -> list[Path]:
 
 def is_ready(folder: Path) -> bool:
     """Whether a folder has ready pairs, in HR/ and LR/."""
-    return all(os.path.isdir(folder / name) for name in ("HR", "LR"))  # noqa: PTH112 — Path's raises without rights
+    return all(os.path.isdir(folder / name) for name in ("HR", "LR"))  # noqa: PTH112 — Path.is_dir raises without permission
 
 
 def ready_low(truth: Path, scale: int) -> Path:

@@ -51,7 +51,7 @@ class Checkpoints(WholeSteps):
         self.folder, self.every, self.stop = folder, every, stop or StopSignals()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The checkpoint that the run resumed from is not written again."""
+        """Note the checkpoint that the run resumed from, so that it is not written again."""
         super().on_train_start(trainer, pl_module)
         self.stop.take()
         self.kept = (trainer.global_step, pl_module.validated)
@@ -106,7 +106,7 @@ class Checkpoints(WholeSteps):
     on_validation_batch_start = on_validation_batch_end = _evaluating
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step; `on_train_end` of callbacks that average weights loads the average, and comes later."""
+        """Save the last step before `on_train_end`, in which callbacks that average weights load the average."""
         self.keep(trainer, pl_module)
         self.stop.busy = False
         self.stop.check()

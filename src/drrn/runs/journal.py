@@ -53,7 +53,7 @@ def recorded(path: Path, record: dict[str, Any], stop: StopSignals, tracking: Tr
             step = record.get("budget", {}).get("steps", 0)
             name, *words = sys.argv
             name = name if name.startswith("drrn ") else f"python {shlex.quote(name)}"  # as it was typed
-            command = f"{name} {shlex.join(word for word in words if word != 'ckpt_path=null')}"  # that starts afresh
+            command = f"{name} {shlex.join(word for word in words if word != 'ckpt_path=null')}"  # null starts afresh
             log.warning("stopped by %s at step %d; the same command resumes from there: %s", stopped, step, command)
             raise stopped from None
         by = "user error" if isinstance(error, UserError) else "error"

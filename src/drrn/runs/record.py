@@ -21,7 +21,7 @@ from drrn.targets import OF_OUR_SOLVERS
 
 FORMAT = 1
 FILE = "record.json"
-LARGEST = 1 << 28  # bytes of a record; one of 100,000 rows has 20 MB
+LARGEST = 1 << 28  # maximum bytes; a record with 100,000 rows has 20 MB
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def done_before(config: Config) -> Path | None:
 
 
 def finished_message(config: Config, finished: Path) -> str:
-    """The message of a start of a run that is finished."""
+    """The message when a finished run is started again."""
     return (
         f"{run_name(config)} is finished: {finished}. Delete its folder or give ckpt_path=null to train it again; "
         f"{script('evaluate')} scores its weights on other sets."

@@ -35,7 +35,7 @@ log = logging.getLogger("drrn.train")
 
 
 def train(config: Config, watch: Watch, start: Callable[[Config], None]) -> None:
-    """Train, evaluate and record one network; arguments as of `open_run`, errors as of `runs.start.start`."""
+    """Train, evaluate and record one network; arguments of `open_run`, errors of `runs.start.start`."""
     with quiet_lightning(), open_run(config, watch, start) as run:
         if run is None:  # it was finished before, or child processes have trained it
             return
