@@ -240,7 +240,7 @@ class Config:
     study: str = key("folder and W&B group that runs share")
     output: str = key("a run is written to output/study/<structure>_s<seed>-<digest>")
     ckpt_path: str | None = key("last: resume this run; or a checkpoint file; null: start afresh")
-    init_from: str | None = key("weights to fine-tune, a file or a shipped name, with their network", default=None)
+    init_from: str | None = key("weights to fine-tune with their network: a file, run or shipped name", default=None)
     plan: str = key("show a sweep's plan; only: then stop", default="print", choices=("print", "only", "none"))
     from_record: str | None = key("a record.json or its folder to train again; other keys win", default=None)
     callbacks: dict[str, Any] | None = key("callbacks=[ema,timer], +callbacks.mine={_target_: …}", default=None)

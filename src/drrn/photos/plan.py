@@ -26,7 +26,7 @@ class Options:
     input: Any = key("a file, a folder with its structure, or a list of both")
     output: str | None = key("a file for one input (its suffix is the format), else a folder; null: photo_x2.png")
     scale: float | None = key("sides become scale × side, rounded; may be a fraction", above=1)
-    checkpoint: str | None = key("weights.safetensors, .ckpt or a shipped name; null: the best shipped")
+    checkpoint: str | None = key("weights, .ckpt, a run's folder or a shipped name; null: the best shipped")
     method: str = key("how to enlarge", choices=("network", "bicubic"))
     compare: bool = key("write a page beside each result, with a slider between bicubic and it")
     overwrite: bool = key("replace outputs that exist; otherwise they are skipped")

@@ -55,6 +55,7 @@ QUIET = (  # warnings that nobody can act on
     ".*does not have many workers",
     ".*`weights_only` was not set",
     ".*your dataloader is not resumable",  # ShuffledBatches starts at the step
+    ".*setting `persistent_workers=True`",  # a run starts its workers once
     ".*smaller than the logging interval",  # `fit` logs it in one line
     ".*sync_dist=True",  # every rank has the rows of all
     "Checkpoint directory .* exists and is not empty",  # it is this run's own
