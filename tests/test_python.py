@@ -104,6 +104,7 @@ def test_pil_images(mode: str, result: str, photo: np.ndarray, weights: Path) ->
     ("change", "words"),
     [
         (lambda image: image.astype(np.int32), "int32"),
+        (lambda image: "photo.jpg", "open a file by PIL.Image.open"),
         (lambda image: image[None], "1, 50, 63"),
         (lambda image: image[:0], "0, 63"),
         (lambda image: np.full((9, 9), np.nan), "not finite"),

@@ -44,6 +44,8 @@ def upscale(
     """
     if not scale > 1:
         raise ValueError(f"scale = {scale}: must be above 1")
+    if not isinstance(image, np.ndarray | Image.Image):
+        raise ValueError(f"an image is a PIL image or an array, not {image!r}: open a file by PIL.Image.open")
     pixels = image if isinstance(image, np.ndarray) else _of_pil(image)
     if pixels.ndim not in (2, 3) or 0 in pixels.shape or (pixels.ndim == 3 and pixels.shape[2] > 4):
         raise ValueError(f"an image is [H, W] or [H, W, C] with 1…4 channels, not {pixels.shape}")
