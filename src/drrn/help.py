@@ -23,7 +23,10 @@ from drrn.home import CONF, HOME
 CONFIGS = {"train": "config", "prepare": "config"}  # the other commands' files have the command's name
 GROUPS = {"train": None, "prepare": ("data",)}  # None: all of conf/ and sweeps/
 ADDED = ("budget",)  # groups that no defaults list has
-EXAMPLES = {"train": "model.B=3", "prepare": "data=demo", "evaluate": "method=bicubic", "report": "study=fig6"}
+EXAMPLES = {
+    "train": "model.B=3", "prepare": "data=demo", "evaluate": "method=bicubic", "report": "study=fig6",
+    "convert": "input=vdsr.caffemodel",
+}  # fmt: skip
 
 
 def command() -> str:
