@@ -70,7 +70,7 @@ def test_help_shows_what_overrides_make_of_it(entry_point: Callable) -> None:
         ("report", "fig6", ["study=fig6"]),
         ("upscale", "input=photo (1).png", ["""'input="photo (1).png"'"""]),
         ("upscale", "inptu=photo.png", ["did you mean input?"]),
-        ("upscale", "photo.png", ["input=photo.jpg"]),
+        ("upscale", "photo.png", ["input=FILE"]),
         ("evaluate", "set=[Set5]", ["did you mean sets?"]),
     ],
 )

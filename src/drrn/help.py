@@ -23,10 +23,7 @@ from drrn.home import CONF, HOME
 CONFIGS = {"train": "config", "prepare": "config"}  # the other commands' files have the command's name
 GROUPS = {"train": None, "prepare": ("data",)}  # None: all of conf/ and sweeps/
 ADDED = ("budget",)  # groups that no defaults list has
-EXAMPLES = {
-    "train": "model.B=3", "prepare": "data=demo", "evaluate": "method=bicubic", "report": "study=fig6",
-    "convert": "input=vdsr.caffemodel",
-}  # fmt: skip
+EXAMPLES = {"train": "model.B=3", "prepare": "data=demo", "evaluate": "method=bicubic", "report": "study=fig6"}
 
 
 def command() -> str:
@@ -137,7 +134,7 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
         if not equals:
-            return f"{error.override!r}: give KEY=VALUE, such as {EXAMPLES.get(command(), 'input=photo.jpg')}"
+            return f"{error.override!r}: give KEY=VALUE, such as {EXAMPLES.get(command(), 'input=FILE')}"
         if value.endswith(","):
             return f"{error.override!r} ends in a comma: several values are typed without a space, {key}=a,b"
         quoted = value.replace('"', '\\"')
@@ -176,11 +173,9 @@ def unknown_option(arguments: Sequence[str]) -> str | None:
     """Explain `--max_steps 5`, for which argparse would print Hydra's own options; None if there is none."""
     from hydra._internal.utils import get_args_parser
 
-    unknown = [word for word in get_args_parser().parse_known_args(arguments)[1] if word.startswith("-")]
-    if unknown:
-        example = EXAMPLES.get(command(), "input=photo.jpg")
-        return f"{unknown[0]}: keys are given as KEY=VALUE, such as {example} (`--help` lists them)"
-    return None
+    unknown = next((word for word in get_args_parser().parse_known_args(arguments)[1] if word.startswith("-")), None)
+    example = EXAMPLES.get(command(), "input=FILE")
+    return unknown and f"{unknown}: keys are given as KEY=VALUE, such as {example} (`--help` lists them)"
 
 
 def is_sweep(argument: str) -> bool:

@@ -98,14 +98,9 @@ def check_whole(path: Path, image: Image.Image) -> None:
 
 
 def png_chunks(path: Path, kept: Sequence[bytes] = ()) -> Iterator[tuple[bytes, int, bytes, bool | None]]:
-    """The chunks of a PNG: name, length in bytes, content, and whether its checksum is right.
+    """The chunks of a PNG up to its end: name, length, content, whether the checksum is right (None: it is cut off).
 
-    Args:
-        path: of the file; data after its end chunk is ignored.
-        kept: names of chunks whose content is returned; that of others, and beyond `LARGEST_CHUNK`, is empty.
-
-    Yields:
-        The last item is None if the file ends before the checksum.
+    The content is empty but for the names in `kept`, and for these beyond `LARGEST_CHUNK` bytes.
     """
     with path.open("rb") as file:
         file.seek(8)
