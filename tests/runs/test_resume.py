@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from stress_kill import compare, kill, logged, run_folder
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from conftest import TINY
 from drrn.disk import locked
@@ -91,6 +93,13 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     return torch.load(newest_checkpoint(folder / "checkpoints"), weights_only=True)
 
 
+def end_workers() -> None:
+    """End the workers of a stopped run; when its loader is found as garbage, it waits 5 s for each of them."""
+    for found in gc.get_objects():
+        if type(found) is _MultiProcessingDataLoaderIter:
+            found._shutdown_workers()
+
+
 # ---------------------------------------------------------------------- stopped by a signal
 
 
@@ -126,6 +135,7 @@ def test_a_signal_keeps_the_step_and_the_same_command_resumes(
         send(number, method, at)
         with pytest.raises(SystemExit) as stopped:
             train.start(config)
+    end_workers()
     assert stopped.value.code == 128 + number
     assert [signal.getsignal(s) for s in StopSignals.SIGNALS] == before
     record = read_record(folder / FILE)
@@ -205,6 +215,7 @@ def test_a_signal_while_workers_are_forked_is_not_swallowed(
     config = configure(*SIX, f"output={tmp_path}", "data.num_workers=2")
     with pytest.raises(SystemExit) as stopped:
         train.start(config)
+    end_workers()
     assert forks
     assert stopped.value.code == 143
     assert read_record(run_dir(config) / FILE)["ended_by"] == "signal SIGTERM"
