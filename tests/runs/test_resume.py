@@ -385,7 +385,7 @@ def test_a_run_killed_and_terminated_for_real_is_resumed_bit_for_bit(
         assert not any(worker.is_running() for worker in workers)
     folder = run_folder(tmp_path)
     assert read_record(folder / FILE)["status"] == "stopped"
-    config = configure(*SIX, *overrides, f"output={tmp_path / 'runs'}", f"data.patches={tmp_path / 'patches'}")
+    config = configure(*SIX, *overrides, f"output={tmp_path / 'runs'}")
     assert run_dir(config) == folder
     train.start(config)
     compare(straight(*overrides), folder)
