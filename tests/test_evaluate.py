@@ -335,7 +335,7 @@ def test_names_that_are_not_utf8_are_refused_before_the_work(
     ):
         code, out, err = entry_point(*arguments)
         assert code == 2, err
-        assert r"caf\xe9.png: a name with bytes that are not UTF-8" in err
+        assert r"caf\xe9.png: the name has control codes or bytes that are not UTF-8" in err
         assert "Traceback" not in out + err
     assert not (tmp_path / "s.json").exists()
     assert not (tmp_path / "patches").exists()

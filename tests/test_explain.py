@@ -196,7 +196,7 @@ def test_a_result_in_colour_of_a_grey_image_is_refused_by_name(tiny_images: Path
     Image.fromarray(read_pixels(tiny_images / "chelsea.png")[..., 1]).save(tmp_path / "grey.png")
     grey = job(tiny_images / "chelsea.png", made=tmp_path / "grey.png")
     assert score_image(grey, ("psnr",), Protocol())["psnr"] > 10
-    with pytest.raises(UserError, match=r"grey\.png is grey, .*chelsea\.png has colours, and psnr would"):
+    with pytest.raises(UserError, match=r"grey\.png is grey, .*chelsea\.png has colours, which psnr would"):
         score_image(grey, ("psnr",), Protocol(color="rgb"))
 
 

@@ -410,7 +410,7 @@ def test_a_search_is_resumed_trial_by_trial(entry_point: Callable, small: tuple[
         ("debug=fdr", "trainer.fast_dev_run leaves no record"),
         ("plan=only", "plan = only: the trials"),
         ("hydra.sweeper.direction=[maximize,minimize]", "hydra.sweeper.direction = ['maximize', 'minimize']"),
-        ("hydra.sweeper.direction=minimize", "hydra.sweeper.direction = minimize: a trial gives its PSNR"),
+        ("hydra.sweeper.direction=minimize", "hydra.sweeper.direction = minimize: a trial returns its PSNR"),
         ("sweeps=fig8", "hydra.sweeper.points: a search chooses its points itself"),
     ],
 )
