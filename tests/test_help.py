@@ -83,6 +83,10 @@ def test_a_slip_is_answered_in_one_line(name: str, argument: str, words: list[st
         assert word in err
 
 
+def test_a_group_that_is_added_is_not_blamed_for_another_slip(entry_point: Callable) -> None:
+    assert entry_point("train", "+budget=cpu", "sead=1")[2].startswith("train.py: sead: there is no such key")
+
+
 def test_a_key_of_another_network_is_not_proposed(entry_point: Callable) -> None:
     err = entry_point("train", "model=srcnn", "model.B=2")[2]
     assert err.startswith("train.py: model.B: there is no such key")

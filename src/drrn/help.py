@@ -152,7 +152,7 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
             key = argument.partition("=")[0]
             if key in ADDED:
                 return f"{argument}: no default has this group; add it with +{argument}"
-            if key[:1] == "+" and key[1:] in groups:
+            if key[:1] == "+" and key[1:] in groups and key[1:] not in ADDED:
                 return f"{argument}: the group has a default, which is replaced by {argument[1:]}"
     several = [a for a in arguments if is_sweep(a)]
     if several and "-m" not in arguments and "--multirun" not in arguments:
