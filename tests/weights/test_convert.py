@@ -642,7 +642,7 @@ def test_initial_state_needs_the_same_structure(tmp_path) -> None:
 def test_training_starts_from_the_file(tiny_images, tmp_path) -> None:
     """After one step at a rate of almost 0, the weights are the file's; BatchNorm's averages start anew."""
     network, model = random_network(U=1, features=3)
-    path = tmp_path / "w.safetensors"
+    path = tmp_path / "weights.safetensors"
     save_weights(path, network, model, {})
     arguments = [
         f"init_from={path}", f"output={tmp_path / 'runs'}", "optim=quick", "optim.lr=1e-12",
@@ -663,6 +663,7 @@ def test_training_starts_from_the_file(tiny_images, tmp_path) -> None:
         config("init_from=nowhere.ckpt")
     assert config("ckpt_path=last").init_from == str(path)  # resumes this fine-tuning
     assert config("init_from=DRRN_B1U5_32f").model.U == 5  # weights that are shipped, by their name
+    assert config(f"init_from={tmp_path}") == config()  # of a run, by its folder
     assert config().model == model  # nothing else about the network has to be typed
     assert not (tmp_path / "runs").exists()
 

@@ -38,6 +38,8 @@ def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
     network = [key for key in given if key.startswith("model") and key != "model.checkpointing"]
     if config.init_from is not None:
         weights = weights_file(config.init_from, key="init_from")
+        if weights.parent == Path(config.init_from):  # a run's folder and its file are one identity
+            config.init_from = str(weights)
         if not network:
             from drrn.weights.ours import load_network
 
