@@ -100,7 +100,7 @@ def check_whole(path: Path, image: Image.Image) -> None:
 def png_chunks(path: Path, kept: Sequence[bytes] = ()) -> Iterator[tuple[bytes, int, bytes, bool | None]]:
     """The chunks of a PNG up to its end: name, length, content, whether the checksum is right (None: it is cut off).
 
-    The content is empty but for the names in `kept`, and for these beyond `LARGEST_CHUNK` bytes.
+    The content is empty unless the name is in `kept` and the length at most `LARGEST_CHUNK` bytes.
     """
     with path.open("rb") as file:
         file.seek(8)

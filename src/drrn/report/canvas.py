@@ -107,7 +107,7 @@ def limits(values: Iterable[float], share: float = 0.18) -> tuple[float, float]:
 
 
 def in_psnr(axis: Axes, which: str = "y") -> None:
-    """Format an axis for PSNR in dB: tick labels are whole values, without a common offset."""
+    """Format an axis for PSNR in dB: tick labels are complete, without a common offset beside the axis."""
     scale = getattr(axis, f"{which}axis")
     scale.set_label_text("PSNR (dB)")
     scale.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))

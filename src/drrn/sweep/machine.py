@@ -32,7 +32,7 @@ def threads(n: int) -> int | None:
 
 
 def workers(launcher: DictConfig) -> int:
-    """Jobs that a launcher runs at a time (1 if it has no `n_jobs`); a UserError if `n_jobs` is no number."""
+    """Jobs that a launcher runs at a time (1 if it has no `n_jobs`); a UserError if `n_jobs` is 0 or no integer."""
     n = launcher.get("n_jobs", 1)
     if type(n) is not int or n == 0:
         raise UserError(f"hydra.launcher.n_jobs = {n}: jobs at a time, or -1 for one a core")
