@@ -52,7 +52,8 @@ def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.Monkey
         import time
 
         (tmp_path / str(os.getpid())).touch()
-        while len(list(tmp_path.iterdir())) < 2:  # each process has to take a job
+        until = time.monotonic() + 120
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:  # each process has to take a job
             time.sleep(0.01)
         affinity = tuple(sorted(os.sched_getaffinity(0)))
         return os.getpid(), affinity, os.environ["CUDA_VISIBLE_DEVICES"], multiprocessing.get_start_method()
@@ -118,9 +119,11 @@ def test_a_sweep_that_is_killed_leaves_no_process_and_its_runs_keep_their_steps(
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, *jobs], env={**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": path}
     ) as sweep:
-        wait_for(lambda: sum(job.exists() for job in jobs) == 2 or sweep.poll() is not None)
-        processes = psutil.Process(sweep.pid).children(recursive=True)
-        sweep.kill()
+        try:
+            wait_for(lambda: sum(job.exists() for job in jobs) == 2 or sweep.poll() is not None)
+            processes = psutil.Process(sweep.pid).children(recursive=True)
+        finally:
+            sweep.kill()
     wait_for(lambda: not any(process.is_running() and process.status() != "zombie" for process in processes))
     wait_for(lambda: not list(scratch.glob("drrn-sweep-*")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a is kept", "b", "b is kept", "scratch"]
