@@ -26,7 +26,7 @@ def key(meaning: str, default: Any = MISSING, **limits: Any) -> Any:
 
     Args:
         meaning: for `--help` and readers of the schema.
-        default: only for keys that conf/ does not set, which are those that earlier records lack.
+        default: only for keys that earlier records lack; the others have their default in conf/ alone.
         limits: `at_least`, `above`, `below` (for each item of a list), `choices`, `distinct` (a non-empty list
             without duplicates).
     """
