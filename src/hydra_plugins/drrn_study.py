@@ -165,6 +165,6 @@ def literal(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(literal, value)) + "]"
     words = ("null", "true", "false", "inf", "nan")  # not strings in that grammar
-    if isinstance(value, str) and (value.lower() in words or not re.fullmatch(r"[A-Za-z_][\w./-]*", value)):
+    if isinstance(value, str) and (value.lower() in words or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value)):
         return QuotedString(value, Quote.single).with_quotes()
     return str(value)

@@ -268,9 +268,9 @@ def jobs_of(*arguments: str, points: list[dict] | None = None) -> list[list[str]
     from hydra._internal.utils import create_config_search_path
     from hydra.types import HydraContext, RunMode
 
-    from hydra_plugins.drrn_study import StudySweeper
-
     loader = ConfigLoaderImpl(create_config_search_path(str(ROOT / "conf")))
+    from hydra_plugins.drrn_study import StudySweeper  # after Hydra's search for plugins, which imports them anew
+
     sweeper = StudySweeper(points=points)
     config = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
     sweeper.setup(
@@ -315,6 +315,7 @@ def test_points_are_multiplied_by_the_command_line_and_give_way_to_it() -> None:
         "a=b, [c]",
         "it's",
         "/a/b c.png",
+        "grüße",
         {"a": 1},
     ],
 )
