@@ -1,8 +1,8 @@
 """Several processes of one run: how they start, broadcast and fail.
 
 `trainer.devices` above 1 starts that many on this machine; torchrun and srun start theirs themselves. Either way
-every process calls `train` with the same configuration, and rank 0 alone decides, writes files and prints. How to
-use it: docs/distributed.md.
+every process calls `runs.start.start` with the same configuration, and rank 0 alone decides, writes files and prints.
+How to use it: docs/distributed.md.
 """
 
 from __future__ import annotations
