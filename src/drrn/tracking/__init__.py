@@ -34,4 +34,4 @@ class Tracker:
         """Note and log the first problem."""
         if self.state["problem"] is None:
             self.state["problem"] = problem
-            log.warning("%s. Its data so far is kept; the run and its record continue without it.", problem)
+            log.warning("%s. The run and its record continue without it; rows that it has are kept.", problem)
