@@ -27,6 +27,12 @@ def counted(number: float, noun: str, several: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else several or noun + 's'}"
 
 
+def signed(difference: float, digits: int) -> str:
+    """A difference with its sign, + or − (U+2212)."""
+    text = f"{difference:+.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+
+
 class UserError(Exception):
     """An error that only the user can mend: a wrong value, a missing file, a full disk.
 

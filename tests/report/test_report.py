@@ -12,13 +12,13 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from drrn.errors import UserError
+from drrn.errors import UserError, signed
 from drrn.matlab import imresize
 from drrn.paper import paper_numbers
 from drrn.pictures import Box, draw, save, side_by_side
 from drrn.protocol import PAPER
 from drrn.report.comparison import FIG7
-from drrn.report.measurements import MISSING, Measurement, over_seeds, signed
+from drrn.report.measurements import MISSING, Measurement, over_seeds
 from drrn.report.tables import ablation_table, benchmark_table, runs_table
 
 PROTOCOL = PAPER.stamp()

@@ -8,9 +8,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from drrn.errors import signed
 from drrn.paper import printed
 from drrn.report.groups import PLACE, Place, Point, RunGroup, in_paper
-from drrn.report.measurements import MISSING, set_size, signed
+from drrn.report.measurements import MISSING, set_size
 from drrn.report.tables import Table
 
 # The comparisons of Sec. 4.5, at equal depth: (better in the paper, worse) → the component that differs.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from drrn.disk import sha256, write_whole
-from drrn.errors import counted
+from drrn.errors import counted, signed
 from drrn.help import script
 from drrn.home import CONF, DATA, HOME
 from drrn.identity import WEIGHTS
@@ -25,7 +25,7 @@ from drrn.networks import NETWORKS, on_paper
 from drrn.paper import network_of, paper_numbers
 from drrn.patches import Recipe
 from drrn.protocol import PAPER, describe
-from drrn.report.measurements import MISSING, Measurement, from_record, from_scores, set_size, signed
+from drrn.report.measurements import MISSING, Measurement, from_record, from_scores, set_size
 from drrn.report.page import Part, Section, write_page
 from drrn.report.records import read_runs
 from drrn.report.studies import preset

@@ -106,9 +106,3 @@ def over_seeds(values: list[float], metric: str) -> str:
     digits = METRICS[metric].digits
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 or mean == "inf" else f"{mean}±{statistics.stdev(values):.{digits}f}"
-
-
-def signed(difference: float, digits: int) -> str:
-    """A difference with its sign, + or − (U+2212)."""
-    text = f"{difference:+.{digits}f}"
-    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")

@@ -13,11 +13,11 @@ from typing import Any
 
 from drrn.degradations import BI
 from drrn.disk import write_whole
-from drrn.errors import UserError
+from drrn.errors import UserError, signed
 from drrn.metrics import METRICS
 from drrn.paper import paper_numbers
 from drrn.protocol import departures, describe
-from drrn.report.measurements import MISSING, Measurement, by_method, one_protocol, over_seeds, set_size, signed
+from drrn.report.measurements import MISSING, Measurement, by_method, one_protocol, over_seeds, set_size
 
 # Structures with another name in the paper; the second is Kim's own VDSR, whose numbers Table 2 cites.
 IN_PAPER = {"VDSR_d20_64f": "VDSR", "VDSR_d20_64f_noBN_noinputReLU": "VDSR"}

@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from drrn.config import Config
-from drrn.errors import InUse, counted
+from drrn.errors import InUse, counted, signed
 from drrn.help import script
 from drrn.identity import run_dir
 from drrn.report import STUDIES
@@ -65,7 +65,7 @@ def print_outcomes(rows: Sequence[tuple[Job, str, str]], folder: Path) -> None:
     table.add_column("", overflow="fold")
     best_first = sorted(zip(rows, means, strict=True), key=lambda pair: -pair[1].get("psnr", float("-inf")))
     for (job, word, reason), mean in best_first:
-        scores = (f"{mean['psnr']:.2f}", f"{mean['psnr'] - mean['bicubic_psnr']:+.2f}") if mean else ("", "")
+        scores = (f"{mean['psnr']:.2f}", signed(mean["psnr"] - mean["bicubic_psnr"], 2)) if mean else ("", "")
         table.add_row(Text(job.name), *scores, word, Text(reason))  # Text: rich parses no markup in it
     console().print(table)
     good = sum(word in ("done", "skipped", "resumed", "retried") for _, word, _ in rows)
