@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -172,7 +173,9 @@ def run_name(config: Config) -> str:
 def run_dir(config: Config) -> Path:
     """The folder of a run, named by its identity and not by the time: `runs/main/DRRN_B1U9_s1-3f2a9c01`."""
     parent = Path(config.output) / config.study
-    names = [run_name(config).replace(" ", "_").replace("/", "_")]
+    name = run_name(config).replace(" ", "_").replace("/", "_")
+    # Without what has a meaning in a shell or in Hydra's grammar, as in Mine_widths[1,_2]; earlier versions kept it.
+    names = [re.sub(r"[^\w.=+-]", "", re.sub(",_?", "-", name)), name]
     if isinstance(config.model, dict) and config.name is None:  # the name of such runs in earlier versions
         values = (f"{key}{value}" for key, value in config.model.items() if key != "network")
         names.append("_".join([config.model["network"].upper(), *values, f"s{config.seed}"]))

@@ -105,8 +105,8 @@ def arguments_of(model: Any) -> tuple[str, dict[str, Any]]:
 def schema(name: str) -> type:
     """A dataclass of a network's constructor arguments, as the schema of `model.*` for `schema.typed`."""
     hints, parameters = get_type_hints(NETWORKS[name].__init__), inspect.signature(NETWORKS[name]).parameters
-    arguments = [
-        (key, hints.get(key, Any), field(default=MISSING if p.default is p.empty else p.default))
+    arguments = [  # default_factory: a dataclass does not take a list as a default
+        (key, hints.get(key, Any), field(default_factory=lambda p=p: MISSING if p.default is p.empty else p.default))
         for key, p in parameters.items()
     ]
     return make_dataclass(NETWORKS[name].__name__, [("network", str, field(default=name)), *arguments])

@@ -26,9 +26,18 @@ class Toy(nn.Module):
     input, loss = "interpolated", "euclidean"
     depth, receptive_radius = 2, 2
 
-    def __init__(self, width: int, slope: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        sides: list[int],
+        slope: float = 0.0,
+        heads: list[int] = [],  # noqa: B006
+        scaled: float | None = None,
+    ) -> None:
         super().__init__()
-        self.first, self.last = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, 1, 3, padding=1)
+        first, last = sides
+        self.first = nn.Conv2d(1, width, first, padding=first // 2)
+        self.last = nn.Conv2d(width, 1, last, padding=last // 2)
         self.slope = slope
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +49,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Add the toy's line and yaml; return the override by which Hydra finds the yaml."""
     monkeypatch.setitem(NETWORKS, "toy", Toy)
     (tmp_path / "conf/model").mkdir(parents=True)
-    (tmp_path / "conf/model/toy.yaml").write_text("network: toy\nwidth: 4\n")
+    (tmp_path / "conf/model/toy.yaml").write_text("network: toy\nwidth: 4\nsides: [3, 3]\n")
     return f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
 
 
@@ -56,13 +65,14 @@ def test_a_network_of_ones_own_trains_resumes_and_is_evaluated(
     code, _, err = entry_point("train", *command, "trainer.max_steps=2")
     assert code == 0, err
     (short,) = (tmp_path / "runs/main").iterdir()
-    assert short.name.startswith("Toy_width4_s1-")
+    assert short.name.startswith("Toy_width4_sides3-3_s1-")
     record = read_record(short / FILE)
-    assert record["config"]["model"] == {"network": "toy", "width": 4, "slope": 0.0}
+    held = {"network": "toy", "width": 4, "sides": [3, 3], "slope": 0.0, "heads": [], "scaled": None}
+    assert record["config"]["model"] == held
     assert (record["structure"]["depth"], record["structure"]["conv_weights"]) == (2, 72)
     network, about = load_network(short / "weights.safetensors")
     assert isinstance(network, Toy)
-    assert about["model"] == {"network": "toy", "width": 4, "slope": 0.0}
+    assert about["model"] == held
 
     checkpoint = short / "checkpoints/step00000002.ckpt"
     code, _, err = entry_point("train", *command, "trainer.max_steps=4", f"ckpt_path={checkpoint}", "study=longer")
@@ -108,8 +118,8 @@ def test_what_its_constructor_does_not_take_is_refused_by_key(arguments: list[st
 class Normalised(Toy):
     """BatchNorm without an argument `norm`."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
+    def __init__(self, width: int, sides: list[int]) -> None:
+        super().__init__(width, sides)
         self.norm = nn.BatchNorm2d(width)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from drrn.errors import UserError, printable
 from drrn.help import script
 from drrn.identity import Structure, model_of
 from drrn.networks import arguments_of, on_paper, schema, structure
+from drrn.schema import typed
 from drrn.weights.files import container, read_bytes
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
 
@@ -142,9 +145,9 @@ def checked_facts(about: Any) -> dict[str, Any]:
     if not all(type(scale) is int and scale > 1 for scale in about.get("scales") or ()):
         raise ValueError("its scales in the metadata are not whole numbers above 1")
     name, _ = arguments_of(about["model"])
-    hints = get_type_hints(schema(name))
+    held = asdict(typed(schema(name), OmegaConf.create(about["model"])))
     for key, value in about["model"].items():
-        if type(value) is not hints.get(key):
+        if repr(held[key]) != repr(value):  # of another type, and converted
             raise ValueError(f"its network has {key} = {value!r}, which is no argument of a {name}")
     if about.get("origin"):
         about["origin"] = printable(about["origin"])
