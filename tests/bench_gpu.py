@@ -43,6 +43,7 @@ CARDS = {"H200": (0.60, 0.72), "H100": (0.53, 0.65)}  # share of the convolution
 VARIANTS: dict[str, tuple] = {  # arguments of `raw_step`
     "no BatchNorm, biases apart": ("none", True, None, "BiasApart"),
     "BatchNorm image by image, biases apart": ("batch", True, None, "ByImage", "BiasApart"),
+    "BatchNorm and biases image by image": ("batch", True, None, "ByImage", "BiasByImage"),
     "BatchNorm image by image": ("batch", True, None, "ByImage"),
     "BatchNorm written out": ("batch", True, None, "WrittenOut"),
     "BatchNorm by the library": ("batch", True, None, "Library"),
@@ -147,7 +148,18 @@ class BiasApart(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._conv_forward(x, self.weight, None)
-        return y + self.bias.to(y.dtype)[:, None, None]
+        return y + self.of_each(self.bias, len(y)).to(y.dtype)
+
+    def of_each(self, bias: Tensor, n: int) -> Tensor:
+        """[C] → what is added to the maps of n images."""
+        return bias[:, None, None]
+
+
+class BiasByImage(BiasApart):
+    """The same, the gradient summed in two stages, as in `ByImage`."""
+
+    def of_each(self, bias: Tensor, n: int) -> Tensor:
+        return bias.expand(n, -1)[:, :, None, None]
 
 
 @torch.library.custom_op("drrn_bench::batch_norm", mutates_args=())

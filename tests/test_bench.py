@@ -254,14 +254,15 @@ def test_each_batchnorm_of_the_bench_is_pytorchs() -> None:
 def test_a_bias_apart_is_the_convolutions() -> None:
     torch.manual_seed(0)
     conv, x, results = torch.nn.Conv2d(2, 3, 3), torch.randn(2, 2, 5, 5), []
-    for kind in (torch.nn.Conv2d, bench_gpu.BiasApart):
+    for kind in (torch.nn.Conv2d, bench_gpu.BiasApart, bench_gpu.BiasByImage):
         conv.__class__ = kind
         conv.zero_grad()
         y = conv(x)
         y.pow(3).sum().backward()
         results.append([y, conv.weight.grad, conv.bias.grad])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for other in results[1:]:
+        for ours, theirs in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
