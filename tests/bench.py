@@ -403,7 +403,7 @@ def evaluation(sizes: dict[str, Any]) -> Iterator[Row]:
     files = fetch("Set5", Path(os.environ.get("DRRN_DATA", ROOT / "data")))
     with tempfile.TemporaryDirectory() as folder:
         path, features = Path(folder) / "weights.safetensors", sizes["features"]
-        model = ModelConfig(1, 9, features, "batch", True, True, True)
+        model = vars(ModelConfig(1, 9, features, "batch", True, True, True))
         save_weights(path, network(9, "batch", features), model, {"scales": [3]})
         shares, totals, run_network = [], [], evaluate.run_network
 

@@ -67,7 +67,8 @@ def engines(sizes: dict[str, Any]) -> Iterator[bench.Row]:
     ours = chosen("auto", torch.device("cpu"))
     for norm in ("none", "batch"):
         with tempfile.TemporaryDirectory() as folder:
-            path, model = Path(folder) / "network.onnx", ModelConfig(1, U, sizes["features"], norm, True, True, True)
+            path = Path(folder) / "network.onnx"
+            model = vars(ModelConfig(1, U, sizes["features"], norm, True, True, True))
             export_onnx(path, bench.network(U, norm, sizes["features"]).eval(), model, {})
             things: dict[str, tuple] = {"float32": (bench.our_inference, U, side, norm, sizes["features"])}
             if "onnxruntime" in installed:

@@ -156,25 +156,22 @@ def entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
 def template(configure: Callable) -> dict[str, Any]:
     """A run's record at its start, for the tests of reports."""
     import json
-    from dataclasses import asdict
 
     from drrn.model import DRRN
     from drrn.runs.record import run_record
 
     config = configure("data.scales=[2,3,4]", "data.batch_size=16", "trainer.max_steps=1500", "model.features=2")
-    return json.loads(json.dumps(run_record(config, DRRN(**asdict(config.model)))))
+    return json.loads(json.dumps(run_record(config, DRRN(**config.model))))
 
 
 @pytest.fixture
 def make(template: dict[str, Any]) -> Callable:
     """`make("model.B=3", psnr=31.0)` → the record of a run of 1,500 steps, scored on the whole of Set5 ×3."""
     import copy
-    from dataclasses import asdict
 
     import torch
     import yaml
 
-    from drrn.config import ModelConfig
     from drrn.identity import structure_name
     from drrn.model import DRRN
 
@@ -188,10 +185,10 @@ def make(template: dict[str, Any]) -> Callable:
                 place = place[group]
             assert last in place
             place[last] = yaml.safe_load(value)
-        config, model = record["config"], ModelConfig(**record["config"]["model"])
+        config, model = record["config"], record["config"]["model"]
         name = structure_name(model)
         with torch.device("meta"):
-            network = DRRN(**asdict(model))
+            network = DRRN(**model)
         row = {"set": "Set5", "scale": 3, "psnr": psnr, "ssim": 0.9, "bicubic_psnr": 30.39, "bicubic_ssim": 0.8682}
         record |= {
             "name": f"{name} s{config['seed']}",

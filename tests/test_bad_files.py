@@ -149,11 +149,11 @@ def evil(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
     path, proof = tmp_path / "evil.ckpt", tmp_path / "executed"
     content: object = Evil(proof)
     if request.param == "deep inside":  # a checkpoint of ours otherwise
-        model = ModelConfig(B=1, U=1, features=2, norm="none", bias=True, weight_sharing=True, multi_path=True)
+        model = vars(ModelConfig(B=1, U=1, features=2, norm="none", bias=True, weight_sharing=True, multi_path=True))
         state = {f"network.{name}": tensor for name, tensor in DRRN(1, 1, 2, "none").state_dict().items()}
         content = {
             "pytorch-lightning_version": "2.6.4", "epoch": 0, "global_step": 1, "state_dict": state,
-            "hyper_parameters": {"model": dict(vars(model)), "more": content},
+            "hyper_parameters": {"model": model, "more": content},
         }  # fmt: skip
     if request.param == "pickle":
         path.write_bytes(pickle.dumps(content))
@@ -203,7 +203,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    model = ModelConfig(B=1, U=1, features=8, norm="none", bias=True, weight_sharing=True, multi_path=True)
+    model = vars(ModelConfig(B=1, U=1, features=8, norm="none", bias=True, weight_sharing=True, multi_path=True))
     save_weights(path, DRRN(1, 1, 8, "none"), model, {"scales": [2]})
     return path
 

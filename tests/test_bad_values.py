@@ -197,6 +197,7 @@ def schema(name: str) -> type:
 def kinds(of: type, group: str = "") -> Iterator[tuple[str, Any, bool]]:
     """(key, type, whether null is allowed) of every key."""
     for name, kind in get_type_hints(of).items():
+        kind = of.__dataclass_fields__[name].metadata.get("keys", kind)
         parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         if is_dataclass(parts[0]):
             yield from kinds(parts[0], f"{group}{name}.")

@@ -56,7 +56,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/")):
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             (clone / name).write_bytes((ROOT / name).read_bytes())
-    model = ModelConfig(1, 1, 4, norm="none", bias=True, weight_sharing=True, multi_path=True)
+    model = vars(ModelConfig(1, 1, 4, norm="none", bias=True, weight_sharing=True, multi_path=True))
     save_weights(clone / "data/weights/STANDIN.safetensors", DRRN(1, 1, 4, norm="none"), model, {"scales": [2]})
     means = [{"set": "Set5", "scale": scale, "psnr": 99.0} for scale in (2, 3, 4)]  # the best of what is there
     (clone / "data/weights/STANDIN.json").write_text(json.dumps({"means": means}))

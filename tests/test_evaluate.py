@@ -24,7 +24,7 @@ from drrn.matlab import imresize
 from drrn.model import DRRN
 from drrn.weights.ours import save_weights
 
-MODEL = ModelConfig(1, 1, 4, "batch", True, True, True)
+MODEL = vars(ModelConfig(1, 1, 4, "batch", True, True, True))
 
 
 @pytest.fixture(scope="module")

@@ -539,7 +539,7 @@ def evaluated(
     """A network with random weights, measured by `test` (×2, ×3) and by `validate` (×3)."""
     config = configure("data.scales=[2,3]", "data.val_scales=[3]", "model.features=4")
     torch.manual_seed(5)
-    scored = SuperResolution(asdict(config.model), asdict(config.optim))
+    scored = SuperResolution(config.model, asdict(config.optim))
     with torch.no_grad():
         scored.network.conv_rec.weight.mul_(0.1)
     arguments = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -625,7 +625,7 @@ def test_the_end_scores_other_sets_by_other_metrics(configure: Callable, tmp_pat
     Image.fromarray(skimage.data.chelsea()[60:150, 100:190]).save(tmp_path / "cat/eye.png")
     config = configure(f"data.test=[{tmp_path}/cat]", "data.test_metrics=[ifc,psnr_rgb]", "data.scales=[3]",
                        "data.degradation=DN")  # fmt: skip
-    scored = SuperResolution(asdict(config.model), asdict(config.optim))
+    scored = SuperResolution(config.model, asdict(config.optim))
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     (logged,) = trainer.test(scored, datamodule=SuperResolutionData(config), verbose=False)
     (row,) = scored.scores

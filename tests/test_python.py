@@ -27,7 +27,7 @@ from drrn.weights import shipped
 from drrn.weights.ours import save_weights
 
 DATA = os.environ.get("DRRN_DATA")
-MODEL = {"norm": "none", "bias": True, "weight_sharing": True, "multi_path": True}
+MODEL = vars(ModelConfig(1, 1, 4, "none", True, True, True))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network of random weights."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_weights(path, drrn.DRRN(1, 1, 4, norm="none"), ModelConfig(B=1, U=1, features=4, **MODEL), {"scales": [2]})
+    save_weights(path, drrn.DRRN(1, 1, 4, norm="none"), MODEL, {"scales": [2]})
     return path
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ DEEPEST = 10_000  # layers; the paper's deepest network has 52
 
 @dataclass
 class ModelConfig:
-    """Arguments of `drrn.model.DRRN`."""
+    """Arguments of `drrn.model.DRRN`, for their check; a structure is a plain dict everywhere (`in_full`)."""
 
     B: int = key("recursive blocks", at_least=1)
     U: int = key("residual units of a block; 0 is VDSR", at_least=0)
@@ -48,6 +48,15 @@ class ModelConfig:
         """Check the depth."""
         if (layers := depth(self.B, self.U)) > DEEPEST:
             raise UserError(f"model.B = {self.B} and model.U = {self.U} give {layers:,} layers: at most {DEEPEST:,}")
+
+
+def in_full(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A structure as `Config.model` and records have it: the arguments, and `network` if it is no DRRN.
+
+    A DRRN gets the defaults of arguments that an earlier file lacks.
+    """
+    arguments = {key: value for key, value in model.items() if (key, value) != ("network", DEFAULT)}
+    return arguments if "network" in arguments else asdict(ModelConfig(**arguments))
 
 
 @dataclass
@@ -229,7 +238,7 @@ CSV = {"_target_": "lightning.pytorch.loggers.CSVLogger", "name": "csv"}
 class Config:
     """A whole training configuration."""
 
-    model: ModelConfig = MISSING  # of another network (`network: NAME`) a plain dict, which `runs.request` checks
+    model: dict[str, Any] = key("structure; `runs.request` checks another network's", keys=ModelConfig)
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
@@ -286,32 +295,23 @@ def check(cfg: DictConfig) -> Config:
             raise UserError(f"{group}_extra: further keys of {group} are given as +{group}.NAME=…")
     _old_names(cfg)
     extra, loggers = _beyond(cfg, "trainer", TrainerConfig), _beyond(cfg, "logger", LoggerConfig)
-    other = _other_network(cfg)
     config = typed(Config, cfg)
-    config.model, config.trainer_extra = other or config.model, extra or None
+    config.trainer_extra = extra or None
     config.logger_extra = {name: node for name, node in loggers.items() if node is not None}
     if (kind := config.logger.kind) is not None:  # of versions with a single logger
         config.logger.wandb, config.logger.kind = kind == "wandb", None
         config.logger_extra = {"csv": CSV} if kind == "csv" else {}
     config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node is not None}
-    for part in (config.model, config.data, config.optim, config.trainer, config.logger, config.speed, config):
-        if part is not other:
-            part.rules()
+    if (network := config.model.get("network", DEFAULT)) == DEFAULT:
+        config.model.pop("network", None)
+        drrn = typed(ModelConfig, OmegaConf.create(config.model), "model.")
+        drrn.rules()
+        config.model = asdict(drrn)
+    elif not isinstance(network, str):
+        raise UserError(f"model.network = {network}: must be a name")
+    for part in (config.data, config.optim, config.trainer, config.logger, config.speed, config):
+        part.rules()
     return config
-
-
-def _other_network(cfg: DictConfig) -> dict[str, Any] | None:
-    """Move the group `model` of a network other than DRRN out of a configuration; of DRRN remove `network` only."""
-    if not OmegaConf.is_dict(cfg.get("model")):
-        return None
-    if cfg.model.get("network", DEFAULT) == DEFAULT:
-        cfg.model.pop("network", None)
-        return None
-    model = plain(cfg.model)
-    if not isinstance(model["network"], str):
-        raise UserError(f"model.network = {model['network']}: must be a name")
-    cfg.model = OmegaConf.structured(ModelConfig(1, 0, 1, "none", True, True, True))  # a placeholder for `typed`
-    return model
 
 
 def _beyond(cfg: DictConfig, group: str, schema: type) -> dict[str, Any]:

@@ -113,8 +113,9 @@ def meanings(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every key of a schema with its meaning and choices."""
     kinds = get_type_hints(schema)
     for its in fields(schema):
-        if is_dataclass(kinds[its.name]):
-            yield from meanings(kinds[its.name], f"{prefix}{its.name}.")
+        kind = its.metadata.get("keys", kinds[its.name])
+        if is_dataclass(kind):
+            yield from meanings(kind, f"{prefix}{its.name}.")
         else:
             allowed = ", ".join(its.metadata.get("choices", ()))
             yield f"{prefix}{its.name}", ": ".join(filter(None, (its.metadata.get("meaning"), allowed)))

@@ -13,42 +13,33 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from drrn.config import DEFAULT, Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
+from drrn.config import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from drrn.paper import depth
 from drrn.targets import OF_OUR_SOLVERS
 
 SHORT = {"features": "{}f", "scale": "x{}"}  # an argument's form in the name of a network
 TRAINED = ("alpha_steps",)  # arguments that concern training only: not in the name
 WEIGHTS = "weights.safetensors"  # in a run's folder
-Structure = ModelConfig | dict[str, Any]  # of a network; if it is not DRRN, `network` is its name
 
 
-def model_of(values: Mapping[str, Any]) -> Structure:
-    """Convert the structure in a record or a weights file to `Config.model`."""
-    arguments = {key: value for key, value in values.items() if (key, value) != ("network", DEFAULT)}
-    return arguments if "network" in arguments else ModelConfig(**arguments)
-
-
-def structure_name(model: ModelConfig | Mapping[str, Any]) -> str:
+def structure_name(model: Mapping[str, Any]) -> str:
     """The paper's name of a structure, then what differs from the defaults: DRRN_NS_B3U4, VDSR_d20, DRRN_B1U9_nobias.
 
     Another network is named by its class and the arguments that are not the defaults: SRCNN_middle5, FSRCNN_x3.
     """
-    if isinstance(model, Mapping):
-        if model.get("network", DEFAULT) != DEFAULT:
-            return _name_of_another(model)
-        model = model_of(model)
-    if model.U == 0:
-        name = f"VDSR_d{depth(model.B, 0)}"
+    if "network" in model:
+        return _name_of_another(model)
+    if model["U"] == 0:
+        name = f"VDSR_d{depth(model['B'], 0)}"
     else:
-        ns, c = "" if model.weight_sharing else "_NS", "" if model.multi_path else "_C"
-        name = f"DRRN{ns}{c}_B{model.B}U{model.U}"
+        ns, c = "" if model["weight_sharing"] else "_NS", "" if model["multi_path"] else "_C"
+        name = f"DRRN{ns}{c}_B{model['B']}U{model['U']}"
     departures = {
-        f"{model.features}f": model.features != 128,
-        "noBN": model.norm == "none",
-        "rectified": model.rectified_identity,
-        "noinputReLU": not model.input_relu,
-        "nobias": not model.bias,
+        f"{model['features']}f": model["features"] != 128,
+        "noBN": model["norm"] == "none",
+        "rectified": model["rectified_identity"],
+        "noinputReLU": not model["input_relu"],
+        "nobias": not model["bias"],
     }
     return "_".join([name, *(word for word, departs in departures.items() if departs)])
 
@@ -83,10 +74,9 @@ WATCHING = {
     )
 }  # fmt: skip
 GROUPS = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "trainer": TrainerConfig}
-# Keys added in later versions: those with a default in the schema, and `network`. They enter the identity only if
-# they differ from the default, so that earlier runs keep their folders.
+# Keys added in later versions: those with a default in the schema. They enter the identity only if they differ from
+# the default, so that earlier runs keep their folders.
 LATER = {name: {its.name: its.default for its in fields(group)} for name, group in GROUPS.items()}
-LATER["model"]["network"] = DEFAULT
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -176,7 +166,7 @@ def run_dir(config: Config) -> Path:
     name = run_name(config).replace(" ", "_").replace("/", "_")
     # Without what has a meaning in a shell or in Hydra's grammar, as in Mine_widths[1,_2]; earlier versions kept it.
     names = [re.sub(r"[^\w.=+-]", "", re.sub(",_?", "-", name)), name]
-    if isinstance(config.model, dict) and config.name is None:  # the name of such runs in earlier versions
+    if "network" in config.model and config.name is None:  # the name of such runs in earlier versions
         values = (f"{key}{value}" for key, value in config.model.items() if key != "network")
         names.append("_".join([config.model["network"].upper(), *values, f"s{config.seed}"]))
     digests = [_digest(identity(config)), _digest(_identity(asdict(config), as_written=True))]

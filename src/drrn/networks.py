@@ -7,8 +7,8 @@ of its constructor. A network imports nothing from this module.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, is_dataclass, make_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Protocol, get_type_hints
 
 import torch
@@ -65,30 +65,24 @@ class Network(Protocol):
         """The estimate of the high-resolution luminance, not clamped."""
 
 
-def structure(model: Any) -> dict[str, Any]:
-    """A network's structure, a dataclass or a mapping, as a plain dict, without `network` if that is DRRN."""
-    fields = asdict(model) if is_dataclass(model) else dict(model)
-    return {key: value for key, value in fields.items() if (key, value) != ("network", DEFAULT)}
-
-
-def input_of(model: Any) -> str:
+def input_of(model: Mapping[str, Any]) -> str:
     """`Network.input` of a structure: "interpolated" or "low"."""
-    return NETWORKS[structure(model).get("network", DEFAULT)].input
+    return NETWORKS[model.get("network", DEFAULT)].input
 
 
-def pair_sides(model: Any, patch_size: int) -> tuple[int, int]:
+def pair_sides(model: Mapping[str, Any], patch_size: int) -> tuple[int, int]:
     """Sides (input, truth) of the pair that is made of a patch (`pairs.low_pairs`)."""
-    scale = structure(model)["scale"] if input_of(model) == "low" else 1
+    scale = model["scale"] if input_of(model) == "low" else 1
     return patch_size // scale, patch_size - patch_size % scale
 
 
-def arguments_of(model: Any) -> tuple[str, dict[str, Any]]:
+def arguments_of(model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name of a structure's network, and its arguments.
 
     Raises:
         UserError: no such network, or an unknown or missing argument.
     """
-    arguments = structure(model)
+    arguments = dict(model)
     name = arguments.pop("network", DEFAULT)
     if name not in NETWORKS:
         raise UserError(f"model.network = {name!r}: allowed are {', '.join(NETWORKS)}")
@@ -112,7 +106,7 @@ def schema(name: str) -> type:
     return make_dataclass(NETWORKS[name].__name__, [("network", str, field(default=name)), *arguments])
 
 
-def build(model: Any) -> Any:
+def build(model: Mapping[str, Any]) -> Any:
     """Build a network from its structure. Errors: those of `arguments_of`, and a UserError for an invalid value."""
     name, arguments = arguments_of(model)
     try:
@@ -121,7 +115,7 @@ def build(model: Any) -> Any:
         raise UserError(f"model.*: the network {name!r} does not take this: {error}") from error
 
 
-def on_paper(model: Any) -> Any:
+def on_paper(model: Mapping[str, Any]) -> Any:
     """`build` on the meta device: tensors with shapes but without contents, for counting and checking."""
     with torch.device("meta"):
         return build(model)
@@ -141,7 +135,7 @@ class Counts:
     step: float
 
 
-def count(model: Any) -> Counts:
+def count(model: Mapping[str, Any]) -> Counts:
     """The counts of a network, computed on the meta device and cached by structure."""
     if repr(model) not in COUNTED:
         network, x = on_paper(model), torch.rand(1, 1, 32, 32, device="meta")

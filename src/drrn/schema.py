@@ -28,28 +28,30 @@ def key(meaning: str, default: Any = MISSING, **limits: Any) -> Any:
         meaning: for `--help` and readers of the schema.
         default: only for keys that earlier records lack; the others have their default in conf/ alone.
         limits: `at_least`, `above`, `below` (for each item of a list), `choices`, `distinct` (a non-empty list
-            without duplicates).
+            without duplicates), `keys` (a schema of the keys of a mapping, for `--help`).
     """
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
-def typed(schema: type[T], cfg: DictConfig) -> T:
+def typed(schema: type[T], cfg: DictConfig, group: str = "") -> T:
     """Convert a composed configuration to the dataclass `schema`, and check each key's limits.
+
+    `group` is before each key's name in messages: "model.".
 
     Raises:
         UserError: an unknown key, a wrong type or a value out of range; it names the key.
     """
     try:
-        _check_kinds(schema, cfg)
+        _check_kinds(schema, cfg, group)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
     except OmegaConfBaseException as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"{getattr(error, 'full_key', None) or 'configuration'}: {reason}") from error
-    _check_limits(config)
+        raise UserError(f"{group}{getattr(error, 'full_key', None) or 'configuration'}: {reason}") from error
+    _check_limits(config, group)
     return config
 
 
-def _check_kinds(schema: type, cfg: DictConfig, group: str = "") -> None:
+def _check_kinds(schema: type, cfg: DictConfig, group: str) -> None:
     """Refuse what OmegaConf would accept, or refuse without the key's name: a number for a boolean, an empty string,
     nested lists, a scalar for a list, integers beyond `LARGEST`."""
     for name, kind in get_type_hints(schema).items():
@@ -77,7 +79,7 @@ def _check_kinds(schema: type, cfg: DictConfig, group: str = "") -> None:
                 raise UserError(f"{where} = {value}: must be below {LARGEST}")
 
 
-def _check_limits(config: Any, group: str = "") -> None:
+def _check_limits(config: Any, group: str) -> None:
     """Check each value against the limits of its `key`."""
     for its in fields(config):
         where, value, limits = group + its.name, getattr(config, its.name), its.metadata

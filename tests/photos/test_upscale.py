@@ -65,7 +65,7 @@ def deep(rgb) -> np.ndarray:
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
     """A small network that changes the picture visibly."""
-    model = ModelConfig(B=1, U=2, features=8, norm="batch", bias=True, weight_sharing=True, multi_path=True)
+    model = vars(ModelConfig(B=1, U=2, features=8, norm="batch", bias=True, weight_sharing=True, multi_path=True))
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     save_weights(path, lively(B=1, U=2), model, {"scales": [2, 3, 4]})
     return path
@@ -696,7 +696,7 @@ def test_precisions_give_the_same_photograph_to_a_grey_level(scale, rgb, tmp_pat
     network = lively(B=1, U=2)
     with torch.no_grad():
         network.conv_rec.weight.mul_(0.25)  # a residual of 6 grey levels, as trained ones have
-    save_weights(weights, network, ModelConfig(1, 2, 8, "batch", True, True, True), {"scales": [2, 3]})
+    save_weights(weights, network, vars(ModelConfig(1, 2, 8, "batch", True, True, True)), {"scales": [2, 3]})
     for precision in ("float32", "bf16", "auto"):
         target = tmp_path / f"{precision}.png"
         job = {"input": source, "output": target, "scale": scale, "checkpoint": weights, "precision": precision}

@@ -464,7 +464,7 @@ def test_other_processes_than_were_started_are_refused(configure: Callable, monk
 def test_synchronised_batchnorms_are_averaged_as_caffe_does_too(configure: Callable) -> None:
     """`trainer.sync_batchnorm` replaces the network's layers after the module was built."""
     config = configure("model.norm=batch", "model.U=2")
-    module = SuperResolution(vars(config.model), vars(config.optim))
+    module = SuperResolution(config.model, vars(config.optim))
     module.network = nn.SyncBatchNorm.convert_sync_batchnorm(module.network)
     module._trainer = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=9)))
     (momentum,) = module._momenta(1)

@@ -258,7 +258,7 @@ def photograph(folder: Path) -> list[str]:
     source = Path(__file__).resolve().parents[2] / "src"
     with Image.open(image_files("demo_test", Path())[2]) as image:
         image.resize((6000, 4000), Image.Resampling.BICUBIC).save(folder / "large.jpg", quality=92)
-    model = ModelConfig(B=1, U=1, features=32, norm="batch", bias=True, weight_sharing=True, multi_path=True)
+    model = vars(ModelConfig(B=1, U=1, features=32, norm="batch", bias=True, weight_sharing=True, multi_path=True))
     save_weights(folder / "narrow.safetensors", DRRN(1, 1, 32), model, {"scales": [2]})
     large = str(folder / "large.jpg")
     load = f"import torch; from drrn.photos.read import *; photo = read_photo(Path({large!r}))"

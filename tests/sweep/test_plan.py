@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -41,14 +40,14 @@ def test_operations_are_those_of_the_papers_formula(configure: Callable, overrid
     """Eq. 9 written out: multiply-adds of every convolution for one pixel, a shared one counted each time."""
     config = configure(*overrides, "data.batch_size=3", tiny=False)
     model, pixels = config.model, 3 * 31**2
-    C = model.features
-    of_a_block = 9 * C * C + model.U * 2 * 9 * C * C  # f_b, then U residual units of two convolutions
-    adds = 9 * C + (of_a_block - 9 * C * C) + (model.B - 1) * of_a_block + 9 * C  # the first f_b sees one channel
+    C = model["features"]
+    of_a_block = 9 * C * C + model["U"] * 2 * 9 * C * C  # f_b, then U residual units of two convolutions
+    adds = 9 * C + (of_a_block - 9 * C * C) + (model["B"] - 1) * of_a_block + 9 * C  # the first f_b sees one channel
     counts = count(model)
     assert counts.output == 2 * adds
-    assert counts.depth == (1 + 2 * model.U) * model.B + 1
+    assert counts.depth == (1 + 2 * model["U"]) * model["B"] + 1
     # Backward is twice forward; a first convolution that sees the image itself needs no gradient of it.
-    of_the_image = 2 * 9 * C if model.norm == "none" else 0
+    of_the_image = 2 * 9 * C if model["norm"] == "none" else 0
     assert operations(config) == (3 * 2 * adds - of_the_image) * pixels
 
 
@@ -83,7 +82,7 @@ def test_the_counted_memory_is_the_memory_that_a_step_takes(configure: Callable)
 
     size = ("model.U=4", "model.features=32", "data.batch_size=24")
     half, single = (configure(*size, f"trainer.precision={p}", tiny=False) for p in ("bf16-mixed", "32-true"))
-    words = [json.dumps(asdict(single.model)), "24", str(single.data.patch_size)]
+    words = [json.dumps(single.model), "24", str(single.data.patch_size)]
     path = {"PYTHONPATH": str(ROOT / "src"), "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *words],
@@ -139,7 +138,7 @@ def test_an_estimate_is_a_line_through_the_ends(configure: Callable, monkeypatch
     timed = []
 
     def known(config: object, threads: int | None) -> Speed:
-        timed.append(config.model.U)
+        timed.append(config.model["U"])
         return Speed(0.25 + 1e-9 * operations(config), 1e6)
 
     monkeypatch.setattr(drrn.sweep.cost, "measure", known)
@@ -170,7 +169,7 @@ def test_a_short_sweep_is_not_delayed_by_its_estimate(configure: Callable, monke
 def write(config: object, status: str, step: int | None = None, **more: object) -> None:
     """A record, and a checkpoint's name."""
     with torch.device("meta"):
-        record = run_record(config, DRRN(**asdict(config.model)))
+        record = run_record(config, DRRN(**config.model))
     write_json(run_dir(config) / FILE, {**record, "status": status, **more})
     if step is not None:
         folder = run_dir(config) / "checkpoints"
@@ -274,7 +273,7 @@ def test_a_signal_ends_the_sweep_with_its_table(
     """The first point is done, the second is stopped, the third never begins."""
 
     def fake(config: object) -> None:
-        if config.model.U == 2:
+        if config.model["U"] == 2:
             write(config, "stopped", ended_by="signal SIGTERM", error="SIGTERM: a signal ended it")
             raise stop
         write(config, "finished")
@@ -297,7 +296,7 @@ def test_failed_runs_are_named_with_their_reasons(
     entry_point: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fake(config: object) -> None:
-        if config.model.U == 1:
+        if config.model["U"] == 1:
             raise UserError("no image is as large as a patch")
         write(config, "finished")
 

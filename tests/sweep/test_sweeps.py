@@ -179,7 +179,7 @@ def test_a_papers_study_holds_the_papers_points(name: str, table: str) -> None:
     configs = points_as_shipped(name)
     assert {structure_name(config.model) for config in configs} == expected
     for config in configs:
-        assert config.model.features == 128
+        assert config.model["features"] == 128
         assert (config.data.train, config.data.scales) == (["T91", "BSD200"], [2, 3, 4])
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import drrn
-from drrn.config import ModelConfig
+from drrn.config import in_full
 from drrn.errors import UserError
 from drrn.fsrcnn import FSRCNN
 from drrn.home import CONF
@@ -47,11 +47,11 @@ STRUCTURE = {
 }
 
 
-def random_network(**changes) -> tuple[DRRN, ModelConfig]:
+def random_network(**changes) -> tuple[DRRN, dict]:
     """A network whose BatchNorms do something."""
-    model = ModelConfig(**{**STRUCTURE, **changes})
+    model = in_full({**STRUCTURE, **changes})
     torch.manual_seed(0)
-    network = DRRN(**asdict(model)).eval()
+    network = DRRN(**model).eval()
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_(0, 0.2)
@@ -105,7 +105,7 @@ def test_a_network_comes_back_as_it_was(changes, tmp_path) -> None:
     save_weights(path, network, model, {"scales": [2, 3], "origin": "here", "steps": 7})
     back, about = load_network(path)
     assert not back.training
-    assert ModelConfig(**about["model"]) == model
+    assert about["model"] == model
     assert (about["scales"], about["origin"], about["steps"]) == ([2, 3], "here", 7)
     x = photograph(20, 24)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_what_the_file_says_of_itself(tmp_path) -> None:
     header, _ = parts(path.read_bytes())
     about = json.loads(header["__metadata__"]["drrn"])
     assert about["format"] == 1
-    assert about["model"] == asdict(model)
+    assert about["model"] == model
     assert about["digest"] == digest(network.state_dict())
     assert len(about["digest"]) == 64
 
@@ -159,7 +159,7 @@ def test_files_from_before_the_switches_and_the_digest_load(tmp_path) -> None:
     path.write_bytes(rewritten(path.read_bytes(), model=STRUCTURE, digest=...))
     back, about = load_network(path)
     assert torch.equal(back(photograph(9, 9)), network(photograph(9, 9)))
-    assert ModelConfig(**about["model"]) == model
+    assert about["model"] == model
 
 
 def test_every_cut_and_every_changed_weight_is_noticed(tmp_path) -> None:
@@ -262,7 +262,7 @@ def test_a_checkpoint_of_other_types_is_refused(change, tmp_path) -> None:
     network, model = random_network()
     path = tmp_path / "w.ckpt"
     state = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    content = {"global_step": 0, "hyper_parameters": {"model": asdict(model)}, "state_dict": state}
+    content = {"global_step": 0, "hyper_parameters": {"model": model}, "state_dict": state}
     content["drrn"] = {"scales": [2]}
     torch.save(content, path)
     load_network(path)
@@ -279,7 +279,7 @@ def test_weights_are_real_numbers(kind, tmp_path) -> None:
     path = tmp_path / "w.safetensors"
     save_weights(path, network, model, {})
     tensors = {name: tensor.to(kind) for name, tensor in network.state_dict().items()}
-    facts = {"format": 1, "model": asdict(model)}
+    facts = {"format": 1, "model": model}
     path.write_bytes(save_safetensors(tensors, {"drrn": json.dumps(facts)}))
     with pytest.raises(UserError, match=str(kind)):
         load_network(path)
@@ -340,7 +340,7 @@ def test_a_checkpoint_that_lightning_wrote(tmp_path) -> None:
         algorithm="sgd", lr=0.1, momentum=0.9, weight_decay=0, bias_lr_mult=1.0, theta=0.01, clip="value",
         schedule="halve", halve_every_epochs=1.0, halve_every_steps=None, residual_scale=1.0, bn_average=0.999,
     )  # fmt: skip
-    module = SuperResolution(asdict(model), asdict(optim))
+    module = SuperResolution(model, asdict(optim))
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", max_steps=1)
     trainer.strategy.connect(module)
     path = tmp_path / "step.ckpt"
@@ -477,7 +477,7 @@ def test_the_caffe_vdsr_through_convert_to_a_photograph(tmp_path) -> None:
     run(input=path, output=tmp_path / "vdsr.safetensors")
     network, about = load_network(tmp_path / "vdsr.safetensors")
     assert about["source"]["sha256"] == "9199251105e65ccbe3c720192366383e12fca21afaa71a792595b13eb2d8ae9d"
-    assert structure_name(ModelConfig(**about["model"])) == "VDSR_d20_64f_noBN_noinputReLU"
+    assert structure_name(about["model"]) == "VDSR_d20_64f_noBN_noinputReLU"
     gains = []
     for scale in (2, 3, 4):
         x, truth = prepare(skimage.data.camera()[180:276, 200:296], scale)
@@ -509,7 +509,7 @@ def test_onnx(tmp_path, capsys) -> None:
     assert facts["scales"] == "2,4"
     assert "rgb2ycbcr" in facts["input"]
     assert "Cb and Cr" in facts["colour"]
-    assert json.loads(facts["drrn"])["model"] == asdict(model)
+    assert json.loads(facts["drrn"])["model"] == model
     session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
     for height, width in ((2, 2), (5, 9), (64, 31)):
         x = photograph(height, width)
@@ -563,7 +563,7 @@ def test_torch_export(tmp_path) -> None:
     program = torch.export.load(tmp_path / "w.pt2", extra_files=extra).module()
     said = json.loads(extra["drrn.json"])
     assert said["scales"] == [3]
-    assert said["drrn"]["model"] == asdict(model)
+    assert said["drrn"]["model"] == model
     for height, width in ((2, 7), (33, 18)):
         x = photograph(height, width)
         with torch.no_grad():
@@ -587,7 +587,7 @@ class Toy(nn.Module):
 def test_a_network_of_ones_own_is_saved_converted_and_exported(tmp_path, monkeypatch, capsys) -> None:
     """It needs only a line in NETWORKS."""
     monkeypatch.setitem(NETWORKS, "toy", Toy)
-    structure = {"network": "toy", "width": 4, "gain": 0.5}
+    structure = {"network": "toy", "width": 4, "gain": 0.5, "deep": False}
     network, x = Toy(4, 0.5).eval(), photograph(13, 9)
     path = tmp_path / "toy.safetensors"
     save_weights(path, network, structure, {"scales": [2], "origin": "here"})
@@ -634,7 +634,7 @@ def test_initial_state_needs_the_same_structure(tmp_path) -> None:
     path = tmp_path / "w.safetensors"
     save_weights(path, network, model, {})
     assert digest(initial_state(path, model)) == digest(network.state_dict())
-    other = ModelConfig(**{**asdict(model), "U": 9, "norm": "none", "rectified_identity": False})
+    other = {**model, "U": 9, "norm": "none", "rectified_identity": False}
     with pytest.raises(UserError, match=r"model\.U=2 model\.norm=batch model\.rectified_identity=true"):
         initial_state(path, other)
 
@@ -662,7 +662,7 @@ def test_training_starts_from_the_file(tiny_images, tmp_path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.ckpt"):
         config("init_from=nowhere.ckpt")
     assert config("ckpt_path=last").init_from == str(path)  # resumes this fine-tuning
-    assert config("init_from=DRRN_B1U5_32f").model.U == 5  # weights that are shipped, by their name
+    assert config("init_from=DRRN_B1U5_32f").model["U"] == 5  # weights that are shipped, by their name
     assert config(f"init_from={tmp_path}") == config()  # of a run, by its folder
     assert config().model == model  # nothing else about the network has to be typed
     assert not (tmp_path / "runs").exists()
@@ -680,11 +680,11 @@ def test_keys_that_came_later_leave_earlier_runs_their_folders() -> None:
     from drrn.config import Config, DataConfig, LoggerConfig, OptimConfig, TrainerConfig
     from drrn.identity import identity
 
-    config = Config(ModelConfig(**STRUCTURE), DataConfig(), OptimConfig(), TrainerConfig(), LoggerConfig(), seed=1)
+    config = Config(in_full(STRUCTURE), DataConfig(), OptimConfig(), TrainerConfig(), LoggerConfig(), seed=1)
     before = identity(config)
     assert before["model"] == STRUCTURE
     assert "init_from" not in before
-    config.model.rectified_identity, config.init_from = True, "w.safetensors"
+    config.model["rectified_identity"], config.init_from = True, "w.safetensors"
     after = identity(config)
     assert after["model"] == {**STRUCTURE, "rectified_identity": True}
     assert after["init_from"] == "w.safetensors"
@@ -695,7 +695,7 @@ def test_keys_that_came_later_leave_earlier_runs_their_folders() -> None:
     ({"U": 0, "B": 19, "input_relu": False, "features": 128}, "VDSR_d20_noinputReLU"),
 ])  # fmt: skip
 def test_structures_with_a_switch_on_have_names_of_their_own(changes, name) -> None:
-    assert structure_name(ModelConfig(**{**STRUCTURE, **changes})) == name
+    assert structure_name(in_full({**STRUCTURE, **changes})) == name
 
 
 def test_the_forward_without_switches_is_the_papers() -> None:

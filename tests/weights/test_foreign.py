@@ -18,7 +18,6 @@ import sys
 import tracemalloc
 import zipfile
 from collections import OrderedDict
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -227,12 +226,12 @@ def test_caffe_drrn_means_what_caffe_computes(B, U, new, style, photo, tmp_path)
     path.write_bytes(caffemodel(layers, new, style))
     assert recognise(path) == "caffe"
     found = read_foreign(path, "caffe")
-    assert (found.model.B, found.model.U, found.model.features) == (B, U, 5)
-    assert found.model.weight_sharing
-    assert found.model.multi_path
-    assert found.model.norm == "batch"
-    assert not found.model.rectified_identity
-    assert found.model.input_relu
+    assert (found.model["B"], found.model["U"], found.model["features"]) == (B, U, 5)
+    assert found.model["weight_sharing"]
+    assert found.model["multi_path"]
+    assert found.model["norm"] == "batch"
+    assert not found.model["rectified_identity"]
+    assert found.model["input_relu"]
     assert found.notes == []
     assert sum(name.endswith(("conv_a.0.weight", "conv_b.0.weight")) for name in found.state) == 2 * B
     assert not any("conv_a.1" in name for name in found.state)
@@ -246,7 +245,7 @@ def test_copies_that_differ_are_said_and_kept(photo, tmp_path) -> None:
     path = tmp_path / "x.caffemodel"
     path.write_bytes(caffemodel(layers))
     found = read_foreign(path, "caffe")
-    assert not found.model.weight_sharing
+    assert not found.model["weight_sharing"]
     assert "copies" in found.notes[0]
     assert "conv1_2a" in found.notes[0]
     np.testing.assert_allclose(output(found, photo), run_caffe(layers, photo), atol=TOLERANCE)
@@ -269,7 +268,7 @@ def test_caffe_chain_is_drrn_c(photo, tmp_path) -> None:
     path = tmp_path / "x.caffemodel"
     path.write_bytes(caffemodel(layers))
     found = read_foreign(path, "caffe")
-    assert not found.model.multi_path
+    assert not found.model["multi_path"]
     np.testing.assert_allclose(output(found, photo), run_caffe(layers, photo), atol=TOLERANCE)
 
 
@@ -289,13 +288,13 @@ def test_caffe_vdsr_keeps_or_cuts_overshoot_as_its_layers_say(new, pre_bn, photo
     path = tmp_path / "x.caffemodel"
     path.write_bytes(caffemodel(layers, new, "new" if new else "legacy"))
     found = read_foreign(path, "caffe")
-    assert (found.model.B, found.model.U) == (5, 0)
-    assert found.model.input_relu == pre_bn
+    assert (found.model["B"], found.model["U"]) == (5, 0)
+    assert found.model["input_relu"] == pre_bn
     assert any("negative overshoot" in note for note in found.notes) == (not pre_bn)
     truth = run_caffe(layers, photo)
     np.testing.assert_allclose(output(found, photo), truth, atol=TOLERANCE)
     if not pre_bn:  # the ReLU would matter: this test can tell
-        cut = output(found._replace(model=type(found.model)(**{**asdict(found.model), "input_relu": True})), photo)
+        cut = output(found._replace(model={**found.model, "input_relu": True}), photo)
         assert np.abs(cut - truth).max() > 10 * TOLERANCE
 
 
@@ -304,7 +303,7 @@ def test_a_file_of_weights_alone_is_read_as_the_family_is(tmp_path) -> None:
     path = tmp_path / "x.caffemodel"
     path.write_bytes(caffemodel(layers))
     found = read_foreign(path, "caffe")
-    assert found.model.input_relu
+    assert found.model["input_relu"]
     assert "no ReLU" in found.notes[0]
 
 
@@ -406,9 +405,9 @@ def test_the_real_caffe_vdsr_on_a_photograph(photo) -> None:
     path = caffe_vdsr()
     assert recognise(path) == "caffe"
     found = read_foreign(path, "caffe")
-    assert (found.model.B, found.model.U, found.model.features, found.model.norm) == (19, 0, 64, "none")
-    assert found.model.bias
-    assert not found.model.input_relu
+    assert (found.model["B"], found.model["U"], found.model["features"], found.model["norm"]) == (19, 0, 64, "none")
+    assert found.model["bias"]
+    assert not found.model["input_relu"]
     data, h, at = path.read_bytes(), torch.from_numpy(photo.astype(np.float32))[None, None], 0
     x = h
     for i in range(20):
@@ -554,7 +553,7 @@ def run_port(network: nn.Module, image: np.ndarray) -> np.ndarray:
 
 def unlike_paper(found: foreign.Foreign, image: np.ndarray, truth: np.ndarray) -> float:
     """The difference that the paper's identities would make."""
-    model = type(found.model)(**{**asdict(found.model), "rectified_identity": False})
+    model = {**found.model, "rectified_identity": False}
     return np.abs(output(found._replace(model=model), image) - truth).max()
 
 
@@ -568,7 +567,7 @@ def test_jt827859032(U, new, photo, tmp_path) -> None:
     with pytest.raises(UserError, match="U=25"):
         read_foreign(path, "jt827859032")
     found = read_foreign(path, "jt827859032", U)
-    assert (found.model.B, found.model.U, found.model.features) == (1, U, 6)
+    assert (found.model["B"], found.model["U"], found.model["features"]) == (1, U, 6)
     truth = run_port(network, photo)
     np.testing.assert_allclose(output(found, photo), truth, atol=TOLERANCE)
     assert unlike_paper(found, photo, truth) > 1e-2
@@ -582,11 +581,11 @@ def test_yjn870(B, new, photo, tmp_path) -> None:
     torch.save(network.state_dict(), path, _use_new_zipfile_serialization=new)
     assert recognise(path) == "yjn870"
     found = read_foreign(path, "yjn870")  # U from the name
-    assert (found.model.B, found.model.U, found.model.features) == (B, 2, 6)
+    assert (found.model["B"], found.model["U"], found.model["features"]) == (B, 2, 6)
     truth = run_port(network, photo)
     np.testing.assert_allclose(output(found, photo), truth, atol=TOLERANCE)
     assert unlike_paper(found, photo, truth) > 1e-2
-    assert read_foreign(path, "yjn870", 5).model.U == 5  # what is typed counts more than the name
+    assert read_foreign(path, "yjn870", 5).model["U"] == 5  # what is typed counts more than the name
 
 
 @pytest.mark.parametrize("wrap", [
@@ -613,7 +612,7 @@ def test_twtygqyy(new, photo, tmp_path) -> None:
     torch.save({"epoch": 50, "model": network}, path, _use_new_zipfile_serialization=new)
     assert recognise(path) == "twtygqyy"
     found = read_foreign(path, "twtygqyy")
-    assert (found.model.B, found.model.U, found.model.features) == (6, 0, 6)
+    assert (found.model["B"], found.model["U"], found.model["features"]) == (6, 0, 6)
     np.testing.assert_allclose(output(found, photo), run_port(network, photo), atol=TOLERANCE)
     with pytest.raises(UserError, match="U = 0"):
         read_foreign(path, "twtygqyy", 3)

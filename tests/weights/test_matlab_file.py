@@ -77,8 +77,8 @@ def test_a_vdsr_means_its_convolutions(depth, compressed, tmp_path) -> None:
     path = file_of(tmp_path, written(compressed, model=model))
     assert recognise(path) == "matlab"
     found = read_foreign(path, "matlab")
-    assert (found.model.B, found.model.U, found.model.features) == (depth - 1, 0, 3)
-    assert (found.model.norm, found.model.bias, found.model.input_relu) == ("none", True, False)
+    assert (found.model["B"], found.model["U"], found.model["features"]) == (depth - 1, 0, 3)
+    assert (found.model["norm"], found.model["bias"], found.model["input_relu"]) == ("none", True, False)
     x = torch.rand(1, 1, 11, 9, generator=torch.Generator().manual_seed(1)) - 0.2
     h = x
     for i in range(depth):

@@ -6,12 +6,11 @@ import math
 import re
 import statistics
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from drrn.config import DEFAULT, ModelConfig
 from drrn.errors import UserError, counted
-from drrn.identity import model_of, structure_name
+from drrn.identity import structure_name
 from drrn.protocol import describe
 from drrn.report.measurements import set_size
 from drrn.report.records import recipe
@@ -24,20 +23,14 @@ PLACE: Place = ("Set5", 3)  # of Fig. 6, Fig. 8 and Table 4
 PAPER_PATCHES = 71 * 6536 * 128  # seen in the training of the authors' published B1U9 (conf/budget/paper.yaml)
 
 
-def in_full(model: dict[str, Any]) -> dict[str, Any]:
-    """A network's name and all its arguments: an older record gets the defaults of newer ones."""
-    held = model_of(model)
-    return {"network": DEFAULT, **asdict(held)} if isinstance(held, ModelConfig) else held
-
-
 def in_paper(model: dict[str, Any]) -> str:
     """The paper's name of a structure, whatever its width (`paper.network_of`): DRRN_NS_B3U4, VDSR_d28, DRCN."""
-    return structure_name(model | USUAL) if model["network"] == DEFAULT else model["network"].upper()
+    return model["network"].upper() if "network" in model else structure_name(model | USUAL)
 
 
 def variant(model: dict[str, Any]) -> str:
     """The paper's name of a structure's family: one of `tables.VARIANTS`, or another network's class."""
-    return family(in_paper(model)) if model["network"] == DEFAULT else structure_name(model).partition("_")[0]
+    return structure_name(model).partition("_")[0] if "network" in model else family(in_paper(model))
 
 
 def family(name: str) -> str:
@@ -50,7 +43,7 @@ class Point:
     """One network of a study under one recipe, and its runs."""
 
     name: str  # the paper's: DRRN_B3U4, DRRN_NS_B3U2_16f
-    model: dict[str, Any]  # `in_full`
+    model: dict[str, Any]  # its structure
     depth: int
     weights: int  # k, convolution weights
     place: Place  # the set and scale of its scores
@@ -59,12 +52,12 @@ class Point:
 
     def __post_init__(self) -> None:
         model, self.variant = self.model, variant(self.model)
-        if model["network"] == DEFAULT:
-            self.family = family(self.name)
-            self.short = f"B{model['B']}U{model['U']}" if model["U"] else f"VDSR d{self.depth}"
-        else:
+        if "network" in model:
             self.family = self.name
             self.short = self.name.partition("_")[0] + (f" {model['features']}f" if "features" in model else "")
+        else:
+            self.family = family(self.name)
+            self.short = f"B{model['B']}U{model['U']}" if model["U"] else f"VDSR d{self.depth}"
 
     def add(self, record: dict[str, Any]) -> None:
         """Add a run; of two with one seed, keep the finished one. Two with different scores are a UserError."""

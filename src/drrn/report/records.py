@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from drrn.config import ModelConfig
+from drrn.config import DEFAULT, ModelConfig, in_full
 from drrn.disk import check_regular
 from drrn.errors import UserError, counted, printable
 from drrn.identity import run_group, structure_name
@@ -110,11 +110,12 @@ def _checked_record(path: Path) -> dict[str, Any]:
 def _check_whole(record: dict[str, Any]) -> None:
     """Raise ValueError for a record that contradicts itself, or a DRRN with an unknown argument (another network)."""
     model, known = record["config"]["model"], ModelConfig.__dataclass_fields__
-    drrn = model.get("network", "drrn") == "drrn"
+    drrn = model.get("network", DEFAULT) == DEFAULT
     if drrn and (unknown := sorted(set(model) - {"network", *known})):
         raise ValueError(f"it has model.{unknown[0]}, which this version does not know: update it")
     if drrn and (absent := [key for key, its in known.items() if its.default is MISSING and key not in model]):
         raise ValueError(f"it has no model.{absent[0]}")
+    record["config"]["model"] = model = in_full(model)
     if record["status"] == "finished" and not {"budget", "means"} <= record.keys():
         raise ValueError("it is finished and has no scores")
     if record.get("means") and "budget" not in record:

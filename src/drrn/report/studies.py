@@ -16,12 +16,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from drrn.config import in_full
 from drrn.errors import UserError
 from drrn.home import CONF
 from drrn.identity import run_group, structure_name
 from drrn.paper import paper_numbers, printed
 from drrn.report import STUDIES
-from drrn.report.groups import ABLATION, PLACE, Place, Point, RunGroup, in_full, in_paper, variant
+from drrn.report.groups import ABLATION, PLACE, Place, Point, RunGroup, in_paper, variant
 from drrn.report.measurements import MISSING, over_seeds
 from drrn.report.tables import Cell, Table
 
@@ -100,15 +101,15 @@ def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]
     trained: dict[str, Point] = {}
     for record in records:
         name, depth, weights = (record["structure"][key] for key in ("name", "depth", "conv_weights"))
-        trained[name] = Point(name, in_full(record["config"]["model"]), depth, weights, place)
+        trained[name] = Point(name, record["config"]["model"], depth, weights, place)
     # The plan sets B, U and the variant. An untrained point takes each other argument that all trained DRRNs share.
-    drrns = [point.model for point in trained.values() if point.model["network"] == "drrn"]
+    drrns = [point.model for point in trained.values() if "network" not in point.model]
     settled = {key for key in drrns[0] if len({model[key] for model in drrns}) == 1} if drrns else set()
     points: dict[str, Point] = {}
     for model in plan:
         alike = [point for point in trained.values() if _same_point(model, point.model)]  # several widths in Fig. 1
         if not alike:
-            if model["network"] == "drrn":
+            if "network" not in model:
                 model = model | {key: drrns[0][key] for key in settled.difference(ABLATION)}
             alike = [Point(*_described(tuple(model.items())), place)]
         for point in alike:
@@ -123,8 +124,8 @@ def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]
 
 def _same_point(planned: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether a trained network is a point of the plan: of any width, and of any normalisation if it is a DRRN."""
-    keys = ("network", *ABLATION) if planned["network"] == "drrn" else planned.keys() - {"features", "alpha_steps"}
-    return all(key in other and other[key] == planned[key] for key in keys)
+    keys = planned.keys() - {"features", "alpha_steps"} if "network" in planned else ("network", *ABLATION)
+    return all(other.get(key) == planned.get(key) for key in keys)
 
 
 @cache

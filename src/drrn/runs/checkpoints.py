@@ -20,7 +20,6 @@ from drrn.config import Config
 from drrn.disk import check_regular
 from drrn.errors import UserError
 from drrn.identity import WEIGHTS, checkpoint_name
-from drrn.networks import structure
 from drrn.runs.lightning import WholeSteps
 from drrn.runs.record import FILE
 from drrn.runs.stop import StopSignals
@@ -183,7 +182,7 @@ def check_resumable(path: Path, config: Config, max_steps: float) -> None:
         content = read_checkpoint(path)
     except Damaged as reason:
         raise UserError(f"ckpt_path = {str(path)!r} cannot be resumed from: {reason}") from reason
-    for group, asked in (("model", structure(config.model)), ("optim", asdict(config.optim))):
+    for group, asked in (("model", config.model), ("optim", asdict(config.optim))):
         held = content["hyper_parameters"].get(group, {})
         differing = [f"{group}.{key}={held.get(key)}" for key in asked if held.get(key, asked[key]) != asked[key]]
         if differing:

@@ -6,7 +6,7 @@ The record of `from_record=` and the weights of `init_from=` are read here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, make_dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from drrn.config import Config, LoggerConfig, check
 from drrn.degradations import BI
 from drrn.errors import UserError
-from drrn.identity import model_of
 from drrn.schema import typed
 from drrn.targets import OF_OUR_SOLVERS, check_trusted
 from drrn.weights.shipped import weights_file
@@ -43,8 +42,8 @@ def request(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
         if not network:
             from drrn.weights.ours import load_network
 
-            config.model = model_of(load_network(weights)[1]["model"])
-    if isinstance(config.model, dict):
+            config.model = load_network(weights)[1]["model"]
+    if "network" in config.model:
         _check_network(config)
     return config
 
@@ -58,8 +57,7 @@ def _check_network(config: Config) -> None:
     from drrn.networks import arguments_of, on_paper, schema
 
     name, _ = arguments_of(config.model)
-    own = make_dataclass("Own", [("model", schema(name))])
-    config.model = asdict(typed(own, OmegaConf.create({"model": config.model})).model)
+    config.model = asdict(typed(schema(name), OmegaConf.create(config.model), "model."))
     network, data = on_paper(config.model), config.data
     if network.input == "low" and data.degradation != BI and not data.crops:
         raise UserError(

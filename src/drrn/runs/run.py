@@ -21,7 +21,6 @@ from drrn.fast.threads import Watch
 from drrn.fast.training import memory_errors
 from drrn.identity import WEIGHTS, checkpoint_name, run_name
 from drrn.module import SuperResolution
-from drrn.networks import structure
 from drrn.protocol import means
 from drrn.runs.callbacks import refuse_unknown_monitors
 from drrn.runs.checkpoints import Checkpoints, check_resumable, newest_checkpoint
@@ -64,7 +63,7 @@ def prepare_data(run: Run) -> SuperResolutionData:
 def build_module(run: Run, data: SuperResolutionData) -> SuperResolution:
     """The Lightning module of the run, with initial weights."""
     config = run.config
-    module = SuperResolution(structure(config.model), asdict(config.optim), data.steps_per_epoch, data.max_steps)
+    module = SuperResolution(config.model, asdict(config.optim), data.steps_per_epoch, data.max_steps)
     module.about = {
         "scales": config.data.scales,
         "origin": run_name(config),

@@ -20,7 +20,7 @@ from drrn.fast.memory import TensorBytes
 from drrn.fast.training import InTraining, worth_compiling
 from drrn.images import image_size
 from drrn.module import SuperResolution
-from drrn.networks import count, pair_sides, structure
+from drrn.networks import count, pair_sides
 from drrn.optimisers import configured
 from drrn.runs.lightning import quiet_lightning
 from drrn.sets import image_files, is_absent
@@ -46,7 +46,7 @@ def count_bytes(config: Config) -> int:
     sides = pair_sides(config.model, config.data.patch_size)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
     with FakeTensorMode(), TensorBytes() as alive:
-        module = SuperResolution(structure(config.model), asdict(config.optim))
+        module = SuperResolution(config.model, asdict(config.optim))
         trained = InTraining(module.network, checkpointing=config.speed.checkpointing)
         x, truth = (torch.rand(micro_batch(config), 1, side, side) for side in sides)
         with torch.autocast("cpu", half, enabled=half is not None):
@@ -83,7 +83,7 @@ def measure(config: Config, threads: int | None = None) -> Speed:
     try:
         with quiet_lightning():
             fabric = Fabric(accelerator=trainer.accelerator, devices=1, precision=trainer.precision)
-        module = SuperResolution(structure(config.model), asdict(config.optim))
+        module = SuperResolution(config.model, asdict(config.optim))
         network, device = fabric.setup_module(module.network).module, fabric.device
         if trainer.channels_last:
             network.to(memory_format=torch.channels_last)

@@ -111,7 +111,7 @@ class WandB(Tracker, Logger):
         """Arguments of `wandb.init`: names, tags and configuration of the W&B run."""
         config, record = self.config, self.record
         model, structure, steps = config.model, record["structure"], self.rows.module.hparams["max_steps"]
-        sizes = [] if isinstance(model, dict) else [f"B{model.B}", f"U{model.U}"]
+        sizes = [] if "network" in model else [f"B{model['B']}", f"U{model['U']}"]
         tags = [structure_name(model), *sizes, f"d{structure['depth']}", *config.logger.tags]
         tags += os.environ.get("WANDB_TAGS", "").split(",")
         about = ("structure", "experiment", "patches", "protocol", "versions", "machine", "git")

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from torch import Tensor, nn
 
-from drrn.config import ModelConfig
+from drrn.config import in_full
 from drrn.errors import printable
 from drrn.weights.files import OVERSHOOT, Foreign
 
@@ -184,16 +184,16 @@ def read_caffe(data: bytes, U: int | None) -> Foreign:
     if len(kinds) > 1:
         raise ValueError("some of its convolutions have a BatchNorm or a bias and some have none")
     [(no_norm, no_bias)] = kinds
-    model = ModelConfig(
-        B=B,
-        U=found_U,
-        features=len(convolutions[0].weight),
-        norm="none" if no_norm else "batch",
-        bias=not no_bias,
-        weight_sharing=shared,
-        multi_path=not chain,
-        input_relu=first_relu,
-    )
+    model = {
+        "B": B,
+        "U": found_U,
+        "features": len(convolutions[0].weight),
+        "norm": "none" if no_norm else "batch",
+        "bias": not no_bias,
+        "weight_sharing": shared,
+        "multi_path": not chain,
+        "input_relu": first_relu,
+    }
     state: dict[str, Tensor] = {}
     for c, (_, conv, norm) in zip(convolutions, path_of_layers(B, found_U, shared), strict=True):
         state[f"{conv}.weight"] = c.weight
@@ -201,7 +201,7 @@ def read_caffe(data: bytes, U: int | None) -> Foreign:
             state[f"{conv}.bias"] = c.bias
         if c.norm is not None:
             state |= {f"{norm}.{key}": value for key, value in c.norm.items()}
-    return Foreign(model, state, f"{name or 'network'} (Caffe)", [2, 3, 4], notes)
+    return Foreign(in_full(model), state, f"{name or 'network'} (Caffe)", [2, 3, 4], notes)
 
 
 def _structure(names: list[str]) -> tuple[int, int]:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from drrn.config import ModelConfig
 from drrn.disk import check_output, sha256
 from drrn.errors import UserError, printable
-from drrn.identity import model_of, structure_name
+from drrn.identity import structure_name
 from drrn.schema import key, typed
 from drrn.weights.ports import PORTS
 
@@ -73,7 +72,7 @@ def convert(config: ConvertConfig) -> None:
     from drrn.weights.export import Enlarger, export_onnx, export_program
     from drrn.weights.ours import save_weights
 
-    output, model = Path(config.output), model_of(about["model"])
+    output, model = Path(config.output), about["model"]
     write = {".safetensors": save_weights, ".onnx": export_onnx, ".pt2": export_program}[output.suffix]
     facts = {key: value for key, value in about.items() if key not in ("format", "model", "digest")}
     if config.scale is not None:
@@ -89,7 +88,6 @@ def convert(config: ConvertConfig) -> None:
 
 def read(config: ConvertConfig) -> tuple[str, nn.Module, dict[str, Any]]:
     """Read the input: (form, network, metadata); a UserError if it cannot be read."""
-    from drrn.networks import structure
     from drrn.weights.foreign import read_foreign, recognise
     from drrn.weights.ours import build, load_network
 
@@ -106,7 +104,7 @@ def read(config: ConvertConfig) -> tuple[str, nn.Module, dict[str, Any]]:
         except ValueError as error:
             raise UserError(f"{path} is no whole network of the form {form}: {error}") from error
         about = {
-            "model": structure(foreign.model),
+            "model": foreign.model,
             "scales": foreign.scales,
             "origin": foreign.origin,
             "source": {"form": form, "file": path.name, "sha256": sha256(path)},
@@ -141,17 +139,16 @@ def describe(path: Path, form: str, network: nn.Module, about: dict[str, Any]) -
     return "\n".join(f"{key:10} {printable(value)}" for key, value in lines.items())
 
 
-def departures_from_paper(values: Mapping[str, Any]) -> list[str]:
+def departures_from_paper(model: Mapping[str, Any]) -> list[str]:
     """The departures of a structure from the paper's (Sec. 3 and 4, and the authors' release); [] if none."""
-    model = model_of(values)
-    if not isinstance(model, ModelConfig):
-        return [f"it is no DRRN but {structure_name(values)}"]
-    released = (64, 128) if model.U == 0 else (128,)
+    if "network" in model:
+        return [f"it is no DRRN but {structure_name(model)}"]
+    released = (64, 128) if model["U"] == 0 else (128,)
     found = {
-        f"{model.features} features, not {' or '.join(map(str, released))}": model.features not in released,
-        "no BatchNorm": model.norm != "batch",
-        "no biases": not model.bias,
-        "a ReLU on every identity": model.rectified_identity,
-        "no ReLU before the first convolution": not model.input_relu,
+        f"{model['features']} features, not {' or '.join(map(str, released))}": model["features"] not in released,
+        "no BatchNorm": model["norm"] != "batch",
+        "no biases": not model["bias"],
+        "a ReLU on every identity": model["rectified_identity"],
+        "no ReLU before the first convolution": not model["input_relu"],
     }
     return [words for words, true in found.items() if true]

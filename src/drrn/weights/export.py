@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from drrn.disk import write_whole
 from drrn.errors import UserError
-from drrn.identity import Structure
 from drrn.matlab import YCBCR_FROM_RGB, YCBCR_OFFSET, resize_matrix
-from drrn.networks import structure
 
 SIZES = ((24, 20), (3, 17), (41, 50))  # height and width, at which an exported network is compared with ours
 TOLERANCE = 1e-5  # on a scale of 0…1
@@ -83,12 +81,12 @@ class Enlarger(nn.Module):
         return F.pixel_shuffle(results, self.scale).unflatten(0, (-1, x.shape[1]))[:, :, 0]
 
 
-def facts(network: nn.Module, model: Structure, about: dict[str, Any]) -> dict[str, Any]:
+def facts(network: nn.Module, model: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     """Metadata of an exported file: how to use it, its scales, and as `drrn` the metadata of our own files."""
-    return {**USE[network.input], "scales": about.get("scales") or [], "drrn": {"model": structure(model), **about}}
+    return {**USE[network.input], "scales": about.get("scales") or [], "drrn": {"model": model, **about}}
 
 
-def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> float:
+def export_onnx(path: Path, network: nn.Module, model: dict[str, Any], about: dict[str, Any]) -> float:
     """Write a network as ONNX with dynamic batch size, height and width; shared weights are stored once.
 
     Args:
@@ -135,7 +133,7 @@ def export_onnx(path: Path, network: nn.Module, model: Structure, about: dict[st
     return difference
 
 
-def export_program(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> float:
+def export_program(path: Path, network: nn.Module, model: dict[str, Any], about: dict[str, Any]) -> float:
     """Write a network as torch.export's program (.pt2), to be run by `torch.export.load(path).module()`.
 
     Arguments, result and errors are those of `export_onnx`; the metadata are in the extra file `drrn.json`.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drrn.disk import check_regular
 from drrn.errors import UserError
-from drrn.identity import Structure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +19,7 @@ OVERSHOOT = "no ReLU before the first convolution: negative overshoot of the bic
 class Foreign(NamedTuple):
     """The content of a foreign file, in our terms."""
 
-    model: Structure
+    model: dict[str, Any]  # the network's structure, `config.in_full`
     state: dict[str, Tensor]  # the network's state dict, not yet checked against the structure
     origin: str
     scales: list[int]  # of its training; empty if unknown

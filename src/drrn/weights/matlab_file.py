@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drrn.config import ModelConfig
+from drrn.config import in_full
 from drrn.weights.caffe import path_of_layers
 from drrn.weights.files import OVERSHOOT, Foreign
 
@@ -137,8 +137,8 @@ def read_vdsr(data: bytes, U: int | None) -> Foreign:
             raise ValueError(f"layer {i} has filters of {list(weight.shape)}; [3, 3, in, out] is needed")
         state[f"{conv}.weight"] = torch.from_numpy(np.array(filters.transpose(3, 2, 0, 1), np.float32, order="C"))
         state[f"{conv}.bias"] = torch.from_numpy(np.array(bias.ravel(), np.float32))
-    structure = ModelConfig(
-        B=len(weights) - 1, U=0, features=len(state["blocks.0.conv.weight"]), norm="none", bias=True,
-        weight_sharing=True, multi_path=True, input_relu=False,
-    )  # fmt: skip
-    return Foreign(structure, state, "VDSR of its authors (MATLAB)", [2, 3, 4], [OVERSHOOT])
+    structure = {
+        "B": len(weights) - 1, "U": 0, "features": len(state["blocks.0.conv.weight"]), "norm": "none", "bias": True,
+        "weight_sharing": True, "multi_path": True, "input_relu": False,
+    }  # fmt: skip
+    return Foreign(in_full(structure), state, "VDSR of its authors (MATLAB)", [2, 3, 4], [OVERSHOOT])

@@ -18,12 +18,11 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from drrn.config import DEEPEST, ModelConfig
+from drrn.config import DEEPEST, ModelConfig, in_full
 from drrn.disk import write_whole
 from drrn.errors import UserError, printable
 from drrn.help import script
-from drrn.identity import Structure, model_of
-from drrn.networks import arguments_of, on_paper, schema, structure
+from drrn.networks import arguments_of, on_paper, schema
 from drrn.schema import typed
 from drrn.weights.files import container, read_bytes
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
@@ -35,13 +34,13 @@ FACTS = {"format": int, "model": dict, "digest": str, "origin": str, "scales": l
          "seed": int, "steps": int, "experiment": str}  # fmt: skip
 
 
-def save_weights(path: Path, network: nn.Module, model: Structure, about: dict[str, Any]) -> None:
+def save_weights(path: Path, network: nn.Module, model: dict[str, Any], about: dict[str, Any]) -> None:
     """Write a network's parameters and BatchNorm statistics as safetensors; the file appears whole or not at all.
 
     Shared parameters are stored once. `model` is the network's structure, `about` more metadata, of `FACTS`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    facts = {"format": FORMAT, "model": structure(model), **about, "digest": digest(tensors)}
+    facts = {"format": FORMAT, "model": model, **about, "digest": digest(tensors)}
     # In one piece: safetensors' own save_file makes files private (0600).
     write_whole(path, save_safetensors(tensors, {"drrn": json.dumps(facts)}))
 
@@ -55,7 +54,7 @@ def digest(state: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def build(model: Structure, state: dict[str, Tensor]) -> nn.Module:
+def build(model: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """A network in evaluation mode from its structure and its state dict, float32.
 
     The structure is checked against the tensors before memory is allocated.
@@ -63,9 +62,9 @@ def build(model: Structure, state: dict[str, Tensor]) -> nn.Module:
     Raises:
         ValueError: structure and tensors do not match, or a value is not finite.
     """
-    if isinstance(model, ModelConfig):
-        model.rules()  # its depth
-    for key, value in structure(model).items():  # even on the meta device, 10⁹ layers would take forever
+    if "network" not in model:
+        ModelConfig(**model).rules()  # its depth
+    for key, value in model.items():  # even on the meta device, 10⁹ layers would take forever
         if isinstance(value, int) and value > 10 * DEEPEST:
             raise ValueError(f"{key} = {value:,}: more than any network has")
     network = on_paper(model)
@@ -94,7 +93,7 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     data = read_bytes(path)
     try:
         state, about = _read_safetensors(data) if container(data) == "safetensors" else _read_lightning(data)
-        network = build(model_of(about["model"]), state)
+        network = build(about["model"], state)
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         raise UserError(
             f"{path} is not weights of ours ({type(error).__name__}: {error}); give weights.safetensors or a .ckpt "
@@ -149,12 +148,13 @@ def checked_facts(about: Any) -> dict[str, Any]:
     for key, value in about["model"].items():
         if repr(held[key]) != repr(value):  # of another type, and converted
             raise ValueError(f"its network has {key} = {value!r}, which is no argument of a {name}")
+    about["model"] = in_full(held)
     if about.get("origin"):
         about["origin"] = printable(about["origin"])
     return about
 
 
-def initial_state(path: Path, model: Structure) -> dict[str, Tensor]:
+def initial_state(path: Path, model: dict[str, Any]) -> dict[str, Tensor]:
     """The initial state dict of a fine-tuning, from a file of ours, whose structure has to be `model`.
 
     A network of one scale may start from another scale's weights, if its tensors have the same shapes.
@@ -163,7 +163,7 @@ def initial_state(path: Path, model: Structure) -> dict[str, Tensor]:
         UserError: the file cannot be read, or has another structure; the text says what to type.
     """
     network, about = load_network(path)
-    held, asked = structure(model_of(about["model"])), structure(model)
+    held, asked = about["model"], model
     differing = [key for key in held | asked if held.get(key) != asked.get(key)]
     state = network.state_dict()
     if differing == ["scale"]:  # FSRCNN: its tensors serve every scale, ESPCN's do not

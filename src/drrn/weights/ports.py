@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drrn.config import ModelConfig
+from drrn.config import in_full
 from drrn.errors import UserError
 from drrn.weights.files import OVERSHOOT, Foreign
 
@@ -63,9 +63,10 @@ def renamed(tensors: dict[str, Tensor], ours: dict[str, str]) -> dict[str, Tenso
     return tensors
 
 
-def plain(B: int, U: int, first: Tensor, **switches: bool) -> ModelConfig:
+def plain(B: int, U: int, first: Tensor, **switches: bool) -> dict[str, Any]:
     """The structure of a port's DRRN: neither BatchNorm nor bias. `first` is the first convolution's weight."""
-    return ModelConfig(B, U, len(first), norm="none", bias=False, weight_sharing=True, multi_path=True, **switches)
+    paths = {"weight_sharing": True, "multi_path": True}
+    return in_full({"B": B, "U": U, "features": len(first), "norm": "none", "bias": False, **paths, **switches})
 
 
 def read_jt827859032(tensors: dict[str, Tensor], said: Said) -> Foreign:
