@@ -137,8 +137,11 @@ def rgb2ycbcr(rgb: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.uint8
 
 def rgb2y(rgb: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.uint8] | FloatArray:
     """`rgb2ycbcr(rgb)[..., 0]` alone: [H, W, 3] → [H, W]."""
-    y = _levels(rgb, "rgb") @ YCBCR_FROM_RGB[0] / 255_000 + YCBCR_OFFSET[0]
-    return _round_to_uint8(y) if rgb.dtype == np.uint8 else y / 255
+    parts = []
+    for rows in np.array_split(rgb, 1 + rgb.size // 2**18):  # float64 of a whole photo takes 32 bytes a pixel
+        y = _levels(rows, "rgb") @ YCBCR_FROM_RGB[0] / 255_000 + YCBCR_OFFSET[0]
+        parts.append(_round_to_uint8(y) if rgb.dtype == np.uint8 else y / 255)
+    return np.concatenate(parts)
 
 
 def ycbcr2rgb(ycbcr: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.uint8] | FloatArray:
