@@ -1,4 +1,4 @@
-"""`drrn.launch`: whether this process is one of several of torchrun or Slurm; folders without permissions."""
+"""`drrn.launch`: one process or one of several of torchrun or Slurm; folders without permissions; keys of sweeps."""
 
 from __future__ import annotations
 
@@ -65,3 +65,9 @@ def test_a_folder_without_rights_is_named_in_a_line(
     assert "Permission denied" in err
     assert "Traceback" not in out + err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", ["hydra.sweeper.points=[{seed: 2}]", "hydra/sweeper=search"])
+def test_what_only_a_sweep_reads_is_refused_without_one(given: str, entry_point: Callable) -> None:
+    code, _, err = entry_point("train", given, "plan=only")
+    assert (code, err) == (2, f"train.py: {given}: this is no sweep; add -m\n")

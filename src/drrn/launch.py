@@ -43,6 +43,10 @@ def refusing() -> Iterator[None]:
     if HydraConfig.initialized():
         os.chdir(HydraConfig.get().runtime.cwd)
     try:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN:
+            for given in HydraConfig.get().overrides.hydra:
+                if given.startswith(("hydra.sweeper", "hydra/sweeper")):
+                    raise UserError(f"{given}: this is no sweep; add -m")
         yield
     except (UserError, OSError) as error:
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import field, fields, is_dataclass
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from drrn.errors import UserError
+from drrn.help import shown
 
 T = TypeVar("T")
 LARGEST = 2**32  # for integers; no key has a use for larger ones
+WORDS = {bool: "true or false", float: "a number", int: "a whole number", str: "a text"}
 ORDER = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
@@ -45,33 +47,46 @@ def typed(schema: type[T], cfg: DictConfig, group: str = "") -> T:
         _check_kinds(schema, cfg, group)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
     except OmegaConfBaseException as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{group}{getattr(error, 'full_key', None) or 'configuration'}: {reason}") from error
+        raise UserError(f"{group}{_reason(error)}") from error
     _check_limits(config, group)
     return config
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    """An error of OmegaConf in our words: the key, what was given, what is needed."""
+    where, inside = error.full_key or "configuration", error.object_type
+    kinds = [get_type_hints(inside).get(error.key) if is_dataclass(inside) else error.ref_type]
+    for kind in kinds:
+        kinds += get_args(kind)  # of X | None, list[X]
+        if kind in WORDS and isinstance(error, ValidationError):
+            return f"{where} = {shown(error.value)}: must be {WORDS[kind]}"
+    words = {ConfigKeyError: "there is no such key", MissingMandatoryValue: "it is missing"}
+    return f"{where}: {words.get(type(error)) or str(error).splitlines()[0]}"
 
 
 def _check_kinds(schema: type, cfg: DictConfig, group: str) -> None:
     """Refuse what OmegaConf would accept, or refuse without the key's name: a number for a boolean, an empty string,
     nested lists, a scalar for a list, integers beyond `LARGEST`."""
     for name, kind in get_type_hints(schema).items():
-        if name not in cfg or OmegaConf.is_missing(cfg, name) or cfg[name] is None:
+        if name not in cfg or OmegaConf.is_missing(cfg, name):
             continue
         where, value = group + name, cfg[name]
-        kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # X | None
-        if is_dataclass(kind):
-            if OmegaConf.is_dict(value):
-                _check_kinds(kind, value, f"{where}.")
+        kind, *null = get_args(kind) if isinstance(kind, UnionType) else (kind,)  # X | None
+        if value is None and (null or kind is Any):
             continue
-        if get_origin(kind) is dict and not OmegaConf.is_dict(value):
-            raise UserError(f"{where} = {value}: must be a mapping, such as {{a: 1}}")
+        if (is_dataclass(kind) or get_origin(kind) is dict) and not OmegaConf.is_dict(value):
+            raise UserError(f"{where} = {shown(value)}: must be a mapping, such as {{a: 1}}")
+        if is_dataclass(kind):
+            _check_kinds(kind, value, f"{where}.")
         if get_origin(kind) is list:
             if not OmegaConf.is_list(value):
-                raise UserError(f"{where} = {value}: must be a list, {where}=[{value}]")
+                raise UserError(
+                    f"{where} = {shown(value)}: must be a list, {where}=[{'…' if value is None else value}]"
+                )
             if any(OmegaConf.is_config(item) for item in value):
                 raise UserError(f"{where} = {value}: a plain list, without lists or mappings in it")
         if kind is bool and not isinstance(value, bool | str):
-            raise UserError(f"{where} = {value}: must be true or false")
+            raise UserError(f"{where} = {shown(value)}: must be {WORDS[bool]}")
         for item in value if OmegaConf.is_list(value) else [value]:
             if isinstance(item, str) and not item.strip():
                 raise UserError(f"{where} = {value!r}: {'is' if item is value else 'one is'} empty")
@@ -90,7 +105,8 @@ def _check_limits(config: Any, group: str) -> None:
         if "choices" in limits and value not in limits["choices"]:
             raise UserError(f"{where} = {value!r}: allowed are {', '.join(limits['choices'])}")
         if limits.get("distinct") and not value:
-            raise UserError(f"{where} = []: give one or more values" + ", or null" * ("None" in its.type))
+            optional = NoneType in get_args(get_type_hints(type(config))[its.name])
+            raise UserError(f"{where} = []: give one or more values" + ", or null" * optional)
         if limits.get("distinct") and len(set(value)) < len(value):
             raise UserError(f"{where} = {value}: must be different values")
         for limit in (limit for limit in ORDER if limit in limits):
