@@ -34,10 +34,9 @@ def path_of_layers(B: int, U: int, weight_sharing: bool) -> Iterator[tuple[str, 
 
 # ---------------------------------------------------------------------- caffe.proto, the fields used here
 
-PARAMETERS = (
-    "convolution_param={}:Convolution batch_norm_param=139:BatchNorm relu_param={}:ReLU eltwise_param={}:Eltwise"
-)
-# Message → fields, NAME=NUMBER:TYPE, repeated ones with *. Names are bytes, since they may not be UTF-8.
+# Message → fields, NAME=NUMBER:TYPE, repeated ones with *. A layer's parameters have the name of its type. Names in a
+# file are bytes, since they may not be UTF-8.
+PARAMETERS = "Convolution={}:Convolution BatchNorm=139:BatchNorm ReLU={}:ReLU Eltwise={}:Eltwise"
 PROTO = {
     "Net": "name=1:bytes layers=2:V1Layer* layer=100:Layer*",
     "Layer": f"name=1:bytes type=2:bytes bottom=3:bytes* blobs=7:Blob* {PARAMETERS.format(106, 123, 110)}",
@@ -87,15 +86,12 @@ class Layer(NamedTuple):
 UNIT = r"conv(\d{1,4})_(\d{1,4})([ab])"
 V1_TYPES = {4: "Convolution", 18: "ReLU", 25: "Eltwise"}  # V1LayerParameter.LayerType
 # The required values of a layer's parameters, if given: 3×3, padding 1, no stride, groups or dilation; a sum.
-SETTINGS: dict[str, tuple[str, dict[str, float]]] = {
-    "Convolution": (
-        "convolution_param",
-        {"pad": 1, "pad_h": 1, "pad_w": 1, "kernel_size": 3, "kernel_h": 3, "kernel_w": 3, "group": 1, "dilation": 1}
-        | {"stride": 1, "stride_h": 1, "stride_w": 1},
-    ),
-    "BatchNorm": ("batch_norm_param", {"eps": 1e-5}),
-    "ReLU": ("relu_param", {"negative_slope": 0}),
-    "Eltwise": ("eltwise_param", {"operation": 1}),
+SETTINGS: dict[str, dict[str, float]] = {
+    "Convolution": dict.fromkeys(("kernel_size", "kernel_h", "kernel_w"), 3)
+    | dict.fromkeys(("pad", "pad_h", "pad_w", "stride", "stride_h", "stride_w", "group", "dilation"), 1),
+    "BatchNorm": {"eps": 1e-5},
+    "ReLU": {"negative_slope": 0},
+    "Eltwise": {"operation": 1},
 }
 
 
@@ -116,25 +112,35 @@ def caffe_layers(data: bytes) -> tuple[str, list[Layer]]:
 
 
 def _layer(layer: Any) -> Layer:
-    """LayerParameter or V1LayerParameter → Layer; an unknown type is inferred from its blobs."""
+    """LayerParameter or V1LayerParameter → Layer."""
     title = _text(layer.name)
     blobs = [_blob(blob, title) for blob in layer.blobs]
-    type_ = V1_TYPES.get(layer.type, "") if isinstance(layer.type, int) else _text(layer.type)
-    if blobs and not type_:  # the old list has no types for BatchNorm and Scale
-        kernels = blobs[0].dim() == 4 and blobs[0].shape[-2:] == (3, 3)
-        type_ = "Convolution" if kernels else "BatchNorm" if len(blobs) == 3 else "Scale"
-    if blobs and type_ not in ("Convolution", "BatchNorm", "Scale"):
-        raise ValueError(f"layer {title!r} is a {type_} with weights: no network of this family has one")
-    if type_ in SETTINGS:
-        place, wanted = SETTINGS[type_]
-        given = {field.name: value for field, value in getattr(layer, place).ListFields()}
-        if type_ == "Convolution" and layer.HasField(place) and not given.keys() & {"pad", "pad_h", "pad_w"}:
-            raise ValueError(f"layer {title!r} is a convolution without padding; ours have padding 1")
-        for name, value in given.items():
-            have = [value] if isinstance(value, int | float) else list(value)
-            if any(abs(number - wanted[name]) > 1e-9 for number in have):
-                raise ValueError(f"layer {title!r} ({type_}) has {name} = {have[:4]}; {wanted[name]} is needed")
-    return Layer(title, type_, [_text(name) for name in layer.bottom], blobs)
+    kind = _type(layer.type, blobs)
+    if blobs and kind not in ("Convolution", "BatchNorm", "Scale"):
+        raise ValueError(f"layer {title!r} is a {kind} with weights: no network of this family has one")
+    if kind in SETTINGS and layer.HasField(kind):
+        _check_settings(title, kind, getattr(layer, kind))
+    return Layer(title, kind, [_text(name) for name in layer.bottom], blobs)
+
+
+def _type(said: bytes | int, blobs: list[Tensor]) -> str:
+    """A layer's type; the old list has no numbers for BatchNorm and Scale, which are known by their blobs."""
+    name = V1_TYPES.get(said, "") if isinstance(said, int) else _text(said)
+    if name or not blobs:
+        return name
+    kernels = blobs[0].dim() == 4 and blobs[0].shape[-2:] == (3, 3)
+    return "Convolution" if kernels else "BatchNorm" if len(blobs) == 3 else "Scale"
+
+
+def _check_settings(title: str, kind: str, parameters: Any) -> None:
+    """Refuse parameters that no network of this family has. A convolution's padding is 0 unless it is given."""
+    given = {field.name: value for field, value in parameters.ListFields()}
+    if kind == "Convolution" and not given.keys() & {"pad", "pad_h", "pad_w"}:
+        raise ValueError(f"layer {title!r} is a convolution without padding; ours have padding 1")
+    for name, value in given.items():
+        wanted, have = SETTINGS[kind][name], [value] if isinstance(value, int | float) else list(value)
+        if any(abs(number - wanted) > 1e-9 for number in have):
+            raise ValueError(f"layer {title!r} ({kind}) has {name} = {have[:4]}; {wanted} is needed")
 
 
 def _blob(blob: Any, title: str) -> Tensor:
