@@ -48,6 +48,11 @@ class NotBegun(Ended):
     """The sweep was told to end before this job began."""
 
 
+# Of a process of joblib's, in which `OwnPart` is unpickled anew for each job.
+IDLE = threading.Event()  # it runs no job
+HELD: list[Any] = []  # its lock, until it ends
+
+
 class OwnPart:
     """A task for joblib's processes: each uses its own n-th of the cores, and its own GPU.
 
@@ -59,9 +64,6 @@ class OwnPart:
         task: the function that Hydra calls with a job's configuration.
         n: jobs at a time.
     """
-
-    lock: Any = None  # of this process
-    busy = False  # whether this process runs a job
 
     def __init__(self, task: Callable[[DictConfig], Any], n: int) -> None:
         self.task, self.n, self.sweep = task, n, os.getpid()
@@ -78,7 +80,7 @@ class OwnPart:
             Ended: a signal ended it.
             NotBegun: a signal had ended the sweep or another job before.
         """
-        OwnPart.busy = True
+        IDLE.clear()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, _exit)
         try:
@@ -97,7 +99,7 @@ class OwnPart:
         """Ignore signals while this process waits for a job: they would break joblib."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        OwnPart.busy = False
+        IDLE.set()
 
     def take(self) -> None:
         """Bind this process to the first free part of the machine; called at its start, before it uses torch."""
@@ -107,7 +109,7 @@ class OwnPart:
         threading.Thread(target=self._end_with_sweep, daemon=True).start()
         for number in itertools.cycle(range(self.n)):
             with suppress(Timeout):
-                OwnPart.lock = FileLock(self.folder / f"{number}.lock").acquire(timeout=0.05).lock
+                HELD.append(FileLock(self.folder / f"{number}.lock").acquire(timeout=0.05).lock)
                 break
         # loky leaves its own start method as the default, which a run's own subprocesses do not have.
         multiprocessing.set_start_method(None, force=True)
@@ -123,11 +125,9 @@ class OwnPart:
         """End this process when the sweep's process has ended in any way; a run may save its last step first."""
         while os.getppid() == self.sweep:
             time.sleep(0.5)
-        if OwnPart.busy:
+        if not IDLE.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
-        end = time.monotonic() + LAST_STEP
-        while OwnPart.busy and time.monotonic() < end:
-            time.sleep(0.1)
+        IDLE.wait(LAST_STEP)
         self._tidy()
         os._exit(1)
 
