@@ -22,6 +22,8 @@ from drrn.protocol import modcrop, prepare, score, with_chroma
 
 mpl.rcParams.update({"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "pdf.fonttype": 42})
 
+IN_A_ROW = 8  # crops of a comparison
+
 
 class Box(NamedTuple):
     """A region of an image in pixels: left, top, width, height."""
@@ -91,20 +93,22 @@ def side_by_side(
 
 
 def draw(comparison: SideBySide, stacked: bool = False) -> Figure:
-    """Draw the whole image with its box, and the crops: in a row, or in two columns below it for a narrow screen."""
+    """Draw the whole image with its box, and the crops: beside it, or in two columns below it for a narrow screen."""
     title, whole, box, panels = comparison
     side = 2.2  # inches: a crop's height
     crop_width, whole_width = side * box.width / box.height, side * whole.shape[1] / whole.shape[0]
-    rows = 1 + (len(panels) + 1) // 2
     if stacked:
+        rows = 1 + (len(panels) + 1) // 2
         figure = Figure(figsize=(2 * crop_width + 0.3, rows * (side + 0.55)), dpi=150, layout="constrained")
         grid = figure.add_gridspec(rows, 2)
         places = [grid[0, :], *(grid[1 + k // 2, k % 2] for k in range(len(panels)))]
     else:
-        width = whole_width + (crop_width + 0.1) * len(panels) + 0.2
-        figure = Figure(figsize=(width, side + 0.75), dpi=150, layout="constrained")
-        ratios = [whole_width, *[crop_width] * len(panels)]
-        places = list(figure.add_gridspec(1, 1 + len(panels), width_ratios=ratios))
+        rows = -(-len(panels) // IN_A_ROW)
+        columns = -(-len(panels) // rows)
+        width = whole_width + (crop_width + 0.1) * columns + 0.2
+        figure = Figure(figsize=(width, rows * (side + 0.75)), dpi=150, layout="constrained")
+        grid = figure.add_gridspec(rows, 1 + columns, width_ratios=[whole_width, *[crop_width] * columns])
+        places = [grid[0, 0], *(grid[k // columns, 1 + k % columns] for k in range(len(panels)))]
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01)
     points = 72 * crop_width / 0.62  # of a letter that fills a crop's width

@@ -155,14 +155,19 @@ def test_another_network_is_drawn_by_its_records_words(make: Callable) -> None:
 
 
 def test_origin(make: Callable) -> None:
-    """Features, steps × batch, share of the paper's patches, recipe, seeds, protocol, commit."""
-    runs = [make("model.B=3", "model.U=4", f"seed={seed}") for seed in (1, 5)]
-    (one,) = run_groups("table4", [*runs, make("model.B=3", "model.U=4", "model.multi_path=false")])
+    """Features, steps × batch, share of the paper's patches, recipe, training sets, seeds, protocol, commit."""
+    runs = [
+        make("model.B=3", "model.U=4", *change) for change in (["seed=1"], ["seed=5"], ["model.multi_path=false"])
+    ]
+    for run in runs:
+        run["config"]["data"]["train"] = ["T91", "photos/mine"]
+    (one,) = run_groups("table4", runs)
     origin = " ".join(one.origin())
     assert PAPER_PATCHES == 464_056 * 128
     for said in (
         "2 features", "1,500 steps × 16", "0.04 % of the paper's 464,056 × 128", "SGD 0.1", "clipping by norm",
-        "×2, ×3 and ×4", "Means over seeds 1 and 5 (1 to 2 a point)", "protocol paper v1", "0123456", one.digest,
+        "; T91 and mine, ×2, ×3 and ×4", "Means over seeds 1 and 5 (1 to 2 a point)", "protocol paper v1", "0123456",
+        one.digest,
     ):  # fmt: skip
         assert said in origin
 

@@ -166,6 +166,10 @@ def test_crops_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
     low = draw(side_by_side(tiny_images / "chelsea.png", 2, {"low": lambda x: imresize(x, 2)}, box, low=["low"]))
     np.testing.assert_array_equal(low.axes[-1].images[0].get_array(), bicubic.images[0].get_array())
     assert low.axes[-1].get_xlabel() == bicubic.get_xlabel()
+    many = draw(side_by_side(tiny_images / "chelsea.png", 2, {f"n{k}": lambda x: x for k in range(10)}, box))
+    assert many.get_size_inches()[0] < 25  # in two rows
+    rows = [axis.get_subplotspec().rowspan.start for axis in many.axes]
+    assert rows == [0] * 7 + [1] * 6
 
 
 def test_other_programs_images_stand_beside_the_networks(

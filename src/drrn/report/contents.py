@@ -48,8 +48,9 @@ def write_report(config: ReportConfig, records: list[dict[str, Any]], command: s
             except UserError as error:  # runs that do not compare still have their tables
                 sections.append(Section("runs", "Runs", [Part("Not drawn", [], [str(error)])]))
         if records or config.compare:
+            one_seed = {run.get("experiment", run["path"]): run for run in reversed(records)}
             try:
-                if pictures := compare(config, records):
+                if pictures := compare(config, records if config.compare else [*reversed(one_seed.values())]):
                     sections.append(Section("pictures", "Pictures", [Part("Crops side by side", [], pictures)]))
             except UserError as error:  # the page is written without it
                 refused = error

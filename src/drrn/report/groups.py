@@ -7,6 +7,7 @@ import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from drrn.errors import UserError, counted
@@ -171,10 +172,11 @@ class RunGroup:
         steps = listed([*(f"{steps:,}" for steps in self.steps[:-1]), counted(self.steps[-1], "step")])
         steps += f" × {counted(data['batch_size'], 'patch', 'patches')}"
         length = [*self.widths(), *([f"norm {listed(norms)}"] if norms else []), steps]
+        sets = listed([Path(name).name for name in data["train"]])
         seed = "Seed" if len(seeds) == 1 else "Seeds" if self.study == "curves" else "Means over seeds"
         return [
             f"Ours: {', '.join(length)}, {self.share()} of the paper's {PAPER_PATCHES // 128:,} × 128.",
-            f"{recipe(config)}; {data['name']}, {listed([f'×{scale}' for scale in data['scales']])}.",
+            f"{recipe(config)}; {sets}, {listed([f'×{scale}' for scale in data['scales']])}.",
             f"{seed} {listed(seeds)}{uneven}; {describe(runs[0]['protocol'])}; commit "
             + listed([commit + " with changes" * bool(git.get("changed")) for commit, git in sorted(commits.items())])
             + f"; run group {self.digest}.",
