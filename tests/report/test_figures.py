@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from drrn.disk import write_json
 from drrn.errors import UserError
@@ -297,6 +298,20 @@ def test_a_grid_of_ones_own(make: Callable) -> None:
     assert draw(*run_groups("curves", runs)) is not None
     (depth, *_) = draw(*run_groups("runs", runs[:1])).axes
     assert all(tick == int(tick) for tick in depth.get_xticks())  # also for one network: layers are whole numbers
+
+
+def test_dense_grids_are_legible(make: Callable) -> None:
+    """No marker of B = 2 hides the value of B = 3; of more names than a panel has room for, those that fit are shown."""
+    runs = [make(f"model.B={b}", f"model.U={u}", psnr=30 + b / 9 + u / 90) for b in (1, 2, 3) for u in range(1, 12)]
+    plane = draw(*run_groups("runs", runs)).axes[1]
+    values = {tuple(text.xy): Text.get_window_extent(text) for text in plane.texts if hasattr(text, "xy")}
+    for u in range(1, 12):
+        marker = Bbox([plane.transData.transform((2, u))] * 2).padded(4 * plane.figure.dpi / 72)
+        assert not values[3, u].overlaps(marker), u
+    (axis,) = draw(*run_groups("curves", runs)).axes
+    named = [text for text in axis.texts if text.get_text().startswith("B")]
+    assert 10 < len(named) < len(runs)
+    assert min(Text.get_window_extent(text).y0 for text in named) >= axis.get_window_extent().y0
 
 
 def test_a_try_of_a_few_steps_is_folded_away(make: Callable) -> None:

@@ -17,7 +17,7 @@ from drrn.matlab import imresize
 from drrn.paper import paper_numbers
 from drrn.pictures import Box, draw, save, side_by_side
 from drrn.protocol import PAPER
-from drrn.report.comparison import FIG7
+from drrn.report.comparison import FIG7, best
 from drrn.report.measurements import MISSING, Measurement, over_seeds
 from drrn.report.tables import ablation_table, benchmark_table, runs_table
 
@@ -243,6 +243,14 @@ def test_runs_are_shown_by_their_own_degradation(
         (["of BI"], "BI", "chelsea ×3"),
     ]
     assert capsys.readouterr().out.count("since trained for another degradation: DRRN_B1U1_2f s1") == 2
+
+
+def test_a_picture_shows_the_best_of_many_runs(make: Callable) -> None:
+    """In the order of the records, by the set and scale of the last one: a run without them is not shown."""
+    psnr = [30.0, 35.0, 31.0, 34.0, 33.0, 36.0, 32.0, 30.5]
+    runs = [make(f"seed={seed}", psnr=value) for seed, value in enumerate(psnr)]
+    runs[1]["means"][0]["set"] = "another"
+    assert [run["seed"] for run in best(runs)] == [2, 3, 4, 5, 6]
 
 
 def test_images_of_one_stem_are_two_pictures(tmp_path: Path, entry_point: Callable) -> None:

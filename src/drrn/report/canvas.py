@@ -72,7 +72,8 @@ def name_points(
     """Label points (x, y, text, colour), x and y in data coordinates, each at the nearest offset that hides nothing,
     inside its panel if there is room.
 
-    A point with an empty text gets no label, and labels do not cover it. Call this after the axes' limits are set.
+    A point with an empty text gets no label, and labels do not cover it. More labels than `AT_THE_RIGHT` has room for
+    are left out, the lowest first. Call this after the axes' limits are set.
     """
     figure.draw_without_rendering()  # so that the layout is settled
     unit = figure.dpi / 72  # pixels in a point
@@ -82,6 +83,7 @@ def name_points(
         inside = Bbox.from_extents(whole.x0, whole.y0, whole.x1 + 4 * unit, whole.y1)
         centres = axis.transData.transform([point[:2] for point in points])
         taken = [Bbox.from_extents(*(centre - 3 * unit), *(centre + 3 * unit)) for centre in centres]
+        crowded = places is AT_THE_RIGHT and len(points) * 9 * unit > whole.height
         for x, y, text, colour in sorted((point for point in points if point[2]), key=lambda point: -point[1]):
             name = axis.annotate(
                 text, (x, y), xytext=steps[0], textcoords="offset points", va="center", size=6.8, color=colour,
@@ -89,13 +91,17 @@ def name_points(
                 annotation_clip=False,
             )  # fmt: skip
             name.get_window_extent()  # sets its transform; below, only the text's own extent is used
-            for bounded, step in itertools.product((True, False), steps):
+            for bounded, step in itertools.product((True,) if crowded else (True, False), steps):
                 name.set_position(step)
                 name.set_horizontalalignment("left" if step[0] > 0 else "right")
                 box = Text.get_window_extent(name)
                 fits = not bounded or all(map(inside.contains, (box.x0, box.x1), (box.y0, box.y1)))
                 if fits and not box.count_overlaps(taken):
                     break
+            else:
+                if crowded:
+                    name.remove()
+                    continue
             taken.append(box)
 
 

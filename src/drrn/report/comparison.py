@@ -30,10 +30,13 @@ FIG7 = {
     "ppt3": ("Set14", "ppt3.bmp", 4, Box(30, 225, 120, 80)),
 }
 
+SHOWN = 5  # runs for which a picture has room
+
 
 def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "") -> list[Picture]:
     """Draw crops side by side, of the requested image or else of the last image that the runs were tested on.
 
+    Of more than `SHOWN` runs the best are shown, by PSNR on the last set and scale of the last run.
     The image is degraded as in the last run; runs of another degradation, and networks of another scale, are left
     out. Bicubic is the degradation for checkpoints, which do not store theirs, and for an image without a ready pair.
 
@@ -44,7 +47,7 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "
         UserError: the image or the weights of a run are missing, the box is not inside the image, a checkpoint
             enlarges by another scale, or the runs' degradation is not defined for the scale.
     """
-    tested = [record for record in records if record.get("scores")]
+    tested = [record for record in records if record.get("scores") and record.get("means")]
     if not config.compare and not tested:
         return []
     degradation = BI
@@ -53,6 +56,9 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "
         if others := [record["name"] for record in tested if _degradation(record) != degradation]:
             print(f"not in the picture of {degradation}, since trained for another degradation: {', '.join(others)}")
         tested = [record for record in tested if _degradation(record) == degradation]
+        if len(tested) > SHOWN:
+            print(f"the picture shows the best {SHOWN} of {len(tested)} runs; checkpoint=[…] names others")
+            tested = best(tested)
     files = [Path(path) for path in config.checkpoint]
     files = files or [Path(record["path"]).with_name(WEIGHTS) for record in tested]
     loaded = {file: load_network(file) for file in files}
@@ -84,6 +90,18 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "
     print(f"written: {printable(', '.join(map(str, written)))}")
     title = f"{name}: crops, PSNR and SSIM under each"
     return [Picture(title, title, png(written[0]), png(written[-1]), [path.name for path in written])]
+
+
+def best(tested: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best `SHOWN` of the runs that were tested where the last one was, in their order."""
+    last = tested[-1]["means"][-1]
+    reached = {
+        place: row["psnr"]
+        for place, record in enumerate(tested)
+        for row in record["means"]
+        if (row["set"], row["scale"]) == (last["set"], last["scale"])
+    }
+    return [tested[place] for place in sorted(sorted(reached, key=reached.get)[-SHOWN:])]
 
 
 def _degradation(record: dict[str, Any]) -> str:

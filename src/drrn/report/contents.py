@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,11 @@ def write_report(config: ReportConfig, records: list[dict[str, Any]], command: s
             try:
                 if pictures := compare(config, records if config.compare else [*reversed(one_seed.values())]):
                     sections.append(Section("pictures", "Pictures", [Part("Crops side by side", [], pictures)]))
-            except UserError as error:  # the page is written without it
-                refused = error
+            except UserError as error:
+                if config.compare or config.checkpoint:  # the page is written all the same
+                    refused = error
+                else:
+                    print(f"no pictures: {error}", file=sys.stderr)
     if sections:
         page = Path(config.output) / "index.html"
         write_page(page, "DRRN: runs beside the paper", sections, command)
@@ -141,8 +145,8 @@ def study_part(config: ReportConfig, group: RunGroup, command: str) -> Part:
     if group.study != "runs":
         deepest = max((run["structure"]["depth"] for run in group.finished), default=0)
         shown = [run for run in group.finished if run["structure"]["depth"] == deepest]
-        try:  # a picture has room for five
-            blocks += compare(config, shown[:5], f"{group.stem}-")
+        try:
+            blocks += compare(config, shown, f"{group.stem}-")
         except UserError as error:
             blocks.append(f"No pictures: {error}")
     return Part(f"{group.short()} (run group {group.digest})", origin, blocks)

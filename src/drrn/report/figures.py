@@ -96,7 +96,7 @@ def _coloured(axis: Axes, points: list[tuple[int, int, float]]) -> None:
     bar.outline.set_linewidth(0.5)
     left, right, above, below = (-6, 0), (6, 0), (0, 6), (0, -6)
     for b, u, value in points:  # the dense rows and columns of B = 3 and U = 3 leave these places free
-        x, y = {2: below, 3: below if u == 3 else left, 4: right}.get(b, above)
+        x, y = {2: below, 3: below if u == 3 or (2, u) in zip(B, U, strict=True) else left, 4: right}.get(b, above)
         ha, va = {-6: "right", 0: "center", 6: "left"}[x], {-6: "top", 0: "center", 6: "bottom"}[y]
         axis.annotate(f"{value:.2f}", (b, u), xytext=(x, y), textcoords="offset points", ha=ha, va=va, size=7,
                       zorder=2.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3})  # fmt: skip
