@@ -301,7 +301,7 @@ def test_a_grid_of_ones_own(make: Callable) -> None:
 
 
 def test_dense_grids_are_legible(make: Callable) -> None:
-    """No marker of B = 2 hides the value of B = 3; of more names than a panel has room for, those that fit are shown."""
+    """No marker of B = 2 hides a value of B = 3; of more names than a panel has room for, some are shown."""
     runs = [make(f"model.B={b}", f"model.U={u}", psnr=30 + b / 9 + u / 90) for b in (1, 2, 3) for u in range(1, 12)]
     plane = draw(*run_groups("runs", runs)).axes[1]
     values = {tuple(text.xy): Text.get_window_extent(text) for text in plane.texts if hasattr(text, "xy")}

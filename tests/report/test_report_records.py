@@ -106,6 +106,15 @@ def test_records_are_found_below_a_folder_in_the_order_of_their_paths(make, tmp_
     assert all(Path(record["path"]).is_file() for record in found)
 
 
+def test_links_to_folders_are_followed_once(make, tmp_path: Path) -> None:
+    """Runs on another disk; a link in a circle, and a second one to the same folder, add nothing."""
+    write_json(tmp_path / "disk/main/run/record.json", make())
+    (tmp_path / "runs").mkdir()
+    for name, target in (("main", "disk/main"), ("again", "disk"), ("round", "runs")):
+        (tmp_path / "runs" / name).symlink_to(tmp_path / target)
+    assert len(read_runs([str(tmp_path / "runs")])) == 1
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_no_record_at_all_is_refused(exists: bool, tmp_path: Path) -> None:
     folder = tmp_path if exists else tmp_path / "nowhere"

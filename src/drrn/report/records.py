@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -71,8 +72,7 @@ def read_runs(places: list[str]) -> list[dict[str, Any]]:
     for place in map(Path, places):
         paths = [place] if os.path.lexists(place) else []
         if place.is_dir():
-            walked = os.walk(place)
-            paths = sorted(Path(folder) / FILE for folder, folders, files in walked if FILE in folders + files)
+            paths = sorted(_below(place))
         if not paths:
             raise UserError(f"no run record ({FILE}) below {place}: train something first, or name another folder")
         for path in paths:
@@ -91,6 +91,20 @@ def read_runs(places: list[str]) -> list[dict[str, Any]]:
     if not records:
         raise UserError(f"none of the {left_out + len(refused)} run records can be reported: the reasons are above")
     return records
+
+
+def _below(place: Path) -> Iterator[Path]:
+    """The records below a folder, also below links to folders (runs on another disk); each folder is read once."""
+    seen = set()
+    for folder, folders, files in os.walk(place, followlinks=True, onerror=_unreadable):
+        folders[:] = sorted(folders) if (real := os.path.realpath(folder)) not in seen else []
+        if FILE in folders + files and real not in seen:
+            yield Path(folder) / FILE
+        seen.add(real)
+
+
+def _unreadable(error: OSError) -> None:
+    print(f"left out: {printable(str(error))}", file=sys.stderr)
 
 
 def _was_refused(record: dict[str, Any]) -> bool:

@@ -33,7 +33,8 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"{path} is not a readable run record: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{path} is not a run record of format {FORMAT}")
+        said = f"is of format {record['format']!r}" if isinstance(record, dict) and "format" in record else "has none"
+        raise UserError(f"{path} is not a run record of format {FORMAT}, which this version reads: it {said}")
     return record
 
 
