@@ -35,11 +35,17 @@ ROOT = Path(__file__).resolve().parents[1]
         ("Ça [x=2] (1).png|-x|2|-o|a=b.png", {"input": "Ça [x=2] (1).png", "scale": "2", "output": "a=b.png"}),
         ("x=3.png|here=1.png|-x|2", {"x": "3.png", "input": "here=1.png", "scale": "2"}),
         ("input=[a.png]|scale=2|--help", {"input": ["a.png"], "scale": 2}),
+        (
+            "-x.png|-x2|--output=a b.png|--compare=false",
+            {"input": "-x.png", "scale": "2", "output": "a b.png", "compare": False},
+        ),
+        (f"input=[{'long' * 99}.png]|-x=2", {"input": [f"{'long' * 99}.png"], "scale": "2"}),
     ],
 )
 def test_plain_words_are_keys(words: str, expected: dict[str, object], tmp_path: Path, monkeypatch) -> None:
     """By Hydra's own parser, which parses them next; a file that exists is no key."""
-    (tmp_path / "here=1.png").touch()
+    for name in ("here=1.png", "-x.png"):
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     made = [word for word in plain_words(words.split("|"), Options) if word != "--help"]
     parsed = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(made)}

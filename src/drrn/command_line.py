@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_type_hints
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -32,6 +32,7 @@ COMMANDS = {
 }
 SHORT = {"-x": "scale", "-o": "output", "-c": "checkpoint"}
 KEY = re.compile(r"[+~]*[\w./@-]+=")
+OPTION = re.compile(r"(-[xoc]|--[\w-]*|)=?(.*)", re.DOTALL)  # -x2 and --scale=2 hold their value
 
 
 def main() -> None:
@@ -60,13 +61,15 @@ def plain_words(arguments: Sequence[str], schema: type) -> list[str]:
     inputs, keys, rest, kinds = [], [], list(arguments), get_type_hints(schema)
     while rest:
         word = rest.pop(0)
-        key = SHORT.get(word, word[2:].replace("-", "_") if word.startswith("--") else "")
-        if kinds.get(key) is bool:
-            keys.append(f"{key}=true")
-        elif key in kinds and rest:
-            keys.append(f"{key}={quoted(rest.pop(0))}")
-        # a photograph may be called a=b.png
-        elif word.startswith("-") or (KEY.match(word) and not Path(word).exists()):
+        option, value = OPTION.fullmatch(word).groups()
+        key = SHORT.get(option, option[2:].replace("-", "_"))
+        if os.path.lexists(word):  # a photograph may be called a=b.png or -1.png; a long list is no path
+            inputs.append(word)
+        elif kinds.get(key) is bool:
+            keys.append(f"{key}={value or 'true'}")
+        elif key in kinds and (value or rest):
+            keys.append(f"{key}={quoted(value or rest.pop(0))}")
+        elif word.startswith("-") or KEY.match(word):
             keys.append(word)
         else:
             inputs.append(word)
