@@ -91,13 +91,35 @@ def test_arrays_of_any_kind(channels: int, kind: type, photo: np.ndarray, weight
         ("1", "L"),
         ("CMYK", "RGB"),
         ("I;16", "I;16"),
+        ("RGBX", "RGB"),
+        ("RGBa", "RGBA"),
     ],
 )
 def test_pil_images(mode: str, result: str, photo: np.ndarray, weights: Path) -> None:
     image = Image.fromarray(photo)
+    image = image.convert("RGBA") if mode == "RGBa" else image
     image = Image.fromarray(photo[..., 1].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
     big = drrn.upscale(image, 1.5, weights)
     assert (big.mode, big.size) == (result, (95, 75))  # 63 × 1.5 = 94.5 goes up
+
+
+def test_a_photograph_of_a_phone_is_upright_and_keeps_its_profile(photo: np.ndarray, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110] = 6, "phone"  # Orientation, Model
+    Image.fromarray(np.rot90(photo)).save(tmp_path / "a.png", exif=exif, icc_profile=b"profile", dpi=(300, 300))
+    with Image.open(tmp_path / "a.png") as image:
+        big = drrn.upscale(image, 2, "bicubic")
+    np.testing.assert_array_equal(np.asarray(big), drrn.upscale(photo, 2, "bicubic"))
+    assert big.info["icc_profile"] == b"profile"
+    assert (big.getexif().get(0x0112, 1), big.getexif()[0x0110]) == (1, "phone")
+
+
+def test_a_colour_declared_transparent_becomes_alpha(photo: np.ndarray) -> None:
+    image = Image.fromarray(photo)
+    image.info["transparency"] = tuple(photo[7, 9])
+    alpha = np.asarray(drrn.upscale(image, 2, "bicubic"))[..., 3]
+    assert alpha[15, 19] < 255
+    assert (alpha == 255).mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -105,6 +127,7 @@ def test_pil_images(mode: str, result: str, photo: np.ndarray, weights: Path) ->
     [
         (lambda image: image.astype(np.int32), "int32"),
         (lambda image: "photo.jpg", "open a file by PIL.Image.open"),
+        (torch.from_numpy, "array, not Tensor"),
         (lambda image: image[None], "1, 50, 63"),
         (lambda image: image[:0], "0, 63"),
         (lambda image: np.full((9, 9), np.nan), "not finite"),
@@ -115,6 +138,8 @@ def test_what_is_no_image_is_refused(change, words: str, photo: np.ndarray) -> N
         drrn.upscale(change(photo), 2, "bicubic")
     with pytest.raises(ValueError, match="above 1"):
         drrn.upscale(photo, 1, "bicubic")
+    with pytest.raises(ValueError, match="precision = 'half'"):
+        drrn.upscale(photo, 2, drrn.DRRN(1, 1, 4), precision="half")
 
 
 def test_a_network_of_another_scale_is_refused(photo: np.ndarray) -> None:

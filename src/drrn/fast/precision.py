@@ -19,8 +19,11 @@ def chosen(precision: str, device: torch.device, folded: bool = True) -> str:
         folded: whether the network is one of `prepared.FOLDINGS`; the others cannot run in bfloat16.
 
     Raises:
+        ValueError: another precision.
         UserError: the device or the network does not support TF32 or bfloat16.
     """
+    if precision not in ("auto", "float32", "tf32", "bf16"):
+        raise ValueError(f"precision = {precision!r}: one of auto, float32, tf32, bf16")
     if precision == "auto":
         return "bf16" if folded and _has_bf16(device) else "float32"
     if precision == "bf16" and not folded:
