@@ -19,7 +19,11 @@ OTHER_FORMATS = {
     ".ppm": "PPM",
     ".pgm": "PPM",
     ".pnm": "PPM",
+    ".pbm": "PPM",
+    ".jfif": "JPEG",  # as some browsers call it
+    ".mpo": "JPEG",  # of two lenses
     ".jp2": "JPEG2000",
+    ".j2k": "JPEG2000",
     ".avif": "AVIF",
     ".heic": "HEIF",  # with the plugin pillow-heif
     ".heif": "HEIF",

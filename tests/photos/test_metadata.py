@@ -92,6 +92,13 @@ def test_the_resolution_is_kept(source, target, tmp_path):
     assert [float(value) for value in dpi] == pytest.approx([300, 150], abs=0.02)
 
 
+@pytest.mark.parametrize("target", [".png", ".jpg", ".tif"])
+def test_no_resolution_is_made_up(target, tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.tif")
+    with Image.open(enlarged(tmp_path / "a.tif", target)) as image:
+        assert "dpi" not in image.info
+
+
 def test_a_turned_picture_turns_its_resolution(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

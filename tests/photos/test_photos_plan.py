@@ -184,3 +184,14 @@ def test_without_an_output_results_lie_beside_their_inputs(tmp_path, monkeypatch
     assert run(input=".", suffix=".bmp", **job) == 0
     assert (tmp_path / "holidays_x1.5/b.bmp").is_file()
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_the_same_names_again_are_skipped_with_their_results_among_them(tmp_path, capsys):
+    """`upscale *.png` again; with overwrite=true the result's path is an input, which is never overwritten."""
+    first, both = save(tmp_path / "a.png", PIXELS), [str(tmp_path / "a.png"), str(tmp_path / "a_x2.png")]
+    assert run(input=first, **BICUBIC) == 0
+    assert run(input=both, **BICUBIC) == 0
+    assert images_in(tmp_path) == ["a.png", "a_x2.png"]
+    assert "a_x2.png exists: skipped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="inputs are never overwritten"):
+        run(input=both, overwrite=True, **BICUBIC)

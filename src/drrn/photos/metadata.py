@@ -59,7 +59,8 @@ def resolution(info: dict[str, Any], exif: Image.Exif | None) -> tuple[float, fl
         across, down = (float(value) for value in dpi or ())
     except (TypeError, ValueError, KeyError, ZeroDivisionError):
         return None
-    if all(math.isfinite(value) and 1 <= value < 65_536 for value in (across, down)):
+    # For a TIFF without a resolution, Pillow says 1.
+    if all(math.isfinite(value) and 1 < value < 65_536 for value in (across, down)):
         return across, down
     return None
 

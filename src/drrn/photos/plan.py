@@ -31,7 +31,7 @@ class Options:
     compare: bool = key("write a page beside each result, with a slider between bicubic and it")
     overwrite: bool = key("replace outputs that exist; otherwise they are skipped")
     suffix: str | None = key("format of outputs without a name; null: the input's in a folder, else .png or TIFF")
-    quality: int = key("quality of JPEG and WebP, 1 to 100", at_least=1, below=101)
+    quality: int = key("quality of JPEG and WebP, 1 to 100; 100 is a WebP without loss", at_least=1, below=101)
     self_ensemble: bool = key("average over the 8 orientations: a little better, 8 times slower")
     tile: int | None = key("side of a tile, pixels; null: strips that fit the free memory", at_least=1)
     device: str = key("auto, cpu, cuda, cuda:1, mps, xpu")
@@ -87,6 +87,9 @@ def plan(options: Options) -> list[Job]:
     for source in sources:
         for job in jobs_of(source, output, one, options):
             found.setdefault(os.path.realpath(job.source), job)
+    if output is None and not options.overwrite:  # `*.png` again: results of the first time are no inputs
+        results = {os.path.realpath(job.target) for job in found.values()}
+        found = {real: job for real, job in found.items() if real not in results}
     if one:
         if len(found) > 1 or any(map(is_folder, sources)):
             raise UserError(f"output = {output}: {len(found)} images need a folder, this is the name of one file")
@@ -166,5 +169,5 @@ def check_targets(jobs: list[Job], inputs: set[str]) -> None:
         if target.is_dir():
             raise UserError(f"output: {target} is a folder: {source} cannot be written there")
         if real in taken:
-            raise UserError(f"output: {taken[real]} and {source} would both become {target}; enlarge one at a time")
+            raise UserError(f"output: {taken[real]} and {source} would both become {target}; rename one of them")
         taken[real] = source

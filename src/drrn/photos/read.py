@@ -122,6 +122,10 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
         raw = [tile.args if isinstance(tile.args, str) else tile.args[0] for tile in image.tile if tile.args]
         raw = str(raw[0]) if raw else ""
         bits = image.tag_v2.get(258, (8,)) if kind == "TIFF" else (8,)  # BitsPerSample
+        if kind == "TIFF" and image.tag_v2.get(254, 0) & 1:  # NewSubfileType: of reduced resolution
+            raise UserError(
+                f"{path}: its first picture is a preview, as in a camera's raw file; develop it to TIFF or JPEG first"
+            )
         if kind == "TIFF" and image.tag_v2.get(284) == 2 and max(bits) > 8:
             return _read_tifffile(path, max_pixels)  # Pillow misreads planes of more than 8 bits
         check_whole(path, image)
@@ -129,6 +133,8 @@ def _read_pillow(path: Path, max_pixels: int) -> Photo:
         shortened = _is_shortened(path, image)
         image.load()
         info, notes = dict(image.info), ["it has more than 8 bits a channel; 8 are read"] if shortened else []
+        if kind == "TIFF" and "X" in raw:
+            notes.append("its extra channels are left out")
         exif, orientation = exif_and_orientation(image, notes)
         try:
             several = getattr(image, "is_animated", False)

@@ -69,7 +69,7 @@ def write_photo(
         strips, shape: [h, W, C] from the top; (H, W, C) of the whole.
         dtype: of `stored_dtype`.
         photo: its profile, resolution, EXIF data, XMP and chunks are kept if the format can store them.
-        quality: 1…100 of JPEG and WebP. JPEG keeps the colours' full resolution.
+        quality: 1…100 of JPEG and WebP; a WebP of 100 is without loss. JPEG keeps the colours' full resolution.
 
     Returns:
         Notes for the user on what the format could not store.
@@ -127,7 +127,7 @@ def _write_pillow(file: BinaryIO, strips: Strips, shape: Shape, kind: str, quali
         top += len(strip)
     # Without a descriptor Pillow writes through Python; with one it misses a write that a full disk cut short.
     bare = SimpleNamespace(write=file.write, flush=file.flush)
-    canvas.save(bare, kind, quality=quality, subsampling=0, **beside)
+    canvas.save(bare, kind, quality=quality, lossless=quality == 100, subsampling=0, **beside)
 
 
 def _write_tiff(file: BinaryIO, strips: Strips, shape: Shape, dtype: np.dtype, beside: Beside) -> None:
