@@ -407,6 +407,12 @@ def test_wrong_options_are_refused_by_name(options, words, tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
 
 
+def test_onnx_without_its_packages_is_refused_before_the_work(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(command, "ONNX", ("torch", "no_such_package"))
+    with pytest.raises(UserError, match="pip install no_such_package"):
+        run(input=port_file(tmp_path), output=tmp_path / "w.onnx", U=1)
+
+
 def test_nothing_is_written_over_unasked(tmp_path) -> None:
     path, output = port_file(tmp_path), tmp_path / "w.safetensors"
     output.write_text("precious")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from drrn.errors import UserError, printable
 from drrn.identity import structure_name
 from drrn.schema import key, typed
 from drrn.weights.ports import PORTS
+from drrn.weights.shipped import shipped
 
 if TYPE_CHECKING:
     from torch import nn
 
 READ = ("drrn", "caffe", "matlab", *PORTS)
+ONNX = ("onnx", "onnxruntime", "onnxscript")  # the extra `export`; torch.onnx needs the last
 WRITTEN = {".safetensors": "drrn", ".onnx": "onnx", ".pt2": "torch_export"}  # by suffix
 
 
@@ -26,7 +29,7 @@ WRITTEN = {".safetensors": "drrn", ".onnx": "onnx", ".pt2": "torch_export"}  # b
 class ConvertConfig:
     """The keys of conf/convert.yaml."""
 
-    input: str | None = key(".caffemodel, .mat, .pth, .ckpt, .safetensors")
+    input: str | None = key(".caffemodel, .mat, .pth, .ckpt, .safetensors, or a shipped name")
     output: str | None = key(".safetensors, .onnx, .pt2")
     form: str | None = key("null: recognised by content", choices=tuple(dict.fromkeys((*READ, *WRITTEN.values()))))
     U: int | None = key("residual units, if neither the file nor its name tells them", at_least=0)
@@ -42,7 +45,10 @@ def check(cfg: DictConfig) -> ConvertConfig:
     if config.input is None:
         raise UserError("input is missing: name the weight file to read")
     if not Path(config.input).is_file():
-        raise UserError(f"input = {config.input!r}: no such file")
+        known = shipped()
+        if config.input not in known:
+            raise UserError(f"input = {config.input!r}: no such file; shipped are {', '.join(known)}")
+        config.input = str(known[config.input])
     if config.output is None:
         if not config.info:
             raise UserError(f"output is missing: name the file to write ({', '.join(WRITTEN)}), or info=true")
@@ -54,6 +60,8 @@ def check(cfg: DictConfig) -> ConvertConfig:
         raise UserError(f"form = {config.form!r} and output = {config.output!r}: they name two different forms")
     if config.scale is not None and output.suffix not in (".onnx", ".pt2"):
         raise UserError(f"scale = {config.scale}: only .onnx and .pt2 are written for one; leave it out")
+    if output.suffix == ".onnx" and (missing := [name for name in ONNX if find_spec(name) is None]):
+        raise UserError(f"output = {config.output!r}: ONNX needs pip install {' '.join(missing)}")
     check_output("output", output)
     if output.exists() and (not config.overwrite or output.samefile(config.input)):
         raise UserError(f"{output} is there already: choose another name, or overwrite=true")

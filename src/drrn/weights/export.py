@@ -97,14 +97,10 @@ def export_onnx(path: Path, network: nn.Module, model: dict[str, Any], about: di
         The largest difference to our output under onnxruntime, at several sizes.
 
     Raises:
-        UserError: the extra `export` is not installed, the outputs differ, or the file cannot be written.
+        UserError: the outputs differ, or the file cannot be written.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401 — torch.onnx needs it
-    except ImportError as error:
-        raise UserError(f"ONNX needs {error.name}: pip install 'drrn[export]'") from error
+    import onnx
+    import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing, which is not used
     with warnings.catch_warnings():
