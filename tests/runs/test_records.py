@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -19,6 +20,7 @@ from drrn.environment import git_commit
 from drrn.errors import UserError
 from drrn.model import DRRN
 from drrn.protocol import means
+from drrn.runs.journal import log_to
 from drrn.runs.record import FILE, FORMAT, read_record, run_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,3 +136,12 @@ def test_a_record_says_enough_to_make_the_run_again(configure: Callable, tmp_pat
     assert {"lightning", "hydra-core", "numpy", "h5py", "pillow"} <= set(versions)
     assert again["machine"]["cores"] == os.cpu_count()
     assert math.isfinite(again["machine"]["threads"])
+
+
+def test_a_log_on_a_full_disk_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The console has the lines; the error is that of the record, which cannot be written either."""
+    with log_to(Path("/dev/full")):
+        logging.getLogger("drrn.train").info("step 1")
+    err = capsys.readouterr().err
+    assert err.endswith("  step 1\n")
+    assert len(err.splitlines()) == 1

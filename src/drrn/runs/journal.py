@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def log_to(path: Path) -> Iterator[None]:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if rank_zero_only.rank == 0:
         handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
+        handlers[-1].handleError = lambda line: None  # a full disk: the console has the line, the record the error
     before = [(logger, logger.level, logger.propagate) for logger in loggers]
     loggers[1].propagate = False  # to Lightning's own handler
     for logger in loggers:
@@ -93,7 +94,8 @@ def log_to(path: Path) -> Iterator[None]:
             logger.propagate = propagate
             logger.handlers = [handler for handler in logger.handlers if handler not in handlers]
         for handler in handlers:
-            handler.close()
+            with suppress(OSError):  # a full disk
+                handler.close()
 
 
 def warn_of_differences(path: Path, record: dict[str, Any]) -> None:
