@@ -53,10 +53,15 @@ class ModelConfig:
 def in_full(model: Mapping[str, Any]) -> dict[str, Any]:
     """A structure as `Config.model` and records have it: the arguments, and `network` if it is no DRRN.
 
-    A DRRN gets the defaults of arguments that an earlier file lacks.
+    A DRRN's arguments are checked, and get the defaults of those that an earlier file lacks; a wrong one is a
+    UserError. Another network's are checked where torch is imported (`networks.arguments_of`).
     """
     arguments = {key: value for key, value in model.items() if (key, value) != ("network", DEFAULT)}
-    return arguments if "network" in arguments else asdict(ModelConfig(**arguments))
+    if "network" in arguments:
+        return arguments
+    drrn = typed(ModelConfig, OmegaConf.create(arguments), "model.")
+    drrn.rules()
+    return asdict(drrn)
 
 
 @dataclass
@@ -302,13 +307,9 @@ def check(cfg: DictConfig) -> Config:
         config.logger.wandb, config.logger.kind = kind == "wandb", None
         config.logger_extra = {"csv": CSV} if kind == "csv" else {}
     config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node is not None}
-    if (network := config.model.get("network", DEFAULT)) == DEFAULT:
-        config.model.pop("network", None)
-        drrn = typed(ModelConfig, OmegaConf.create(config.model), "model.")
-        drrn.rules()
-        config.model = asdict(drrn)
-    elif not isinstance(network, str):
-        raise UserError(f"model.network = {network}: must be a name")
+    config.model = in_full(config.model)
+    if not isinstance(config.model.get("network", DEFAULT), str):
+        raise UserError(f"model.network = {config.model['network']}: must be a name")
     for part in (config.data, config.optim, config.trainer, config.logger, config.speed, config):
         part.rules()
     return config

@@ -182,7 +182,7 @@ def test_every_cut_and_every_changed_weight_is_noticed(tmp_path) -> None:
     ({"model": {**STRUCTURE, "U": 10**9}}, "layers"),
     ({"model": {**STRUCTURE, "B": 10**9, "U": 0}}, "layers"),
     ({"model": {**STRUCTURE, "B": -1}}, "B = -1"),
-    ({"model": {**STRUCTURE, "features": 10**5}}, "structure has"),
+    ({"model": {**STRUCTURE, "features": 10**5}}, "features = 100000"),
     ({"model": {**STRUCTURE, "U": 3}}, "structure has"),
     ({"model": {**STRUCTURE, "U": "2"}}, "not weights"),
     ({"model": {**STRUCTURE, "norm": "layer"}}, "norm"),

@@ -15,9 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from omegaconf import MISSING
-
-from drrn.config import DEFAULT, ModelConfig, in_full
+from drrn.config import in_full
 from drrn.disk import check_regular
 from drrn.errors import UserError, counted, printable
 from drrn.identity import run_group, structure_name
@@ -113,23 +111,18 @@ def _was_refused(record: dict[str, Any]) -> bool:
 
 
 def _checked_record(path: Path) -> dict[str, Any]:
+    record = read_record(path)
     try:
-        record = checked(read_record(path), RECORD)
+        record = checked(record, RECORD)
         _check_whole(record)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, UserError) as error:
         raise UserError(f"{path} is not a run record that can be reported: {error}") from error
     return record
 
 
 def _check_whole(record: dict[str, Any]) -> None:
-    """Raise ValueError for a record that contradicts itself, or a DRRN with an unknown argument (another network)."""
-    model, known = record["config"]["model"], ModelConfig.__dataclass_fields__
-    drrn = model.get("network", DEFAULT) == DEFAULT
-    if drrn and (unknown := sorted(set(model) - {"network", *known})):
-        raise ValueError(f"it has model.{unknown[0]}, which this version does not know: update it")
-    if drrn and (absent := [key for key, its in known.items() if its.default is MISSING and key not in model]):
-        raise ValueError(f"it has no model.{absent[0]}")
-    record["config"]["model"] = model = in_full(model)
+    """Raise ValueError for a record that contradicts itself, UserError for a wrong argument of a DRRN."""
+    record["config"]["model"] = model = in_full(record["config"]["model"])
     if record["status"] == "finished" and not {"budget", "means"} <= record.keys():
         raise ValueError("it is finished and has no scores")
     if record.get("means") and "budget" not in record:
@@ -137,7 +130,7 @@ def _check_whole(record: dict[str, Any]) -> None:
     try:
         run_group(record["config"], ())
         recipe(record["config"])
-        if not drrn:  # earlier records have longer names of the same networks
+        if "network" in model:  # earlier records have longer names of the same networks
             record["structure"]["name"] = printable(structure_name(model))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"its configuration is damaged ({error!r})") from error

@@ -18,7 +18,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from drrn.config import DEEPEST, ModelConfig, in_full
+from drrn.config import DEEPEST, in_full
 from drrn.disk import write_whole
 from drrn.errors import UserError, printable
 from drrn.help import script
@@ -62,8 +62,6 @@ def build(model: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     Raises:
         ValueError: structure and tensors do not match, or a value is not finite.
     """
-    if "network" not in model:
-        ModelConfig(**model).rules()  # its depth
     for key, value in model.items():  # even on the meta device, 10⁹ layers would take forever
         if isinstance(value, int) and value > 10 * DEEPEST:
             raise ValueError(f"{key} = {value:,}: more than any network has")
