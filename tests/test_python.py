@@ -174,6 +174,8 @@ def test_weights_go_by_their_names(
         assert Path(config.checkpoint[0]).stem == meant
     with pytest.raises(UserError, match="DRRN_B, DRRN_A, OF_X2, Z"):
         drrn.load("DRRN_C")
+    with pytest.raises(UserError, match="a folder without weights"):
+        drrn.load(tmp_path)
 
 
 def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ DAMAGE = [
     ("budget.steps", None), ("validation.0.psnr", {}), ("scores", "none"), ("scores.0.image", 1), ("protocol", None),
     ("protocol.crop", "3"), ("config", []), ("config.model", None), ("config.model.B", ...),
     ("config.model.attention", True), ("config.data.scales", "2"), ("config.data.batch_size", "16"),
+    ("config.data.train", ...),
     ("config.optim", "paper"), ("config.optim.schedule", ...), ("config.optim.clip", ...), ("config.trainer", {}),
     ("config.trainer.devices", ...), ("config.init_from", 5), ("format", 99),
 ]  # fmt: skip
@@ -262,3 +263,10 @@ def test_names_of_before_and_after_are_one_network(make, tmp_path) -> None:
     assert {m.method for run in runs for m in from_record(run)} == {"FSRCNN_x3", "Bicubic"}
     (group,) = run_groups("runs", runs)
     assert [(point.name, sorted(point.runs)) for point in group.points] == [("FSRCNN_x3", [1, 2])]
+
+
+def test_a_network_of_another_clone_keeps_its_name(make, tmp_path) -> None:
+    run = make(structure={"name": "Toy_width4", "depth": 3, "conv_weights": 72})
+    run["config"]["model"] = {"network": "toy", "width": 4, "slope": 0.0}
+    write_json(tmp_path / "record.json", run)
+    assert [read["structure"]["name"] for read in read_runs([str(tmp_path)])] == ["Toy_width4"]

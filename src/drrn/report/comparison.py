@@ -64,7 +64,7 @@ def compare(config: ReportConfig, records: list[dict[str, Any]], prefix: str = "
     loaded = {file: load_network(file) for file in files}
     names = {file: about.get("origin") or printable(file.stem) for file, (_, about) in loaded.items()}
     if len(set(names.values())) < len(names):  # two networks have one name: add their folders
-        names = {file: printable(f"{file.parent.name}/{file.stem}") for file in files}
+        names = {file: printable(f"{file.parent.name}/{file.stem}".removesuffix("/weights")) for file in files}
     path, scale, box = _chosen(config, tested)
     if degradation == READY and config.compare and not (path.parent.name == "HR" and is_ready(path.parent.parent)):
         degradation = BI

@@ -41,7 +41,7 @@ RECORD = {
     "validation?": [{**SET_AND_SCALE, "step": int, "psnr": float}],
     "config": {
         "model": dict,
-        "data": {"name": str, "batch_size": int, "scales": [int], "val": [str]},
+        "data": {"train": [str], "batch_size": int, "scales": [int], "val": [str]},
         "trainer": {"max_steps": int, "precision": str},
         "optim": {"algorithm?": str, "lr": float},
     },
@@ -131,7 +131,10 @@ def _check_whole(record: dict[str, Any]) -> None:
         run_group(record["config"], ())
         recipe(record["config"])
         if "network" in model:  # earlier records have longer names of the same networks
-            record["structure"]["name"] = printable(structure_name(model))
+            from drrn.networks import NETWORKS
+
+            if model["network"] in NETWORKS:  # else it is of another clone
+                record["structure"]["name"] = printable(structure_name(model))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"its configuration is damaged ({error!r})") from error
 

@@ -92,6 +92,8 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         state, about = _read_safetensors(data) if container(data) == "safetensors" else _read_lightning(data)
         network = build(about["model"], state)
+    except UserError as error:  # a network of another clone, or arguments that ours does not take
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         raise UserError(
             f"{path} is not weights of ours ({type(error).__name__}: {error}); give weights.safetensors or a .ckpt "

@@ -57,7 +57,8 @@ def weights_file(checkpoint: str | Path | None, scale: float = 3, key: str = "ch
     names = f", or one of {', '.join(known)}" if known else " (this version ships none)"
     if checkpoint is None:
         raise UserError("checkpoint is missing: give weights.safetensors or a .ckpt, or method=bicubic" + names)
-    raise UserError(f"{key} = {str(checkpoint)!r}: no such file; give weights.safetensors or a .ckpt{names}")
+    there = f"a folder without {WEIGHTS}" if Path(checkpoint).is_dir() else "no such file"
+    raise UserError(f"{key} = {str(checkpoint)!r}: {there}; give weights.safetensors or a .ckpt{names}")
 
 
 def load(checkpoint: str | Path | None = None, scale: float = 3) -> nn.Module:
