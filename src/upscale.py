@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from drrn.home import CONF
 from drrn.launch import launch, refusing
 from drrn.photos.plan import Options, check, plan
-from drrn.schema import typed
 
 KEYS = Options
 
@@ -23,8 +22,7 @@ KEYS = Options
 def main(cfg: DictConfig) -> None:
     """Check everything that can be checked at once, then enlarge file by file."""
     with refusing():
-        options = typed(Options, cfg)
-        check(options)
+        options = check(cfg)
         jobs = plan(options)
         from drrn.photos.upscale import upscale  # imports Pillow and SciPy; a refusal need not wait for them
 

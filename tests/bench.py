@@ -419,7 +419,7 @@ def evaluation(sizes: dict[str, Any]) -> Iterator[Row]:
             start, inside = time.perf_counter(), 0.0
             method = evaluate.network_in(path)
             for file in files:
-                job = evaluate.Job(method, "Set5", 3, file, sha256(file), None, None)
+                job = evaluate.ImageJob(method, "Set5", 3, file, sha256(file), None, None)
                 evaluate.score_image(job, ("psnr", "ssim"), PAPER, torch.get_num_threads())
             totals.append(time.perf_counter() - start)
             shares.append(100 * (1 - inside / totals[-1]))

@@ -25,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from drrn.config import Config
 from drrn.errors import UserError
 from drrn.runs.request import request
-from drrn.schema import typed
 from hydra_plugins.drrn_study import literal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,9 +217,7 @@ def checked(name: str, cfg: DictConfig) -> Any:
         return request(cfg)
     module = importlib.import_module(ROOMS[name])
     if name == "upscale":
-        options = typed(module.Options, cfg)
-        module.check(options)
-        return module.plan(options)
+        return module.plan(module.check(cfg))
     return module.check(cfg)
 
 

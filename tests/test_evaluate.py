@@ -378,7 +378,7 @@ import drrn.evaluation as evaluate
 
 evaluate.read_pixels = lambda path: time.sleep(600)
 if __name__ == "__main__":
-    jobs = [evaluate.Job(evaluate.Method("bicubic", "Bicubic"), "set", 2, Path("image.png"), "", None, None)] * 2
+    jobs = [evaluate.ImageJob(evaluate.Method("bicubic", "Bicubic"), "set", 2, Path("image.png"), "", None, None)] * 2
     config = SimpleNamespace(checkpoint=[], metrics=["psnr"], workers=2)
     list(evaluate.score_all(jobs, config, None))
 """

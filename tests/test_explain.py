@@ -16,7 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 import drrn.explain
 from drrn.errors import UserError
-from drrn.evaluation import Job, Method, score_image
+from drrn.evaluation import ImageJob, Method, score_image
 from drrn.explain import Way, as_typed, explaining, opencv_resize, plane_of, print_ways, ways_of
 from drrn.images import read_pixels
 from drrn.matlab import imresize
@@ -59,9 +59,9 @@ def test_planes_are_those_of_pillow_and_scikit_image() -> None:
     assert np.array_equal(plane_of(colours[..., 1], "y float") * 255, colours[..., 1])
 
 
-def job(path: Path, scale: int = 2, checkpoint: Path | None = None, made: Path | None = None) -> Job:
+def job(path: Path, scale: int = 2, checkpoint: Path | None = None, made: Path | None = None) -> ImageJob:
     method = Method("network" if checkpoint else "bicubic", "Bicubic", checkpoint=checkpoint)
-    return Job(method, "tiny", scale, path, "", None, made)
+    return ImageJob(method, "tiny", scale, path, "", None, made)
 
 
 @pytest.mark.parametrize("image", ["chelsea.png", "camera.png"])

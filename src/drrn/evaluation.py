@@ -61,7 +61,7 @@ class Method(NamedTuple):
         return {key: getattr(self, key) for key in ("name", "weights", "structure", "seed", "steps", "experiment")}
 
 
-class Job(NamedTuple):
+class ImageJob(NamedTuple):
     """A worker's task: one image at one scale by one method."""
 
     method: Method
@@ -88,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> None:
     jobs = jobs_of(config, methods, scores.add_set)
     scores.add_methods([method.facts() for method in methods])
 
-    def is_missing(job: Job) -> bool:
+    def is_missing(job: ImageJob) -> bool:
         if config.degradation == READY or job.made is not None:  # those images may have changed since
             return True
         no_picture = job.picture is not None and not job.picture.is_file()
@@ -151,7 +151,7 @@ def network_in(path: Path) -> Method:
 
 def jobs_of(
     config: EvaluateConfig, methods: list[Method], label_of: Callable[[str, dict[Path, str]], str]
-) -> list[Job]:
+) -> list[ImageJob]:
     """Sets × images × scales × methods; `label_of` gives a set's label (`Scores.add_set`).
 
     An unreadable set, two pictures with one file name, and a missing picture of another program are UserErrors.
@@ -171,7 +171,7 @@ def jobs_of(
                         place = Path(config.images) / label.strip("/") / drawn
                     if method.folder is not None:
                         made = counterpart(method.folder, label, path, scale, len(config.scales) == 1)
-                    jobs.append(Job(method, label, scale, path, digest, place, made))
+                    jobs.append(ImageJob(method, label, scale, path, digest, place, made))
     twice = [place for place, number in Counter(job.picture for job in jobs).items() if place and number > 1]
     if twice:
         raise UserError(f"images: {twice[0]} would be the file of two pictures: evaluate them into two folders")
@@ -181,7 +181,9 @@ def jobs_of(
 # ---------------------------------------------------------------------- workers
 
 
-def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Protocol) -> Iterator[tuple[Job, dict[str, Any]]]:
+def score_all(
+    jobs: list[ImageJob], config: EvaluateConfig, protocol: Protocol
+) -> Iterator[tuple[ImageJob, dict[str, Any]]]:
     """Score the jobs in this process, or in `workers` processes, and yield each result as it is ready."""
     threads = Watch().choose(config.threads).number if config.checkpoint and jobs else 1
     settings = (tuple(config.metrics), protocol, max(1, threads // config.workers))
@@ -201,7 +203,7 @@ def score_all(jobs: list[Job], config: EvaluateConfig, protocol: Protocol) -> It
             pool.shutdown(cancel_futures=True)
 
 
-def score_image(job: Job, metrics: tuple[str, ...], protocol: Protocol, threads: int = 1) -> dict[str, Any]:
+def score_image(job: ImageJob, metrics: tuple[str, ...], protocol: Protocol, threads: int = 1) -> dict[str, Any]:
     """Score one image (in a worker process)."""
     started, colours = time.monotonic(), None
     try:
@@ -230,7 +232,7 @@ def score_image(job: Job, metrics: tuple[str, ...], protocol: Protocol, threads:
     }
 
 
-def made_by_another(job: Job, truth: NDArray[np.uint8], over: Sequence[str] = ()) -> NDArray[np.uint8]:
+def made_by_another(job: ImageJob, truth: NDArray[np.uint8], over: Sequence[str] = ()) -> NDArray[np.uint8]:
     """Another program's 8-bit picture, cropped to the scale like `truth` [H, W] or [H, W, 3].
 
     Programs save grey results as RGB. If the truth is grey, one of three equal channels is used, since the Y of RGB

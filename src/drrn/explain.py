@@ -21,7 +21,7 @@ from rich.text import Text
 from torch.nn.functional import interpolate
 
 from drrn.errors import UserError, printable
-from drrn.evaluation import Job, jobs_of, made_by_another, methods_of, run_network
+from drrn.evaluation import ImageJob, jobs_of, made_by_another, methods_of, run_network
 from drrn.evaluation_config import EvaluateConfig
 from drrn.fast.threads import Watch
 from drrn.images import read_pixels
@@ -103,7 +103,7 @@ def as_typed(text: str | None, value: float) -> str:
     return text if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else f"{value}"
 
 
-def ways_of(job: Job, metric: str, threads: int = 1, precision: str = "float32") -> dict[Way, float]:
+def ways_of(job: ImageJob, metric: str, threads: int = 1, precision: str = "float32") -> dict[Way, float]:
     """Measure one image in all ways that apply to it; the protocol's comes first."""
     pixels = modcrop(read_pixels(job.path), job.scale)
     made, is_grey = None if job.made is None else made_by_another(job, pixels), pixels.ndim == 2
@@ -156,7 +156,7 @@ def plane_of(pixels: Levels, plane: str) -> Plane:
 
 
 def compared(
-    job: Job, pixels: Levels, made: Levels | None, threads: int, precision: str
+    job: ImageJob, pixels: Levels, made: Levels | None, threads: int, precision: str
 ) -> Iterator[tuple[str, str, Plane, Plane]]:
     """(`Way.resized`, `Way.plane`, the truth, the method's result) for all combinations that apply, 0…1.
 

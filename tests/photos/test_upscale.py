@@ -30,7 +30,6 @@ from drrn.photos import write as photos_write
 from drrn.photos.enlarge import enlarge, result_size
 from drrn.photos.read import Photo, read_photo
 from drrn.photos.write import stored_dtype, write_photo
-from drrn.schema import typed
 from drrn.sets import image_files
 from drrn.weights.ours import save_weights
 from started import Started, wait_for
@@ -76,9 +75,7 @@ def options(**values: object) -> plan.Options:
     defaults = OmegaConf.load(ROOT / "conf" / "upscale.yaml")
     for key in ("defaults", "hydra"):
         del defaults[key]
-    made = typed(plan.Options, OmegaConf.merge(defaults, {k: v for k, v in values.items()}))
-    plan.check(made)
-    return made
+    return plan.check(OmegaConf.merge(defaults, values))
 
 
 def images_in(folder: Path) -> list[str]:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf import DictConfig
+
 from drrn.disk import check_output
 from drrn.errors import UserError
 from drrn.formats import FORMATS, OTHER_FORMATS
 from drrn.help import script
-from drrn.schema import key
+from drrn.schema import key, typed
 from drrn.weights.shipped import weights_file
 
 is_folder = os.path.isdir  # False for a name that no file system allows, where Path.is_dir raises
@@ -40,7 +42,7 @@ class Options:
     max_pixels: int = key("most pixels of an input; a result may have 16 times as many", at_least=1)
 
 
-class Job(NamedTuple):
+class PhotoJob(NamedTuple):
     """One file to enlarge."""
 
     source: Path
@@ -53,8 +55,9 @@ class Job(NamedTuple):
         return self.target.with_name(f"{self.target.name}.html")
 
 
-def check(options: Options) -> None:
-    """Check the rules between keys; a UserError names the key."""
+def check(cfg: DictConfig) -> Options:
+    """The checked configuration; a UserError names a wrong key."""
+    options = typed(Options, cfg)
     for name in ("input", "scale"):
         if getattr(options, name) in (None, "", []):
             raise UserError(f"{name} is missing: {script('upscale')} input=photo.jpg scale=2")
@@ -66,9 +69,10 @@ def check(options: Options) -> None:
         raise UserError("compare: method=bicubic has nothing to compare with; leave out one of the two")
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", options.device):
         raise UserError(f"device = {options.device!r}: allowed are auto, cpu, cuda, cuda:1, mps, xpu")
+    return options
 
 
-def plan(options: Options) -> list[Job]:
+def plan(options: Options) -> list[PhotoJob]:
     """The jobs in the order of the inputs, each input once.
 
     Raises:
@@ -83,7 +87,7 @@ def plan(options: Options) -> list[Job]:
     sources = [Path(str(name)) for name in given]
     output = None if options.output is None else Path(options.output)
     one = output is not None and output.suffix.lower() in FORMATS and not is_folder(output)
-    found: dict[str, Job] = {}  # by the input's real path
+    found: dict[str, PhotoJob] = {}  # by the input's real path
     for source in sources:
         for job in jobs_of(source, output, one, options):
             found.setdefault(os.path.realpath(job.source), job)
@@ -111,20 +115,20 @@ def plan(options: Options) -> list[Job]:
     return list(found.values())
 
 
-def jobs_of(source: Path, output: Path | None, one: bool, options: Options) -> Iterator[Job]:
+def jobs_of(source: Path, output: Path | None, one: bool, options: Options) -> Iterator[PhotoJob]:
     """Jobs of a file or a folder; `output` is a folder, or with `one` a file; None: beside the input."""
     beside = source if source.name not in ("", "..") else Path(os.path.abspath(source))  # noqa: PTH100 — links stay
     if is_folder(source):
         folder = output or beside.with_name(f"{beside.name}_x{options.scale:g}")
         for path, place, wrong in members(source, folder):
-            yield Job(path, folder / named(place, options.suffix), wrong)
+            yield PhotoJob(path, folder / named(place, options.suffix), wrong)
     elif one:
-        yield Job(source, output)
+        yield PhotoJob(source, output)
     elif output is not None:
-        yield Job(source, output / named(Path(source.name), options.suffix))
+        yield PhotoJob(source, output / named(Path(source.name), options.suffix))
     else:  # TIFF may hold what PNG cannot; everything else, JPEG too, becomes PNG, which is lossless
         own = source.suffix if source.suffix.lower() in (".tif", ".tiff") else ".png"
-        yield Job(source, beside.with_name(f"{beside.stem}_x{options.scale:g}{options.suffix or own}"))
+        yield PhotoJob(source, beside.with_name(f"{beside.stem}_x{options.scale:g}{options.suffix or own}"))
 
 
 def members(folder: Path, output: Path) -> list[tuple[Path, Path, str | None]]:
@@ -157,7 +161,7 @@ def named(place: Path, suffix: str | None) -> Path:
     return place.with_suffix(suffix or own)
 
 
-def check_targets(jobs: list[Job], inputs: set[str]) -> None:
+def check_targets(jobs: list[PhotoJob], inputs: set[str]) -> None:
     """Refuse two results with one path, and a result that would overwrite one of `inputs` (real paths)."""
     same = {(s.st_dev, s.st_ino) for s in (job.source.stat() for job in jobs if job.source.exists())}
     taken: dict[str, Path] = {}

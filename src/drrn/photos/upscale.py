@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drrn.errors import UserError, counted, printable
 from drrn.photos.compare import write_page
 from drrn.photos.enlarge import RESULT_FACTOR, enlarge, result_size
-from drrn.photos.plan import Job, Options
+from drrn.photos.plan import Options, PhotoJob
 from drrn.photos.read import read_photo
 from drrn.photos.write import stored_dtype, write_photo
 
@@ -33,7 +33,7 @@ PAPER_SCALES = [2, 3, 4]
 STREAMED = (".png", ".tif", ".tiff")  # results that are written strip by strip
 
 
-def upscale(options: Options, jobs: list[Job]) -> int:
+def upscale(options: Options, jobs: list[PhotoJob]) -> int:
     """Enlarge every file; a failure is reported on stderr, and the other files are still enlarged.
 
     Returns:
@@ -76,7 +76,7 @@ class Tools(NamedTuple):
     bars: Progress
 
 
-def enlarge_job(job: Job, count: str, tools: Tools) -> str:
+def enlarge_job(job: PhotoJob, count: str, tools: Tools) -> str:
     """Enlarge one file, print the outcome and return it: "done", "skipped" or "failed"."""
     start, outcome, options = time.monotonic(), "done", tools.options
     try:

@@ -23,7 +23,7 @@ from drrn.identity import WEIGHTS, checkpoint_name
 from drrn.runs.lightning import WholeSteps
 from drrn.runs.record import FILE
 from drrn.runs.stop import StopSignals
-from drrn.tracking.rows import FILE as ROWS
+from drrn.tracking.rows import ROWS
 from drrn.weights.files import LIMIT
 from drrn.weights.pickles import read_torch
 

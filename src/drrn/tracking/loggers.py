@@ -21,7 +21,7 @@ from drrn.module import SuperResolution
 from drrn.targets import make, resolve
 from drrn.tracking import Tracker
 from drrn.tracking.results import ValidationPictures, pictures, score_table, test_means
-from drrn.tracking.rows import FILE, Rows
+from drrn.tracking.rows import ROWS, Rows
 from drrn.tracking.wandb_run import WandB
 
 
@@ -51,7 +51,7 @@ class Tracking:
         """Start the loggers for Lightning's Trainer. The last one is `Rows`, for rows that the others may lose."""
         if not self.first:
             return [Rows(None)]
-        rows = Rows(self.folder / FILE, module, self.config.data.batch_size)
+        rows = Rows(self.folder / ROWS, module, self.config.data.batch_size)
         for other in self.made:
             other.start(self.record, rows)
         if self.config.logger.wandb:

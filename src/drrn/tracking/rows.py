@@ -15,7 +15,7 @@ from drrn.module import SuperResolution
 
 log = logging.getLogger(__name__)
 
-FILE = "rows.jsonl"
+ROWS = "rows.jsonl"
 
 
 class Rows(Logger):
