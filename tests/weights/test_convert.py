@@ -323,6 +323,9 @@ def test_other_files_are_no_weights_of_ours(tmp_path) -> None:
     path.write_bytes(b"\xff" * 100)
     with pytest.raises(UserError, match="not weights of ours"):
         load_network(path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        load_network(path)
     header = json.dumps({"__metadata__": {"drrn": "[" * 100_000}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(UserError, match="not weights of ours"):
@@ -375,6 +378,27 @@ def test_a_port_becomes_ours_with_its_origin(tmp_path, capsys) -> None:
         for _ in range(3):
             h = port.conv2(port.conv1(h.relu()).relu()) + start
         torch.testing.assert_close(network(x), port.output(h.relu()) + x.relu(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_port_in_another_container(kind, tmp_path) -> None:
+    """BasicSR's dict, and safetensors without our metadata; those of another network are refused by their names."""
+    state = {name: tensor.to(kind) for name, tensor in torch.load(port_file(tmp_path)).items()}
+    torch.save({"params": state}, tmp_path / "a.pth")
+    (tmp_path / "b.safetensors").write_bytes(save_safetensors(state, {"format": "pt"}))
+    found = []
+    for name in ("a.pth", "b.safetensors"):
+        run(input=tmp_path / name, output=tmp_path / f"{name}.safetensors", U=3)
+        network, about = load_network(tmp_path / f"{name}.safetensors")
+        found.append((about["origin"], digest(network.state_dict())))
+    assert found[0] == found[1]
+    assert torch.equal(network.blocks[0].conv.weight, state["input.weight"].float())
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(save_safetensors({"unet.weight": torch.ones(3)}))
+    with pytest.raises(UserError, match=r"its tensors \('unet\.weight', …\) are named as in none of"):
+        run(input=path, info=True)
+    with pytest.raises(UserError, match=r"not weights of ours \(ValueError: no metadata of this project\)"):
+        load_network(path)
 
 
 def test_scales_and_u_are_taken_from_the_command_and_the_name(tmp_path) -> None:

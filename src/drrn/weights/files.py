@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +45,8 @@ def container(data: bytes) -> str:
         return "zip"
     if data[:1] == b"\x80" and LEGACY_MAGIC in data[:32]:
         return "legacy"
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a pointer of Git LFS, not the file itself: git lfs pull")
     if data[257:262] == b"ustar":
         raise ValueError("it is torch's container of 2016 (a tar); load and save it with torch 0.2 to 2.5 first")
     if data[:8] == b"\x89HDF\r\n\x1a\n" or data[:10] == b"MATLAB 7.3":
@@ -53,3 +56,9 @@ def container(data: bytes) -> str:
     if 2 <= int.from_bytes(data[:8], "little") <= len(data) - 8 and data[8:9] == b"{":
         return "safetensors"
     return "protobuf"
+
+
+def safetensors_header(data: bytes) -> dict[str, Any]:
+    """The tensors' places by name, and as `__metadata__` texts by name; a ValueError or TypeError if damaged."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return {"__metadata__": {}, **header}

@@ -1,6 +1,7 @@
 """Weights that others trained, read without running any code from their files.
 
-Their form is recognised by content: "caffe", "matlab", or one of `PORTS`, a pickle in one of torch's two containers.
+Their form is recognised by content: "caffe", "matlab", or one of `PORTS`, in
+safetensors or a pickle in one of torch's two containers.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from safetensors.torch import load as load_safetensors
+
 from drrn.errors import UserError
 from drrn.weights.caffe import caffe_layers, read_caffe
-from drrn.weights.files import Foreign, container, read_bytes
+from drrn.weights.files import Foreign, container, read_bytes, safetensors_header
 from drrn.weights.matlab_file import read_vdsr
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
 from drrn.weights.ports import PORTS, Said
@@ -24,8 +27,6 @@ def recognise(path: Path) -> str:
     data = read_bytes(path)
     try:
         kind = container(data)
-        if kind == "safetensors":
-            return "drrn"
         if kind == "matlab":
             return "matlab"
         if kind == "protobuf":
@@ -34,10 +35,15 @@ def recognise(path: Path) -> str:
             except ValueError as error:
                 raise ValueError(f"neither torch's nor safetensors, and as Caffe's protobuf: {error}") from error
             return "caffe"
-        root = read_torch(data)
-        if is_lightning(root):
+        if kind == "safetensors":
+            header = safetensors_header(data)
+            own, names = "drrn" in header["__metadata__"], header.keys() - {"__metadata__"}
+        else:
+            root = read_torch(data)
+            own = is_lightning(root)
+            names = set() if own else set(named_tensors(root))
+        if own:
             return "drrn"
-        names = set(named_tensors(root))
         strange = {form: sorted(n for n in names if not re.fullmatch(its.names, n)) for form, its in PORTS.items()}
         nearest = min(strange, key=lambda form: len(strange[form]))
         if names and not strange[nearest]:
@@ -65,7 +71,10 @@ def read_foreign(path: Path, form: str, U: int | None = None, scales: list[int] 
     try:
         if form in WHOLE:
             return WHOLE[form](data, U)
-        tensors = read_tensors(named_tensors(read_torch(data)))
+        if container(data) == "safetensors":
+            tensors = load_safetensors(data)
+        else:
+            tensors = read_tensors(named_tensors(read_torch(data)))
         for name in tensors:
             if not re.fullmatch(PORTS[form].names, name):
                 raise ValueError(f"its tensor {name[:80]!r} is not one of that form")

@@ -24,7 +24,7 @@ from drrn.errors import UserError, printable
 from drrn.help import script
 from drrn.networks import arguments_of, on_paper, schema
 from drrn.schema import typed
-from drrn.weights.files import container, read_bytes
+from drrn.weights.files import container, read_bytes, safetensors_header
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
 
 FORMAT = 1
@@ -104,8 +104,10 @@ def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def _read_safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = load_safetensors(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    about = checked_facts(json.loads(header["__metadata__"]["drrn"]))
+    facts = safetensors_header(data)["__metadata__"].get("drrn")
+    if facts is None:
+        raise ValueError("no metadata of this project")
+    about = checked_facts(json.loads(facts))
     if about.get("format", FORMAT) > FORMAT:
         raise ValueError(f"it is of format {about['format']}; a newer version of this project reads it")
     if about.get("digest", digest(state)) != digest(state):

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from drrn.weights.files import LIMIT, container
 
+HOLDERS = ("model", "state_dict", "params_ema", "params")  # the last two are BasicSR's
+
 # ---------------------------------------------------------------------- substitutes for a pickle's names
 
 
@@ -315,10 +317,10 @@ def is_lightning(root: Any) -> bool:
 def named_tensors(root: Any) -> dict[str, Stored]:
     """The parameters and buffers of an unpickled module or state dict.
 
-    Either may be the item `model` or `state_dict` of a dict; DataParallel's prefix `module.` is dropped.
+    Either may be an item of a dict, called as in `HOLDERS`; DataParallel's prefix `module.` is dropped.
     """
     if isinstance(root, dict):
-        root = root.get("model", root.get("state_dict", root))
+        root = next((root[name] for name in HOLDERS if name in root), root)
     tensors: dict[str, Any] = {}
     if isinstance(root, dict):
         tensors = {str(name): value for name, value in root.items()}
