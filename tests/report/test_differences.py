@@ -64,6 +64,15 @@ def test_table(make: Callable) -> None:
     assert "100 images of BSD100 ×3" in table.notes[0]
 
 
+def test_a_difference_that_one_seed_contradicts_is_no_order(make: Callable) -> None:
+    gains = {1: 0.5, 2: -0.1}
+    runs = [scored(make("model.B=3", "model.U=2", f"seed={seed}"), gain) for seed, gain in gains.items()]
+    runs += [scored(make("model.B=3", "model.U=1", f"seed={seed}"), 0.0) for seed in gains]
+    (row,) = differences_table(*run_groups("fig6", runs)).rows
+    assert float(row[3].split(" to ")[0]) > 0.1  # over images alone
+    assert row[-1] == "not distinguished"
+
+
 def test_a_part_of_a_set_and_too_few_images_say_nothing(make: Callable) -> None:
     runs = [scored(make("model.B=3", f"model.U={u}"), 0.1 * u, images=99) for u in (1, 2)]
     (group,) = run_groups("fig6", runs)

@@ -171,6 +171,11 @@ def test_origin(make: Callable) -> None:
         one.digest,
     ):  # fmt: skip
         assert said in origin
+    short = make(
+        "trainer.max_steps=1", "data.batch_size=1", budget={"steps": 1, "patches": 1, "epochs": 0.1, "seconds": 1}
+    )
+    (one,) = run_groups("runs", [short])
+    assert "0.0000017 %" in one.share()
 
 
 # ---------------------------------------------------------------- what figures show

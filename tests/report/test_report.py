@@ -170,6 +170,10 @@ def test_crops_side_by_side(tiny_images: Path, tmp_path: Path) -> None:
     assert many.get_size_inches()[0] < 25  # in two rows
     rows = [axis.get_subplotspec().rowspan.start for axis in many.axes]
     assert rows == [0] * 7 + [1] * 6
+    long = {"a name of its own, far too long for one line": lambda x: x}
+    title = draw(side_by_side(tiny_images / "chelsea.png", 2, long, box)).axes[-1].title
+    assert title.get_text() == "a name of its own, far too\nlong for one line"
+    assert title.get_size() > 6
 
 
 def test_other_programs_images_stand_beside_the_networks(

@@ -94,7 +94,8 @@ def differences_table(group: RunGroup) -> Table | None:
         spread = f"±{np.std(seeds, ddof=1):.3f} ({len(seeds)})" if len(seeds) > 1 else MISSING
         theirs = [float(paper[name]["psnr"]) for p in (a, b) if (name := in_paper(p.model)) in paper]
         claimed = signed(theirs[0] - theirs[1], 2) if len(theirs) == 2 else MISSING
-        order = "first better" if low > 0 else "second better" if high < 0 else "not distinguished"
+        least, most = min([low, *seeds]), max([high, *seeds])  # the images and every seed have to show it
+        order = "first better" if least > 0 else "second better" if most < 0 else "not distinguished"
         between = f"{signed(low, 3)} to {signed(high, 3)}"
         rows.append([f"{a.name} − {b.name}", what, signed(gains.mean(), 3), between, spread, claimed, order])
     if not rows:
@@ -102,6 +103,7 @@ def differences_table(group: RunGroup) -> Table | None:
     columns = ["difference", "shows", "dB", "95 % over images", "over seeds", "paper", "order"]
     note = (
         f"Paired bootstrap over the {len(gains)} images of {place[0]} ×{place[1]}, {RESAMPLES:,} samples, means over "
-        "seeds. Over seeds: the sample standard deviation of their differences, and how many. The paper's: Set5 ×3."
+        "seeds. Over seeds: the sample standard deviation of their differences, and how many. Better: the interval "
+        "and each seed's difference are on one side of 0. The paper's: Set5 ×3."
     )
     return Table("Differences of PSNR between networks", columns, rows, [note])

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,8 @@ class RunGroup:
     def share(self) -> str:
         """Patches seen as a share of the paper's: "0.04 %"."""
         batch = self.runs[0]["config"]["data"]["batch_size"]
-        return listed([f"{100 * steps * batch / PAPER_PATCHES:.2g} %" for steps in self.steps])
+        shares = [f"{100 * steps * batch / PAPER_PATCHES:.2g}" for steps in self.steps]
+        return listed([f"{Decimal(share):f} %" for share in shares])  # 0.00002, not 2e-05
 
     def origin(self) -> list[str]:
         """The text below every figure: length, recipe, seeds, protocol, commit.
