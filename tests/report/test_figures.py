@@ -140,7 +140,7 @@ def test_a_run_that_is_there_twice_is_not_chosen_by_its_path(make: Callable) -> 
 def test_another_network_is_drawn_by_its_records_words(make: Callable) -> None:
     """A network unknown to the package gets its name, depth and weights from its record, in every study."""
     other = make(psnr=31.7, structure={"name": "TOY_width4", "depth": 3, "conv_weights": 8032})
-    other["config"]["model"] = {"network": "toy", "width": 4}
+    other["config"]["model"] = {"network": "toy", "width": 4, "features": [3, 5]}
     (group,) = run_groups("fig1", [make("model.B=1", "model.U=9"), other])
     assert names(group) == {"DRRN_B1U9_2f": [1], "TOY_width4": [1]}
     weights, depth = draw(group).axes

@@ -53,10 +53,11 @@ class Point:
     runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # seed → record; see `add`
 
     def __post_init__(self) -> None:
-        model, self.variant = self.model, variant(self.model)
+        model, self.variant, features = self.model, variant(self.model), self.model.get("features")
+        self.width = features if isinstance(features, int) else None  # a list, in a network of one's own
         if "network" in model:
             self.family = self.name
-            self.short = self.name.partition("_")[0] + (f" {model['features']}f" if "features" in model else "")
+            self.short = self.name.partition("_")[0] + (f" {self.width}f" if self.width else "")
         else:
             self.family = family(self.name)
             self.short = f"B{model['B']}U{model['U']}" if model["U"] else f"VDSR d{self.depth}"
@@ -149,7 +150,7 @@ class RunGroup:
 
     def widths(self) -> list[str]:
         """["16 features"], or ["16 and 64 features"]; [] if no network of the group has a width."""
-        widths = {point.model.get("features") for point in self.points if point.runs} - {None}
+        widths = {point.width for point in self.points if point.runs} - {None}
         return [f"{listed(sorted(widths))} features"] if widths else []
 
     def share(self) -> str:

@@ -8,6 +8,7 @@ two groups. A study's points are listed only in sweeps/.
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections import defaultdict
 from functools import cache
@@ -111,7 +112,7 @@ def _points(study: str, plan: list[dict[str, Any]], records: list[dict[str, Any]
         if not alike:
             if "network" not in model:
                 model = model | {key: drrns[0][key] for key in settled.difference(ABLATION)}
-            alike = [Point(*_described(tuple(model.items())), place)]
+            alike = [Point(*_described(json.dumps(model)), place)]
         for point in alike:
             point.planned = True
             points[point.name] = point
@@ -129,12 +130,12 @@ def _same_point(planned: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 @cache
-def _described(items: tuple[tuple[str, Any], ...]) -> tuple[str, dict[str, Any], int, int]:
-    """Name, structure, depth and convolution weights of an untrained network."""
+def _described(written: str) -> tuple[str, dict[str, Any], int, int]:
+    """Name, structure, depth and convolution weights of an untrained network, from its structure in JSON."""
     from drrn.layers import conv_weights
     from drrn.networks import on_paper
 
-    model = dict(items)
+    model = json.loads(written)
     network = on_paper(model)
     return structure_name(model), model, network.depth, conv_weights(network)
 
