@@ -80,7 +80,7 @@ def built_once(folder: Path, name: str, images: list[Path], attrs: Attributes, b
         ) from error
     except OSError as error:
         raise UserError(
-            f"{path} could not be written: {error}. Free space, or set data.patches to a folder with room."
+            f"{path} could not be written: {error}. Set data.patches to a folder that can be written and has room."
         ) from error
 
 

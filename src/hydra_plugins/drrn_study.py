@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import drrn
 from drrn.errors import Diverged, UserError
+
+MANY = 50  # jobs whose checks take more than some seconds
 
 
 class StudySweeper(BasicSweeper):
@@ -69,7 +72,9 @@ class StudySweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Check all jobs, with a UserError for a wrong one before any starts; then run them."""
-        asked = [(self.check(job), job) for job in self.jobs(arguments)]
+        if len(jobs := self.jobs(arguments)) > MANY:
+            print(f"checking {len(jobs)} jobs before the first one starts", file=sys.stderr)
+        asked = [(self.check(job), job) for job in jobs]
 
         from drrn.sweep.run import run_sweep
 

@@ -53,11 +53,13 @@ def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.Monkey
 
         (tmp_path / str(os.getpid())).touch()
         until = time.monotonic() + 120
-        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:  # each process has to take a job
+        while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < until:  # each process has to take a job
             time.sleep(0.01)
         affinity = tuple(sorted(os.sched_getaffinity(0)))
         return os.getpid(), affinity, os.environ["CUDA_VISIBLE_DEVICES"], multiprocessing.get_start_method()
 
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     task = OwnPart(where, 2)
     assert task.folder.is_dir()  # before it is handed out
     jobs = Parallel(n_jobs=2, backend="loky", pre_dispatch="n_jobs", batch_size=1, initializer=task.take)(
@@ -74,8 +76,9 @@ def test_a_joblib_process_keeps_its_own_cores_and_gpu(monkeypatch: pytest.Monkey
         assert first | second == set(allowed_cores())
 
 
-def test_a_stopped_process_begins_no_further_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_process_begins_no_further_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It returns an Exception, which Hydra reports; for a KeyboardInterrupt joblib would kill the other processes."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("signal.signal", lambda *_: None)
 
     def interrupted(cfg: object) -> None:

@@ -39,12 +39,15 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def own_record(folder: Path) -> dict[str, Any]:
-    """The record of a run's earlier start; {} if there is none. Errors: those of `read_record`."""
+    """The record of a run's earlier start; {} if there is none. A UserError for one that cannot be read."""
     if not os.path.lexists(folder / FILE):
         return {}
-    record = read_record(folder / FILE)
-    if not isinstance(record.get("status"), str):
-        raise UserError(f"{folder / FILE} is an incomplete run record (it has no status): restore or delete it")
+    try:
+        record = read_record(folder / FILE)
+        if not isinstance(record.get("status"), str):
+            raise UserError(f"{folder / FILE} is an incomplete run record (it has no status)")
+    except UserError as error:
+        raise UserError(f"{error}. Restore or delete it; without it the run resumes from its checkpoints") from error
     return record
 
 
