@@ -411,6 +411,7 @@ def test_scales_and_u_are_taken_from_the_command_and_the_name(tmp_path) -> None:
 @pytest.mark.parametrize(("options", "words"), [
     ({"input": None}, "input is missing"),
     ({"input": "nowhere.pth"}, "nowhere.pth"),
+    ({"input": "x2.onnx"}, "written, not read"),
     ({"output": None}, "output is missing"),
     ({"output": "w.txt"}, r"w\.txt"),
     ({"form": "keras"}, "keras"),

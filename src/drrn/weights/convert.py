@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 READ = ("drrn", "caffe", "matlab", *PORTS)
+EXPORTS = (".onnx", ".pt2")
 ONNX = ("onnx", "onnxruntime", "onnxscript")  # the extra `export`; torch.onnx needs the last
 WRITTEN = {".safetensors": "drrn", ".onnx": "onnx", ".pt2": "torch_export"}  # by suffix
 
@@ -44,6 +45,10 @@ def check(cfg: DictConfig) -> ConvertConfig:
     config = typed(ConvertConfig, cfg)
     if config.input is None:
         raise UserError("input is missing: name the weight file to read")
+    if (suffix := Path(config.input).suffix) in EXPORTS:
+        raise UserError(
+            f"input = {config.input!r}: {suffix} is written, not read; name the weights that it was made of"
+        )
     if not Path(config.input).is_file():
         known = shipped()
         if config.input not in known:
@@ -58,7 +63,7 @@ def check(cfg: DictConfig) -> ConvertConfig:
         raise UserError(f"output = {config.output!r}: its suffix names the format, one of {', '.join(WRITTEN)}")
     if config.form not in (None, *READ, WRITTEN[output.suffix]):
         raise UserError(f"form = {config.form!r} and output = {config.output!r}: they name two different forms")
-    if config.scale is not None and output.suffix not in (".onnx", ".pt2"):
+    if config.scale is not None and output.suffix not in EXPORTS:
         raise UserError(f"scale = {config.scale}: only .onnx and .pt2 are written for one; leave it out")
     if output.suffix == ".onnx" and (missing := [name for name in ONNX if find_spec(name) is None]):
         raise UserError(f"output = {config.output!r}: ONNX needs pip install {' '.join(missing)}")
