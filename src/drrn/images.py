@@ -21,6 +21,7 @@ from drrn.matlab import rgb2y
 MAX_PIXELS = 50_000_000  # far above any benchmark image
 LARGEST_TILE = 1 << 20  # pixels of a TIFF tile that are accepted for a picture of any size
 LARGEST_FILE = 1 << 30  # bytes
+MEND = "convert it, or take it out of the set"
 LARGEST_CHUNK = 16 << 20  # bytes of a PNG chunk that is kept
 PIECE = 1 << 20  # bytes read or decompressed at a time
 
@@ -38,11 +39,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             check_whole(path, image)
             arrangement = str(image.tile[0].args) if image.tile else ""
             if image.mode == "RGB" and ";16" in arrangement:  # Pillow would drop every second byte
-                raise UserError(f"{path}: an 8-bit grey or RGB image is needed, this one has 16 bits a channel")
+                raise UserError(
+                    f"{path}: an 8-bit grey or RGB image is needed, this one has 16 bits a channel: {MEND}"
+                )
             palette = image.mode == "P" and "transparency" not in image.info  # some copies of the sets have these
             if image.mode not in ("L", "RGB") and not palette:
                 kind = f"{image.mode}{' with transparency' if 'transparency' in image.info else ''}"
-                raise UserError(f"{path}: an 8-bit grey or RGB image is needed, this one is {kind}")
+                raise UserError(f"{path}: an 8-bit grey or RGB image is needed, this one is {kind}: {MEND}")
             yield image
     except UserError:
         raise

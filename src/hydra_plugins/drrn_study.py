@@ -83,7 +83,10 @@ class StudySweeper(BasicSweeper):
     def jobs(self, arguments: list[str]) -> list[list[str]]:
         """The overrides of every job: each point with each combination of the command line's choices."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        combinations = self.split_arguments(parser.parse_overrides([*self._parse_config(), *arguments]), None)[0]
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        if interval := next((override for override in overrides if override.is_interval_sweep()), None):
+            raise UserError(f"{interval.input_line}: only hydra/sweeper=search takes intervals; give values, KEY=1,2")
+        combinations = self.split_arguments(overrides, None)[0]
         named = {override.partition("=")[0] for override in itertools.chain(*combinations)}
         return [
             [*(f"{key}={literal(value)}" for key, value in point.items() if key not in named), *combination]

@@ -51,7 +51,7 @@ LONG = "x" * 300
         (["optim.loss={_target_:torch.nn.NoSuchLoss}"], "there is no such class"),
         (["+optim.optimiser={_target_:torch.optim.RAdam,speed:3}"], "RAdam does not take these arguments"),
         (["+optim.optimiser={_target_:torch.optim.Adam,betas:3}"], "'int' object is not subscriptable"),
-        (["ckpt_path=file"], "ckpt_path = 'file' cannot be resumed from"),
+        (["ckpt_path=file"], "File is not a zip file; init_from takes weights"),
         (["+optim.scheduler={_target_:torch.optim.lr_scheduler.StepLR}"], "'step_size'"),
         (["+optim.scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau}"], "follows a metric"),
         (["trainer.accelerator=tpu"], "trainer.*: Lightning's Trainer refuses this: Requirement 'torch_xla"),

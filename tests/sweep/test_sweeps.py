@@ -365,6 +365,7 @@ def test_runs_that_are_the_same_are_run_once_and_ranked_wherever_hydra_goes(
         (["name='${nothing}'"], ["nothing"]),
         (["hydra.sweeper.points=[{name: '${'}]"], ["name"]),
         (["model.U=-3"], ["model.U", "-3", "nothing has been started"]),
+        (["optim.lr=interval(0.1,1)"], ["optim.lr=interval(0.1,1)", "hydra/sweeper=search"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -181,7 +181,9 @@ def check_resumable(path: Path, config: Config, max_steps: float) -> None:
     try:
         content = read_checkpoint(path)
     except Damaged as reason:
-        raise UserError(f"ckpt_path = {str(path)!r} cannot be resumed from: {reason}") from reason
+        raise UserError(
+            f"ckpt_path = {str(path)!r} cannot be resumed from: {reason}; init_from takes weights"
+        ) from reason
     for group, asked in (("model", config.model), ("optim", asdict(config.optim))):
         held = content["hyper_parameters"].get(group, {})
         differing = [f"{group}.{key}={held.get(key)}" for key in asked if held.get(key, asked[key]) != asked[key]]
