@@ -129,8 +129,10 @@ class Processes:
                     rank, failed = error.get_first_failure()
                     raised = failed.error_file_data["message"]  # a dict if the process raised an exception
                     text = raised["message"] if isinstance(raised, dict) else ""
-                    ending = f"process {rank} ended with exit code {failed.exitcode} {text}".rstrip()
-                    raise RuntimeError(note_failure(record, ending)) from None
+                    killed = failed.exitcode < 0  # the others have lost the connection: their errors say no more
+                    by = f"was killed by {signal.Signals(-failed.exitcode).name}" if killed else ""
+                    ending = f"process {rank} {by or f'ended with exit code {failed.exitcode} {text}'}".rstrip()
+                    raise RuntimeError(note_failure(record, ending, over=killed)) from None
         except SignalException as stop:
             raise Stopped(signal.Signals(stop.sigval)) from None
 
@@ -206,9 +208,9 @@ def failure(record: Path) -> str | None:
     return held["error"] if held.get("status") == "failed" else None
 
 
-def note_failure(record: Path, error: str, ended_by: str = "error") -> str:
-    """Set a run's record to "failed", unless an earlier failure is in it; returns the first failure's error."""
-    before = failure(record)
+def note_failure(record: Path, error: str, ended_by: str = "error", over: bool = False) -> str:
+    """Set a run's record to "failed", unless an earlier failure is in it and not `over`; returns the error kept."""
+    before = None if over else failure(record)
     if before is None and record.is_file():  # on another machine, or early, there is none
         write_json(record, {**read_record(record), "status": "failed", "ended_by": ended_by, "error": error})
     return before or error
