@@ -80,9 +80,7 @@ def _check_kinds(schema: type, cfg: DictConfig, group: str) -> None:
             _check_kinds(kind, value, f"{where}.")
         if get_origin(kind) is list:
             if not OmegaConf.is_list(value):
-                raise UserError(
-                    f"{where} = {shown(value)}: must be a list, {where}=[{'…' if value is None else value}]"
-                )
+                raise UserError(f"{where} = {shown(value)}: must be a list, {where}=[{value or '…'}]")
             if any(OmegaConf.is_config(item) for item in value):
                 raise UserError(f"{where} = {value}: a plain list, without lists or mappings in it")
         if kind is bool and not isinstance(value, bool | str):
