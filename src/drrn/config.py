@@ -54,7 +54,7 @@ def in_full(model: Mapping[str, Any]) -> dict[str, Any]:
     """A structure as `Config.model` and records have it: the arguments, and `network` if it is no DRRN.
 
     A DRRN's arguments are checked, and get the defaults of those that an earlier file lacks; a wrong one is a
-    UserError. Another network's are checked where torch is imported (`networks.arguments_of`).
+    UserError. Another network's are checked where torch is imported (`networks.complete`).
     """
     arguments = {key: value for key, value in model.items() if (key, value) != ("network", DEFAULT)}
     if "network" in arguments:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any, Protocol, get_type_hints
 
 import torch
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from drrn.config import DEFAULT
+from drrn.config import DEFAULT, in_full
 from drrn.drcn import DRCN
 from drrn.errors import UserError
 from drrn.espcn import ESPCN
@@ -25,6 +25,7 @@ from drrn.layers import conv_weights
 from drrn.model import DRRN
 from drrn.red30 import RED30
 from drrn.resnet import ResNet
+from drrn.schema import typed
 from drrn.srcnn import SRCNN
 
 NETWORKS: dict[str, type[nn.Module]] = {
@@ -104,6 +105,14 @@ def schema(name: str) -> type:
         for key, p in parameters.items()
     ]
     return make_dataclass(NETWORKS[name].__name__, [("network", str, field(default=name)), *arguments])
+
+
+def complete(model: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.in_full` for any network: all its arguments, of the right types. Errors: those of `arguments_of`, and a
+    UserError for a value of another type."""
+    name, _ = arguments_of(model)
+    model = in_full(model)
+    return asdict(typed(schema(name), OmegaConf.create(model), "model.")) if "network" in model else model
 
 
 def build(model: Mapping[str, Any]) -> Any:

@@ -20,7 +20,8 @@ from drrn.disk import check_regular
 from drrn.errors import UserError, counted, printable
 from drrn.identity import run_group, structure_name
 from drrn.metrics import METRICS
-from drrn.runs.record import FILE, LARGEST, read_record
+from drrn.runs.record import FILE, read_record
+from drrn.scores import LARGEST
 
 # The parts of a file that reports read, with their types: a type, several, a list of one kind, or a dict. A key that
 # ends in "?" is optional.

@@ -6,7 +6,7 @@ The record of `from_record=` and the weights of `init_from=` are read here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from drrn.config import Config, LoggerConfig, check
 from drrn.degradations import BI
 from drrn.errors import UserError
-from drrn.schema import typed
 from drrn.targets import OF_OUR_SOLVERS, check_trusted
 from drrn.weights.shipped import weights_file
 
@@ -54,11 +53,10 @@ def _keys(overrides: Sequence[str]) -> set[str]:
 
 def _check_network(config: Config) -> None:
     """Check the keys of a network other than DRRN against its constructor, and its scale against the data's."""
-    from drrn.networks import arguments_of, on_paper, schema
+    from drrn.networks import complete, on_paper
 
-    name, _ = arguments_of(config.model)
-    config.model = asdict(typed(schema(name), OmegaConf.create(config.model), "model."))
-    network, data = on_paper(config.model), config.data
+    config.model = complete(config.model)
+    name, network, data = config.model["network"], on_paper(config.model), config.data
     if network.input == "low" and data.degradation != BI and not data.crops:
         raise UserError(
             f"data.degradation = {data.degradation!r}: from stored patches {name!r} can only get a bicubic low "

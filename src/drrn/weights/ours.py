@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from drrn.config import DEEPEST, in_full
+from drrn.config import DEEPEST
 from drrn.disk import write_whole
 from drrn.errors import UserError, printable
 from drrn.help import script
-from drrn.networks import arguments_of, on_paper, schema
-from drrn.schema import typed
+from drrn.networks import complete, on_paper
 from drrn.weights.files import container, read_bytes, safetensors_header
 from drrn.weights.pickles import is_lightning, named_tensors, read_tensors, read_torch
 
@@ -145,12 +142,10 @@ def checked_facts(about: Any) -> dict[str, Any]:
             raise ValueError(f"its {key} in the metadata has another type than this project writes")
     if not all(type(scale) is int and scale > 1 for scale in about.get("scales") or ()):
         raise ValueError("its scales in the metadata are not whole numbers above 1")
-    name, _ = arguments_of(about["model"])
-    held = asdict(typed(schema(name), OmegaConf.create(about["model"])))
+    given, about["model"] = about["model"], complete(about["model"])
     for key, value in about["model"].items():
-        if repr(held[key]) != repr(value):  # of another type, and converted
-            raise ValueError(f"its network has {key} = {value!r}, which is no argument of a {name}")
-    about["model"] = in_full(held)
+        if repr(given.get(key, value)) != repr(value):  # converted
+            raise ValueError(f"its network has {key} = {given[key]!r}, of another type than it takes")
     if about.get("origin"):
         about["origin"] = printable(about["origin"])
     return about
