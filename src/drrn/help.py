@@ -165,6 +165,8 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
         known = [*(k for k, _ in flat(composed(CONFIGS.get(name, name), chosen))), *groups]
         if "." not in key:  # model.b says `model.b`, modle.B only `modle`
             key = next((a.partition("=")[0] for a in arguments if a.startswith(f"{key}.")), key)
+        if key.startswith("model.") and any(a.startswith("from_record=") for a in arguments):
+            return f"{key}: DRRN has no such key; to change it in the record of another network, give +{key}=VALUE"
         return f"{key}: there is no such key{closest(key, known)} (`--help` lists them)"
     lines = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     return " ".join(" ".join(lines).split())

@@ -80,6 +80,8 @@ def test_a_network_of_ones_own_trains_resumes_and_is_evaluated(
     assert f"resuming from {checkpoint}" in err
     code, _, err = entry_point("train", toy, f"from_record={short / FILE}", "output=again")
     assert code == 0, err
+    code, _, err = entry_point("train", toy, f"from_record={short / FILE}", "output=again", "model.width=5")
+    assert (code, "give +model.width=VALUE" in err) == (2, True)
     (again,) = (tmp_path / "again/main").iterdir()
     assert again.name == short.name
     for name, tensor in load_network(again / "weights.safetensors")[0].state_dict().items():
