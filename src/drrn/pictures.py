@@ -118,7 +118,7 @@ def draw(comparison: SideBySide, stacked: bool = False) -> Figure:
         axis = figure.add_subplot(place)
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
-        lines = wrap(printable(name), 28) or [" "]
+        lines = wrap(printable(name), 28, max_lines=3, placeholder=" …") or [" "]
         axis.set_title("\n".join(lines), size=min(10.8, points / max(map(len, lines))), parse_math=False)
         axis.set_xlabel(below, size=min(9, points / max(1, len(below))))
     figure.axes[0].add_patch(Rectangle(box[:2], box.width, box.height, fill=False, color="red", linewidth=1.2))
