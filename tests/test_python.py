@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -136,8 +137,9 @@ def test_a_colour_declared_transparent_becomes_alpha(photo: np.ndarray) -> None:
 def test_what_is_no_image_is_refused(change, words: str, photo: np.ndarray) -> None:
     with pytest.raises(ValueError, match=words):
         drrn.upscale(change(photo), 2, "bicubic")
-    with pytest.raises(ValueError, match="above 1"):
-        drrn.upscale(photo, 1, "bicubic")
+    for scale in (1, math.inf, math.nan, "2"):
+        with pytest.raises(ValueError, match="above 1"):
+            drrn.upscale(photo, scale, "bicubic")
     with pytest.raises(ValueError, match="precision = 'half'"):
         drrn.upscale(photo, 2, drrn.DRRN(1, 1, 4), precision="half")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +34,8 @@ def upscale(
 
     Args:
         image: a PIL image (turned upright by its EXIF orientation; palettes become RGB or RGBA, CMYK becomes RGB,
-            one bit a pixel becomes grey), or an array
-            [H, W] or [H, W, C] with C = 1…4 channels (grey, grey + alpha, RGB, RGBA) of uint8, uint16, or floating
-            in 0…1.
+            one bit a pixel becomes grey), or an array [H, W] or [H, W, C] with C = 1…4 channels (grey, grey + alpha,
+            RGB, RGBA) of uint8, uint16, or floating in 0…1.
         scale: above 1; may be a fraction. Sides become scale × side, rounded.
         network: a network of `drrn.load`, an argument for `drrn.load` (None: the best shipped weights), or "bicubic".
             For many images, load it once.
@@ -48,8 +49,8 @@ def upscale(
         ValueError: the image is of another kind, or the scale is not above 1 or not the network's.
         UserError: the weights cannot be loaded, or the device lacks the precision.
     """
-    if not scale > 1:
-        raise ValueError(f"scale = {scale}: must be above 1")
+    if not isinstance(scale, Real) or not 1 < scale < math.inf:
+        raise ValueError(f"scale = {scale!r}: must be a number above 1")
     if not isinstance(image, np.ndarray | Image.Image):
         kind = type(image).__name__
         raise ValueError(f"an image is a PIL image or an array, not {kind}: open a file by PIL.Image.open")
