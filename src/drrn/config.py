@@ -57,6 +57,10 @@ def in_full(model: Mapping[str, Any]) -> dict[str, Any]:
     UserError. Another network's are checked where torch is imported (`networks.complete`).
     """
     arguments = {key: value for key, value in model.items() if (key, value) != ("network", DEFAULT)}
+    if not isinstance(arguments.get("network", DEFAULT), str):
+        raise UserError(f"model.network = {arguments['network']}: must be a name")
+    if "${" in str(arguments):  # OmegaConf would evaluate it, ${oc.env:…} too
+        raise UserError("model: a file's values may not contain ${…}")
     if "network" in arguments:
         return arguments
     drrn = typed(ModelConfig, OmegaConf.create(arguments), "model.")
@@ -308,8 +312,6 @@ def check(cfg: DictConfig) -> Config:
         config.logger_extra = {"csv": CSV} if kind == "csv" else {}
     config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node is not None}
     config.model = in_full(config.model)
-    if not isinstance(config.model.get("network", DEFAULT), str):
-        raise UserError(f"model.network = {config.model['network']}: must be a name")
     for part in (config.data, config.optim, config.trainer, config.logger, config.speed, config):
         part.rules()
     return config

@@ -163,10 +163,10 @@ def run_name(config: Config) -> str:
 def run_dir(config: Config) -> Path:
     """The folder of a run, named by its identity and not by the time: `runs/main/DRRN_B1U9_s1-3f2a9c01`."""
     parent = Path(config.output) / config.study
-    name = run_name(config).replace(" ", "_").replace("/", "_")
-    # Without what has a meaning in a shell or in Hydra's grammar, as in Mine_widths[1,_2]; earlier versions kept it.
-    names = [re.sub(r"[^\w.=+-]", "", re.sub(",_?", "-", name)), name]
-    if "network" in config.model and config.name is None:  # the name of such runs in earlier versions
+    names = [run_name(config).replace(" ", "_").replace("/", "_")]
+    if "network" in config.model and config.name is None:
+        # Without what has a meaning in a shell or in Hydra's grammar, as in Mine_widths[1,_2]; then earlier names.
+        names.insert(0, re.sub(r"[^\w.=+-]", "", re.sub(",_?", "-", names[0])))
         values = (f"{key}{value}" for key, value in config.model.items() if key != "network")
         names.append("_".join([config.model["network"].upper(), *values, f"s{config.seed}"]))
     digests = [_digest(identity(config)), _digest(_identity(asdict(config), as_written=True))]

@@ -48,8 +48,9 @@ DAMAGE = [
     ("means.0.images", float("nan")), ("means.0.set", 5), ("means.0.bicubic_psnr", ...), ("budget", ...),
     ("budget.steps", None), ("validation.0.psnr", {}), ("scores", "none"), ("scores.0.image", 1), ("protocol", None),
     ("protocol.crop", "3"), ("config", []), ("config.model", None), ("config.model.B", ...),
-    ("config.model.attention", True), ("config.data.scales", "2"), ("config.data.batch_size", "16"),
-    ("config.data.train", ...),
+    ("config.model.attention", True), ("config.model.norm", "${oc.env:HOME}"), ("config.model.norm", "${x"),
+    ("config.model.network", 5),
+    ("config.data.scales", "2"), ("config.data.batch_size", "16"), ("config.data.train", ...),
     ("config.optim", "paper"), ("config.optim.schedule", ...), ("config.optim.clip", ...), ("config.trainer", {}),
     ("config.trainer.devices", ...), ("config.init_from", 5), ("format", 99),
 ]  # fmt: skip

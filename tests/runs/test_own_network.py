@@ -131,6 +131,7 @@ def test_processes_that_share_a_batchnorm_of_ones_own_are_another_run(toy: str, 
             return run_dir(request(compose("config", [toy, "model=toy", "data=demo", *overrides])))
 
     assert folder("trainer.devices=2") == folder()
+    assert folder("name='+1 (b) [c,d]'").name.startswith("+1_(b)_[c,d]-")  # a given name is kept as it is
     monkeypatch.setitem(NETWORKS, "toy", Normalised)
     assert folder("trainer.devices=2") != folder()
 

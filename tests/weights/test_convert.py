@@ -212,6 +212,7 @@ def test_facts_that_do_not_fit_the_tensors_are_refused_without_taking_memory(fac
     ({"model": {**STRUCTURE, "multi_path": "false"}}, "multi_path"),
     ({"model": {**STRUCTURE, "bias": 1}}, "bias"), ({"model": {**STRUCTURE, "B": True}}, "B = true"),
     ({"model": {**STRUCTURE, "B": None}}, "B = null"), ({"model": {**STRUCTURE, "norm": ["batch"]}}, "norm"),
+    ({"model": {**STRUCTURE, "B": "${oc.env:HOME}"}}, "may not contain"),
     ({"scales": [2, None]}, "scales"), ({"scales": [2.5]}, "scales"), ({"scales": [0]}, "scales"),
     ({"source": []}, "source"), ({"seed": "1"}, "seed"), ({"steps": [1]}, "steps"), ({"experiment": 5}, "experiment"),
     ({"notes": "none"}, "notes"), ({"format": "1"}, "format"), ({"digest": 5}, "digest"),
