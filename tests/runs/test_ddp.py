@@ -478,6 +478,35 @@ def test_synchronised_batchnorms_are_averaged_as_caffe_does_too(configure: Calla
         torch.testing.assert_close(new, old + momentum * (1 - old))
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (-9, "process 1 was killed by SIGKILL"),
+        (-6, "full disk"),
+        (1, "full disk"),
+        (-50, "process 1 was killed by <N/A>"),
+    ],
+)
+def test_the_reason_is_a_killed_process_but_not_one_that_nccl_aborts(
+    code: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch.distributed.launcher
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def launch(settings: object, task: object) -> Callable:
+        def run(*arguments: object) -> None:
+            raise ChildFailedError("run", {1: ProcessFailure(1, 1, code, "")})
+
+        return run
+
+    monkeypatch.setattr(torch.distributed.launcher, "elastic_launch", launch)
+    path = tmp_path / FILE
+    write_json(path, {"format": 1, "status": "failed", "error": "full disk"})
+    with pytest.raises(RuntimeError, match=reason):
+        Processes.start(SimpleNamespace(number=2), None, None, path)
+    assert failure(path) == reason
+
+
 def test_the_failure_that_came_first_is_the_records(tmp_path: Path) -> None:
     path = tmp_path / FILE
     assert note_failure(path, "no record here") == "no record here"

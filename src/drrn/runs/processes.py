@@ -129,10 +129,12 @@ class Processes:
                     rank, failed = error.get_first_failure()
                     raised = failed.error_file_data["message"]  # a dict if the process raised an exception
                     text = raised["message"] if isinstance(raised, dict) else ""
-                    killed = failed.exitcode < 0  # the others have lost the connection: their errors say no more
-                    by = f"was killed by {signal.Signals(-failed.exitcode).name}" if killed else ""
+                    killed = failed.exitcode < 0
+                    by = f"was killed by {failed.signal_name()}" if killed else ""
                     ending = f"process {rank} {by or f'ended with exit code {failed.exitcode} {text}'}".rstrip()
-                    raise RuntimeError(note_failure(record, ending, over=killed)) from None
+                    # The others only lost the connection; but NCCL aborts a process that lost it.
+                    first = killed and failed.exitcode != -signal.SIGABRT
+                    raise RuntimeError(note_failure(record, ending, over=first)) from None
         except SignalException as stop:
             raise Stopped(signal.Signals(stop.sigval)) from None
 
