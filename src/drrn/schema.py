@@ -9,7 +9,7 @@ import math
 import operator
 from dataclasses import field, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
@@ -57,9 +57,10 @@ def _reason(error: OmegaConfBaseException) -> str:
     where, inside = error.full_key or "configuration", error.object_type
     kinds = [get_type_hints(inside).get(error.key) if is_dataclass(inside) else error.ref_type]
     for kind in kinds:
-        kinds += get_args(kind)  # of X | None, list[X]
-        if kind in WORDS and isinstance(error, ValidationError):
-            return f"{where} = {shown(error.value)}: must be {WORDS[kind]}"
+        kinds += get_args(kind) if get_origin(kind) in (UnionType, Union, list) else ()
+    needed = " or ".join(WORDS[kind] for kind in kinds if kind in WORDS)
+    if needed and isinstance(error, ValidationError):
+        return f"{where} = {shown(error.value)}: must be {needed}"
     words = {ConfigKeyError: "there is no such key", MissingMandatoryValue: "it is missing"}
     return f"{where}: {words.get(type(error)) or str(error).splitlines()[0]}"
 

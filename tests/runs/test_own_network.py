@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,24 @@ def test_what_its_constructor_does_not_take_is_refused_by_key(arguments: list[st
         request(cfg)
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (int | float, "model.slope = many: must be a whole number or a number"),
+        (float | None, "model.slope = many: must be a number"),
+        (Callable[[int], int], "model.slope: Unexpected type annotation: Callable[int, int]"),
+        (Sequence[int], "model.slope: Unexpected type annotation: Sequence[int]"),
+    ],
+)
+def test_an_annotation_of_any_kind_is_refused_in_a_line(kind: Any, said: str, toy: str, monkeypatch) -> None:
+    monkeypatch.setitem(Toy.__init__.__annotations__, "slope", kind)
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("config", [toy, "model=toy", "data=demo", "+model.slope=many"])
+    with pytest.raises(UserError) as refusal:
+        request(cfg)
+    assert str(refusal.value) == said
 
 
 class Normalised(Toy):
