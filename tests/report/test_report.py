@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,10 @@ from drrn.matlab import imresize
 from drrn.paper import paper_numbers
 from drrn.pictures import Box, draw, save, side_by_side
 from drrn.protocol import PAPER
+from drrn.report import contents
 from drrn.report.comparison import FIG7, best
 from drrn.report.measurements import MISSING, Measurement, over_seeds
+from drrn.report.report import ReportConfig
 from drrn.report.tables import ablation_table, benchmark_table, runs_table
 
 PROTOCOL = PAPER.stamp()
@@ -210,7 +214,6 @@ def test_runs_are_shown_by_their_own_degradation(
     """By the last run's degradation; checkpoints, and runs of ready pairs with another image, by bicubic."""
     from drrn.networks import build
     from drrn.report import comparison
-    from drrn.report.report import ReportConfig
     from drrn.weights.ours import save_weights
 
     shown = []
@@ -255,6 +258,23 @@ def test_a_picture_shows_the_best_of_many_runs(make: Callable) -> None:
     runs = [make(f"seed={seed}", psnr=value) for seed, value in enumerate(psnr)]
     runs[1]["means"][0]["set"] = "another"
     assert [run["seed"] for run in best(runs)] == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("asked", [{}, {"box": [0, 0, 9, 9]}, {"checkpoint": ["w"]}, {"others": {"a": "b"}}])
+def test_a_picture_that_was_asked_for_is_not_left_out(
+    asked: dict, make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise UserError("no weights")
+
+    monkeypatch.setattr(contents, "compare", refuse)
+    monkeypatch.setattr(contents, "study_sections", lambda *arguments: [])
+    monkeypatch.setattr(contents, "tables_part", lambda *arguments: contents.Part("Tables", [], []))
+    config = replace(ReportConfig(None, [], [], str(tmp_path), None, None, None, [], {}, "data"), **asked)
+    with pytest.raises(UserError, match="no weights") if asked else nullcontext():
+        contents.write_report(config, [make()], "report.py")
+    assert (tmp_path / "index.html").is_file()
+    assert asked or capsys.readouterr().err == "no pictures: no weights\n"
 
 
 def test_images_of_one_stem_are_two_pictures(tmp_path: Path, entry_point: Callable) -> None:

@@ -54,8 +54,8 @@ def write_report(config: ReportConfig, records: list[dict[str, Any]], command: s
                 if pictures := compare(config, records if config.compare else [*reversed(one_seed.values())]):
                     sections.append(Section("pictures", "Pictures", [Part("Crops side by side", [], pictures)]))
             except UserError as error:
-                if config.compare or config.checkpoint:  # the page is written all the same
-                    refused = error
+                if config.compare or config.checkpoint or config.box or config.others:
+                    refused = error  # the page is written all the same
                 else:
                     print(f"no pictures: {error}", file=sys.stderr)
     if sections:
