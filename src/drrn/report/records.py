@@ -117,7 +117,7 @@ def _checked_record(path: Path) -> dict[str, Any]:
         record = checked(record, RECORD)
         _check_whole(record)
     except (ValueError, RecursionError, UserError) as error:
-        raise UserError(f"{path} is not a run record that can be reported: {error}") from error
+        raise UserError(f"{path} is not a run record that this version can report: {error}") from error
     return record
 
 

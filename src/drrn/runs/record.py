@@ -47,7 +47,10 @@ def own_record(folder: Path) -> dict[str, Any]:
         if not isinstance(record.get("status"), str):
             raise UserError(f"{folder / FILE} is an incomplete run record (it has no status)")
     except UserError as error:
-        raise UserError(f"{error}. Restore or delete it; without it the run resumes from its checkpoints") from error
+        raise UserError(
+            f"{error}. Restore it, or the version that wrote it; delete a damaged one, and the run resumes from its "
+            "checkpoints"
+        ) from error
     return record
 
 
