@@ -25,7 +25,7 @@ from drrn.inference import super_resolve
 from drrn.layers import conv_weights
 from drrn.matlab import imresize, to_uint8
 from drrn.module import SuperResolution
-from drrn.networks import NETWORKS, build, on_paper
+from drrn.networks import NETWORKS, build, complete, on_paper
 from drrn.optimisers import configured
 from drrn.pairs import low_pairs
 from drrn.red30 import RED30
@@ -432,7 +432,7 @@ def test_a_network_of_one_scale_is_asked_for_no_other(
 
 def test_fsrcnn_starts_from_another_scale_and_espcn_does_not(tmp_path: Path) -> None:
     for network, said in (("fsrcnn", None), ("espcn", "add model.scale=3")):
-        at3, at2 = ({"network": network, "features": 4, "scale": scale} for scale in (3, 2))
+        at3, at2 = (complete({"network": network, "features": 4, "scale": scale}) for scale in (3, 2))
         path = tmp_path / f"{network}.safetensors"
         save_weights(path, build(at3), at3, {})
         if said is None:
