@@ -52,6 +52,11 @@ def test_plain_words_are_keys(words: str, expected: dict[str, object], tmp_path:
     assert {key: [*map(str, v)] if isinstance(v, list) else v for key, v in parsed.items()} == expected
 
 
+def test_a_slip_in_an_option_is_left_to_hydra() -> None:
+    """Not `output=utput=b.png`."""
+    assert plain_words(["-output=b.png", "-cd"], Options) == ["-output=b.png", "-cd"]
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as installed by `pip install .`, without its dependencies (which are installed here)."""

@@ -32,7 +32,7 @@ COMMANDS = {
 }
 SHORT = {"-x": "scale", "-o": "output", "-c": "checkpoint"}
 KEY = re.compile(r"[+~]*[\w./@-]+=")
-OPTION = re.compile(r"(-[xoc]|--[\w-]*|)=?(.*)", re.DOTALL)  # -x2 and --scale=2 hold their value
+OPTION = re.compile(r"(-x(?=[\d.])|-[xoc](?==|$)|--[\w-]*|)=?(.*)", re.DOTALL)  # -x2 and --scale=2 hold their value
 
 
 def main() -> None:

@@ -49,9 +49,11 @@ def write_report(config: ReportConfig, records: list[dict[str, Any]], command: s
             except UserError as error:  # runs that do not compare still have their tables
                 sections.append(Section("runs", "Runs", [Part("Not drawn", [], [str(error)])]))
         if records or config.compare:
-            one_seed = {run.get("experiment", run["path"]): run for run in reversed(records)}
+            one_seed: dict[str, dict[str, Any]] = {}
+            for run in records:
+                one_seed.setdefault(run.get("experiment", run["path"]), run)
             try:
-                if pictures := compare(config, records if config.compare else [*reversed(one_seed.values())]):
+                if pictures := compare(config, records if config.compare else [*one_seed.values()]):
                     sections.append(Section("pictures", "Pictures", [Part("Crops side by side", [], pictures)]))
             except UserError as error:
                 if config.compare or config.checkpoint or config.box or config.others:

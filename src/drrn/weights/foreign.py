@@ -1,7 +1,7 @@
 """Weights that others trained, read without running any code from their files.
 
-Their form is recognised by content: "caffe", "matlab", or one of `PORTS`, in
-safetensors or a pickle in one of torch's two containers.
+Their form is recognised by content: "caffe", "matlab", or one of `PORTS`, as safetensors or as a pickle in one of
+torch's two containers.
 """
 
 from __future__ import annotations
